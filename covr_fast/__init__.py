@@ -1,0 +1,44 @@
+"""covr_fast: COVR (Xia et al. 2026), fast. A visual RL agent and a VLM that teach each other.
+
+Importing this package is cheap: every public name is loaded on first use, so the buffer and the ops never
+pull in transformers or envpool.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "EnvConfig": "covr_fast.envs",
+    "ReplayBuffer": "covr_fast.buffer",
+    "SAC": "covr_fast.agents",
+    "TrainConfig": "covr_fast.config",
+    "Trainer": "covr_fast.trainer",
+    "make_env": "covr_fast.envs",
+}
+_SUBMODULES = {"integrations", "ops", "vlm"}
+
+__all__ = [*sorted(_HOME), "__version__", *sorted(_SUBMODULES)]
+
+if TYPE_CHECKING:
+    from . import ops, vlm
+    from .agents import SAC
+    from .buffer import ReplayBuffer
+    from .config import TrainConfig
+    from .envs import EnvConfig, make_env
+    from .trainer import Trainer
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(import_module(_HOME[name]), name)
+        globals()[name] = value
+        return value
+    if name in _SUBMODULES:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,13 @@
+// The Python module covr_fast._C: one bind_* function per operation, each in the file of its stem.
+#include <pybind11/pybind11.h>
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "C++ and CUDA kernels of covr_fast; call them through covr_fast.ops and covr_fast.ReplayBuffer.";
+#ifdef COVR_WITH_CUDA
+  m.attr("with_cuda") = true;
+#else
+  m.attr("with_cuda") = false;
+#endif
+}

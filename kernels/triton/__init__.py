@@ -1,0 +1,1 @@
+"""Triton kernels, one file per operation; import them through covr_fast.ops."""
