@@ -17,9 +17,19 @@ _HOME = {
     "Trainer": "covr_fast.trainer",
     "make_env": "covr_fast.envs",
 }
-_SUBMODULES = {"integrations", "ops", "vlm"}
+_SUBMODULES = {"ops", "vlm"}
 
-__all__ = [*sorted(_HOME), "__version__", *sorted(_SUBMODULES)]
+__all__ = [
+    "SAC",
+    "EnvConfig",
+    "ReplayBuffer",
+    "TrainConfig",
+    "Trainer",
+    "__version__",
+    "make_env",
+    "ops",
+    "vlm",
+]
 
 if TYPE_CHECKING:
     from . import ops, vlm

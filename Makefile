@@ -1,0 +1,58 @@
+# make demo: install into .venv and run the main job.   make test: install into .venv and run all tests.
+# A second call reuses the environment. PYTHON=python3.12 chooses the interpreter (3.11 or newer).
+PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3,$(shell command -v $(p) 2>/dev/null)))
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PY := $(VENV)/bin/python
+NATIVE := setup.py CMakeLists.txt $(wildcard csrc/* kernels/cuda/*)
+CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp kernels/cuda/*.h kernels/cuda/*.cuh kernels/cuda/*.cu)
+
+.PHONY: demo test lint format gpu-check clean system
+
+demo: $(VENV)/train.stamp
+	$(VENV)/bin/covr-fast train carracing
+
+test: $(VENV)/dev.stamp
+	$(PY) -m pytest
+
+lint: $(VENV)/dev.stamp
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
+	$(VENV)/bin/mypy
+
+format: $(VENV)/dev.stamp
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info covr_fast/_C.*.so
+
+# The environment. torch comes first and pinned: a bare `torch` may bring another build of it.
+$(VENV)/torch.stamp: | system
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet "$(TORCH)"
+	touch $@
+
+$(VENV)/%.stamp: $(VENV)/torch.stamp pyproject.toml constraints.txt $(NATIVE)
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[$*]'
+	touch $@
+
+# A compiler, Python's headers and venv, and the OpenGL libraries DMControl renders with.
+system:
+	@missing=""; \
+	command -v c++ >/dev/null || missing="$$missing g++"; \
+	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || missing="$$missing python3-venv"; \
+	$(PYTHON) -c 'import os, sysconfig, sys; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' \
+	  || missing="$$missing python3-dev"; \
+	for library in libEGL.so.1:libegl1 libOpenGL.so.0:libopengl0; do \
+	  $(PYTHON) -c "import ctypes; ctypes.CDLL('$${library%%:*}')" 2>/dev/null || missing="$$missing $${library##*:} libgl1-mesa-dri"; \
+	done; \
+	if [ -n "$$missing" ]; then \
+	  run=""; [ "$$(id -u)" = 0 ] || run=sudo; \
+	  echo "installing system packages:$$missing"; \
+	  $$run apt-get -qq update && $$run apt-get -qq install -y $$missing >/dev/null \
+	    || { echo "please install these packages, then run make again:$$missing"; exit 1; }; \
+	fi

@@ -1,0 +1,217 @@
+"""SAC from pixels, with the VLM's action prior in the actor loss (Xia et al. 2026, Eqs. 1-4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .networks import Actor, Encoder, TwinQ
+
+
+@dataclass
+class SACConfig:
+    """Soft actor-critic. With `augment="crop"` in the replay this is RAD."""
+
+    channels: tuple[int, ...] = (32, 32, 32, 32)
+    """Output channels of the convolutions; the first is 5x5, the others 3x3."""
+    strides: tuple[int, ...] = (2, 2, 1, 1)
+    """Strides of the convolutions."""
+    latent: int = 50
+    """Width of the latent that actor and critic share."""
+    hidden: int = 1024
+    """Width of the two hidden layers of actor and critic."""
+    lr: float = 1e-3
+    """Learning rate of encoder, actor and critic (Adam)."""
+    alpha_lr: float = 1e-3
+    """Learning rate of the temperature (Adam on its logarithm)."""
+    init_alpha: float = 0.1
+    """Temperature at the start; it adapts to the target entropy."""
+    target_entropy: float | None = None
+    """Entropy that the temperature aims at, in nats. None: minus the number of action dimensions."""
+    tau: float = 0.01
+    """Share of the critic that flows into its target at each update."""
+    prior_weight: float = 1.0
+    """lambda of Eq. 4 (the paper: 2.0 on CARLA, 1.0 on DMControl)."""
+    reward_scale: float = 1.0
+    """Factor on rewards inside the Bellman target; reported returns are never scaled."""
+
+
+class TransitionBatch(Protocol):
+    """What an update reads of a replay batch; see covr_fast.ReplayBuffer.sample."""
+
+    @property
+    def obs(self) -> Tensor: ...
+    @property
+    def action(self) -> Tensor: ...
+    @property
+    def reward(self) -> Tensor: ...
+    @property
+    def next_obs(self) -> Tensor: ...
+    @property
+    def discount(self) -> Tensor: ...
+    @property
+    def weight(self) -> Tensor: ...
+    @property
+    def extras(self) -> Mapping[str, Tensor]: ...
+
+
+def prior_loss(action: Tensor, prior: Tensor, mask: Tensor) -> Tensor:
+    """`|| a_v - a_r ||^2` of Eq. 4, averaged over the batch; rows without a prior (mask 0) add nothing.
+
+    action, prior: [B, A]; mask: [B] in {0, 1}. The mean is over all B rows, as that of the loss it joins.
+    """
+    return ((action - prior).square().sum(-1) * mask).mean()
+
+
+class SAC:
+    """Soft actor-critic whose encoder is trained by the critic alone.
+
+    The next observation is encoded by the same encoder (no target copy of it): one forward less per update,
+    and the target networks of the critic's heads are enough to keep the targets still.
+    """
+
+    def __init__(
+        self,
+        obs_shape: tuple[int, ...],
+        action_shape: tuple[int, ...],
+        config: SACConfig | None = None,
+        *,
+        device: str | torch.device = "cpu",
+        seed: int = 0,
+    ):
+        self.config = c = config or SACConfig()
+        self.device = torch.device(device)
+        (self.action_dim,) = action_shape
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.encoder = Encoder(obs_shape, c.channels, c.strides, c.latent).to(self.device)
+            self.actor = Actor(c.latent, c.hidden, self.action_dim).to(self.device)
+            self.critic = TwinQ(c.latent, c.hidden, self.action_dim).to(self.device)
+        self.critic_target = deepcopy(self.critic).requires_grad_(False)
+        self.log_alpha = torch.tensor(c.init_alpha, device=self.device).log().requires_grad_()
+        self.target_entropy = float(-self.action_dim if c.target_entropy is None else c.target_entropy)
+        self.critic_optimizer = torch.optim.Adam(
+            [*self.encoder.parameters(), *self.critic.parameters()], lr=c.lr, fused=True
+        )
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=c.lr, fused=True)
+        self.alpha_optimizer = torch.optim.Adam([self.log_alpha], lr=c.alpha_lr, fused=True)
+
+    @torch.no_grad()
+    def act(self, obs: Tensor, *, explore: bool = True) -> Tensor:
+        """uint8[B, C, H, W] -> actions float32[B, A] in (-1, 1): sampled, or the mean if not `explore`."""
+        latent = self.encoder(obs.to(self.device).float() / 255)
+        sample = self.actor(latent, self._noise(len(obs)))
+        return sample.action if explore else sample.mean
+
+    @torch.no_grad()
+    def entropy(self, obs: Tensor) -> float:
+        """e_t of Eq. 5 estimated on uint8[B, C, H, W]: minus the mean log-probability of actions, in nats."""
+        latent = self.encoder(obs.to(self.device).float() / 255)
+        return -self.actor(latent, self._noise(len(obs))).log_prob.mean().item()
+
+    def update(self, batch: TransitionBatch, *, guide: bool) -> dict[str, Tensor]:
+        """One step on critic and encoder, actor, temperature and target. Returns metrics left on the device.
+
+        batch.obs and next_obs are float in [0, 1]; batch.extras holds "prior" [B, A] and "prior_mask" [B],
+        which are read only if `guide` (after the cold start).
+        """
+        latent = self.encoder(batch.obs)
+        metrics = self.update_critic(latent, batch)
+        metrics |= self.update_actor(latent.detach(), batch, guide=guide)
+        with torch.no_grad():
+            torch._foreach_lerp_(
+                list(self.critic_target.parameters()), list(self.critic.parameters()), self.config.tau
+            )
+        return metrics
+
+    @torch.no_grad()
+    def bellman_target(self, batch: TransitionBatch) -> Tensor:
+        """r + discount * (min Q'(s', a') - alpha log pi(a'|s')), Eqs. 2-3; [B].
+
+        discount is 0 where the episode terminated and gamma^k elsewhere, truncations included.
+        """
+        latent = self.encoder(batch.next_obs)
+        next_action = self.actor(latent, self._noise(len(latent)))
+        value = (
+            self.critic_target(latent, next_action.action).amin(0)
+            - self.log_alpha.exp() * next_action.log_prob
+        )
+        return self.config.reward_scale * batch.reward + batch.discount * value
+
+    def update_critic(self, latent: Tensor, batch: TransitionBatch) -> dict[str, Tensor]:
+        target = self.bellman_target(batch)
+        q = self.critic(latent, batch.action)
+        error = (q - target).square().sum(0)
+        loss = (batch.weight * error).mean()
+        self.critic_optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.critic_optimizer.step()
+        return {"critic_loss": loss.detach(), "q": q.detach().mean(), "td_error": error.detach().sqrt()}
+
+    def actor_loss(
+        self, latent: Tensor, extras: Mapping[str, Tensor], *, guide: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Eq. 4 on detached latents [B, D]: -Q + alpha log pi, plus lambda ||a_v - a_r||^2 if `guide`."""
+        sample = self.actor(latent, self._noise(len(latent)))
+        q = self.critic(latent, sample.action).amin(0)
+        loss = (self.log_alpha.exp().detach() * sample.log_prob - q).mean()
+        metrics = {"entropy": -sample.log_prob.detach().mean()}
+        if guide:
+            distance = prior_loss(sample.action, extras["prior"], extras["prior_mask"])
+            loss = loss + self.config.prior_weight * distance
+            metrics["prior_loss"] = distance.detach()
+        return loss, metrics
+
+    def update_actor(self, latent: Tensor, batch: TransitionBatch, *, guide: bool) -> dict[str, Tensor]:
+        # The actor's gradient passes through the critic, but the critic takes none of it.
+        self.critic.requires_grad_(False)
+        loss, metrics = self.actor_loss(latent, batch.extras, guide=guide)
+        self.actor_optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.actor_optimizer.step()
+        self.critic.requires_grad_(True)
+
+        alpha = self.log_alpha.exp()
+        alpha_loss = alpha * (metrics["entropy"] - self.target_entropy)
+        self.alpha_optimizer.zero_grad(set_to_none=True)
+        alpha_loss.backward()
+        self.alpha_optimizer.step()
+        return {**metrics, "actor_loss": loss.detach(), "alpha": alpha.detach()}
+
+    def _noise(self, rows: int) -> Tensor:
+        return torch.randn(rows, self.action_dim, device=self.device, generator=self.generator)
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {
+            "encoder": self.encoder,
+            "actor": self.actor,
+            "critic": self.critic,
+            "critic_target": self.critic_target,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs to go on bit for bit."""
+        return {
+            **{name: module.state_dict() for name, module in self.modules().items()},
+            "log_alpha": self.log_alpha.detach().clone(),
+            "critic_optimizer": self.critic_optimizer.state_dict(),
+            "actor_optimizer": self.actor_optimizer.state_dict(),
+            "alpha_optimizer": self.alpha_optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, module in self.modules().items():
+            module.load_state_dict(state[name])
+        with torch.no_grad():
+            self.log_alpha.copy_(state["log_alpha"])
+        self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        self.actor_optimizer.load_state_dict(state["actor_optimizer"])
+        self.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
+        self.generator.set_state(state["generator"].cpu())

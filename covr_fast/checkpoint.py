@@ -1,0 +1,84 @@
+"""Checkpoints that are either whole or absent: written beside their place, then moved into it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from .agents import SAC
+from .config import TrainConfig
+from .envs import action_labels
+from .errors import UserError
+from .evaluate import Policy, actor_policy
+from .view import agent_obs_shape
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+
+@contextmanager
+def replaced_folder(target: Path) -> Iterator[Path]:
+    """A new folder to fill, which takes the place of `target` when the block ends without an error.
+
+    Interrupted anywhere, either the old or the new folder is there, whole (the old one as `target`.old at
+    worst, which `newest_folder` finds).
+    """
+    new, old = target.with_name(target.name + ".new"), target.with_name(target.name + ".old")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(target, old)
+    os.replace(new, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def newest_folder(target: Path) -> Path:
+    """`target`, or what an interrupted `replaced_folder` left of it.
+
+    Raises:
+        UserError: there is neither.
+    """
+    for folder in (target, target.with_name(target.name + ".old")):
+        if folder.is_dir():
+            return folder
+    raise UserError(f"no checkpoint in {target.parent}: is it the folder of a run?")
+
+
+def save_checkpoint(folder: Path, trainer: Trainer) -> None:
+    """Writes agent.pt, trainer.pt and the VLM's weights (vlm/, what ActionPrior.from_pretrained opens)."""
+    with replaced_folder(folder) as new:
+        torch.save(trainer.agent.state_dict(), new / "agent.pt")
+        torch.save(trainer.counters(), new / "trainer.pt")
+        trainer.prior.save_pretrained(new / "vlm")
+        if trainer.config.save_replay:
+            trainer.buffer.save(new / "replay")
+
+
+def load_config(run: Path) -> TrainConfig:
+    """config.json of a run folder."""
+    path = run / "config.json"
+    if not path.is_file():
+        raise UserError(f"{run} holds no config.json: is it the folder of a run?")
+    return TrainConfig.from_dict(json.loads(path.read_text()))
+
+
+def load_actor(run: Path) -> tuple[Policy, TrainConfig]:
+    """The trained actor of a run, deployed as in training's evaluations, and the run's configuration."""
+    config = load_config(run)
+    state = torch.load(newest_folder(run / "checkpoint") / "agent.pt", map_location="cpu", weights_only=True)
+    agent = SAC(agent_obs_shape(config), (len(action_labels(config.env)),), config.agent, seed=config.seed)
+    agent.load_state_dict(state)
+    return actor_policy(agent, config), config

@@ -1,0 +1,193 @@
+"""The command line: covr-fast train | evaluate | report | doctor."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from .errors import UserError, unknown
+
+USAGE = """usage: covr-fast COMMAND ...
+
+  train PRESET [--out DIR] [--FIELD VALUE ...]   train COVR and write a run folder
+  evaluate RUN [--episodes N] [--seed N]         let a run's trained actor play
+  report RUN...                                  print runs' summaries and redraw their curves
+  doctor [--json]                                say what this machine can do and what is missing
+
+covr-fast train --help lists the presets; covr-fast train PRESET --help every field."""
+
+
+def main() -> None:
+    """Entry point. User mistakes end with one line and exit code 2, an interrupt with 130."""
+    try:
+        sys.exit(run(sys.argv[1:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader has gone (`| head`): nothing more to say, and nothing to flush into at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def run(arguments: list[str]) -> int:
+    """Runs one command and returns its exit code."""
+    commands = {"train": _train, "evaluate": _evaluate, "report": _report, "doctor": _doctor}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from . import __version__
+
+        print(f"covr-fast {__version__}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in commands:
+        raise unknown("command", name, commands)
+    try:
+        return commands[name](rest)
+    except ImportError as error:
+        raise UserError(f"{error.name or error} is not installed: pip install 'covr-fast[train]'") from error
+
+
+def _train(arguments: list[str]) -> int:
+    import tyro
+
+    from .config import PRESETS, TrainConfig
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: covr-fast train PRESET [--out DIR] [--FIELD VALUE ...]\n\npresets:")
+        for name, preset in PRESETS.items():
+            print(f"  {name:<20}{preset.summary}")
+        print("\ncovr-fast train PRESET --help lists every field with its default in that preset.")
+        return 0 if arguments else 2
+    name, rest = arguments[0], arguments[1:]
+    default = TrainConfig.preset(name)
+
+    @dataclass
+    class Arguments:
+        config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+        out: Path | None = None
+        """Run folder, which must not hold a run yet. None: runs/PRESET-seedN, numbered if taken."""
+
+    parsed = tyro.cli(
+        Arguments,
+        prog=f"covr-fast train {name}",
+        description=PRESETS[name].summary,
+        default=Arguments(default),
+        args=rest,
+    )
+    config = parsed.config
+    out = _new_run_folder(parsed.out, f"{name}-seed{config.seed}")
+
+    from rich.console import Console
+
+    from .report import print_summary
+    from .trainer import Trainer
+
+    trainer = Trainer(config, out)
+    print(f"{PRESETS[name].summary}; seed {config.seed}, on {trainer.device}, into {out}", flush=True)
+    summary = trainer.run()
+    print_summary(summary, Console(highlight=False))
+    print(f"{out} holds {', '.join(sorted(path.name for path in out.iterdir()))}")
+    return 0
+
+
+def _new_run_folder(asked: Path | None, name: str) -> Path:
+    """The folder to write, which must not hold a run already: nothing is overwritten."""
+    if asked is not None:
+        if (asked / "config.json").exists():
+            raise UserError(f"--out {asked} already holds a run: choose another folder")
+        return asked
+    base = Path("runs") / name
+    candidates = [base, *(base.with_name(f"{name}-{i}") for i in range(2, 10_000))]
+    return next(path for path in candidates if not path.exists())
+
+
+def _evaluate(arguments: list[str]) -> int:
+    import tyro
+
+    @dataclass
+    class Arguments:
+        run: Annotated[Path, tyro.conf.Positional]
+        """Folder of a run."""
+        episodes: int = 10
+        """Episodes to play."""
+        seed: int = 2_000_000
+        """Seed of the first episode's environment."""
+
+    parsed = tyro.cli(
+        Arguments, prog="covr-fast evaluate", description="Let a run's actor play, alone.", args=arguments
+    )
+    from .checkpoint import load_actor
+    from .evaluate import evaluate
+
+    if parsed.episodes < 1:
+        raise UserError(f"--episodes {parsed.episodes} must be at least 1")
+    policy, config = load_actor(parsed.run)
+    result = evaluate(policy, config.env, parsed.episodes, seed=parsed.seed)
+    print("returns: " + " ".join(f"{value:.0f}" for value in result.returns))
+    print(f"{config.env.id}: {result.mean:.1f} ± {result.std:.1f} over {parsed.episodes} episodes")
+    return 0
+
+
+def _report(arguments: list[str]) -> int:
+    import tyro
+
+    @dataclass
+    class Arguments:
+        runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+        """Folders of finished runs."""
+
+    parsed = tyro.cli(
+        Arguments,
+        prog="covr-fast report",
+        description="Print runs' summaries, compare them, and redraw their curves.",
+        args=arguments,
+    )
+    from rich.console import Console
+
+    from .report import plot_curves, print_comparison, print_summary, read_summary
+
+    if not parsed.runs:
+        raise UserError("report needs at least one run folder: covr-fast report runs/carracing-seed0")
+    console = Console(highlight=False)
+    summaries = [read_summary(run) for run in parsed.runs]
+    for run, summary in zip(parsed.runs, summaries, strict=True):
+        print_summary(summary, console)
+        print(f"drawn: {plot_curves(run)}")
+    if len(summaries) > 1:
+        print_comparison(summaries, console)
+    return 0
+
+
+def _doctor(arguments: list[str]) -> int:
+    import tyro
+
+    @dataclass
+    class Arguments:
+        json: bool = False
+        """Print JSON instead of a table."""
+
+    parsed = tyro.cli(
+        Arguments, prog="covr-fast doctor", description="Say what this machine can do.", args=arguments
+    )
+    from .doctor import diagnose, print_diagnosis
+
+    diagnosis = diagnose()
+    if parsed.json:
+        print(json.dumps(diagnosis, indent=2))
+    else:
+        print_diagnosis(diagnosis)
+    return 0 if diagnosis["ready_to_train"] else 1
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""What a run leaves behind while it goes: metrics.jsonl, TensorBoard events, and a display for people."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+
+class Clock:
+    """Adds up wall time by activity. Activities do not nest: each second is counted once."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.started = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, activity: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[activity] = self.seconds.get(activity, 0.0) + time.perf_counter() - start
+
+    @property
+    def total(self) -> float:
+        return time.perf_counter() - self.started
+
+    def shares(self) -> dict[str, float]:
+        """Share of the wall time since construction, by activity; "other" is the rest."""
+        total = self.total
+        shares = {name: seconds / total for name, seconds in self.seconds.items()}
+        return {**shares, "other": max(0.0, 1 - sum(shares.values()))}
+
+
+class MeanMetrics:
+    """Running means that stay on their device: no synchronisation until they are read."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        """Adds scalars, or tensors that are averaged."""
+        for name, value in metrics.items():
+            value = value.detach().float().mean()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def read(self) -> dict[str, float]:
+        """The means since the last read, in one transfer; then starts anew."""
+        if not self._sums:
+            return {}
+        values = torch.stack(list(self._sums.values())).tolist()
+        means = {name: v / self._counts[name] for name, v in zip(self._sums, values, strict=True)}
+        self._sums, self._counts = {}, {}
+        return means
+
+
+class RunLogger:
+    """Writes metrics of a run folder and shows its progress.
+
+    On a terminal: a live bar with ETA and the key figures. Elsewhere (a file, a CI log): a plain line now
+    and then, without control characters.
+    """
+
+    PLAIN_INTERVAL = 15.0  # seconds between progress lines where there is no terminal
+
+    def __init__(self, folder: Path, total: int, *, start: int = 0, console: Console | None = None):
+        # Imported here: TensorBoard takes a second to load.
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self.clock = Clock()
+        self._file = (folder / "metrics.jsonl").open("a")
+        self._events = SummaryWriter(str(folder))
+        self._total, self._start = total, start
+        self._last_line = 0.0
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+        if self.console.is_terminal:
+            self._progress = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.percentage:>3.0f}%"),
+                TimeElapsedColumn(),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[figures]}"),
+                console=self.console,
+            )
+            self._task = self._progress.add_task("COVR", total=total, completed=start, figures="")
+            self._progress.start()
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Appends one line to metrics.jsonl and the same figures to TensorBoard."""
+        record = {"step": step, "seconds": round(self.clock.total, 3)}
+        self._file.write(json.dumps({**record, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def progress(self, step: int, figures: Mapping[str, str]) -> None:
+        """Moves the bar, or prints a line if the last one is a while ago."""
+        text = "  ".join(f"{name} {value}" for name, value in figures.items())
+        if self._progress:
+            self._progress.update(self._task, completed=step, figures=text)
+            return
+        now = time.perf_counter()
+        if now - self._last_line < self.PLAIN_INTERVAL and step < self._total:
+            return
+        self._last_line = now
+        elapsed = self.clock.total
+        left = elapsed * (self._total - step) / max(step - self._start, 1)
+        self.console.print(f"{step:>8}/{self._total} steps  {elapsed:5.0f} s  ETA {left:4.0f} s  {text}")
+
+    def say(self, text: str) -> None:
+        """A line that stays, above the bar."""
+        self.console.print(text)
+
+    def close(self) -> None:
+        if self._progress:
+            self._progress.stop()
+        self._events.close()
+        self._file.close()
+
+    def __enter__(self) -> RunLogger:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,173 @@
+"""What a person looks at after a run: the summary table and curves.png, made from the run folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from .errors import UserError
+
+EVALUATIONS = {
+    "random": "random policy",
+    "vlm_before": "VLM alone, before",
+    "vlm_after": "VLM alone, after",
+    "actor": "actor alone, trained",
+}
+
+ROUND_COLUMNS = {
+    "round": ("round", "{:.0f}"),
+    "steps": ("step", "{:.0f}"),
+    "in D_f": ("samples", "{:.0f}"),
+    "tau": ("tau", "{:.2f}"),
+    "kept": ("kept", "{:.0f}"),
+    "weight > 0": ("nonzero_share", "{:.0%}"),
+    "loss before": ("loss_before", "{:.3f}"),
+    "loss after": ("loss_after", "{:.3f}"),
+    "seconds": ("tuning_seconds", "{:.1f}"),
+}
+"""Heading -> (key of a round's record, format); the loss is that on held-out kept samples."""
+
+
+def read_summary(run: Path) -> dict[str, Any]:
+    """summary.json of a finished run."""
+    path = run / "summary.json"
+    if not path.is_file():
+        raise UserError(f"{run} holds no summary.json: it is not the folder of a finished run")
+    return json.loads(path.read_text())
+
+
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    """metrics.jsonl of a run, oldest first."""
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"{run} holds no metrics.jsonl: is it the folder of a run?")
+    return [json.loads(line) for line in path.read_text().splitlines() if line]
+
+
+def print_summary(summary: dict[str, Any], console: Console) -> None:
+    """Prints the evaluations, the fine-tuning rounds and where the time went."""
+    episodes = {len(e["returns"]) for e in summary["evaluations"].values()}
+    table = Table(
+        title=f"{summary['environment']}, seed {summary['seed']}: episode returns", title_justify="left"
+    )
+    table.add_column("policy")
+    for name in ("mean", "std", "episodes"):
+        table.add_column(name, justify="right")
+    for name, label in EVALUATIONS.items():
+        if (e := summary["evaluations"].get(name)) is not None:
+            table.add_row(label, f"{e['mean']:.1f}", f"{e['std']:.1f}", str(max(episodes)))
+    console.print(table)
+
+    table = Table(title="fine-tuning rounds of the VLM", title_justify="left")
+    for column in ROUND_COLUMNS:
+        table.add_column(column, justify="right")
+    for r in summary["rounds"]:
+        table.add_row(*(form.format(r[key]) if key in r else "-" for key, form in ROUND_COLUMNS.values()))
+    console.print(table)
+
+    shares = sorted(summary["time_shares"].items(), key=lambda item: -item[1])
+    console.print(
+        f"{summary['steps']} steps ({summary['frames']} frames), {summary['updates']} updates, "
+        f"{summary['episodes']} episodes in {summary['seconds']:.0f} s on {summary['device']}: "
+        f"{summary['steps_per_second']:.0f} steps/s, {summary['frames'] / summary['seconds']:.0f} frames/s"
+    )
+    console.print("wall time: " + ", ".join(f"{name} {share:.0%}" for name, share in shares))
+
+
+def print_comparison(summaries: list[dict[str, Any]], console: Console) -> None:
+    """Prints one line per run, and the mean and standard deviation over runs."""
+    table = Table(title="runs compared: mean episode returns", title_justify="left")
+    table.add_column("run")
+    for label in EVALUATIONS.values():
+        table.add_column(label, justify="right")
+    means = {
+        name: [s["evaluations"][name]["mean"] for s in summaries if name in s["evaluations"]]
+        for name in EVALUATIONS
+    }
+    for s in summaries:
+        cells = [f"{s['evaluations'][n]['mean']:.1f}" if n in s["evaluations"] else "-" for n in EVALUATIONS]
+        table.add_row(f"{s['environment']}, seed {s['seed']}", *cells)
+    table.add_section()
+    table.add_row("all", *(f"{np.mean(v):.1f} ± {np.std(v):.1f}" if v else "-" for v in means.values()))
+    console.print(table)
+
+
+def plot_curves(run: Path) -> Path:
+    """Draws curves.png from metrics.jsonl and returns its path."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    metrics = read_metrics(run)
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
+
+    def series(name: str) -> tuple[list[float], list[float]]:
+        points = [(m["step"], m[name]) for m in metrics if name in m and math.isfinite(m[name])]
+        return [p[0] for p in points], [p[1] for p in points]
+
+    rounds = [m for m in metrics if "round/loss_after" in m]
+
+    ax = axes[0, 0]
+    ax.plot(*series("episode_return"), color="tab:blue", label="training episodes")
+    for (name, label), colour in zip(
+        EVALUATIONS.items(), ("tab:gray", "tab:olive", "tab:orange", "tab:green"), strict=True
+    ):
+        _, means = series(f"eval/{name}_mean")
+        if means:
+            ax.axhline(
+                means[-1], color=colour, linestyle="--", linewidth=1.2, label=f"{label}: {means[-1]:.0f}"
+            )
+    ax.set(title="episode return", xlabel="environment steps")
+    ax.legend(fontsize=8)
+
+    ax = axes[0, 1]
+    labels = [f"{m['round/round']:.0f}" for m in rounds]
+    where = list(range(len(rounds)))
+    ax.bar(
+        [x - 0.2 for x in where],
+        [m["round/loss_before"] for m in rounds],
+        0.38,
+        label="before",
+        color="tab:gray",
+    )
+    ax.bar(
+        [x + 0.2 for x in where],
+        [m["round/loss_after"] for m in rounds],
+        0.38,
+        label="after",
+        color="tab:orange",
+    )
+    ax.set(title="VLM loss on held-out kept samples", xlabel="round")
+    ax.set_xticks(where, labels)
+    ax.legend(fontsize=8)
+
+    ax = axes[1, 0]
+    ax.plot(*series("q"), color="tab:blue")
+    ax.set(title="mean Q and policy entropy", xlabel="environment steps")
+    ax.set_ylabel("Q", color="tab:blue")
+    twin = ax.twinx()
+    twin.plot(*series("entropy"), color="tab:red")
+    twin.set_ylabel("entropy / nats", color="tab:red")
+
+    ax = axes[1, 1]
+    names = sorted({name for m in metrics for name in m if name.startswith("time/")})
+    last = next((m for m in reversed(metrics) if "time/other" in m), {})
+    names = sorted(names, key=lambda n: last.get(n, 0.0))
+    ax.barh([n.removeprefix("time/") for n in names], [last.get(n, 0.0) for n in names], color="tab:blue")
+    ax.set(title="share of wall time", xlim=(0, 1))
+
+    for ax in (axes[0, 0], axes[1, 0]):
+        for m in rounds:
+            ax.axvline(m["step"], color="tab:orange", alpha=0.35, linewidth=1)
+        ax.grid(alpha=0.25)
+    path = run / "curves.png"
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path

@@ -1,0 +1,47 @@
+"""When the VLM is fine-tuned: progressive rounds (Xia et al. 2026, "progressive fine-tuning")."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .errors import UserError
+
+Rule = Literal["linear", "recurrence"]
+
+
+@dataclass
+class FineTuneSchedule:
+    """Environment steps at which rounds are due, with growing steps psi between them.
+
+    "linear", what the paper's text and its five rounds in 100k steps say: psi_{c+1} = psi_0 (c + 1), so
+    rounds at 5k, 15k, 30k, 50k, 75k. "recurrence", what is printed: psi_{c+1} = psi_c + psi_c c, so rounds
+    at 5k, 15k, 45k, 165k. A round that starts late does not shift the ones after it.
+    """
+
+    psi_0: int = 5000
+    rule: Rule = "linear"
+    rounds: int = 0
+    """Rounds done, c."""
+
+    def __post_init__(self) -> None:
+        if self.psi_0 < 1:
+            raise UserError(f"covr.psi_0={self.psi_0} must be at least 1 step")
+        self.psi = self.psi_0
+        self.next_round = self.psi_0
+        done, self.rounds = self.rounds, 0
+        for _ in range(done):
+            self.advance()
+
+    def due(self, step: int) -> bool:
+        """Whether a round is due after `step` environment steps; never at step 0."""
+        return step >= self.next_round
+
+    def advance(self) -> None:
+        """Counts a round as done."""
+        self.rounds += 1
+        if self.rule == "linear":
+            self.psi = self.psi_0 * (self.rounds + 1)
+        else:
+            self.psi += self.psi * self.rounds
+        self.next_round += self.psi

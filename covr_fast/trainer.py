@@ -1,0 +1,395 @@
+"""The COVR loop (Xia et al. 2026, Alg. 1)."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import ops
+from .agents import SAC
+from .buffer import FineTuneView, ReplayBuffer
+from .checkpoint import save_checkpoint
+from .config import TrainConfig
+from .envs import PixelEnvs, Rows, action_labels, make_env
+from .errors import UserError
+from .evaluate import Evaluation, Policy, actor_policy, evaluate, random_policy, vlm_policy
+from .logger import MeanMetrics, RunLogger
+from .report import plot_curves
+from .schedule import FineTuneSchedule
+from .view import agent_obs_shape, agent_view, vlm_view
+from .vlm import ActionPrior, RoundReport, VLMTuner
+
+
+@dataclass
+class _Decision:
+    """What each environment is doing: its decision has been sent, its outcome has not come back."""
+
+    obs: np.ndarray
+    action: np.ndarray
+    prior: np.ndarray
+    prior_mask: np.ndarray
+
+
+class Trainer:
+    """Trains an agent and a VLM that teach each other, and writes a run folder.
+
+    Per decision of a batch of environments: the actor acts; its action simulates while the VLM, when it is
+    due, gives a prior for the same frames and the agent updates from the replay buffer. When a round is due
+    the episodes that finished since the last one pass the filter (EDDF) and fine-tune the VLM, weighted by
+    their returns (RALW). After the cold start its priors guide the actor (Eq. 4).
+    """
+
+    def __init__(self, config: TrainConfig, out: Path):
+        config.check()
+        self.config = config
+        self.out = out
+        self.device = _device(config.device)
+        # The simulator keeps a core of its own: two pools on the same cores wait for each other.
+        self.threads = config.threads or max(1, (os.cpu_count() or 2) - config.env.num_threads)
+        self.envs: PixelEnvs = make_env(config.env)
+        (action_dim,) = self.envs.action_shape
+        self.agent = SAC(
+            agent_obs_shape(config),
+            self.envs.action_shape,
+            config.agent,
+            device=self.device,
+            seed=config.seed,
+        )
+        replay = config.replay
+        frames_device = str(self.device) if replay.device == "auto" else replay.device
+        self.buffer = ReplayBuffer(
+            replay.capacity,
+            num_envs=config.env.num_envs,
+            obs_shape=self.envs.obs_shape,
+            action_shape=self.envs.action_shape,
+            frame_stack=config.env.frame_stack,
+            n_step=replay.n_step,
+            gamma=replay.gamma,
+            sampler=replay.sampler,
+            device=frames_device,
+            seed=config.seed,
+            extras={"prior": (action_dim,), "prior_mask": ()},
+        )
+        self.finished = FineTuneView(self.buffer, gamma=replay.gamma, horizon=config.covr.horizon)
+        self.prior = load_prior(config, action_dim, self.device)
+        self.tuner = VLMTuner(self.prior, config.tuner)
+        self.schedule = FineTuneSchedule(config.covr.psi_0, config.covr.schedule)
+        self.rng = np.random.default_rng(config.seed)
+        self.step = 0
+        self.frames = 0
+        self.updates = 0
+        self.rounds: list[dict[str, float]] = []
+        self.returns: list[float] = []
+        n = config.env.num_envs
+        self._running_return = np.zeros(n)
+        self._decisions = np.zeros(n, np.int64)
+        self._doing = _Decision(
+            np.zeros((n, *self.envs.obs_shape), np.uint8),
+            np.zeros((n, action_dim), np.float32),
+            np.zeros((n, action_dim), np.float32),
+            np.zeros(n, np.float32),
+        )
+        self._metrics = MeanMetrics()
+        self._logged_returns = 0
+        self._said_waiting = False
+
+    # ---- the loop ----------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Trains to config.steps and returns the summary, which is also in summary.json."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
+        torch.set_num_threads(self.threads)
+        with RunLogger(self.out, self.config.steps) as self.log, self.envs:
+            self.clock = self.log.clock
+            with self.clock("evaluation"):
+                evaluations = self._evaluate_before()
+            self._train()
+            with self.clock("evaluation"):
+                evaluations |= self._evaluate_after()
+            summary = self._summary(evaluations)
+            save_checkpoint(self.out / "checkpoint", self)
+            if self.config.video:
+                self._record()
+        (self.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        plot_curves(self.out)
+        return summary
+
+    def _train(self) -> None:
+        obs = self.envs.reset()
+        for ids in self.envs.batches():
+            self._act(obs[ids], ids)
+        while self.step < self.config.steps:
+            with self.clock("simulation"):
+                rows = self.envs.recv()
+            self._store(rows)
+            self._act(rows.obs, rows.env_ids)
+            self._update_policy()
+            if self.schedule.due(self.step):
+                self._fine_tune()
+            if self.step // self.config.log_every > (self.step - len(rows.env_ids)) // self.config.log_every:
+                self._log()
+
+    def _act(self, obs: np.ndarray, ids: np.ndarray) -> None:
+        """Sends the actor's decision for obs; while it simulates, the VLM gives its prior for them."""
+        with self.clock("acting"):
+            if self.step < self.config.warmup:
+                action = self.rng.uniform(-1, 1, (len(ids), *self.envs.action_shape)).astype(np.float32)
+            else:
+                action = self.agent.act(agent_view(self.config, torch.from_numpy(obs))).cpu().numpy()
+            self.envs.send(action, ids)
+        doing = self._doing
+        doing.obs[ids], doing.action[ids] = obs, action
+        # All environments of a batch have made the same number of decisions, so they are due together.
+        if self._decisions[ids[0]] % self.config.vlm.every == 0:
+            with self.clock("prior"):
+                answer = self.prior(
+                    vlm_view(self.config, torch.from_numpy(obs)), temperature=self.config.vlm.temperature
+                )
+            doing.prior[ids], doing.prior_mask[ids] = answer.action.cpu().numpy(), 1.0
+        elif self.config.vlm.between == "mask":
+            doing.prior_mask[ids] = 0.0
+        self._decisions[ids] += 1
+
+    def _store(self, rows: Rows) -> None:
+        ids, doing = rows.env_ids, self._doing
+        with self.clock("replay"):
+            index = self.buffer.add(
+                doing.obs[ids],
+                doing.action[ids],
+                rows.reward,
+                rows.next_obs,
+                rows.terminated,
+                rows.truncated,
+                env_ids=ids,
+                prior=doing.prior[ids],
+                prior_mask=doing.prior_mask[ids],
+            )
+            self.finished.add(index)
+        done = rows.terminated | rows.truncated
+        doing.prior_mask[ids[done]] = 0.0  # a held prior ends with its episode
+        self._running_return[ids] += rows.reward
+        self.returns += self._running_return[ids[done]].tolist()
+        self._running_return[ids[done]] = 0.0
+        self.step += len(ids)
+        self.frames += rows.frames
+
+    def _update_policy(self) -> None:
+        """As many updates as are owed for the steps since the warm-up."""
+        config = self.config
+        owed = (self.step - config.warmup) // config.steps_per_update
+        guide = self.schedule.rounds >= config.covr.cold_start
+        augment = None if config.replay.augment == "none" else config.replay.augment
+        while self.updates < owed:
+            with self.clock("replay"):
+                batch = self.buffer.sample(config.replay.batch_size, augment=augment, pad=config.replay.pad)
+            with self.clock("policy update"):
+                metrics = self.agent.update(batch, guide=guide)
+                if config.replay.sampler == "prioritized":
+                    self.buffer.update_priorities(batch.index, metrics["td_error"])
+            self._metrics.add(metrics)
+            self.updates += 1
+
+    # ---- the VLM learns from the agent ------------------------------------------------------------
+
+    def _fine_tune(self) -> None:
+        """One round: EDDF on D_f, RALW fine-tuning, publish; waits while too few episodes have finished."""
+        covr = self.config.covr
+        if len(self.finished) < covr.min_samples:
+            if not self._said_waiting:
+                self.log.say(
+                    f"round {self.schedule.rounds + 1} waits: D_f holds {len(self.finished)} samples of "
+                    f"finished episodes, it needs covr.min_samples={covr.min_samples}"
+                )
+                self._said_waiting = True
+            return
+        self._said_waiting = False
+        with self.clock("fine-tuning"):
+            indices, returns = self.finished.indices, self.finished.returns
+            entropy = self._policy_entropy(indices)
+            kept = ops.exploration_filter(returns, entropy, threshold=covr.threshold)
+            report = self._tune_on(indices[kept.indices], returns[kept.indices])
+        figures: dict[str, float] = {
+            "round": self.schedule.rounds + 1,
+            "samples": len(returns),
+            "entropy": entropy,
+            "tau": kept.tau,
+            "cutoff": kept.cutoff,
+            "kept": len(kept.indices),
+            **self._kept_by_time(kept.indices),
+        }
+        if report:
+            figures |= {
+                "nonzero_share": report.nonzero_share,
+                "loss_before": report.loss_before,
+                "loss_after": report.loss_after,
+                "tuning_seconds": report.seconds,
+            }
+        self.rounds.append({"step": self.step, **figures})
+        self.log.scalars(self.step, {f"round/{name}": value for name, value in figures.items()})
+        self.log.say(_round_line(self.rounds[-1]))
+        self.finished.clear()
+        self.schedule.advance()
+
+    def _tune_on(self, indices: Tensor, returns: Tensor) -> RoundReport | None:
+        """Fine-tunes on the kept samples; None if the filter kept too few to train and to hold out."""
+        if len(indices) < 2:
+            self.log.say(f"the filter kept {len(indices)} samples: nothing to fine-tune on in this round")
+            return None
+        frames = vlm_view(self.config, self.buffer.frames(indices))
+        # The simulator is idle while this waits, so the VLM may have every core.
+        torch.set_num_threads(os.cpu_count() or 1)
+        try:
+            self.tuner.start(frames, self.buffer.actions(indices), returns)
+            report = self.tuner.poll()
+            self.tuner.publish()
+        finally:
+            torch.set_num_threads(self.threads)
+        return report
+
+    def _policy_entropy(self, indices: Tensor) -> float:
+        """e_t: minus the mean log-probability of actions on the newest samples of D_f, in nats."""
+        obs = self.buffer.observations(indices[-256:])
+        return self.agent.entropy(agent_view(self.config, obs))
+
+    def _kept_by_time(self, kept: Tensor) -> dict[str, float]:
+        """Share of each quarter of the episodes that EDDF kept: late steps have smaller returns-to-go."""
+        time = self.finished.time_in_episode
+        quarter = (4 * time / (time.max() + 1)).long()
+        all_, kept_ = torch.bincount(quarter, minlength=4), torch.bincount(quarter[kept], minlength=4)
+        return {f"kept_share_quarter_{i + 1}": float(kept_[i] / max(int(all_[i]), 1)) for i in range(4)}
+
+    # ---- figures -----------------------------------------------------------------------------------
+
+    def _log(self) -> None:
+        new = self.returns[self._logged_returns :]
+        self._logged_returns = len(self.returns)
+        figures = self._metrics.read()
+        figures |= {f"time/{name}": share for name, share in self.clock.shares().items()}
+        figures |= {
+            "frames": self.frames,
+            "updates": self.updates,
+            "steps_per_second": self.step / self.clock.total,
+            "guided": float(self.schedule.rounds >= self.config.covr.cold_start),
+        }
+        if new:
+            figures["episode_return"] = float(np.mean(new))
+        self.log.scalars(self.step, figures)
+        recent = self.returns[-20:]
+        self.log.progress(
+            self.step,
+            {
+                "return": f"{np.mean(recent):.0f}" if recent else "-",
+                "rounds": str(self.schedule.rounds),
+                "updates": str(self.updates),
+                "steps/s": f"{figures['steps_per_second']:.0f}",
+            },
+        )
+
+    def _evaluate(self, name: str, policy: Policy) -> Evaluation:
+        result = evaluate(policy, self.config.env, self.config.eval.episodes, seed=self.config.eval.seed)
+        self.log.scalars(self.step, {f"eval/{name}_mean": result.mean, f"eval/{name}_std": result.std})
+        self.log.say(f"{name}: {result.mean:.0f} ± {result.std:.0f} over {len(result.returns)} episodes")
+        return result
+
+    def _evaluate_before(self) -> dict[str, Evaluation]:
+        results = {
+            "random": self._evaluate("random", random_policy(self.agent.action_dim, self.config.seed)),
+        }
+        if self.config.eval.vlm:
+            results["vlm_before"] = self._evaluate("vlm_before", vlm_policy(self.prior, self.config))
+        return results
+
+    def _evaluate_after(self) -> dict[str, Evaluation]:
+        results = {"actor": self._evaluate("actor", actor_policy(self.agent, self.config))}
+        if self.config.eval.vlm:
+            results["vlm_after"] = self._evaluate("vlm_after", vlm_policy(self.prior, self.config))
+        return results
+
+    def _record(self) -> None:
+        """Writes a video of an evaluation episode with the actor's actions and the VLM's priors."""
+        from .video import EpisodeVideo
+
+        config = self.config
+        video = EpisodeVideo(action_labels(config.env), fps=50 / config.env.action_repeat)
+
+        def watch(obs: np.ndarray, action: np.ndarray, total: float) -> None:
+            frame = vlm_view(config, torch.from_numpy(obs[None]))
+            video.add(frame[0].numpy(), action, self.prior(frame).action[0].cpu().numpy(), total)
+
+        evaluate(actor_policy(self.agent, self.config), config.env, 1, seed=config.eval.seed, watch=watch)
+        video.write(self.out)
+
+    def counters(self) -> dict[str, Any]:
+        """The trainer's own state, for a checkpoint."""
+        return {
+            "step": self.step,
+            "frames": self.frames,
+            "updates": self.updates,
+            "rounds": self.rounds,
+            "returns": self.returns,
+        }
+
+    def _summary(self, evaluations: dict[str, Evaluation]) -> dict[str, Any]:
+        return {
+            "environment": self.config.env.id,
+            "seed": self.config.seed,
+            "device": str(self.device),
+            "steps": self.step,
+            "frames": self.frames,
+            "updates": self.updates,
+            "episodes": len(self.returns),
+            "seconds": self.clock.total,
+            "steps_per_second": self.step / self.clock.total,
+            "time_shares": self.clock.shares(),
+            "rounds": self.rounds,
+            "evaluations": {
+                name: {"mean": e.mean, "std": e.std, "returns": e.returns.tolist()}
+                for name, e in evaluations.items()
+            },
+        }
+
+
+def load_prior(config: TrainConfig, action_dim: int, device: torch.device) -> ActionPrior:
+    """The VLM that config.vlm names."""
+    dtypes = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    return ActionPrior.from_pretrained(
+        config.vlm.model,
+        action_dim=action_dim,
+        prompt=config.vlm.prompt,
+        decimals=config.vlm.decimals,
+        attention=config.vlm.attention,
+        dtype=dtypes[config.vlm.dtype],
+        device=device,
+        seed=config.seed,
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "device='cuda' but torch sees no CUDA device: use --device cpu, or check `covr-fast doctor`"
+        )
+    return torch.device(name)
+
+
+def _round_line(r: dict[str, float]) -> str:
+    line = (
+        f"round {r['round']:.0f} at {r['step']:.0f} steps: D_f {r['samples']:.0f}, "
+        f"tau {r['tau']:.2f}, kept {r['kept']:.0f}"
+    )
+    if "loss_after" in r:
+        line += (
+            f", non-zero weight {r['nonzero_share']:.0%}, held-out loss {r['loss_before']:.3f} -> "
+            f"{r['loss_after']:.3f} in {r['tuning_seconds']:.1f} s"
+        )
+    return line

@@ -1,0 +1,31 @@
+"""How each learner sees an observation: the agent a centre crop, the VLM the newest frame in RGB."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .config import TrainConfig
+
+
+def _margin(config: TrainConfig) -> int:
+    return config.replay.pad if config.replay.augment == "crop" else 0
+
+
+def agent_obs_shape(config: TrainConfig) -> tuple[int, int, int]:
+    """Shape of what the agent sees: cropped if it trains on crops."""
+    c, h, w = config.env.obs_shape
+    m = _margin(config)
+    return (c, h - 2 * m, w - 2 * m)
+
+
+def agent_view(config: TrainConfig, obs: Tensor) -> Tensor:
+    """uint8[n, C, H, W] -> the centre of it if the agent trains on random crops, else all of it."""
+    _, h, w = agent_obs_shape(config)
+    m = _margin(config)
+    return obs[..., m : m + h, m : m + w]
+
+
+def vlm_view(config: TrainConfig, obs: Tensor) -> Tensor:
+    """uint8[n, C, H, W], a stack or a single frame -> uint8[n, 3, H, W], the newest frame as RGB."""
+    frame = obs[:, -config.env.channels :]
+    return frame.expand(-1, 3, -1, -1) if config.env.grayscale else frame

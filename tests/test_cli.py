@@ -1,0 +1,142 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from covr_fast import cli
+
+TINY = {
+    "steps": 64,
+    "warmup": 32,
+    "log-every": 16,
+    "steps-per-update": 8,
+    "threads": 1,
+    "env.num-envs": 2,
+    "env.batch-size": 2,
+    "env.max-episode-steps": 24,
+    "env.height": 48,
+    "env.width": 48,
+    "replay.batch-size": 16,
+    "replay.capacity": 200,
+    "covr.psi-0": 30,
+    "covr.min-samples": 4,
+    "eval.episodes": 2,
+    "vlm.every": 3,
+}
+
+
+def call(monkeypatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["covr-fast", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A whole run through the real command, with its output going to a file as in CI."""
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    fields = [f"--{name}={value}" for name, value in TINY.items()]
+    command = [sys.executable, "-m", "covr_fast.cli", "train", "carracing", "--out", str(out), *fields]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_train_prints_a_summary_without_control_characters(run_folder):
+    _, stdout = run_folder
+    policies = ("random policy", "VLM alone, before", "VLM alone, after", "actor alone")
+    for text in ("episode returns", *policies, "tau", "steps/s", "wall time: "):
+        assert text in stdout
+    assert "\x1b" not in stdout
+    assert "\r" not in stdout
+
+
+def test_train_leaves_a_video_and_curves(run_folder):
+    out, _ = run_folder
+    import imageio.v3 as iio
+
+    assert iio.imread(out / "curves.png").std() > 0
+    clip = iio.imread(next(out.glob("episode.*")))
+    assert clip.shape[0] == 6  # 24 frames, 4 a decision
+    assert clip.std() > 10
+
+
+def test_nothing_is_overwritten(run_folder, monkeypatch, capsys):
+    out, _ = run_folder
+    before = (out / "summary.json").read_bytes()
+    assert call(monkeypatch, "train", "carracing", "--out", str(out)) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert (out / "summary.json").read_bytes() == before
+
+
+def test_evaluate(run_folder, monkeypatch, capsys):
+    out, _ = run_folder
+    assert call(monkeypatch, "evaluate", str(out), "--episodes", "2") == 0
+    assert "over 2 episodes" in capsys.readouterr().out
+
+
+def test_report_compares_runs(run_folder, monkeypatch, capsys):
+    out, _ = run_folder
+    (out / "curves.png").unlink()
+    assert call(monkeypatch, "report", str(out), str(out)) == 0
+    assert "runs compared" in capsys.readouterr().out
+    assert (out / "curves.png").exists()
+
+
+def test_doctor_speaks_json(monkeypatch, capsys):
+    assert call(monkeypatch, "doctor", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["ready_to_train"] is True
+    assert call(monkeypatch, "doctor") == 0
+    assert "ready" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["trane"], "unknown command 'trane': did you mean train"),
+        (["train", "carracin"], "unknown preset 'carracin': did you mean carracing"),
+        (["train", "carracing", "--env.id", "CartPole-v1", "--out", "OUT"], "discrete action space"),
+        (["train", "carracing", "--vlm.model", "./no-such-model", "--out", "OUT"], "no-such-model"),
+        (
+            ["train", "carracing", "--replay.batch-size", "5000", "--out", "OUT"],
+            "replay.batch_size=5000 is larger",
+        ),
+        (["evaluate", "OUT"], "is it the folder of a run?"),
+        (["report", "OUT"], "not the folder of a finished run"),
+        (["report"], "at least one run folder"),
+    ],
+)
+def test_user_mistakes_are_one_line_and_exit_code_2(arguments, message, monkeypatch, capsys, tmp_path):
+    arguments = [str(tmp_path / "run") if a == "OUT" else a for a in arguments]
+    assert call(monkeypatch, *arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert error.startswith("error: ")
+    assert "\n" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_field(monkeypatch, capsys):
+    assert call(monkeypatch, "train", "carracing", "--env.num-env", "3") == 2
+    assert "num-env" in capsys.readouterr().err
+
+
+def test_help_lists_presets_and_fields(monkeypatch, capsys):
+    assert call(monkeypatch, "train", "--help") == 0
+    assert "cheetah-run" in capsys.readouterr().out
+    assert call(monkeypatch, "train", "carracing", "--help") == 0
+    text = capsys.readouterr().out
+    for field in ("--covr.threshold", "--vlm.model", "--tuner.", "--env.action-repeat", "--replay.augment"):
+        assert field in text
+
+
+def test_importing_the_package_is_light():
+    code = (
+        "import sys, torch, time; t = time.perf_counter();"
+        "import covr_fast; covr_fast.ReplayBuffer; covr_fast.ops;"
+        "took = time.perf_counter() - t; assert took < 0.3, took;"
+        "heavy = {'transformers', 'envpool', 'peft', 'gymnasium'} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

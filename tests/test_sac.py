@@ -1,0 +1,168 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from simulators import SIZE, target_envs
+
+from covr_fast import ReplayBuffer
+from covr_fast.agents import SAC, SACConfig
+from covr_fast.agents.networks import Actor
+from covr_fast.agents.sac import prior_loss
+from covr_fast.errors import UserError
+
+SMALL = SACConfig(channels=(8, 8), strides=(2, 2), latent=16, hidden=32)
+
+
+def make_batch(n=6, *, shape=(3, SIZE, SIZE), dim=2, seed=0, **changes):
+    g = torch.Generator().manual_seed(seed)
+    batch = {
+        "obs": torch.rand(n, *shape, generator=g),
+        "next_obs": torch.rand(n, *shape, generator=g),
+        "action": torch.rand(n, dim, generator=g) * 2 - 1,
+        "reward": torch.randn(n, generator=g),
+        "discount": torch.full((n,), 0.9),
+        "weight": torch.ones(n),
+        "extras": {"prior": torch.rand(n, dim, generator=g) * 2 - 1, "prior_mask": torch.ones(n)},
+    }
+    return SimpleNamespace(**(batch | changes))
+
+
+def test_log_prob_is_that_of_the_squashed_gaussian():
+    torch.manual_seed(0)
+    actor = Actor(4, 8, 3).double()
+    latent, noise = torch.randn(5, 4).double(), torch.randn(5, 3).double()
+    sample = actor(latent, noise)
+    mean, raw = actor.net(latent).chunk(2, -1)
+    log_std = -5 + 3.5 * (torch.tanh(raw) + 1)
+    normal = torch.distributions.Normal(mean, log_std.exp())
+    truth = torch.distributions.TransformedDistribution(normal, torch.distributions.TanhTransform())
+    torch.testing.assert_close(sample.log_prob, truth.log_prob(sample.action).sum(-1))
+
+
+def test_bellman_target_tells_terminated_from_truncated():
+    agent = SAC((3, SIZE, SIZE), (2,), SMALL, seed=0)
+    batch = make_batch(discount=torch.tensor([0.9, 0.0, 0.9, 0.0, 0.9, 0.9]))
+    target = agent.bellman_target(batch)
+    torch.testing.assert_close(target[[1, 3]], batch.reward[[1, 3]])  # terminated: nothing follows
+    agent.generator.manual_seed(0)
+    with torch.no_grad():
+        latent = agent.encoder(batch.next_obs)
+        noise = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
+        sample = agent.actor(latent, noise)
+        q = torch.minimum(*agent.critic_target(latent, sample.action))
+        value = q - 0.1 * sample.log_prob
+    rows = [0, 2, 4, 5]
+    torch.testing.assert_close(agent.bellman_target(batch)[rows], (batch.reward + 0.9 * value)[rows])
+
+
+def test_prior_loss_gradient_by_hand():
+    """d/da of lambda * mean_b m_b ||a_v - a_r||^2 is 2 lambda m_b (a_r - a_v) / B."""
+    action = torch.tensor([[0.5, -0.5], [0.1, 0.2], [0.9, 0.0]], requires_grad=True)
+    prior = torch.tensor([[0.0, 0.5], [1.0, 1.0], [-1.0, 0.0]])
+    mask = torch.tensor([1.0, 0.0, 1.0])
+    loss = 2.0 * prior_loss(action, prior, mask)
+    loss.backward()
+    assert loss.item() == pytest.approx(2.0 * (0.25 + 1.0 + 3.61) / 3)
+    expected = 2 * 2.0 * mask[:, None] * (action.detach() - prior) / 3
+    torch.testing.assert_close(action.grad, expected)
+
+
+def test_guidance_adds_exactly_eq_4_to_the_actor_gradient():
+    agent = SAC((3, SIZE, SIZE), (2,), SACConfig(**{**vars(SMALL), "prior_weight": 2.0}), seed=1)
+    batch = make_batch(8)
+    batch.extras["prior_mask"] = torch.tensor([1.0, 0, 1, 0, 0, 1, 1, 0])
+    with torch.no_grad():
+        latent = agent.encoder(batch.obs)
+
+    def gradient(guide):
+        agent.generator.manual_seed(7)
+        agent.actor.zero_grad()
+        loss, _ = agent.actor_loss(latent, batch.extras, guide=guide)
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in agent.actor.parameters()])
+
+    difference = gradient(True) - gradient(False)
+    agent.generator.manual_seed(7)
+    agent.actor.zero_grad()
+    action = agent.actor(latent, agent._noise(8)).action
+    action.backward(4.0 * batch.extras["prior_mask"][:, None] * (action.detach() - batch.extras["prior"]) / 8)
+    by_hand = torch.cat([p.grad.flatten() for p in agent.actor.parameters()])
+    assert by_hand.norm() > 0
+    torch.testing.assert_close(difference, by_hand, rtol=1e-4, atol=1e-6)
+
+
+def test_priors_are_not_read_before_the_cold_start_is_over():
+    batch = make_batch()
+    batch.extras = {"prior": torch.full((6, 2), torch.nan), "prior_mask": torch.ones(6)}
+    metrics = SAC((3, SIZE, SIZE), (2,), SMALL).update(batch, guide=False)
+    assert "prior_loss" not in metrics
+    assert all(torch.isfinite(value).all() for value in metrics.values())
+
+
+def test_the_actor_update_leaves_encoder_and_critic_alone():
+    agent = SAC((3, SIZE, SIZE), (2,), SMALL)
+    batch = make_batch()
+    before = [p.clone() for m in (agent.encoder, agent.critic) for p in m.parameters()]
+    agent.update_actor(agent.encoder(batch.obs).detach(), batch, guide=True)
+    after = [p for m in (agent.encoder, agent.critic) for p in m.parameters()]
+    assert all((a == b).all() for a, b in zip(before, after, strict=True))
+    assert all(p.requires_grad for p in agent.critic.parameters())
+
+
+def test_target_follows_the_critic():
+    agent = SAC((3, SIZE, SIZE), (2,), SACConfig(**{**vars(SMALL), "tau": 0.25}))
+    old = [p.clone() for p in agent.critic_target.parameters()]
+    agent.update(make_batch(), guide=False)
+    for before, target, online in zip(
+        old, agent.critic_target.parameters(), agent.critic.parameters(), strict=True
+    ):
+        torch.testing.assert_close(target, before + 0.25 * (online - before))
+
+
+def test_state_dict_continues_bit_for_bit():
+    first, second = SAC((3, SIZE, SIZE), (2,), SMALL, seed=3), SAC((3, SIZE, SIZE), (2,), SMALL, seed=4)
+    first.update(make_batch(seed=1), guide=True)
+    second.load_state_dict(first.state_dict())
+    for agent in (first, second):
+        agent.update(make_batch(seed=2), guide=True)
+    for a, b in zip(first.actor.parameters(), second.actor.parameters(), strict=True):
+        assert (a == b).all()
+
+
+def test_frames_too_small_for_the_network():
+    with pytest.raises(UserError, match=r"too small for agent\.strides"):
+        SAC((3, 8, 8), (2,), SACConfig(channels=(8, 8, 8), strides=(2, 2, 2)))
+
+
+def test_learns_a_task_that_needs_its_eyes():
+    """Pointing at a bright column: whoever is blind gets 0.5 a step at best, on average."""
+    torch.manual_seed(0)
+    envs = target_envs(16)
+    config = SACConfig(channels=(8, 16), strides=(2, 1), latent=32, hidden=64, lr=1e-3)
+    agent = SAC(envs.obs_shape, envs.action_shape, config, seed=0)
+    buffer = ReplayBuffer(
+        4000,
+        num_envs=16,
+        obs_shape=envs.obs_shape,
+        action_shape=envs.action_shape,
+        frame_stack=1,
+        gamma=0.0,
+        seed=0,
+    )
+    recent: list[float] = []
+    with envs:
+        obs = envs.reset()
+        (ids,) = envs.batches()
+        for step in range(400):
+            action = agent.act(torch.from_numpy(obs), explore=step < 350).numpy()
+            envs.send(action, ids)
+            rows = envs.recv()
+            buffer.add(obs, action, rows.reward, rows.next_obs, rows.terminated, rows.truncated)
+            obs = rows.obs
+            if step >= 20:
+                for _ in range(2):
+                    agent.update(buffer.sample(64), guide=False)
+            if step >= 350:
+                recent.append(float(np.mean(rows.reward)))
+    assert np.mean(recent) > 0.8

@@ -1,0 +1,168 @@
+"""The whole loop on real CarRacing frames and the real nano VLM, at a small size."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from covr_fast import TrainConfig, Trainer
+from covr_fast.errors import UserError
+
+
+def small_config(**changes) -> TrainConfig:
+    config = TrainConfig.preset("carracing")
+    config.steps, config.warmup, config.steps_per_update, config.log_every = 160, 48, 8, 40
+    config.video = False
+    config.threads = 1
+    config.env.num_envs, config.env.batch_size, config.env.max_episode_steps = 4, 2, 40
+    config.env.height = config.env.width = 48
+    config.agent.channels, config.agent.strides, config.agent.hidden = (8, 8), (4, 2), 32
+    config.replay.batch_size, config.replay.capacity = 16, 400
+    config.covr.psi_0, config.covr.min_samples, config.covr.cold_start = 50, 8, 1
+    config.vlm.every = 5
+    config.eval.episodes, config.eval.vlm = 2, False
+    for name, value in changes.items():
+        part, _, leaf = name.rpartition("__")
+        setattr(getattr(config, part) if part else config, leaf, value)
+    return config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    trainer = Trainer(small_config(), out)
+    guided: list[tuple[int, bool]] = []
+    update = trainer.agent.update
+
+    def watched(batch, *, guide):
+        guided.append((trainer.schedule.rounds, guide))
+        return update(batch, guide=guide)
+
+    trainer.agent.update = watched
+    summary = trainer.run()
+    return trainer, summary, out, guided
+
+
+def read_metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_counts_add_up(finished):
+    trainer, summary, _, guided = finished
+    assert summary["steps"] == 160
+    assert len(trainer.buffer) > 0
+    assert summary["updates"] == (160 - 48) // 8 == len(guided)
+    assert summary["episodes"] == 160 // 10
+    assert summary["frames"] == 160 * 4
+    assert sum(summary["time_shares"].values()) == pytest.approx(1, abs=1e-6)
+
+
+def test_rounds_happen_on_schedule_from_finished_episodes_only(finished):
+    _, summary, *_ = finished
+    # Episodes last 10 decisions of 4 environments, so 40 samples finish at once, up to a batch of 2.
+    assert [r["step"] for r in summary["rounds"]] == [50, 150]
+    assert summary["rounds"][0]["samples"] == 40
+    for r in summary["rounds"]:
+        assert 0 < r["kept"] < r["samples"]
+        assert 0 < r["nonzero_share"] <= 1
+        assert math.isfinite(r["loss_after"])
+
+
+def test_cold_start(finished):
+    *_, guided = finished
+    assert {guide for rounds, guide in guided if rounds < 1} == {False}
+    assert {guide for rounds, guide in guided if rounds >= 1} == {True}
+
+
+def test_only_asked_transitions_carry_a_prior(finished):
+    trainer, *_ = finished
+    batch = trainer.buffer.sample(2000)
+    asked = batch.extras["prior_mask"].bool()
+    assert 0.1 < asked.float().mean() < 0.3  # every fifth
+    assert (batch.extras["prior"][asked].abs() <= 1).all()
+
+
+def test_run_folder(finished):
+    _, summary, out, _ = finished
+    names = {path.name for path in out.iterdir()}
+    assert {"config.json", "metrics.jsonl", "summary.json", "curves.png", "checkpoint"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert json.loads((out / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    assert TrainConfig.from_dict(json.loads((out / "config.json").read_text())) == small_config()
+    metrics = read_metrics(out)
+    assert [m["step"] for m in metrics if "q" in m][-1] == 160
+    assert all(math.isfinite(v) for m in metrics for v in m.values())
+
+
+def test_the_checkpoint_plays_like_the_trained_actor(finished):
+    from covr_fast.vlm import ActionPrior
+
+    from covr_fast.checkpoint import load_actor
+    from covr_fast.evaluate import actor_policy
+
+    trainer, _, out, _ = finished
+    policy, config = load_actor(out)
+    obs = np.random.default_rng(0).integers(0, 256, (3, *trainer.envs.obs_shape), dtype=np.uint8)
+    assert (policy(obs) == actor_policy(trainer.agent, config)(obs)).all()
+    frames = torch.from_numpy(obs[:, -3:])
+    prior = ActionPrior.from_pretrained(out / "checkpoint" / "vlm", action_dim=2)
+    assert (prior(frames).token_ids == trainer.prior(frames).token_ids).all()
+
+
+def test_same_seed_same_run_bit_for_bit(finished, tmp_path):
+    first, _, out, _ = finished
+    second = Trainer(small_config(), tmp_path)
+    second.run()
+    for name, module in first.agent.modules().items():
+        for key, value in module.state_dict().items():
+            assert (value == second.agent.modules()[name].state_dict()[key]).all(), f"{name}.{key}"
+    assert first.returns == second.returns
+
+    def timeless(metrics):
+        skip = ("time/", "steps_per_second", "seconds", "round/tuning_seconds")
+        return [{k: v for k, v in m.items() if not k.startswith(skip)} for m in metrics]
+
+    assert timeless(read_metrics(out)) == timeless(read_metrics(tmp_path))
+
+
+def test_another_seed_another_run(finished, tmp_path):
+    first, *_ = finished
+    other = Trainer(small_config(seed=1, steps=56, covr__psi_0=1000), tmp_path)
+    other.run()
+    assert other.returns[:4] != first.returns[:4]
+
+
+def test_a_round_waits_for_finished_episodes_and_says_so(tmp_path, capsys):
+    trainer = Trainer(small_config(steps=60, covr__psi_0=16, covr__min_samples=30), tmp_path)
+    summary = trainer.run()
+    assert summary["rounds"][0]["step"] >= 40
+    assert "round 1 waits: D_f holds 0 samples" in capsys.readouterr().out
+
+
+def test_held_priors_cover_the_steps_between_and_end_with_the_episode(tmp_path):
+    trainer = Trainer(small_config(steps=60, covr__psi_0=1000, vlm__between="hold", vlm__every=7), tmp_path)
+    trainer.run()
+    batch = trainer.buffer.sample(500)
+    share = batch.extras["prior_mask"].mean()
+    # Asked at decisions 0, 7, 14; episodes end at 10: 10 of the first 10 are covered, then 14 is the next.
+    assert 0.5 < share < 1
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"replay__batch_size": 500}, "replay.batch_size=500 is larger than what is stored"),
+        ({"replay__gamma": 1.5}, "replay.gamma=1.5"),
+        ({"replay__pad": 24}, "replay.pad=24 crops away all"),
+        ({"steps": 0}, "steps=0 must be at least 1"),
+        ({"vlm__model": "/nowhere/at/all"}, "/nowhere/at/all"),
+        ({"env__id": "CarRacer-v3"}, "did you mean CarRacing-v3"),
+    ],
+)
+def test_bad_settings_are_one_line_errors(changes, message, tmp_path):
+    with pytest.raises(UserError, match=message) as caught:
+        Trainer(small_config(**changes), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists(), "something half-written was left behind"
