@@ -3,6 +3,11 @@
 
 namespace py = pybind11;
 
+namespace covr {
+void bind_output_pool(py::module_& m);
+void bind_replay(py::module_& m);
+}  // namespace covr
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ and CUDA kernels of covr_fast; call them through covr_fast.ops and covr_fast.ReplayBuffer.";
 #ifdef COVR_WITH_CUDA
@@ -10,4 +15,6 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("with_cuda") = false;
 #endif
+  covr::bind_output_pool(m);
+  covr::bind_replay(m);
 }

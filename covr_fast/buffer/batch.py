@@ -1,0 +1,40 @@
+"""What `ReplayBuffer.sample` returns."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+Observation = Tensor | dict[str, Tensor]
+
+
+@dataclass(slots=True)
+class Batch:
+    """B transitions. With n-step returns, `k` below is n, or less where the episode ended earlier.
+
+    The tensors own their memory: they stay valid, and unchanged, for as long as anything refers to them.
+    """
+
+    obs: Observation
+    """[B, C * stack, H, W] (a dict of such for dict observations), oldest frame first."""
+    action: Tensor
+    """[B, *action_shape]."""
+    reward: Tensor
+    """float32 [B]: sum of gamma^j * r_{t+j} over the k steps."""
+    next_obs: Observation
+    """As obs, k steps later."""
+    discount: Tensor
+    """float32 [B]: gamma^k, or 0 where the episode terminated within the k steps."""
+    terminated: Tensor
+    """bool [B]: the last of the k steps terminated the episode."""
+    truncated: Tensor
+    """bool [B]: the last of the k steps truncated the episode."""
+    index: Tensor
+    """int64 [B]: ids for `update_priorities`, `set_extras`, `observations`. Never reused."""
+    weight: Tensor
+    """float32 [B]: importance weights of the prioritized sampler, otherwise ones."""
+    extras: dict[str, Tensor]
+    """The declared extras, each [B, *shape]."""
+    obs_offset: Tensor | None = None
+    """int64 [B, 2]: the (y, x) offsets that the augmentation used for obs; None without one."""
+    next_obs_offset: Tensor | None = None
+    """int64 [B, 2]: likewise for next_obs."""

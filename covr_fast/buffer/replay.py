@@ -1,0 +1,500 @@
+"""The replay buffer."""
+
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import _C
+from .batch import Batch, Observation
+from .spec import KeySpec, ShapeAndType, key_specs, shape_and_dtype
+
+Rows = np.ndarray | Tensor
+ObservationRows = Rows | Mapping[str, Rows]
+Augment = Literal["shift", "crop"]
+Sampler = Literal["uniform", "prioritized", "recent"]
+
+_OUT_TYPES = {torch.uint8: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+_GIVEN = -1.0  # instead of a recency: the ids are given, do not draw
+
+
+class ReplayBuffer:
+    """A ring of single frames per environment, from which stacks and next observations are rebuilt.
+
+    An observation [C * stack, H, W] arrives stacked, as environments give it, and its one new frame is
+    stored: about C * H * W bytes per transition instead of 2 * stack times that. What comes out of `sample`
+    equals what went into `add`, byte for byte, at episode starts (whatever the first stack is padded with),
+    terminations, truncations, and across the ring's seam.
+
+    Args:
+        capacity: transitions held in all. Environment e keeps its latest capacity / num_envs; the oldest goes
+            first. An episode of n transitions has n + 1 frames, and 1/32 of the ring (at least 64 KiB per
+            environment) is there for them: only where episodes are shorter than 32 steps does len() settle
+            below capacity.
+        num_envs: how many environments (streams) feed the buffer.
+        obs_shape: the stacked shape, e.g. (9, 84, 84); (n,) for vectors; a dict of shapes for dict
+            observations.
+        action_shape: shape of one action, () for discrete ones.
+        frame_stack: how many frames an observation stacks, oldest first. 1 stores observations as they are.
+            In a dict of shapes, an integer means the images; a dict says it per key.
+        n_step, gamma: sample n-step rewards, discounted by gamma. A transition can be sampled once its n
+            steps (or its episode's end) are there.
+        sampler: "uniform"; "prioritized"; or "recent", which prefers what was added last.
+        device: where frames live and batches arrive.
+        seed: of all sampling. None draws one.
+        extras: further values per transition, name -> shape, or name -> (shape, dtype); float32 unless given.
+        obs_dtype: uint8 for images and float32 for the rest unless given.
+        action_dtype: dtype that actions are stored in.
+        channels_last: observations arrive as [H, W, C * stack]. They are sampled channels first all the same.
+
+    Adding and sampling may happen in different threads; each call is atomic.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        *,
+        num_envs: int,
+        obs_shape: Sequence[int] | Mapping[str, Sequence[int]],
+        action_shape: Sequence[int],
+        frame_stack: int | Mapping[str, int] = 1,
+        n_step: int = 1,
+        gamma: float = 0.99,
+        sampler: Sampler = "uniform",
+        device: str | torch.device = "cpu",
+        seed: int | None = None,
+        extras: Mapping[str, ShapeAndType] | None = None,
+        obs_dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
+        action_dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
+    ) -> None:
+        if num_envs < 1:
+            raise ValueError(f"num_envs is {num_envs}: it must be at least 1")
+        if capacity < num_envs:
+            raise ValueError(f"capacity is {capacity}: it must be at least num_envs = {num_envs}")
+        per_stream = -(-capacity // num_envs)
+        if not 1 <= n_step <= capacity // num_envs:
+            raise ValueError(
+                f"n_step is {n_step}: it must lie between 1 and the {capacity // num_envs} transitions "
+                "that the buffer holds per environment"
+            )
+        if not 0.0 <= gamma <= 1.0:
+            raise ValueError(f"gamma is {gamma}: it must lie in [0, 1]")
+        self.capacity = capacity
+        self.num_envs = num_envs
+        self.n_step = n_step
+        self.gamma = gamma
+        self.sampler = sampler
+        self.device = torch.device(device)
+        self.seed = secrets.randbits(63) if seed is None else int(seed)
+        self._batches_drawn = 0
+        self._keys = key_specs(obs_shape, obs_dtype, frame_stack, channels_last)
+        self._single = not isinstance(obs_shape, Mapping)
+        self._extras = {name: shape_and_dtype(spec) for name, spec in (extras or {}).items()}
+        self._columns = {"action": (tuple(action_shape), action_dtype), **self._extras}
+        self._pool = _C.OutputPool()
+        self._allocate(per_stream)
+        self._core = self._connect()
+
+    # ---- storage ----
+
+    def _allocate(self, per_stream: int) -> None:
+        """All state as tensors: `_C.Replay` keeps their addresses, `state_dict` their names."""
+        rows = self.num_envs * per_stream
+        self._rows = rows
+        self._state: dict[str, Tensor] = {
+            name: torch.zeros(self.num_envs, dtype=torch.int64) for name in ("count", "first", "ended")
+        }
+        self._state["reward"] = torch.zeros(rows)
+        self._state["flags"] = torch.zeros(rows, dtype=torch.uint8)
+        self._state["time"] = torch.zeros(rows, dtype=torch.int32)
+        for name, (shape, dtype) in self._columns.items():
+            self._state[f"column.{name}"] = torch.zeros(rows, *shape, dtype=dtype)
+        for key in self._keys:
+            spare = max(-(-per_stream // 32), (64 << 10) // key.frame_bytes)
+            slots = per_stream + min(per_stream, spare) + key.stack + 1
+            frames = torch.empty(self.num_envs, slots, *key.frame_shape, dtype=key.dtype)
+            _C.prefer_huge_pages(frames.data_ptr(), frames.nbytes)
+            self._state[f"frames.{key.name}"] = frames
+            self._state[f"written.{key.name}"] = torch.zeros(self.num_envs, dtype=torch.int64)
+            self._state[f"newest.{key.name}"] = torch.zeros(rows, dtype=torch.int64)
+            self._state[f"depth.{key.name}"] = torch.zeros(rows, dtype=torch.uint8)
+
+    def _connect(self) -> Any:
+        address = {name: tensor.data_ptr() for name, tensor in self._state.items()}
+        core = _C.Replay(
+            capacity=self.capacity,
+            num_envs=self.num_envs,
+            n_step=self.n_step,
+            gamma=self.gamma,
+            **{name: address[name] for name in ("count", "first", "ended", "reward", "flags", "time")},
+        )
+        for key in self._keys:
+            slots = self._state[f"frames.{key.name}"].shape[1]
+            core.add_key(
+                name=key.name,
+                data=address[f"frames.{key.name}"],
+                recent=address[f"frames.{key.name}"],
+                slots=slots,
+                recent_slots=slots,
+                stack=key.stack,
+                channels=key.channels,
+                height=key.height,
+                width=key.width,
+                item_bytes=key.dtype.itemsize,
+                channels_last=key.channels_last,
+                **{name: address[f"{name}.{key.name}"] for name in ("written", "newest", "depth")},
+            )
+        for name, (shape, dtype) in self._columns.items():
+            core.add_column(
+                name, address[f"column.{name}"], int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+            )
+        self._numpy_types = {name: _numpy_dtype(dtype) for name, (_, dtype) in self._columns.items()}
+        return core
+
+    def __len__(self) -> int:
+        """Transitions held."""
+        return self._core.size()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for storage, frames and bookkeeping together."""
+        return sum(tensor.nbytes for tensor in self._state.values())
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{key.name} {key.shape} {str(key.dtype)[6:]} x{key.stack}" for key in self._keys)
+        return (
+            f"ReplayBuffer({len(self)}/{self.capacity} transitions of {self.num_envs} environments; "
+            f"{shapes}; {self.sampler}, n_step={self.n_step}; {self.nbytes / 2**20:.1f} MiB on {self.device})"
+        )
+
+    # ---- adding ----
+
+    def add(
+        self,
+        obs: ObservationRows,
+        action: Rows,
+        reward: Rows,
+        next_obs: ObservationRows,
+        terminated: Rows,
+        truncated: Rows,
+        *,
+        env_ids: Rows | None = None,
+        **extras: Rows,
+    ) -> Tensor:
+        """Appends one transition per row, rows [E, ...], to the streams of its environments.
+
+        At the end of an episode `next_obs` is its final observation, not the first of the next episode.
+
+        Args:
+            obs, next_obs: the stacked observations, in the dtype and layout the buffer was built for.
+            env_ids: which environment each row belongs to, each at most once. None: all of them, in order.
+            **extras: the values declared as `extras`, all of them.
+
+        Returns:
+            int64 [E], the ids of the new transitions.
+
+        Raises:
+            ValueError: rows of the wrong shape or dtype; or an observation that contradicts its stream, in
+                which case nothing was added. Most bytes of the older frames are compared at episode starts
+                and ends, one in eight in between (other ones each step).
+        """
+        if extras.keys() != self._extras.keys():
+            raise ValueError(f"add() got the extras {sorted(extras)}, declared are {sorted(self._extras)}")
+        ids = self._core.add(
+            self._observation_rows(obs, "obs"),
+            self._observation_rows(next_obs, "next_obs"),
+            _rows(reward, np.float32),
+            _flags(terminated, "terminated"),
+            _flags(truncated, "truncated"),
+            [
+                _rows(action, self._numpy_types["action"]),
+                *(_rows(extras[name], self._numpy_types[name]) for name in self._extras),
+            ],
+            None if env_ids is None else _rows(env_ids, np.int64),
+            self.num_envs,
+        )
+        return torch.from_numpy(ids)
+
+    def _observation_rows(self, observation: ObservationRows, what: str) -> list[np.ndarray]:
+        if self._single:
+            return [_checked_rows(observation, self._keys[0], what)]  # type: ignore[arg-type]
+        if not isinstance(observation, Mapping):
+            raise ValueError(f"{what} must be a dict with the keys {[key.name for key in self._keys]}")
+        missing = [key.name for key in self._keys if key.name not in observation]
+        if missing:
+            raise ValueError(f"{what} lacks the keys {missing}")
+        return [_checked_rows(observation[key.name], key, f"{what}[{key.name!r}]") for key in self._keys]
+
+    def cut(self, env_ids: Rows | None = None) -> None:
+        """Declares that these environments (None: all) were reset outside, e.g. when a run is resumed.
+
+        Their next row begins a new segment. The last one ends as a truncated episode would: n-step returns
+        stop there and bootstrap.
+        """
+        self._core.cut(None if env_ids is None else _rows(env_ids, np.int64), self.num_envs)
+
+    # ---- sampling ----
+
+    def sample(
+        self,
+        batch_size: int,
+        *,
+        augment: Augment | None = None,
+        pad: int = 4,
+        dtype: torch.dtype = torch.float32,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> Batch:
+        """Draws a batch, with replacement, and rebuilds its observations in one pass.
+
+        Args:
+            batch_size: B.
+            augment: "shift", DrQ's random shift: the picture moved by up to `pad` pixels each way, edges
+                repeated. "crop", RAD's random crop: a window of (H - 2 * pad, W - 2 * pad). Both use an
+                offset in [0, 2 * pad] per row and axis, one for obs and an independent one for next_obs, and
+                the same for every image key.
+            dtype: of image observations. uint8 as stored; float32, bfloat16 and float16 divided by 255. Other
+                observations keep theirs.
+            memory_format: torch.channels_last writes images as NHWC (the shape stays [B, C, H, W]).
+
+        Raises:
+            IndexError: nothing can be sampled yet.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
+        index = torch.empty(batch_size, dtype=torch.int64)
+        return self._gather(index, 1.0, augment, pad, dtype, memory_format)
+
+    def _gather(
+        self,
+        index: Tensor,
+        recency: float,
+        augment: Augment | None,
+        pad: int,
+        dtype: torch.dtype,
+        memory_format: torch.memory_format,
+    ) -> Batch:
+        n = index.numel()
+        shifted, crop = self._augmentation(augment, pad)
+        reward, discount = torch.empty(n), torch.empty(n)
+        terminated, truncated = torch.empty(n, dtype=torch.bool), torch.empty(n, dtype=torch.bool)
+        columns = {
+            name: torch.empty(n, *shape, dtype=column_dtype)
+            for name, (shape, column_dtype) in self._columns.items()
+        }
+        offsets = torch.empty(2, n, 2, dtype=torch.int64) if shifted else None
+        out = _C.BatchOut(
+            rows=n,
+            ids=index.data_ptr(),
+            reward=reward.data_ptr(),
+            discount=discount.data_ptr(),
+            terminated=terminated.data_ptr(),
+            truncated=truncated.data_ptr(),
+            columns=[column.data_ptr() for column in columns.values()],
+            offsets=0 if offsets is None else offsets.data_ptr(),
+            offset_range=2 * pad + 1,
+            shift_origin=pad if augment == "shift" else 0,
+        )
+        obs, next_obs = {}, {}
+        for key in self._keys:
+            obs[key.name] = self._output(key, n, dtype, shifted, crop, memory_format)
+            next_obs[key.name] = self._output(key, n, dtype, shifted, crop, memory_format)
+            target = self._target(key, dtype, shifted, crop, memory_format)
+            out.add_key(target, obs[key.name].data_ptr(), next_obs[key.name].data_ptr())
+        batch = self._batches_drawn
+        if recency >= 0:
+            self._batches_drawn += 1
+        self._core.sample(out, self.seed, batch, recency, 0, torch.get_num_threads())
+        return Batch(
+            obs=self._join(obs),
+            action=columns.pop("action"),
+            reward=reward,
+            next_obs=self._join(next_obs),
+            discount=discount,
+            terminated=terminated,
+            truncated=truncated,
+            index=index,
+            weight=torch.ones(n),
+            extras=columns,
+            obs_offset=None if offsets is None else offsets[0],
+            next_obs_offset=None if offsets is None else offsets[1],
+        )
+
+    def _augmentation(self, augment: Augment | None, pad: int) -> tuple[bool, int]:
+        """Whether pictures are shifted at all, and how many pixels are cropped from every edge."""
+        if augment is None:
+            return False, 0
+        if augment not in ("shift", "crop"):
+            raise ValueError(f"augment is {augment!r}: it must be None, 'shift' or 'crop'")
+        images = [key for key in self._keys if key.is_image]
+        if not images:
+            raise ValueError(f"augment={augment!r} needs an image observation (uint8, three dimensions)")
+        if pad < 0 or pad > 1024:
+            raise ValueError(f"pad is {pad}: it must lie in [0, 1024]")
+        if augment == "crop" and any(2 * pad >= min(key.height, key.width) for key in images):
+            raise ValueError(f"pad is {pad}: a crop by {2 * pad} pixels leaves nothing of the images")
+        return True, pad if augment == "crop" else 0
+
+    def _target(
+        self, key: KeySpec, dtype: torch.dtype, shifted: bool, crop: int, memory_format: torch.memory_format
+    ) -> Any:
+        if memory_format not in (torch.contiguous_format, torch.channels_last):
+            raise ValueError(f"memory_format is {memory_format}: use contiguous_format or channels_last")
+        if dtype not in _OUT_TYPES:
+            raise ValueError(f"dtype is {dtype}: observations come as uint8, float32, bfloat16 or float16")
+        channels_last = memory_format == torch.channels_last and len(key.shape) == 3
+        if not key.is_image:
+            return _C.GatherTarget(0, channels_last, False, key.height, key.width)
+        return _C.GatherTarget(
+            _OUT_TYPES[dtype], channels_last, shifted, key.height - 2 * crop, key.width - 2 * crop
+        )
+
+    def _output(
+        self,
+        key: KeySpec,
+        n: int,
+        dtype: torch.dtype,
+        shifted: bool,
+        crop: int,
+        memory_format: torch.memory_format,
+    ) -> Tensor:
+        """Memory for n observations of a key: used again when the last tensor that shares it is gone."""
+        dtype = dtype if key.is_image else key.dtype
+        shape = (n, *key.out_shape(crop if shifted and key.is_image else 0))
+        items = int(np.prod(shape, dtype=np.int64))
+        flat = torch.from_numpy(self._pool.take(items * dtype.itemsize)).view(dtype)
+        if memory_format == torch.channels_last and len(key.shape) == 3:
+            n, c, h, w = shape
+            return flat.view(n, h, w, c).permute(0, 3, 1, 2)
+        return flat.view(shape)
+
+    def _join(self, observation: dict[str, Tensor]) -> Observation:
+        return observation[self._keys[0].name] if self._single else observation
+
+    # ---- single transitions ----
+
+    def observations(self, index: Rows, *, dtype: torch.dtype = torch.uint8) -> Observation:
+        """The observations [n, C * stack, H, W] of these transitions; dtypes as in `sample`.
+
+        Raises:
+            IndexError: a transition was overwritten (or never added). `contains` tells beforehand.
+        """
+        ids = _index(index)
+        out = {
+            key.name: self._output(key, len(ids), dtype, False, 0, torch.contiguous_format)
+            for key in self._keys
+        }
+        self._observe(
+            ids,
+            out,
+            {key.name: self._target(key, dtype, False, 0, torch.contiguous_format) for key in self._keys},
+        )
+        return self._join(out)
+
+    def frames(self, index: Rows) -> Observation:
+        """The newest single frames, [n, C, H, W] in the stored dtype, of these transitions."""
+        rows = self._held_rows(index)
+        out = {}
+        for key in self._keys:
+            frames = self._state[f"frames.{key.name}"]
+            slots = self._state[f"newest.{key.name}"][rows] % frames.shape[1]
+            out[key.name] = frames[rows // (self._rows // self.num_envs), slots]
+        return self._join(out)
+
+    def actions(self, index: Rows) -> Tensor:
+        """The actions [n, *action_shape] of these transitions."""
+        return self._state["column.action"][self._held_rows(index)]
+
+    def extras(self, index: Rows) -> dict[str, Tensor]:
+        """The extras, each [n, *shape], of these transitions."""
+        rows = self._held_rows(index)
+        return {name: self._state[f"column.{name}"][rows] for name in self._extras}
+
+    def set_extras(self, index: Rows, **values: Rows) -> None:
+        """Overwrites extras of these transitions, e.g. with a prior that arrives after its step."""
+        if unknown := values.keys() - self._extras.keys():
+            raise ValueError(f"set_extras() got {sorted(unknown)}, declared are {sorted(self._extras)}")
+        rows = self._held_rows(index)
+        for name, value in values.items():
+            column = self._state[f"column.{name}"]
+            column[rows] = torch.as_tensor(value, dtype=column.dtype).reshape(len(rows), *column.shape[1:])
+
+    def contains(self, index: Rows) -> Tensor:
+        """bool [n]: which of these transitions are still held."""
+        return torch.from_numpy(self._core.rows(_index(index).numpy())) >= 0
+
+    # ---- streams ----
+
+    def stream_bounds(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(first, ended, count), each int64 [num_envs]: a stream holds its transitions first .. count - 1,
+        and those before `ended` belong to episodes that have ended. Transition t of environment e has the id
+        t * num_envs + e."""
+        first, ended, count = (self._state[name].numpy().copy() for name in ("first", "ended", "count"))
+        return first, ended, count
+
+    def stream_rows(self, env: int, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Transitions start .. stop - 1 of an environment, which must be held: reward float32, end bool (the
+        episode ended, or was cut, with this step) and time int32 (steps since the episode began)."""
+        limit = self.capacity // self.num_envs + (env < self.capacity % self.num_envs)
+        rows = env * (self._rows // self.num_envs) + np.arange(start, stop) % limit
+        return {
+            "reward": self._state["reward"].numpy()[rows],
+            "end": self._state["flags"].numpy()[rows] != 0,
+            "time": self._state["time"].numpy()[rows],
+        }
+
+    def _observe(self, ids: Tensor, out: dict[str, Tensor], targets: dict[str, Any]) -> None:
+        request = _C.BatchOut(len(ids), ids.data_ptr(), 0, 0, 0, 0, [], 0, 0, 0)
+        for key in self._keys:
+            request.add_key(targets[key.name], out[key.name].data_ptr(), 0)
+        self._core.observe(request, torch.get_num_threads())
+
+    def _held_rows(self, index: Rows) -> Tensor:
+        ids = _index(index)
+        rows = torch.from_numpy(self._core.rows(ids.numpy()))
+        if (rows < 0).any():
+            gone = ids[rows < 0]
+            raise IndexError(
+                f"{len(gone)} of {len(ids)} transitions, first {int(gone[0])}, are not in the buffer: they "
+                "were overwritten or never added (contains() tells which are held)"
+            )
+        return rows
+
+
+def _rows(value: Rows, dtype: Any) -> np.ndarray:
+    """As a contiguous numpy array of that dtype, without a copy where it already is one."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().numpy()
+    return np.ascontiguousarray(value, dtype)
+
+
+def _flags(value: Rows, what: str) -> np.ndarray:
+    array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    if array.dtype != np.bool_:
+        raise ValueError(f"{what} has dtype {array.dtype}: it must be bool")
+    return np.ascontiguousarray(array).view(np.uint8)
+
+
+def _checked_rows(value: Rows, key: KeySpec, what: str) -> np.ndarray:
+    array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    if array.shape[1:] != key.shape:
+        raise ValueError(
+            f"{what} has shape {array.shape}: it must be [rows, {', '.join(map(str, key.shape))}]"
+        )
+    expected = _numpy_dtype(key.dtype)
+    if array.dtype != expected:
+        if key.dtype == torch.uint8 or array.dtype.kind not in "fiub":
+            raise ValueError(f"{what} has dtype {array.dtype}: it must be {expected} (see obs_dtype)")
+        array = array.astype(expected)
+    return array if array[:1].flags.c_contiguous else np.ascontiguousarray(array)
+
+
+def _index(index: Rows) -> Tensor:
+    return torch.as_tensor(index, dtype=torch.int64, device="cpu").reshape(-1).contiguous()
+
+
+def _numpy_dtype(dtype: torch.dtype) -> np.dtype:
+    return torch.empty(0, dtype=dtype).numpy().dtype

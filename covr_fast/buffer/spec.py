@@ -1,0 +1,107 @@
+"""The shapes that a buffer is built for, checked once so that adding and sampling need not."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+Shape = tuple[int, ...]
+ShapeAndType = Shape | tuple[Sequence[int], torch.dtype]
+
+
+@dataclass(frozen=True)
+class KeySpec:
+    """One observation key: `stack` frames of [channels, height, width]; vectors have height = width = 1."""
+
+    name: str
+    shape: Shape
+    dtype: torch.dtype
+    stack: int
+    channels: int
+    height: int
+    width: int
+    channels_last: bool
+
+    @property
+    def is_image(self) -> bool:
+        return len(self.shape) == 3 and self.dtype == torch.uint8
+
+    @property
+    def frame_bytes(self) -> int:
+        return self.channels * self.height * self.width * self.dtype.itemsize
+
+    @property
+    def frame_shape(self) -> Shape:
+        """Shape of one stored frame: channels first, or the plain vector."""
+        return (self.channels, self.height, self.width) if len(self.shape) == 3 else self._split()
+
+    def out_shape(self, crop: int = 0) -> Shape:
+        """Shape of a sampled observation, `crop` pixels lost at every edge. Images come channels first."""
+        if len(self.shape) == 3:
+            return (self.stack * self.channels, self.height - 2 * crop, self.width - 2 * crop)
+        return self.shape
+
+    def _split(self) -> Shape:
+        return (self.shape[0] // self.stack, *self.shape[1:]) if self.shape else ()
+
+
+def key_spec(
+    name: str, shape: Sequence[int], dtype: torch.dtype | None, stack: int, channels_last: bool
+) -> KeySpec:
+    """Splits a stacked shape into frames; says how to fix one that cannot be split."""
+    shape = tuple(int(n) for n in shape)
+    if any(n < 1 for n in shape):
+        raise ValueError(f"obs_shape of {name!r} is {shape}: every size must be at least 1")
+    if not 1 <= stack <= 64:
+        raise ValueError(f"frame_stack is {stack}: it must lie between 1 and 64")
+    if dtype is None:
+        dtype = torch.uint8 if len(shape) == 3 else torch.float32
+    channels_last = channels_last and len(shape) == 3
+    stacked = shape[-1 if channels_last else 0] if shape else 1
+    if stacked % stack:
+        where = "last" if channels_last else "first"
+        raise ValueError(
+            f"obs_shape of {name!r} is {shape}: its {where} dimension is not a multiple of "
+            f"frame_stack={stack}. obs_shape is the stacked shape, e.g. (9, 84, 84) for three RGB frames"
+        )
+    channels = stacked // stack
+    if len(shape) == 3:
+        height, width = shape[:2] if channels_last else shape[1:]
+    else:
+        height = width = 1
+        for n in shape[1:]:
+            channels *= n
+    return KeySpec(name, shape, dtype, stack, channels, height, width, channels_last)
+
+
+def key_specs(
+    obs_shape: Sequence[int] | Mapping[str, Sequence[int]],
+    obs_dtype: torch.dtype | Mapping[str, torch.dtype] | None,
+    frame_stack: int | Mapping[str, int],
+    channels_last: bool,
+) -> list[KeySpec]:
+    """The keys of an observation. In a dict, an integer frame_stack means the images and leaves vectors
+    alone."""
+    if not isinstance(obs_shape, Mapping):
+        if isinstance(obs_dtype, Mapping) or isinstance(frame_stack, Mapping):
+            raise TypeError("obs_dtype and frame_stack can be dicts only if obs_shape is one")
+        return [key_spec("obs", obs_shape, obs_dtype, frame_stack, channels_last)]
+    if not obs_shape:
+        raise ValueError("obs_shape is an empty dict: a buffer needs at least one observation key")
+    specs = []
+    for name, shape in obs_shape.items():
+        dtype = obs_dtype.get(name) if isinstance(obs_dtype, Mapping) else obs_dtype
+        if isinstance(frame_stack, Mapping):
+            stack = frame_stack.get(name, 1)
+        else:
+            stack = frame_stack if len(shape) == 3 else 1
+        specs.append(key_spec(name, shape, dtype, stack, channels_last))
+    return specs
+
+
+def shape_and_dtype(spec: ShapeAndType, default: torch.dtype = torch.float32) -> tuple[Shape, torch.dtype]:
+    """`(2,)` is a shape, `((2,), torch.int64)` a shape with its dtype."""
+    if len(spec) == 2 and isinstance(spec[1], torch.dtype):
+        shape, dtype = spec
+        return tuple(shape), dtype
+    return tuple(spec), default

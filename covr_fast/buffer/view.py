@@ -1,0 +1,128 @@
+"""D_f, the fine-tuning buffer of COVR, as a view of the replay buffer (Xia et al. 2026, Alg. 1)."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .replay import ReplayBuffer
+
+
+class FineTuneView:
+    """The transitions of trajectories that finished since the last `clear`, with their returns.
+
+    Nothing is copied: the view remembers how far each environment's stream was consumed, and reads indices
+        and
+    rewards out of the buffer when asked. A trajectory is finished once it terminated, was truncated or was
+    cut; the truncated tail counts as the end, without a bootstrap. Steps of unfinished trajectories wait,
+    across a `clear`, until theirs ends. What the ring overwrote in the meantime is no longer in the view, but
+    counted.
+
+    Args:
+        buffer: the buffer to look at, from its present state on or, if it already holds transitions, from its
+            oldest. Query the view in the thread that adds.
+        gamma: discount of the returns.
+        horizon: None for the return to the end of the trajectory, g_t = sum_{k=t..T} gamma^(k-t) r_k. A
+            number h sums over at most h steps instead, and then a transition enters the view h steps after it
+            was added (or at the end of its trajectory): with many parallel environments none may have ended
+            when the first round is due.
+    """
+
+    def __init__(self, buffer: ReplayBuffer, gamma: float, horizon: int | None = None) -> None:
+        if not 0.0 <= gamma <= 1.0:
+            raise ValueError(f"gamma is {gamma}: it must lie in [0, 1]")
+        if horizon is not None and horizon < 1:
+            raise ValueError(f"horizon is {horizon}: it must be at least 1, or None for whole trajectories")
+        self.gamma = gamma
+        self.horizon = horizon
+        self._buffer = buffer
+        self._consumed = buffer.stream_bounds()[0]
+
+    def __len__(self) -> int:
+        start, stop = self._bounds()
+        return int((stop - start).sum())
+
+    @property
+    def overwritten(self) -> int:
+        """How many finished transitions the ring overwrote since the last `clear` before anyone used them."""
+        start, stop = self._finished()
+        first = self._buffer.stream_bounds()[0]
+        return int((np.clip(first, start, stop) - start).sum())
+
+    @property
+    def indices(self) -> Tensor:
+        """int64 [M], ids of the view's transitions: environment by environment, each in order of time."""
+        return torch.from_numpy(self._collect(self._ids))
+
+    @property
+    def returns(self) -> Tensor:
+        """float32 [M], the discounted returns-to-go of `indices`."""
+        return torch.from_numpy(self._collect(self._returns))
+
+    @property
+    def time_in_episode(self) -> Tensor:
+        """int32 [M], how many steps into its episode each of `indices` is."""
+        return torch.from_numpy(self._collect(lambda env, a, b: self._buffer.stream_rows(env, a, b)["time"]))
+
+    def clear(self) -> None:
+        """Empties the view. Steps of trajectories that have not finished stay pending."""
+        self._consumed = self._finished()[1]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """How far each stream was consumed; the rest is in the buffer."""
+        return {"consumed": torch.from_numpy(self._consumed.copy())}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        consumed = state["consumed"].numpy()
+        if consumed.shape != self._consumed.shape:
+            raise ValueError(
+                f"the state is of {len(consumed)} environments, the buffer has {len(self._consumed)}"
+            )
+        self._consumed = consumed.copy()
+
+    def _finished(self) -> tuple[np.ndarray, np.ndarray]:
+        """Per stream, the range of transitions that finished since the last clear, overwritten ones
+        included."""
+        _, ended, count = self._buffer.stream_bounds()
+        stop = ended if self.horizon is None else np.maximum(ended, count - self.horizon + 1)
+        return self._consumed, np.maximum(stop, self._consumed)
+
+    def _bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        start, stop = self._finished()
+        return np.clip(self._buffer.stream_bounds()[0], start, stop), stop
+
+    def _collect(self, part) -> np.ndarray:
+        start, stop = self._bounds()
+        parts = [part(env, a, b) for env, (a, b) in enumerate(zip(start, stop, strict=True))]
+        return np.concatenate(parts)
+
+    def _ids(self, env: int, start: int, stop: int) -> np.ndarray:
+        return np.arange(start, stop, dtype=np.int64) * self._buffer.num_envs + env
+
+    def _returns(self, env: int, start: int, stop: int) -> np.ndarray:
+        if self.horizon is None:
+            rows = self._buffer.stream_rows(env, start, stop)
+            return _returns_to_go(rows["reward"], rows["end"], self.gamma)
+        count = int(self._buffer.stream_bounds()[2][env])
+        rows = self._buffer.stream_rows(env, start, min(stop + self.horizon - 1, count))
+        return _horizon_returns(rows["reward"], rows["end"], self.gamma, self.horizon)[: stop - start]
+
+
+def _returns_to_go(reward: np.ndarray, end: np.ndarray, gamma: float) -> np.ndarray:
+    from ..ops import discounted_returns
+
+    if not len(reward):
+        return reward
+    return discounted_returns(torch.from_numpy(reward)[:, None], torch.from_numpy(end)[:, None], gamma)[
+        :, 0
+    ].numpy()
+
+
+def _horizon_returns(reward: np.ndarray, end: np.ndarray, gamma: float, horizon: int) -> np.ndarray:
+    """sum_{k=0..h-1} gamma^k r_{t+k}, stopping at the trajectory's end: h fused multiply-adds per row."""
+    total = np.zeros(len(reward), np.float64)
+    alive = np.ones(len(reward), bool)
+    for k in range(min(horizon, len(reward))):
+        n = len(reward) - k
+        total[:n] += np.where(alive[:n], gamma**k * reward[k:], 0.0)
+        alive[:n] &= ~end[k:]
+    return total.astype(np.float32)

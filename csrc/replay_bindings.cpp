@@ -1,0 +1,264 @@
+// Python's view of replay.h. Storage and outputs come as addresses of torch tensors, the rows of add() as
+// numpy arrays, which are checked here because a Python check would cost as much as storing them.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <mutex>
+#include <optional>
+#include <shared_mutex>
+#include <stdexcept>
+
+#include "replay.h"
+
+namespace py = pybind11;
+
+namespace covr {
+namespace {
+
+template <typename T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// Rows that are each contiguous, however far apart.
+const uint8_t* rows_of(const py::array& array, int64_t rows, int64_t row_bytes, const std::string& what,
+                       int64_t& stride) {
+  if (array.ndim() < 1 || array.shape(0) != rows)
+    throw std::invalid_argument(what + " has " + (array.ndim() < 1 ? "no" : std::to_string(array.shape(0))) +
+                                " rows, but reward has " + std::to_string(rows));
+  int64_t bytes = array.itemsize();
+  for (py::ssize_t d = array.ndim() - 1; d > 0; --d) {
+    if (array.strides(d) != bytes && array.shape(d) != 1)
+      throw std::invalid_argument(what + " is not contiguous within a row: pass a contiguous array");
+    bytes *= array.shape(d);
+  }
+  if (bytes != row_bytes)
+    throw std::invalid_argument(what + " has " + std::to_string(bytes) + " bytes per row instead of " +
+                                std::to_string(row_bytes) + ": check its shape and dtype");
+  stride = array.strides(0);
+  return static_cast<const uint8_t*>(array.data());
+}
+
+using Flags = py::array_t<uint8_t, py::array::c_style>;
+using Ids = py::array_t<int64_t, py::array::c_style>;
+
+class PyReplay : public Replay {
+ public:
+  using Replay::Replay;
+
+  void add_observation_key(const std::string& name, uintptr_t data, uintptr_t recent, int64_t slots,
+                           int64_t recent_slots, int64_t stack, int64_t channels, int64_t height,
+                           int64_t width, int64_t item_bytes, bool channels_last, uintptr_t written,
+                           uintptr_t newest, uintptr_t depth) {
+    ObservationKey key;
+    key.name = name;
+    key.frames = {at<uint8_t>(data), slots, stack, channels, height, width, item_bytes};
+    key.recent = key.frames;
+    key.recent.data = at<uint8_t>(recent);
+    key.recent.slots = recent_slots;
+    key.input_channels_last = channels_last;
+    key.written = at<int64_t>(written);
+    key.newest = at<int64_t>(newest);
+    key.depth = at<uint8_t>(depth);
+    observation_bytes_.push_back(stack * key.frames.frame_bytes());
+    names_.push_back(name);
+    add_key(std::move(key));
+  }
+
+  void add_named_column(const std::string& name, uintptr_t data, int64_t bytes) {
+    column_names_.push_back(name);
+    column_bytes_.push_back(bytes);
+    add_column({at<uint8_t>(data), bytes});
+  }
+
+  Ids add_rows(const std::vector<py::array>& obs, const std::vector<py::array>& next_obs,
+               const py::array_t<float, py::array::c_style>& reward, const Flags& terminated,
+               const Flags& truncated, const std::vector<py::array>& columns,
+               const std::optional<Ids>& env_ids, int64_t num_envs) {
+    RowsIn in{};
+    in.rows = reward.ndim() == 1 ? reward.shape(0) : -1;
+    if (in.rows < 0) throw std::invalid_argument("reward must have one dimension, [rows]");
+    if (env_ids) {
+      check_streams(*env_ids, in.rows, num_envs);
+      in.env_ids = env_ids->data();
+    } else if (in.rows != num_envs) {
+      throw std::invalid_argument("reward has " + std::to_string(in.rows) + " rows for " +
+                                  std::to_string(num_envs) +
+                                  " environments: pass env_ids to add rows of some of them");
+    }
+    for (size_t k = 0; k < names_.size(); ++k) {
+      int64_t stride = 0;
+      in.obs.push_back(rows_of(obs[k], in.rows, observation_bytes_[k], "obs '" + names_[k] + "'", stride));
+      in.obs_stride.push_back(stride);
+      in.next_obs.push_back(
+          rows_of(next_obs[k], in.rows, observation_bytes_[k], "next_obs '" + names_[k] + "'", stride));
+      in.next_obs_stride.push_back(stride);
+    }
+    for (size_t c = 0; c < column_names_.size(); ++c) {
+      int64_t stride = 0;
+      in.columns.push_back(rows_of(columns[c], in.rows, column_bytes_[c], column_names_[c], stride));
+      if (in.rows > 1 && stride != column_bytes_[c])
+        throw std::invalid_argument(column_names_[c] + " is not contiguous: pass a contiguous array");
+    }
+    in.reward = reward.data();
+    in.terminated = one_per_row(terminated, in.rows, "terminated");
+    in.truncated = one_per_row(truncated, in.rows, "truncated");
+    Ids ids(in.rows);
+    int64_t* to = ids.mutable_data();
+    py::gil_scoped_release release;
+    std::lock_guard guard(lock);
+    add(in, to);
+    return ids;
+  }
+
+  void cut_streams(const std::optional<Ids>& env_ids, int64_t num_envs) {
+    if (env_ids) check_streams(*env_ids, env_ids->size(), num_envs);
+    const int64_t* ids = env_ids ? env_ids->data() : nullptr;
+    const int64_t n = env_ids ? env_ids->size() : 0;
+    py::gil_scoped_release release;
+    std::lock_guard guard(lock);
+    cut(ids, n);
+  }
+
+ private:
+  static const uint8_t* one_per_row(const Flags& flags, int64_t rows, const char* what) {
+    if (flags.ndim() != 1 || flags.shape(0) != rows)
+      throw std::invalid_argument(std::string(what) + " must have one bool per row of reward");
+    return flags.data();
+  }
+
+  void check_streams(const Ids& env_ids, int64_t rows, int64_t num_envs) {
+    if (env_ids.ndim() != 1 || env_ids.shape(0) != rows)
+      throw std::invalid_argument("env_ids must have one environment id per row");
+    seen_.assign(static_cast<size_t>(num_envs), false);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t env = env_ids.data()[r];
+      if (env < 0 || env >= num_envs)
+        throw std::invalid_argument("env_ids[" + std::to_string(r) + "] = " + std::to_string(env) +
+                                    " is not in [0, num_envs = " + std::to_string(num_envs) + ")");
+      if (seen_[static_cast<size_t>(env)])
+        throw std::invalid_argument("env_ids contains " + std::to_string(env) +
+                                    " twice: add the steps of one environment in separate calls, in order");
+      seen_[static_cast<size_t>(env)] = true;
+    }
+  }
+
+  std::vector<std::string> names_, column_names_;
+  std::vector<int64_t> observation_bytes_, column_bytes_;
+  std::vector<bool> seen_;
+};
+
+void check_held(const Replay& replay, const int64_t* ids, int64_t n) {
+  for (int64_t i = 0; i < n; ++i)
+    if (replay.find(ids[i]) < 0)
+      throw std::out_of_range("transition " + std::to_string(ids[i]) +
+                              " is not in the buffer: it was overwritten or never added");
+}
+
+Ids map_ids(PyReplay& self, const Ids& in, int64_t (Replay::*function)(int64_t) const) {
+  Ids out(in.size());
+  const int64_t* from = in.data();
+  int64_t* to = out.mutable_data();
+  py::gil_scoped_release release;
+  std::shared_lock guard(self.lock);
+  for (int64_t i = 0; i < in.size(); ++i) to[i] = (self.*function)(from[i]);
+  return out;
+}
+
+}  // namespace
+
+void bind_replay(py::module_& m) {
+  py::class_<GatherTarget>(m, "GatherTarget")
+      .def(py::init([](int type, bool channels_last, bool shifted, int64_t height, int64_t width) {
+             return GatherTarget{static_cast<OutType>(type), channels_last, shifted, height, width};
+           }),
+           py::arg("type"), py::arg("channels_last"), py::arg("shifted"), py::arg("height"),
+           py::arg("width"));
+
+  py::class_<BatchOut>(m, "BatchOut")
+      .def(py::init([](int64_t rows, uintptr_t ids, uintptr_t reward, uintptr_t discount,
+                       uintptr_t terminated, uintptr_t truncated, const std::vector<uintptr_t>& columns,
+                       uintptr_t offsets, int64_t offset_range, int64_t shift_origin) {
+             BatchOut out{rows,
+                          at<int64_t>(ids),
+                          at<float>(reward),
+                          at<float>(discount),
+                          at<uint8_t>(terminated),
+                          at<uint8_t>(truncated),
+                          {},
+                          {},
+                          at<int64_t>(offsets),
+                          offset_range,
+                          shift_origin};
+             for (uintptr_t column : columns) out.columns.push_back(at<uint8_t>(column));
+             return out;
+           }),
+           py::arg("rows"), py::arg("ids"), py::arg("reward"), py::arg("discount"), py::arg("terminated"),
+           py::arg("truncated"), py::arg("columns"), py::arg("offsets"), py::arg("offset_range"),
+           py::arg("shift_origin"))
+      .def("add_key", [](BatchOut& out, const GatherTarget& target, uintptr_t obs, uintptr_t next_obs) {
+        out.keys.push_back({target, at<uint8_t>(obs), at<uint8_t>(next_obs)});
+      });
+
+  py::class_<PyReplay>(m, "Replay")
+      .def(py::init([](int64_t capacity, int64_t num_envs, int64_t n_step, double gamma, uintptr_t count,
+                       uintptr_t first, uintptr_t ended, uintptr_t reward, uintptr_t flags, uintptr_t time) {
+             return new PyReplay(capacity, num_envs, n_step, gamma, at<int64_t>(count), at<int64_t>(first),
+                                 at<int64_t>(ended), at<float>(reward), at<uint8_t>(flags),
+                                 at<int32_t>(time));
+           }),
+           py::arg("capacity"), py::arg("num_envs"), py::arg("n_step"), py::arg("gamma"), py::arg("count"),
+           py::arg("first"), py::arg("ended"), py::arg("reward"), py::arg("flags"), py::arg("time"))
+      .def("add_key", &PyReplay::add_observation_key, py::arg("name"), py::arg("data"), py::arg("recent"),
+           py::arg("slots"), py::arg("recent_slots"), py::arg("stack"), py::arg("channels"),
+           py::arg("height"), py::arg("width"), py::arg("item_bytes"), py::arg("channels_last"),
+           py::arg("written"), py::arg("newest"), py::arg("depth"))
+      .def("add_column", &PyReplay::add_named_column, py::arg("name"), py::arg("data"), py::arg("bytes"))
+      .def("add", &PyReplay::add_rows, py::arg("obs"), py::arg("next_obs"), py::arg("reward"),
+           py::arg("terminated"), py::arg("truncated"), py::arg("columns"), py::arg("env_ids"),
+           py::arg("num_envs"))
+      .def("cut", &PyReplay::cut_streams, py::arg("env_ids"), py::arg("num_envs"))
+      .def("size", &PyReplay::size)
+      .def("samplable", &PyReplay::samplable)
+      .def(
+          "draw",
+          [](PyReplay& self, uint64_t seed, uint64_t batch, double recency, int64_t recency_floor,
+             uintptr_t ids, int64_t n) {
+            std::shared_lock guard(self.lock);
+            self.draw(seed, batch, recency, recency_floor, at<int64_t>(ids), n);
+          },
+          py::arg("seed"), py::arg("batch"), py::arg("recency"), py::arg("recency_floor"), py::arg("ids"),
+          py::arg("n"), py::call_guard<py::gil_scoped_release>())
+      // Draws (unless ids are given: recency < 0), then fills the whole batch under one lock.
+      .def(
+          "sample",
+          [](PyReplay& self, const BatchOut& out, uint64_t seed, uint64_t batch, double recency,
+             int64_t recency_floor, int threads) {
+            std::shared_lock guard(self.lock);
+            if (recency >= 0)
+              self.draw(seed, batch, recency, recency_floor, out.ids, out.rows);
+            else
+              check_held(self, out.ids, out.rows);
+            self.gather_rows(out, seed, batch);
+            for (size_t k = 0; k < out.keys.size(); ++k)
+              self.gather_key(static_cast<int64_t>(k), out, threads);
+          },
+          py::arg("out"), py::arg("seed"), py::arg("batch"), py::arg("recency"), py::arg("recency_floor"),
+          py::arg("threads"), py::call_guard<py::gil_scoped_release>())
+      // Observations alone, of transitions that are held.
+      .def(
+          "observe",
+          [](PyReplay& self, const BatchOut& out, int threads) {
+            std::shared_lock guard(self.lock);
+            check_held(self, out.ids, out.rows);
+            for (size_t k = 0; k < out.keys.size(); ++k)
+              if (out.keys[k].obs) self.gather_key(static_cast<int64_t>(k), out, threads);
+          },
+          py::arg("out"), py::arg("threads"), py::call_guard<py::gil_scoped_release>())
+      .def("rows", [](PyReplay& self, const Ids& ids) { return map_ids(self, ids, &Replay::find); })
+      .def("ids_in_rows",
+           [](PyReplay& self, const Ids& rows) { return map_ids(self, rows, &Replay::id_in_row); });
+}
+
+}  // namespace covr
