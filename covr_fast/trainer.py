@@ -161,7 +161,7 @@ class Trainer:
     def _store(self, rows: Rows) -> None:
         ids, doing = rows.env_ids, self._doing
         with self.clock("replay"):
-            index = self.buffer.add(
+            self.buffer.add(
                 doing.obs[ids],
                 doing.action[ids],
                 rows.reward,
@@ -172,7 +172,6 @@ class Trainer:
                 prior=doing.prior[ids],
                 prior_mask=doing.prior_mask[ids],
             )
-            self.finished.add(index)
         done = rows.terminated | rows.truncated
         doing.prior_mask[ids[done]] = 0.0  # a held prior ends with its episode
         self._running_return[ids] += rows.reward
@@ -189,7 +188,12 @@ class Trainer:
         augment = None if config.replay.augment == "none" else config.replay.augment
         while self.updates < owed:
             with self.clock("replay"):
-                batch = self.buffer.sample(config.replay.batch_size, augment=augment, pad=config.replay.pad)
+                batch = self.buffer.sample(
+                    config.replay.batch_size,
+                    augment=augment,
+                    pad=config.replay.pad,
+                    memory_format=torch.channels_last,
+                )
             with self.clock("policy update"):
                 metrics = self.agent.update(batch, guide=guide)
                 if config.replay.sampler == "prioritized":

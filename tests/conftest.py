@@ -14,3 +14,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         if os.environ.get("COVR_REQUIRE_CUDA") == "1":
             pytest.fail("COVR_REQUIRE_CUDA=1 but torch sees no CUDA device")
         pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Small tensors gain nothing from more threads, and tests that share a machine lose a lot by them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

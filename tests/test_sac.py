@@ -154,8 +154,8 @@ def test_learns_a_task_that_needs_its_eyes():
     with envs:
         obs = envs.reset()
         (ids,) = envs.batches()
-        for step in range(400):
-            action = agent.act(torch.from_numpy(obs), explore=step < 350).numpy()
+        for step in range(260):
+            action = agent.act(torch.from_numpy(obs), explore=step < 220).numpy()
             envs.send(action, ids)
             rows = envs.recv()
             buffer.add(obs, action, rows.reward, rows.next_obs, rows.terminated, rows.truncated)
@@ -163,6 +163,6 @@ def test_learns_a_task_that_needs_its_eyes():
             if step >= 20:
                 for _ in range(2):
                     agent.update(buffer.sample(64), guide=False)
-            if step >= 350:
+            if step >= 220:
                 recent.append(float(np.mean(rows.reward)))
     assert np.mean(recent) > 0.8

@@ -196,8 +196,8 @@ class SAC:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs to go on bit for bit."""
-        return {
+        """A copy of everything that a resumed run needs to go on bit for bit."""
+        state = {
             **{name: module.state_dict() for name, module in self.modules().items()},
             "log_alpha": self.log_alpha.detach().clone(),
             "critic_optimizer": self.critic_optimizer.state_dict(),
@@ -205,6 +205,8 @@ class SAC:
             "alpha_optimizer": self.alpha_optimizer.state_dict(),
             "generator": self.generator.get_state(),
         }
+        # Copied, because optimizers load moments without copying them: two agents would share theirs.
+        return deepcopy(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name, module in self.modules().items():
