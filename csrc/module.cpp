@@ -4,8 +4,13 @@
 namespace py = pybind11;
 
 namespace covr {
+void bind_filter(py::module_& m);
+void bind_frames(py::module_& m);
 void bind_output_pool(py::module_& m);
 void bind_replay(py::module_& m);
+void bind_returns(py::module_& m);
+void bind_sum_tree(py::module_& m);
+void bind_weights(py::module_& m);
 }  // namespace covr
 
 PYBIND11_MODULE(_C, m) {
@@ -15,6 +20,11 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("with_cuda") = false;
 #endif
+  covr::bind_filter(m);
+  covr::bind_frames(m);
   covr::bind_output_pool(m);
   covr::bind_replay(m);
+  covr::bind_returns(m);
+  covr::bind_sum_tree(m);
+  covr::bind_weights(m);
 }

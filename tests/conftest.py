@@ -1,3 +1,5 @@
+"""Shared test set-up: the `needs_cuda` marker, and one torch thread where speed does not matter."""
+
 import os
 import sys
 from pathlib import Path
@@ -7,12 +9,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+_CUDA_REQUIRED = os.environ.get("COVR_REQUIRE_CUDA") == "1"
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Tests marked needs_cuda skip where there is no GPU, but fail where one is promised."""
+    """Skips `needs_cuda` tests without a device, unless one was promised: then they fail."""
     if item.get_closest_marker("needs_cuda") and not torch.cuda.is_available():
-        if os.environ.get("COVR_REQUIRE_CUDA") == "1":
-            pytest.fail("COVR_REQUIRE_CUDA=1 but torch sees no CUDA device")
+        if _CUDA_REQUIRED:
+            pytest.fail("COVR_REQUIRE_CUDA=1, but torch sees no CUDA device", pytrace=False)
         pytest.skip("needs a CUDA device")
 
 

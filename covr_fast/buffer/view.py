@@ -43,7 +43,7 @@ class FineTuneView:
 
     @property
     def overwritten(self) -> int:
-        """How many finished transitions the ring overwrote since the last `clear` before anyone used them."""
+        """How many transitions the ring overwrote since the last `clear`, so that they are not in the view."""
         start, stop = self._finished()
         first = self._buffer.stream_bounds()[0]
         return int((np.clip(first, start, stop) - start).sum())
