@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 CHOICES = ("auto", "flash_attention_4", "flash_attention_3", "flash_attention_2", "sdpa", "eager")
 SEGMENTED_SDPA = "covr_segmented_flash_sdpa"
-"""`segmented_sdpa` in transformers' registry. Vision towers hand `cu_seqlens` to names with "flash" in them."""
+"""`segmented_sdpa` in transformers' registry. Vision towers give `cu_seqlens` to names that say "flash"."""
 
 _FLASH = {
     # name: (module, lowest compute capability, what it needs)

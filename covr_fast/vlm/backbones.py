@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from .attention import register_segmented_sdpa
 from .cache import Prefix
@@ -81,6 +82,10 @@ class Backbone:
     def device(self) -> torch.device:
         return self.head.weight.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.weight.dtype
+
     def embed(self, tokens: Tensor) -> Tensor:
         """int64[...] -> [..., D]."""
         return self.base.get_input_embeddings()(tokens)
@@ -100,7 +105,7 @@ class Backbone:
         return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def answer_context(self, text: str) -> str:
-        """The part of the rendered prompt that an answer's tokens may depend on: all that follows the image."""
+        """What an answer's tokens may depend on: the part of the rendered prompt that follows the image."""
         return text.rpartition(self.processor.image_token)[2]
 
     def process(self, text: str, images: list[Any]) -> Mapping[str, Tensor]:
@@ -122,7 +127,7 @@ class Backbone:
 
     def image_features(self, pixels: Tensor, batch: int, size: tuple[int, int]) -> ImageFeatures:
         """Image tokens of `batch` frames of `size` (height, width) from `pixels`."""
-        features = self.base.get_image_features(pixel_values=pixels.to(self.head.weight.dtype)).pooler_output
+        features = self.base.get_image_features(pixel_values=pixels.to(self.dtype)).pooler_output
         if not isinstance(features, Tensor):
             features = torch.cat(tuple(features))
         return ImageFeatures(features.reshape(batch, -1, features.shape[-1]))
@@ -134,7 +139,7 @@ class Backbone:
         config = self.decoder.config
         heads = config.num_key_value_heads
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        empty = torch.empty(1, heads, 0, dim, dtype=self.head.weight.dtype, device=self.device)
+        empty = torch.empty(1, heads, 0, dim, dtype=self.dtype, device=self.device)
         return [(empty, empty)] * config.num_hidden_layers
 
     def hidden(
@@ -142,7 +147,7 @@ class Backbone:
         embeddings: Tensor,
         positions: Tensor,
         mask: Tensor,
-        cache: Any,
+        cache: Cache | None,
         *,
         image_at: Tensor | None = None,
         image: ImageFeatures | None = None,
@@ -151,7 +156,7 @@ class Backbone:
 
         Args:
             positions: [..., 1, n], the same in every row.
-            mask: bool[1 or B, 1, n, held + n], True where attention is allowed.
+            mask: [1, 1, n, held + n], added to the attention scores (`decode.causal_mask`).
             image_at: int64[m], the places among the n that are image tokens; with `image`.
         """
         batch = embeddings.shape[0]
@@ -160,9 +165,9 @@ class Backbone:
         return self.decoder(
             inputs_embeds=embeddings,
             position_ids=positions.expand(*positions.shape[:-2], batch, -1),
-            attention_mask=self._as_attention_mask(mask, embeddings.dtype),
+            attention_mask=mask,
             past_key_values=cache,
-            use_cache=True,
+            use_cache=cache is not None,
             **self._decoder_arguments(embeddings, image_at, image),
         ).last_hidden_state
 
@@ -170,14 +175,6 @@ class Backbone:
         self, embeddings: Tensor, image_at: Tensor | None, image: ImageFeatures | None
     ) -> dict[str, Any]:
         return {}
-
-    def _as_attention_mask(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
-        """SDPA takes booleans; the eager path adds the mask to the scores."""
-        if self.decoder.config._attn_implementation != "eager":
-            return mask
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
-            ~mask, torch.finfo(dtype).min
-        )
 
 
 class QwenVL(Backbone):
@@ -212,7 +209,7 @@ class QwenVL(Backbone):
 
     def image_features(self, pixels: Tensor, batch: int, size: tuple[int, int]) -> ImageFeatures:
         grid, plan = self._plan(batch, size)
-        out = self.tower(pixels.to(self.head.weight.dtype), grid_thw=grid, **plan)
+        out = self.tower(pixels.to(self.dtype), grid_thw=grid, **plan)
         features = out.pooler_output
         return ImageFeatures(features.reshape(batch, -1, features.shape[-1]))
 

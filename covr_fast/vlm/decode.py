@@ -59,9 +59,13 @@ def make_layout(backbone: Backbone, text: str, size: tuple[int, int], answer_len
     )
 
 
-def causal_mask(queries: int, held: int, device: torch.device) -> Tensor:
-    """bool[1, 1, queries, held + queries]: each query sees what is held, the earlier queries and itself."""
-    return torch.ones(queries, held + queries, dtype=torch.bool, device=device).tril(held)[None, None]
+def causal_mask(queries: int, held: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[1, 1, queries, held + queries], added to attention scores: 0 where a query may look (what is held, the
+    earlier queries, itself), the lowest number elsewhere."""
+    lowest = torch.finfo(dtype).min
+    return torch.full((queries, held + queries), lowest, dtype=dtype, device=device).triu_(held + 1)[
+        None, None
+    ]
 
 
 def record_prefix(backbone: Backbone, layout: Layout) -> Prefix | None:
@@ -70,7 +74,7 @@ def record_prefix(backbone: Backbone, layout: Layout) -> Prefix | None:
     if length == 0:
         return None
     cache = RecordingCache()
-    mask = causal_mask(length, 0, backbone.device)
+    mask = causal_mask(length, 0, backbone.dtype, backbone.device)
     backbone.hidden(backbone.embed(layout.prefix)[None], layout.span(0, length), mask, cache)
     return cache.prefix
 
@@ -138,7 +142,7 @@ class Decoder:
         held, count = cache.get_seq_length(), embeddings.shape[1]
         key = (count, held)
         if key not in self._masks:
-            self._masks[key] = causal_mask(count, held, embeddings.device)
+            self._masks[key] = causal_mask(count, held, embeddings.dtype, embeddings.device)
         hidden = self.backbone.hidden(
             embeddings,
             self.layout.span(held, held + count),

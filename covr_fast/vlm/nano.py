@@ -50,7 +50,7 @@ TEXT = {
     "intermediate_size": 384,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_key_value_heads": 4,
     "max_position_embeddings": 2048,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 8, 8]},
     "tie_word_embeddings": False,

@@ -124,7 +124,7 @@ class ActionPrior:
         Raises:
             TypeError, ValueError: images of another dtype or layout, or a negative temperature.
         """
-        images = self._checked(images)
+        self.check_images(images)
         noise = self._noise(len(images), temperature, generator)
         with self.lock, torch.no_grad():
             size = (images.shape[2], images.shape[3])
@@ -144,7 +144,7 @@ class ActionPrior:
         """
         from .reference import generate_answers
 
-        images = self._checked(images)
+        self.check_images(images)
         noise = self._noise(len(images), temperature, generator)
         with self.lock, torch.no_grad():
             tokens = generate_answers(self.backbone, self.text, self.grammar, images, temperature, noise)
@@ -176,16 +176,17 @@ class ActionPrior:
             self.backbone.save(directory)
         self.settings.save(directory)
 
-    def _checked(self, images: Tensor) -> Tensor:
+    @staticmethod
+    def check_images(images: Tensor, name: str = "images") -> None:
+        """Raises TypeError or ValueError unless `images` is uint8[B, 3, H, W] with B > 0."""
         if not isinstance(images, Tensor) or images.dtype != torch.uint8:
             got = images.dtype if isinstance(images, Tensor) else type(images).__name__
-            raise TypeError(f"images must be a uint8 tensor [B, 3, H, W], not {got}")
+            raise TypeError(f"{name} must be a uint8 tensor [B, 3, H, W], not {got}")
         if images.ndim != 4 or images.shape[1] != 3:
             hint = "; move the channels first" if images.ndim == 4 and images.shape[3] == 3 else ""
-            raise ValueError(f"images must have shape [B, 3, H, W], not {tuple(images.shape)}{hint}")
+            raise ValueError(f"{name} must have shape [B, 3, H, W], not {tuple(images.shape)}{hint}")
         if len(images) == 0:
-            raise ValueError("images must hold at least one frame")
-        return images
+            raise ValueError(f"{name} must hold at least one frame")
 
     def _noise(self, batch: int, temperature: float, generator: torch.Generator | None) -> Tensor | None:
         """Gumbel noise for every choice of every row, or None for greedy decoding."""

@@ -62,7 +62,7 @@ def generate_answers(
     prompt_length = inputs["input_ids"].shape[1]
     for name, value in inputs.items():
         if value.is_floating_point():
-            inputs[name] = value.to(backbone.head.weight.dtype)
+            inputs[name] = value.to(backbone.dtype)
     out = backbone.model.generate(
         **inputs,
         max_new_tokens=grammar.max_length,
