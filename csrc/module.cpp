@@ -3,6 +3,14 @@
 
 namespace py = pybind11;
 
+namespace covr {
+void bind_filter(py::module_& m);
+void bind_frames(py::module_& m);
+void bind_returns(py::module_& m);
+void bind_sum_tree(py::module_& m);
+void bind_weights(py::module_& m);
+}  // namespace covr
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ and CUDA kernels of covr_fast; call them through covr_fast.ops and covr_fast.ReplayBuffer.";
 #ifdef COVR_WITH_CUDA
@@ -10,4 +18,9 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("with_cuda") = false;
 #endif
+  covr::bind_filter(m);
+  covr::bind_frames(m);
+  covr::bind_returns(m);
+  covr::bind_sum_tree(m);
+  covr::bind_weights(m);
 }

@@ -1,0 +1,180 @@
+"""EDDF, the exploration-driven dynamic filter."""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from covr_fast import _C
+
+from . import reference
+from ._backend import Backend, library, select
+
+_DTYPES = (torch.float32,)
+
+
+class ExplorationFilter(NamedTuple):
+    """What the filter kept, and by which threshold."""
+
+    indices: Tensor  # int64 [K], ascending: the samples whose z-score is above tau
+    tau: float  # the threshold in z units (Eq. 5)
+    cutoff: float  # the same in units of the returns: mean + std * tau
+    mean: float
+    std: float  # of the population (ddof = 0)
+
+
+class PaddedExplorationFilter(NamedTuple):
+    """`ExplorationFilter` with fixed shapes: nothing of it has been read by the host."""
+
+    indices: Tensor  # int64 [M], the first `count` ascending; the rest is -1
+    count: Tensor  # int64 scalar, or -1 when a return was NaN or infinite
+    tau: Tensor  # float64 scalar, as are the following
+    cutoff: Tensor
+    mean: Tensor
+    std: Tensor
+
+
+def exploration_filter(
+    returns: Tensor,
+    entropy: float,
+    *,
+    threshold: Literal["described", "equation"] = "described",
+    backend: Backend = "auto",
+) -> ExplorationFilter:
+    """`z = (g - g.mean()) / g.std(correction=0); (z > median(z) + sigmoid(-entropy) * IQR(z)).nonzero()`.
+
+    EDDF (Xia et al. 2026, Eq. 5). Quartiles and median interpolate linearly between ranks, as
+    numpy.percentile does. Equal returns (also a single one) have no spread and keep nothing.
+
+    Args:
+        returns: floating [M], M >= 1, finite. float64 runs the reference.
+        entropy: the policy's entropy e_t in nats.
+        threshold: "described" is what the paper's text says, sigmoid(-entropy): a high entropy lowers the
+            threshold, and the filter gets stricter as the policy settles. "equation" is Eq. 5 as printed,
+            sigmoid(+entropy), which does the opposite.
+        backend: "auto", "reference", "cpp" or "cuda".
+
+    Raises:
+        ValueError: empty returns, or a NaN or infinite one.
+
+    The numbers in the result are Python floats, so on a CUDA device this waits for the kernel; see
+    `exploration_filter_padded` for the form that does not.
+    """
+    flat, scale, chosen = _prepare("exploration_filter", returns, entropy, threshold, backend)
+    if chosen == "reference":
+        if not torch.isfinite(flat).all():
+            raise ValueError(_NOT_FINITE)
+        indices, statistics = reference.exploration_filter(flat, scale)
+    else:
+        indices, statistics = torch.ops.covr_fast.exploration_filter(flat, scale)
+    if torch.compiler.is_compiling():  # a tracer takes item(), where capture_scalar_outputs is set
+        return ExplorationFilter(indices, *(value.item() for value in statistics.unbind()))
+    return ExplorationFilter(indices, *statistics.tolist())
+
+
+def exploration_filter_padded(
+    returns: Tensor,
+    entropy: float,
+    *,
+    threshold: Literal["described", "equation"] = "described",
+    backend: Backend = "auto",
+) -> PaddedExplorationFilter:
+    """`exploration_filter` with the count left on the device: no host synchronisation, and CUDA graph safe.
+
+    Arguments as in `exploration_filter`. A NaN or infinite return cannot raise here without waiting for the
+    device: it gives count -1, indices all -1 and NaN statistics instead.
+    """
+    flat, scale, chosen = _prepare("exploration_filter_padded", returns, entropy, threshold, backend)
+    if chosen == "reference":
+        indices, count, statistics = _padded_reference(flat, scale)
+    else:
+        indices, count, statistics = torch.ops.covr_fast.exploration_filter_padded(flat, scale)
+    return PaddedExplorationFilter(indices, count, *statistics.unbind())
+
+
+_NOT_FINITE = "exploration_filter: returns hold a NaN or infinite value; drop or repair those samples first"
+
+
+def _prepare(
+    name: str, returns: Tensor, entropy: float, threshold: str, backend: str
+) -> tuple[Tensor, float, str]:
+    if returns.ndim != 1 or not returns.is_floating_point():
+        raise ValueError(f"{name}: returns must be floating [M], not {returns.dtype} {list(returns.shape)}")
+    if returns.numel() == 0:
+        raise ValueError(f"{name}: returns are empty; there is nothing to take quartiles of")
+    if not math.isfinite(entropy):
+        raise ValueError(f"{name}: entropy must be finite, not {entropy}")
+    if threshold not in ("described", "equation"):
+        raise ValueError(f"{name}: threshold must be 'described' or 'equation', not {threshold!r}")
+    flat = returns.detach()
+    if flat.dtype not in (torch.float32, torch.float64):
+        flat = flat.float()
+    chosen = select(name, backend, flat, ("cpp", "cuda"), _DTYPES)
+    return flat.contiguous(), _sigmoid(entropy if threshold == "equation" else -entropy), chosen
+
+
+def _sigmoid(x: float) -> float:
+    """1 / (1 + exp(-x)) without overflow on either side."""
+    return 1.0 / (1.0 + math.exp(-x)) if x >= 0 else math.exp(x) / (1.0 + math.exp(x))
+
+
+def _padded_reference(returns: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    indices = torch.full(returns.shape, -1, dtype=torch.int64, device=returns.device)
+    if not torch.isfinite(returns).all():
+        return indices, indices.new_tensor(-1), returns.new_full((4,), math.nan, dtype=torch.float64)
+    kept, statistics = reference.exploration_filter(returns, scale)
+    indices[: kept.numel()] = kept
+    return indices, indices.new_tensor(kept.numel()), statistics
+
+
+library.define("exploration_filter(Tensor returns, float scale) -> (Tensor indices, Tensor statistics)")
+library.define(
+    "exploration_filter_padded(Tensor returns, float scale) "
+    "-> (Tensor indices, Tensor count, Tensor statistics)"
+)
+
+
+@torch.library.impl(library, "exploration_filter", "CPU")
+def _cpp(returns: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    returns = returns.contiguous()
+    statistics = torch.empty(4, dtype=torch.float64)
+    threads = torch.get_num_threads()
+    # The count comes first, so that only the kept indices are allocated.
+    count = _C.exploration_threshold(
+        returns.data_ptr(), returns.numel(), scale, statistics.data_ptr(), threads
+    )
+    if count < 0:
+        raise ValueError(_NOT_FINITE)
+    indices = torch.empty(count, dtype=torch.int64)
+    if count:
+        _C.indices_above(
+            returns.data_ptr(), returns.numel(), float(statistics[1]), indices.data_ptr(), threads
+        )
+    return indices, statistics
+
+
+@torch.library.impl(library, "exploration_filter_padded", "CPU")
+def _cpp_padded(returns: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    indices = torch.full(returns.shape, -1, dtype=torch.int64)
+    try:
+        kept, statistics = _cpp(returns, scale)
+    except ValueError:
+        return indices, torch.tensor(-1), torch.full((4,), math.nan, dtype=torch.float64)
+    indices[: kept.numel()] = kept
+    return indices, torch.tensor(kept.numel()), statistics
+
+
+@torch.library.register_fake("covr_fast::exploration_filter", lib=library)
+def _fake(returns: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    kept = torch.library.get_ctx().new_dynamic_size()
+    return returns.new_empty(kept, dtype=torch.int64), returns.new_empty(4, dtype=torch.float64)
+
+
+@torch.library.register_fake("covr_fast::exploration_filter_padded", lib=library)
+def _fake_padded(returns: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        returns.new_empty(returns.shape, dtype=torch.int64),
+        returns.new_empty((), dtype=torch.int64),
+        returns.new_empty(4, dtype=torch.float64),
+    )

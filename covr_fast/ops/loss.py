@@ -1,0 +1,435 @@
+"""Return-weighted cross-entropy: from logits, and fused with the projection that makes them."""
+
+import torch
+from torch import Tensor
+
+from covr_fast import _C
+
+from . import reference
+from ._backend import Backend, check_same_device, library, select
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Memory for one chunk of logits in the fused loss. Larger chunks do not make the matrix products faster.
+_CHUNK_BYTES = 300 * 2**20
+
+# Probabilities of a large vocabulary are subnormal in float16 (1 / 151,936 = 6.6e-6, and N_v divides them
+# further), so there the gradient of the logits is kept at this multiple until after the matrix product.
+_HALF_SCALE = 256.0
+
+
+def return_weighted_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    backend: Backend = "auto",
+) -> Tensor:
+    """`(weights[:, None] * F.cross_entropy(logits.mT, labels, reduction="none")).sum() / N_v`.
+
+    RALW (Xia et al. 2026, Eq. 6). N_v is `(labels != ignore_index).sum()`: the labels of zero-weight
+    samples count too, but their logits are never read.
+
+    Args:
+        logits: [B, T, V] of float32, bfloat16, float16 (or float64, which runs the reference), aligned with
+            `labels`: the caller shifts.
+        labels: int64 [B, T], in [0, V) or `ignore_index`.
+        weights: floating [B], not negative; constants of the loss.
+        label_smoothing: in [0, 1], as in torch.nn.functional.cross_entropy.
+        backend: "auto", "reference", "cpp" or "triton".
+
+    Returns:
+        Scalar, float32 (float64 for float64 logits), differentiable in `logits`. Without a valid label it
+        is 0 with zero gradients.
+
+    Raises:
+        ValueError: wrong shapes or dtypes; on the CPU also labels out of range and negative weights. A CUDA
+            device never reads out of bounds: such a label makes the loss NaN.
+    """
+    name = "return_weighted_cross_entropy"
+    if logits.ndim != 3 or not logits.is_floating_point():
+        raise ValueError(
+            f"{name}: logits must be floating [B, T, V], not {logits.dtype} {list(logits.shape)}"
+        )
+    check_same_device(name, logits=logits, labels=labels)
+    _check(name, labels, weights, logits.shape, label_smoothing)
+    chosen = select(name, backend, logits, ("cpp", "triton"), _DTYPES)
+    if chosen == "reference":
+        _check_labels(name, labels, logits.shape[-1], ignore_index)
+        return reference.return_weighted_cross_entropy(logits, labels, weights, label_smoothing, ignore_index)
+    scale = _row_scale(labels, weights, ignore_index)
+    loss, _ = torch.ops.covr_fast.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), scale, label_smoothing, chosen
+    )
+    return loss
+
+
+def return_weighted_linear_cross_entropy(
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    backend: Backend = "auto",
+) -> Tensor:
+    """`return_weighted_cross_entropy(F.linear(hidden, head), labels, weights)` without all logits in memory.
+
+    Rows with an ignored label or a zero weight are dropped before the projection. The rest is projected in
+    chunks of at most 300 MB of logits; each chunk's gradient overwrites it and is multiplied out at once, so
+    nothing is recomputed in the backward pass. A frozen head (`requires_grad` false) skips its product.
+
+    Args:
+        hidden: [B, T, D] of float32, bfloat16 or float16 (or float64, which runs the reference).
+        head: [V, D] of the same dtype.
+        labels, weights, label_smoothing, ignore_index, errors: as in `return_weighted_cross_entropy`.
+        backend: "auto", "reference", "cpp" or "triton" (for the kernel on rows of logits).
+
+    Returns:
+        Scalar, differentiable once in `hidden` and `head`. The head's gradient is summed in float32.
+
+    On a CUDA device the number of rows to keep has to be known to the host. Labels and weights that are
+    still on the CPU give it for free; those on the device are waited for, except while a CUDA graph is
+    captured, when all rows are kept instead.
+    """
+    name = "return_weighted_linear_cross_entropy"
+    if hidden.ndim != 3 or not hidden.is_floating_point():
+        raise ValueError(
+            f"{name}: hidden must be floating [B, T, D], not {hidden.dtype} {list(hidden.shape)}"
+        )
+    if head.ndim != 2 or head.shape[1] != hidden.shape[2] or head.dtype != hidden.dtype:
+        raise ValueError(
+            f"{name}: head must be {hidden.dtype} [V, {hidden.shape[2]}] like hidden, "
+            f"not {head.dtype} {list(head.shape)}"
+        )
+    check_same_device(name, hidden=hidden, head=head)
+    if labels.device.type != "cpu":
+        check_same_device(name, hidden=hidden, labels=labels)
+    _check(name, labels, weights, (*hidden.shape[:2], head.shape[0]), label_smoothing)
+    chosen = select(name, backend, hidden, ("cpp", "triton"), _DTYPES)
+    if chosen == "reference":
+        _check_labels(name, labels, head.shape[0], ignore_index)
+        return reference.return_weighted_linear_cross_entropy(
+            hidden,
+            head,
+            labels.to(hidden.device),
+            weights.to(hidden.device),
+            label_smoothing,
+            ignore_index,
+        )
+    differentiate = torch.is_grad_enabled()
+    loss, _, _ = torch.ops.covr_fast.linear_cross_entropy(
+        hidden.flatten(0, 1),
+        head,
+        labels.flatten(),
+        _row_scale(labels, weights, ignore_index),
+        label_smoothing,
+        differentiate and hidden.requires_grad,
+        differentiate and head.requires_grad,
+        chosen,
+    )
+    return loss
+
+
+def _check(name: str, labels: Tensor, weights: Tensor, shape: tuple[int, ...], smoothing: float) -> None:
+    batch, steps, vocabulary = shape
+    if labels.shape != (batch, steps) or labels.dtype != torch.int64:
+        raise ValueError(
+            f"{name}: labels must be int64 [{batch}, {steps}], not {labels.dtype} {list(labels.shape)}"
+        )
+    if weights.shape != (batch,) or not weights.is_floating_point():
+        raise ValueError(
+            f"{name}: weights must be floating [{batch}], not {weights.dtype} {list(weights.shape)}"
+        )
+    if vocabulary < 1:
+        raise ValueError(f"{name}: the vocabulary is empty")
+    if not 0.0 <= smoothing <= 1.0:
+        raise ValueError(f"{name}: label_smoothing must be in [0, 1], not {smoothing}")
+    check_same_device(name, labels=labels, weights=weights)
+    if weights.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((weights >= 0).all()):
+        raise ValueError(f"{name}: weights must not be negative or NaN; see return_weights")
+
+
+def _check_labels(name: str, labels: Tensor, vocabulary: int, ignore_index: int) -> None:
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    wrong = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
+    if wrong.any():
+        raise ValueError(f"{name}: label {int(labels[wrong][0])} is not in [0, {vocabulary})")
+
+
+def _row_scale(labels: Tensor, weights: Tensor, ignore_index: int) -> Tensor:
+    """float32 [B * T]: w_b / N_v where the label counts, 0 where the row can be skipped."""
+    valid = labels != ignore_index
+    scale = weights.detach().float()[:, None] / valid.sum().clamp_min(1)
+    return torch.where(valid, scale, 0.0).flatten()
+
+
+# --- Rows of logits: one kernel that reduces a row, and one that writes its gradient.
+
+
+def _reduce_rows(
+    logits: Tensor, labels: Tensor, scale: Tensor, smoothing: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    """scale * nll and log-sum-exp of each row, float32 [R]; rows of zero scale are not read."""
+    if backend == "triton":
+        from covr_fast.kernels.triton import loss as kernels
+
+        return kernels.reduce_rows(logits, labels, scale, smoothing)
+    losses, lse = torch.empty_like(scale), torch.empty_like(scale)
+    _C.cross_entropy_reduce(
+        losses.data_ptr(),
+        lse.data_ptr(),
+        *_row_arguments(logits, labels, scale, smoothing),
+    )
+    return losses, lse
+
+
+def _write_gradient(
+    out: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    smoothing: float,
+    lse: Tensor,
+    upstream: Tensor,
+    backend: str,
+) -> None:
+    """out = upstream * scale * (softmax(logits) - smoothed one-hot); may be in place."""
+    if backend == "triton":
+        from covr_fast.kernels.triton import loss as kernels
+
+        kernels.write_gradient(out, logits, labels, scale, smoothing, lse, upstream)
+    else:
+        _C.cross_entropy_gradient(
+            out.data_ptr(),
+            lse.data_ptr(),
+            float(upstream),
+            *_row_arguments(logits, labels, scale, smoothing),
+        )
+
+
+def _row_arguments(logits: Tensor, labels: Tensor, scale: Tensor, smoothing: float) -> tuple:
+    return (
+        logits.data_ptr(),
+        labels.data_ptr(),
+        scale.data_ptr(),
+        *logits.shape,
+        smoothing,
+        _DTYPES.index(logits.dtype),
+        torch.get_num_threads(),
+    )
+
+
+library.define(
+    "cross_entropy(Tensor logits, Tensor labels, Tensor scale, float smoothing, str backend) "
+    "-> (Tensor loss, Tensor lse)"
+)
+library.define(
+    "cross_entropy_backward(Tensor upstream, Tensor logits, Tensor labels, Tensor scale, float smoothing, "
+    "Tensor lse, str backend) -> Tensor"
+)
+
+
+def _cross_entropy(
+    logits: Tensor, labels: Tensor, scale: Tensor, smoothing: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    losses, lse = _reduce_rows(logits.contiguous(), labels.contiguous(), scale, smoothing, backend)
+    return losses.sum(), lse
+
+
+def _cross_entropy_backward(
+    upstream: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    smoothing: float,
+    lse: Tensor,
+    backend: str,
+) -> Tensor:
+    logits = logits.contiguous()
+    gradient = torch.empty_like(logits)
+    _write_gradient(gradient, logits, labels.contiguous(), scale, smoothing, lse, upstream, backend)
+    return gradient
+
+
+for _device in ("CPU", "CUDA"):
+    library.impl("cross_entropy", _cross_entropy, _device)
+    library.impl("cross_entropy_backward", _cross_entropy_backward, _device)
+
+
+@torch.library.register_fake("covr_fast::cross_entropy", lib=library)
+def _fake_cross_entropy(
+    logits: Tensor, labels: Tensor, scale: Tensor, smoothing: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    return scale.new_empty(()), torch.empty_like(scale)
+
+
+@torch.library.register_fake("covr_fast::cross_entropy_backward", lib=library)
+def _fake_cross_entropy_backward(
+    upstream: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    smoothing: float,
+    lse: Tensor,
+    backend: str,
+) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _save_cross_entropy(ctx, inputs, output):
+    logits, labels, scale, ctx.smoothing, ctx.backend = inputs
+    ctx.save_for_backward(logits, labels, scale, output[1])
+
+
+def _differentiate_cross_entropy(ctx, upstream, _):
+    logits, labels, scale, lse = ctx.saved_tensors
+    gradient = torch.ops.covr_fast.cross_entropy_backward(
+        upstream, logits, labels, scale, ctx.smoothing, lse, ctx.backend
+    )
+    return gradient, None, None, None, None
+
+
+torch.library.register_autograd(
+    "covr_fast::cross_entropy",
+    _differentiate_cross_entropy,
+    setup_context=_save_cross_entropy,
+    lib=library,
+)
+
+
+# --- Fused with the projection.
+
+library.define(
+    "linear_cross_entropy(Tensor hidden, Tensor head, Tensor labels, Tensor scale, float smoothing, "
+    "bool hidden_needs_gradient, bool head_needs_gradient, str backend) "
+    "-> (Tensor loss, Tensor hidden_gradient, Tensor head_gradient)"
+)
+
+
+def _linear_cross_entropy(
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    smoothing: float,
+    hidden_needs_gradient: bool,
+    head_needs_gradient: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, head = hidden.contiguous(), head.contiguous()
+    kept, kept_labels, kept_scale = _compact(labels, scale, hidden.device)
+    rows = hidden if kept is None else hidden.index_select(0, kept)
+    # Undone on the products, which float16 holds better than their factors.
+    lift = _HALF_SCALE if hidden.dtype == torch.float16 else 1.0
+
+    losses = torch.zeros(max(1, rows.shape[0]), dtype=torch.float32, device=hidden.device)
+    row_gradient = torch.empty_like(rows) if hidden_needs_gradient else None
+    head_sum: Tensor | None = None
+    upstream = torch.ones((), dtype=torch.float32, device="cpu" if backend == "cpp" else hidden.device)
+    for begin, end in _chunks(rows.shape[0], head.shape[0] * head.element_size()):
+        chunk, labels_, scale_ = rows[begin:end], kept_labels[begin:end], kept_scale[begin:end]
+        logits = chunk @ head.T
+        losses[begin:end], lse = _reduce_rows(logits, labels_, scale_, smoothing, backend)
+        if not (hidden_needs_gradient or head_needs_gradient):
+            continue
+        _write_gradient(logits, logits, labels_, scale_ * lift, smoothing, lse, upstream, backend)
+        if row_gradient is not None:
+            torch.mm(logits, head, out=row_gradient[begin:end])
+        if head_needs_gradient:
+            head_sum = _accumulate(head_sum, logits, chunk)
+
+    hidden_gradient = hidden.new_zeros(hidden.shape if hidden_needs_gradient else 0)
+    if row_gradient is not None:
+        row_gradient.div_(lift)
+        if kept is None:
+            hidden_gradient = row_gradient
+        else:
+            hidden_gradient.index_copy_(0, kept, row_gradient)
+    if head_sum is not None:
+        head_gradient = head_sum.div_(lift).to(head.dtype) if lift != 1.0 else head_sum.to(head.dtype)
+    else:
+        head_gradient = torch.zeros_like(head) if head_needs_gradient else head.new_empty(0)
+    return losses.sum(), hidden_gradient, head_gradient
+
+
+def _compact(labels: Tensor, scale: Tensor, device: torch.device) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Rows that contribute, with their labels and scales on `device`; None means all of them."""
+    if labels.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None, labels.contiguous(), scale
+    kept = scale.nonzero().squeeze(1)
+    if kept.numel() == labels.numel():
+        return None, labels.contiguous().to(device, non_blocking=True), scale.to(device, non_blocking=True)
+    return (
+        kept.to(device, non_blocking=True),
+        labels[kept].to(device, non_blocking=True),
+        scale[kept].to(device, non_blocking=True),
+    )
+
+
+def _chunks(rows: int, bytes_per_row: int) -> list[tuple[int, int]]:
+    """Equal pieces of at most `_CHUNK_BYTES` (and at least one row)."""
+    largest = max(1, _CHUNK_BYTES // bytes_per_row)
+    pieces = -(-rows // largest)
+    return [(rows * i // pieces, rows * (i + 1) // pieces) for i in range(pieces)]
+
+
+def _accumulate(total: Tensor | None, logit_gradient: Tensor, rows: Tensor) -> Tensor:
+    """total + logit_gradient.T @ rows in float32."""
+    transposed = logit_gradient.T
+    if rows.dtype == torch.float32:
+        return torch.mm(transposed, rows) if total is None else total.addmm_(transposed, rows)
+    if rows.is_cuda:  # the product leaves the tensor cores in float32 without being rounded in between
+        if total is None:
+            return torch.mm(transposed, rows, out_dtype=torch.float32)
+        return torch.addmm(total, transposed, rows, out_dtype=torch.float32)
+    product = torch.mm(transposed, rows)
+    return product.float() if total is None else total.add_(product)
+
+
+for _device in ("CPU", "CUDA"):
+    library.impl("linear_cross_entropy", _linear_cross_entropy, _device)
+
+
+@torch.library.register_fake("covr_fast::linear_cross_entropy", lib=library)
+def _fake_linear_cross_entropy(
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    smoothing: float,
+    hidden_needs_gradient: bool,
+    head_needs_gradient: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        hidden.new_empty((), dtype=torch.float32),
+        hidden.new_empty(hidden.shape if hidden_needs_gradient else 0),
+        head.new_empty(head.shape if head_needs_gradient else 0),
+    )
+
+
+def _save_linear_cross_entropy(ctx, inputs, output):
+    ctx.save_for_backward(*output[1:])
+    ctx.hidden_needs_gradient, ctx.head_needs_gradient = inputs[5:7]
+
+
+def _differentiate_linear_cross_entropy(ctx, upstream, *_):
+    hidden_gradient, head_gradient = ctx.saved_tensors
+    return (
+        hidden_gradient * upstream.to(hidden_gradient.dtype) if ctx.hidden_needs_gradient else None,
+        head_gradient * upstream.to(head_gradient.dtype) if ctx.head_needs_gradient else None,
+        *(None,) * 6,
+    )
+
+
+torch.library.register_autograd(
+    "covr_fast::linear_cross_entropy",
+    _differentiate_linear_cross_entropy,
+    setup_context=_save_linear_cross_entropy,
+    lib=library,
+)

@@ -1,0 +1,50 @@
+"""RALW, the return-aware adaptive loss weight."""
+
+import torch
+from torch import Tensor
+
+from covr_fast import _C
+
+from . import reference
+from ._backend import Backend, library, select
+
+_DTYPES = (torch.float32,)
+
+
+def return_weights(returns: Tensor, *, backend: Backend = "auto") -> Tensor:
+    """`(2 * (g - g.min()) / (g.max() - g.min()) - 1).clamp_min(0)`, and ones where all returns are equal.
+
+    The weights w_b of Xia et al. 2026, sec. RALW: returns of the samples that the filter kept, scaled to
+    [-1, 1], with the lower half of the range cut to zero.
+
+    Args:
+        returns: floating [K], finite (the filter has checked); K = 0 gives an empty result.
+        backend: "auto", "reference", "cpp" or "cuda". Everything but float32 runs the reference.
+
+    Returns:
+        [K] in [0, 1] of the dtype of `returns`, detached: a weight is a constant of the loss.
+    """
+    if returns.ndim != 1 or not returns.is_floating_point():
+        raise ValueError(
+            f"return_weights: returns must be floating [K], not {returns.dtype} {list(returns.shape)}"
+        )
+    returns = returns.detach()
+    if select("return_weights", backend, returns, ("cpp", "cuda"), _DTYPES) == "reference":
+        return reference.return_weights(returns)
+    return torch.ops.covr_fast.return_weights(returns)
+
+
+library.define("return_weights(Tensor returns) -> Tensor")
+
+
+@torch.library.impl(library, "return_weights", "CPU")
+def _cpp(returns: Tensor) -> Tensor:
+    returns = returns.contiguous()
+    weights = torch.empty_like(returns)
+    _C.return_weights(weights.data_ptr(), returns.data_ptr(), returns.numel())
+    return weights
+
+
+@torch.library.register_fake("covr_fast::return_weights", lib=library)
+def _fake(returns: Tensor) -> Tensor:
+    return torch.empty_like(returns, memory_format=torch.contiguous_format)

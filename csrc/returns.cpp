@@ -1,0 +1,115 @@
+// Discounted returns within episodes: a segmented scan over time, last step first.
+#include "returns.h"
+
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <array>
+
+#include "parallel.h"
+
+namespace py = pybind11;
+
+namespace covr {
+namespace {
+
+constexpr int64_t kBlock = 256;      // columns whose running returns stay in registers and L1
+constexpr int64_t kFewColumns = 16;  // fewer leave vector lanes empty
+constexpr int kStreams = 8;          // independent episodes in flight, to hide the latency of the recurrence
+constexpr int64_t kGrain = 1 << 15;  // steps worth a thread
+
+// Columns [begin, end) side by side: the recurrence runs down in time, the vector lanes across columns.
+template <typename T>
+COVR_CLONES void scan_columns(T* out, const T* rewards, const uint8_t* ends, int64_t steps, int64_t columns,
+                              int64_t begin, int64_t end, T gamma) {
+  T next[kBlock];
+  for (int64_t first = begin; first < end; first += kBlock) {
+    const int64_t width = std::min(kBlock, end - first);
+    std::fill(next, next + width, T(0));
+    for (int64_t t = steps - 1; t >= 0; --t) {
+      const T* reward = rewards + t * columns + first;
+      const uint8_t* ended = ends + t * columns + first;
+      T* result = out + t * columns + first;
+      for (int64_t j = 0; j < width; ++j)
+        result[j] = next[j] = return_step(reward[j], ended[j], gamma, next[j]);
+    }
+  }
+}
+
+// One column, steps [begin, end), where step end - 1 ends an episode or the column.
+template <typename T>
+void scan_piece(T* out, const T* rewards, const uint8_t* ends, int64_t stride, int64_t begin, int64_t end,
+                T gamma, T next) {
+  for (int64_t t = end - 1; t >= begin; --t)
+    out[t * stride] = next = return_step(rewards[t * stride], ends[t * stride], gamma, next);
+}
+
+// The same for a long column: cut near equal parts, but only where an episode ends, so that the parts are
+// independent and the result is that of the plain scan, bit by bit.
+template <typename T>
+void scan_column(T* out, const T* rewards, const uint8_t* ends, int64_t stride, int64_t begin, int64_t end,
+                 T gamma) {
+  std::array<int64_t, kStreams + 1> cut;
+  cut[0] = begin;
+  for (int i = 1; i <= kStreams; ++i) {
+    int64_t at = begin + (end - begin) * i / kStreams;
+    while (at < end && at > begin && !ends[(at - 1) * stride]) ++at;
+    cut[i] = std::max(at, cut[i - 1]);
+  }
+  std::array<int64_t, kStreams> t;  // the next step of each stream
+  std::array<T, kStreams> next{};
+  int64_t together = end - begin;
+  for (int i = 0; i < kStreams; ++i) {
+    t[i] = cut[i + 1] - 1;
+    together = std::min(together, cut[i + 1] - cut[i]);
+  }
+  for (int64_t k = 0; k < together; ++k)
+    for (int i = 0; i < kStreams; ++i) {
+      const int64_t at = t[i]-- * stride;
+      out[at] = next[i] = return_step(rewards[at], ends[at], gamma, next[i]);
+    }
+  for (int i = 0; i < kStreams; ++i) scan_piece(out, rewards, ends, stride, cut[i], t[i] + 1, gamma, next[i]);
+}
+
+template <typename T>
+void scan(T* out, const T* rewards, const uint8_t* ends, int64_t steps, int64_t columns, T gamma,
+          int threads) {
+  if (columns >= kFewColumns) {
+    parallel_for(columns, std::max<int64_t>(kFewColumns, kGrain / std::max<int64_t>(steps, 1)), threads,
+                 [&](int64_t begin, int64_t end) {
+                   scan_columns(out, rewards, ends, steps, columns, begin, end, gamma);
+                 });
+    return;
+  }
+  for (int64_t column = 0; column < columns; ++column) {
+    const uint8_t* ended = ends + column;
+    // A thread's part begins and ends where an episode does, for the same reason as above.
+    auto boundary = [&](int64_t t) {
+      while (t > 0 && t < steps && !ended[(t - 1) * columns]) ++t;
+      return t;
+    };
+    parallel_for(steps, kGrain, threads, [&](int64_t begin, int64_t end) {
+      begin = boundary(begin), end = boundary(end);
+      if (begin < end) scan_column(out + column, rewards + column, ended, columns, begin, end, gamma);
+    });
+  }
+}
+
+void discounted_returns(uintptr_t out, uintptr_t rewards, uintptr_t ends, int64_t steps, int64_t columns,
+                        double gamma, bool is_double, int threads) {
+  const auto* ended = reinterpret_cast<const uint8_t*>(ends);
+  if (is_double)
+    scan(reinterpret_cast<double*>(out), reinterpret_cast<const double*>(rewards), ended, steps, columns,
+         gamma, threads);
+  else
+    scan(reinterpret_cast<float*>(out), reinterpret_cast<const float*>(rewards), ended, steps, columns,
+         static_cast<float>(gamma), threads);
+}
+
+}  // namespace
+
+void bind_returns(py::module_& m) {
+  m.def("discounted_returns", &discounted_returns, py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace covr

@@ -1,0 +1,71 @@
+// Layout and descent of the sum tree, shared by the CPU and CUDA kernels.
+//
+// Leaves are floats. Each level above holds one double per 32 entries below, up to a single root; all inner
+// levels lie one after the other in one array, lowest first, the root last.
+#pragma once
+
+#include "common.h"
+
+namespace covr {
+
+constexpr int64_t kFanOut = 32;
+constexpr int kMaxLevels = 13;  // 32^13 > 2^63
+
+struct SumTreeLayout {
+  int levels = 0;  // inner levels, at least one
+  int64_t capacity;
+  int64_t size[kMaxLevels];    // nodes of each inner level
+  int64_t offset[kMaxLevels];  // where it begins
+
+  COVR_HD explicit SumTreeLayout(int64_t leaves) : capacity(leaves) {
+    int64_t nodes = leaves, begin = 0;
+    do {
+      nodes = (nodes + kFanOut - 1) / kFanOut;
+      size[levels] = nodes;
+      offset[levels++] = begin;
+      begin += nodes;
+    } while (nodes > 1);
+  }
+
+  COVR_HD int64_t inner_nodes() const { return offset[levels - 1] + 1; }
+};
+
+template <typename T>
+COVR_HD double sum_children(const T* entries, int64_t n, int64_t parent) {
+  const int64_t begin = parent * kFanOut;
+  const int64_t end = begin + kFanOut < n ? begin + kFanOut : n;
+  double sum = 0;
+  for (int64_t i = begin; i < end; ++i) sum += static_cast<double>(entries[i]);
+  return sum;
+}
+
+// The child of `parent` that `target`, a point in [0, sum of children), falls into; target becomes relative
+// to it. Rounding may carry the target past the end: then the last child that is not zero takes it.
+template <typename T>
+COVR_HD int64_t choose_child(const T* entries, int64_t n, int64_t parent, double& target) {
+  const int64_t begin = parent * kFanOut;
+  const int64_t end = begin + kFanOut < n ? begin + kFanOut : n;
+  int64_t last = begin;
+  for (int64_t i = begin; i < end; ++i) {
+    const double entry = static_cast<double>(entries[i]);
+    if (target < entry) return i;
+    if (entry > 0) last = i;
+    target -= entry;
+  }
+  target = static_cast<double>(entries[last]);
+  return last;
+}
+
+COVR_HD int64_t descend(const float* leaves, const double* sums, const SumTreeLayout& layout, double target) {
+  int64_t node = 0;
+  for (int level = layout.levels - 2; level >= 0; --level)
+    node = choose_child(sums + layout.offset[level], layout.size[level], node, target);
+  return choose_child(leaves, layout.capacity, node, target);
+}
+
+// Draw i of n: the point of the total that its jitter in [0, 1) picks within the i-th of n equal slices.
+COVR_HD double stratum(int64_t i, int64_t n, double jitter, double total) {
+  return (static_cast<double>(i) + jitter) / static_cast<double>(n) * total;
+}
+
+}  // namespace covr

@@ -1,0 +1,17 @@
+"""What every operation's tests share: the kernels of this machine and adversarial inputs."""
+
+import pytest
+import torch
+
+from covr_fast import _C
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A CUDA device does not help a build without CUDA kernels: say so instead of failing in the call."""
+    if item.get_closest_marker("needs_cuda") and torch.cuda.is_available() and not _C.with_cuda:
+        pytest.fail("torch sees a CUDA device, but this build has no CUDA kernels", pytrace=False)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)

@@ -1,0 +1,43 @@
+"""Choosing a backend: automatic, by name, and the errors that say why one cannot run."""
+
+import pytest
+import torch
+
+from covr_fast import _C, ops
+
+REWARDS = torch.ones(3, 2)
+ENDS = torch.zeros(3, 2, dtype=torch.bool)
+
+
+def test_auto_takes_the_kernel_and_reference_agrees():
+    expected = ops.discounted_returns(REWARDS, ENDS, 0.5, backend="reference")
+    torch.testing.assert_close(ops.discounted_returns(REWARDS, ENDS, 0.5), expected)
+    torch.testing.assert_close(ops.discounted_returns(REWARDS, ENDS, 0.5, backend="cpp"), expected)
+
+
+def test_unknown_backend_lists_the_known_ones():
+    with pytest.raises(ValueError, match="auto, reference, cpp, cuda, triton, not 'gpu'"):
+        ops.discounted_returns(REWARDS, ENDS, 0.5, backend="gpu")
+
+
+def test_backend_the_operation_does_not_have():
+    with pytest.raises(ValueError, match="there is no triton backend"):
+        ops.discounted_returns(REWARDS, ENDS, 0.5, backend="triton")
+
+
+def test_cuda_on_a_cpu_tensor_says_why():
+    reason = "runs on CUDA tensors" if _C.with_cuda else "no CUDA kernels"
+    with pytest.raises(RuntimeError, match=reason):
+        ops.discounted_returns(REWARDS, ENDS, 0.5, backend="cuda")
+
+
+def test_dtype_the_kernel_does_not_take():
+    returns = torch.rand(5, dtype=torch.float64)
+    with pytest.raises(TypeError, match=r"float32, not torch\.float64; use 'reference'"):
+        ops.exploration_filter(returns, 0.0, backend="cpp")
+    assert ops.exploration_filter(returns, 0.0).indices.dtype == torch.int64  # auto: the reference
+
+
+def test_devices_must_agree():
+    with pytest.raises(ValueError, match="ends is on meta but rewards is on cpu"):
+        ops.discounted_returns(REWARDS, ENDS.to("meta"), 0.5)
