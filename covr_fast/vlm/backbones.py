@@ -102,7 +102,12 @@ class Backbone:
         """The conversation up to the answer. The task comes before the image, so that all frames share it."""
         content = [{"type": "text", "text": prompt}, {"type": "image"}]
         messages = [{"role": "user", "content": content}]
-        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        if self.processor.image_token not in text:
+            raise ValueError(
+                f"the chat template of {type(self.processor).__name__} puts no image token into {text!r}"
+            )
+        return text
 
     def answer_context(self, text: str) -> str:
         """What an answer's tokens may depend on: the part of the rendered prompt that follows the image."""
