@@ -1,0 +1,33 @@
+"""The VLM side of COVR: the action prior that guides the agent, and the tuner that the agent's data trains.
+
+transformers and peft are imported when a name is first used, not with this package.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+_HOME = {
+    "ActionPrior": "prior",
+    "PriorBatch": "prior",
+    "RoundReport": "tuner",
+    "TunerConfig": "tuner",
+    "VLMTuner": "tuner",
+}
+
+__all__ = ["ActionPrior", "PriorBatch", "RoundReport", "TunerConfig", "VLMTuner"]
+
+if TYPE_CHECKING:
+    from .prior import ActionPrior, PriorBatch
+    from .tuner import RoundReport, TunerConfig, VLMTuner
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,257 @@
+"""The few things that differ between VLM architectures, behind one interface.
+
+A `Backbone` is a loaded model with its processor. The decode loop and the tuner use it as: text tokens to
+embeddings, frames to image features, embeddings plus a cache to hidden states, and a head. Everything is
+reached through transformers' auto classes; a subclass holds what is particular to a family.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from .attention import register_segmented_sdpa
+from .cache import Prefix
+from .pixels import PatchPixels
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What the vision tower hands to the language model."""
+
+    tokens: Tensor
+    """[B, n, D]: the embeddings of each frame's n image tokens."""
+    deep: tuple[Tensor, ...] = ()
+    """[B, n, D] each: features added to the hidden states after the first decoder layers (Qwen3-VL)."""
+
+    def rows(self, index: Tensor | slice) -> "ImageFeatures":
+        return ImageFeatures(self.tokens[index], tuple(x[index] for x in self.deep))
+
+
+class Backbone:
+    """A VLM whose image is one run of frames of equal size and whose positions simply count up.
+
+    Args:
+        model: transformers' `...ForConditionalGeneration`, or a peft model around one.
+        processor: its processor.
+    """
+
+    model_types: ClassVar[tuple[str, ...]] = ("llava", "smolvlm")
+    lora_targets: ClassVar[str] = (
+        r".*(language_model|text_model)\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
+    )
+    """Regular expression of the linear layers that LoRA adapts: all of the language model's."""
+
+    def __init__(self, model: nn.Module, processor: Any) -> None:
+        self.model = model
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.image_token_id = self._find_image_token()
+
+    def _find_image_token(self) -> int:
+        config = self.base.config
+        token = getattr(config, "image_token_id", None)
+        if token is None:
+            token = getattr(config, "image_token_index", None)
+        if token is None or getattr(self.processor, "image_token", None) is None:
+            raise ValueError(
+                f"{type(self.processor).__name__} has no image token, so no frame can be shown to it"
+            )
+        return int(token)
+
+    @property
+    def base(self) -> Any:
+        """The transformers model, without peft's wrapper."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @cached_property
+    def decoder(self) -> nn.Module:
+        """The language model: embeddings in, hidden states out."""
+        return self.base.get_decoder()
+
+    @cached_property
+    def head(self) -> nn.Linear:
+        return self.base.get_output_embeddings()
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.weight.dtype
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """int64[...] -> [..., D]."""
+        return self.base.get_input_embeddings()(tokens)
+
+    def save(self, directory: Path) -> None:
+        """Writes weights (or the adapter), tokenizer, chat template and image processor."""
+        self.model.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)
+        self.processor.image_processor.save_pretrained(directory)
+
+    # ------------------------------------------------------------------ the prompt
+
+    def render(self, prompt: str) -> str:
+        """The conversation up to the answer. The task comes before the image, so that all frames share it."""
+        content = [{"type": "text", "text": prompt}, {"type": "image"}]
+        messages = [{"role": "user", "content": content}]
+        text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        if self.processor.image_token not in text:
+            raise ValueError(
+                f"the chat template of {type(self.processor).__name__} puts no image token into {text!r}"
+            )
+        return text
+
+    def answer_context(self, text: str) -> str:
+        """What an answer's tokens may depend on: the part of the rendered prompt that follows the image."""
+        return text.rpartition(self.processor.image_token)[2]
+
+    def process(self, text: str, images: list[Any]) -> Mapping[str, Tensor]:
+        """The processor's own inputs for `model.generate`, one image and the same text per row."""
+        return self.processor(text=[text] * len(images), images=images, return_tensors="pt")
+
+    def positions(self, inputs: Mapping[str, Tensor], extra: int) -> Tensor:
+        """Position ids [..., 1, S + extra] of one processed row followed by `extra` text tokens."""
+        return torch.arange(inputs["input_ids"].shape[1] + extra)[None]
+
+    # ------------------------------------------------------------------ the image
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """uint8[B, 3, H, W] -> what `image_features` takes, its leading dimension a multiple of B."""
+        arrays = list(images.permute(0, 2, 3, 1).cpu().numpy())
+        return self.processor.image_processor(images=arrays, return_tensors="pt")["pixel_values"].to(
+            self.device
+        )
+
+    def image_features(self, pixels: Tensor, batch: int, size: tuple[int, int]) -> ImageFeatures:
+        """Image tokens of `batch` frames of `size` (height, width) from `pixels`."""
+        features = self.base.get_image_features(pixel_values=pixels.to(self.dtype)).pooler_output
+        if not isinstance(features, Tensor):
+            features = torch.cat(tuple(features))
+        return ImageFeatures(features.reshape(batch, -1, features.shape[-1]))
+
+    # ------------------------------------------------------------------ the language model
+
+    def empty_prefix(self) -> Prefix:
+        """The keys and values of no tokens, for prompts that begin with the image."""
+        config = self.decoder.config
+        heads = config.num_key_value_heads
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        empty = torch.empty(1, heads, 0, dim, dtype=self.dtype, device=self.device)
+        return [(empty, empty)] * config.num_hidden_layers
+
+    def hidden(
+        self,
+        embeddings: Tensor,
+        positions: Tensor,
+        mask: Tensor,
+        cache: Cache | None,
+        *,
+        image_at: Tensor | None = None,
+        image: ImageFeatures | None = None,
+    ) -> Tensor:
+        """Last hidden states [B, n, D] of `embeddings` [B, n, D] behind what `cache` holds.
+
+        Args:
+            positions: [..., 1, n], the same in every row.
+            mask: [1, 1, n, held + n], added to the attention scores (`decode.causal_mask`).
+            image_at: int64[m], the places among the n that are image tokens; with `image`.
+        """
+        batch = embeddings.shape[0]
+        if image_at is not None and image is not None:
+            embeddings = embeddings.index_copy(1, image_at, image.tokens.to(embeddings.dtype))
+        return self.decoder(
+            inputs_embeds=embeddings,
+            position_ids=positions.expand(*positions.shape[:-2], batch, -1),
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            **self._decoder_arguments(embeddings, image_at, image),
+        ).last_hidden_state
+
+    def _decoder_arguments(
+        self, embeddings: Tensor, image_at: Tensor | None, image: ImageFeatures | None
+    ) -> dict[str, Any]:
+        return {}
+
+
+class QwenVL(Backbone):
+    """Qwen2-VL and Qwen2.5-VL: any image size, rotary positions in three dimensions."""
+
+    model_types = ("qwen2_5_vl", "qwen2_vl")
+
+    def __init__(self, model: nn.Module, processor: Any) -> None:
+        super().__init__(model, processor)
+        self._pixels = PatchPixels(processor.image_processor)
+        self._plan = lru_cache(maxsize=16)(self._make_plan)
+        config = self.tower.config
+        if config._attn_implementation == "sdpa":
+            # transformers would loop over the images; this is one call for all of them.
+            config._attn_implementation = register_segmented_sdpa()
+
+    @property
+    def tower(self) -> Any:
+        return self.base.model.visual
+
+    def positions(self, inputs: Mapping[str, Tensor], extra: int) -> Tensor:
+        tokens, kinds = inputs["input_ids"], inputs["mm_token_type_ids"]
+        positions, _ = self.base.model.get_rope_index(
+            torch.cat((tokens, tokens.new_zeros(1, extra)), 1),
+            mm_token_type_ids=torch.cat((kinds, kinds.new_zeros(1, extra)), 1),
+            image_grid_thw=inputs["image_grid_thw"],
+        )
+        return positions
+
+    def pixels(self, images: Tensor) -> Tensor:
+        return self._pixels(images.to(self.device))
+
+    def image_features(self, pixels: Tensor, batch: int, size: tuple[int, int]) -> ImageFeatures:
+        grid, plan = self._plan(batch, size)
+        out = self.tower(pixels.to(self.dtype), grid_thw=grid, **plan)
+        features = out.pooler_output
+        return ImageFeatures(features.reshape(batch, -1, features.shape[-1]))
+
+    def _make_plan(self, batch: int, size: tuple[int, int]) -> tuple[Tensor, dict[str, Any]]:
+        """The tower's index tensors: they depend only on batch and size, and are made on the host, once."""
+        from transformers.vision_utils import (
+            get_vision_cu_seqlens,
+            get_vision_position_ids,
+            get_vision_window_index,
+        )
+
+        config = self.tower.config
+        grid = torch.tensor([[1, *self._pixels.grid(*size)]] * batch)
+        lengths = get_vision_cu_seqlens(grid)
+        plan = {
+            "cu_seqlens": lengths,
+            "position_ids": get_vision_position_ids(grid, config.spatial_merge_size),
+            "max_seqlen": int(lengths.diff().max()),
+        }
+        if hasattr(config, "window_size"):
+            window = (config.spatial_merge_size, config.window_size, config.patch_size)
+            plan["window_index"], plan["cu_window_seqlens"] = get_vision_window_index(grid, *window)
+            plan["max_window_seqlen"] = int(plan["cu_window_seqlens"].diff().max())
+        return grid, {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in plan.items()}
+
+
+BACKBONES: tuple[type[Backbone], ...] = (QwenVL, Backbone)
+
+
+def backbone_class(model_type: str) -> type[Backbone]:
+    """The adapter for a transformers `model_type`.
+
+    Raises:
+        ValueError: no adapter knows this architecture; the message lists those that exist.
+    """
+    for cls in BACKBONES:
+        if model_type in cls.model_types:
+            return cls
+    known = ", ".join(sorted(name for cls in BACKBONES for name in cls.model_types))
+    raise ValueError(f"a checkpoint of architecture {model_type!r} is not supported; supported are {known}")

@@ -1,0 +1,166 @@
+"""Constrained decoding: answers for a batch of frames, and nothing computed that the grammar already says."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .backbones import Backbone, ImageFeatures
+from .cache import DecodeCache, Prefix, RecordingCache
+from .grammar import ActionGrammar, Level
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tokens of a prompt for frames of one size: a text prefix, then image and closing text.
+
+    Positions continue into the answer, `grammar.max_length` tokens further.
+    """
+
+    size: tuple[int, int]
+    """Height and width of the frames."""
+    prefix: Tensor
+    """int64[P]: everything before the first image token."""
+    body: Tensor
+    """int64[R]: from the first image token to the end of the prompt."""
+    image_at: Tensor
+    """int64[n]: places of the image tokens in `body`."""
+    positions: Tensor
+    """Position ids [..., 1, P + R + answer]."""
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.prefix) + len(self.body)
+
+    def span(self, begin: int, end: int) -> Tensor:
+        """Positions of the tokens from `begin` to `end`, counted from the prefix's first."""
+        return self.positions[..., begin:end]
+
+
+def make_layout(backbone: Backbone, text: str, size: tuple[int, int], answer_length: int) -> Layout:
+    """Runs the processor once on a blank frame of `size` to see how it lays out text and image."""
+    blank = torch.zeros(*size, 3, dtype=torch.uint8).numpy()
+    inputs = backbone.process(text, [blank])
+    tokens = inputs["input_ids"][0]
+    image = (tokens == backbone.image_token_id).nonzero()[:, 0]
+    if len(image) == 0:
+        raise ValueError(
+            "the processor put no image token into the prompt; its chat template must show the image"
+        )
+    begin = int(image[0])
+    device = backbone.device
+    return Layout(
+        size=size,
+        prefix=tokens[:begin].to(device),
+        body=tokens[begin:].to(device),
+        image_at=(image - begin).to(device),
+        positions=backbone.positions(inputs, answer_length).to(device),
+    )
+
+
+def causal_mask(queries: int, held: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[1, 1, queries, held + queries], added to attention scores: 0 where a query may look (what is held, the
+    earlier queries, itself), the lowest number elsewhere."""
+    lowest = torch.finfo(dtype).min
+    return torch.full((queries, held + queries), lowest, dtype=dtype, device=device).triu_(held + 1)[
+        None, None
+    ]
+
+
+def record_prefix(backbone: Backbone, layout: Layout) -> Prefix | None:
+    """Keys and values of the prompt's text prefix; None if the image comes first. Differentiable."""
+    length = len(layout.prefix)
+    if length == 0:
+        return None
+    cache = RecordingCache()
+    mask = causal_mask(length, 0, backbone.dtype, backbone.device)
+    backbone.hidden(backbone.embed(layout.prefix)[None], layout.span(0, length), mask, cache)
+    return cache.prefix
+
+
+class Decoder:
+    """Decodes frames of one layout with one set of weights.
+
+    The prefix's keys and values are computed once. A call then costs the vision tower, one forward over
+    [image, end of prompt, what every answer opens with], and one forward per choice but the last; forced
+    tokens ride along with the choice before them. Only the rows of the head that a choice allows are used,
+    and nothing is read back by the host.
+    """
+
+    def __init__(self, backbone: Backbone, layout: Layout, grammar: ActionGrammar) -> None:
+        self.backbone = backbone
+        self.layout = layout
+        device = backbone.device
+        self._levels: list[Level] = [level.to(device) for level in grammar.levels]
+        self._opening = grammar.opening.to(device)
+        self._action_dim = grammar.action_dim
+        self._capacity = layout.prompt_length + grammar.max_length
+        self._body = torch.cat((layout.body, self._opening))
+        self._masks: dict[tuple[int, int], Tensor] = {}
+        self._caches: dict[int, DecodeCache] = {}
+        with torch.no_grad():
+            self._prefix = record_prefix(backbone, layout)
+            head = backbone.head
+            self._heads = [head.weight[level.tokens] for level in self._levels]
+            self._biases = [None if head.bias is None else head.bias[level.tokens] for level in self._levels]
+            self._body_embeddings = backbone.embed(self._body)[None]
+
+    @torch.no_grad()
+    def __call__(
+        self, image: ImageFeatures, temperature: float, noise: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Actions float32[B, A] and answer tokens int64[B, L].
+
+        Args:
+            temperature: 0 takes the most probable token of each choice.
+            noise: Gumbel noise float32[B, levels, >= U] for `temperature` > 0: the argmax of logits / T plus
+                this noise is a sample of their softmax.
+        """
+        batch = image.tokens.shape[0]
+        cache = self._cache(batch)
+        hidden = self._forward(self._body_embeddings.expand(batch, -1, -1), cache, image)
+        state = torch.zeros(batch, dtype=torch.int64, device=hidden.device)
+        action = torch.zeros(batch, self._action_dim, device=hidden.device)
+        answer = [self._opening.expand(batch, -1)]
+        last = len(self._levels) - 1
+        for i, level in enumerate(self._levels):
+            scores = F.linear(hidden, self._heads[i], self._biases[i]).float()
+            if noise is not None:
+                scores = scores / temperature + noise[:, i, : scores.shape[1]]
+            choice = scores.masked_fill_(~level.allowed[state], -torch.inf).argmax(1)
+            action += level.gain[state, choice]
+            block = torch.cat((level.tokens[choice, None], level.forced.expand(batch, -1)), 1)
+            state = level.next_state[state, choice]
+            answer.append(block)
+            if i < last:
+                hidden = self._forward(self.backbone.embed(block), cache)
+        return action, torch.cat(answer, 1)
+
+    def _forward(self, embeddings: Tensor, cache: DecodeCache, image: ImageFeatures | None = None) -> Tensor:
+        """The hidden state [B, D] after the last of `embeddings`."""
+        held, count = cache.get_seq_length(), embeddings.shape[1]
+        key = (count, held)
+        if key not in self._masks:
+            self._masks[key] = causal_mask(count, held, embeddings.dtype, embeddings.device)
+        hidden = self.backbone.hidden(
+            embeddings,
+            self.layout.span(held, held + count),
+            self._masks[key],
+            cache,
+            image_at=None if image is None else self.layout.image_at,
+            image=image,
+        )
+        cache.advance(count)
+        return hidden[:, -1]
+
+    def _cache(self, batch: int) -> DecodeCache:
+        """The cache for this batch size, its prefix in place. Two sizes are kept: full and last batches."""
+        if batch not in self._caches:
+            if len(self._caches) == 2:
+                del self._caches[next(iter(self._caches))]
+            prefix = self._prefix or self.backbone.empty_prefix()
+            self._caches[batch] = DecodeCache(prefix, batch, self._capacity)
+        cache = self._caches[batch]
+        cache.rewind()
+        return cache

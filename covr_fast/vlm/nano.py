@@ -1,0 +1,132 @@
+"""`nano`: the Qwen2.5-VL architecture, small enough to run and learn on two CPU cores, knowing nothing.
+
+It is a randomly initialised checkpoint directory like any other (config, weights, tokenizer, chat template,
+image processor), so that what is tried with it goes through the code that a real model goes through. It has
+seen no text and no image: it serves to run the whole method anywhere, not to supply knowledge.
+"""
+
+import json
+from pathlib import Path
+
+from .prompt import JOINER, OPENING, default_prompt
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+# Pieces of the answer that a vocabulary learned from such text would hold as well: they make it short.
+ANSWER_TOKENS = (OPENING, JOINER, "0.", "1.", "-0.", "-1.")
+VOCAB_SIZE = 384
+
+# 28-pixel image tokens: an 84x84 frame is 3x3 of them, each seen by the vision tower as 2x2 patches.
+PATCH_SIZE = 14
+MERGE_SIZE = 2
+VISION = {
+    "depth": 2,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_heads": 4,
+    "patch_size": PATCH_SIZE,
+    "spatial_merge_size": MERGE_SIZE,
+    "temporal_patch_size": 1,
+    "window_size": 112,
+    "fullatt_block_indexes": [1],
+}
+TEXT = {
+    "hidden_size": 160,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 2048,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 8, 8]},
+    "tie_word_embeddings": False,
+}
+# Larger than the usual 0.02: at this width smaller weights would pass too little of the image on.
+INITIALIZER_RANGE = 0.05
+
+
+def write_nano(directory: str | Path, *, seed: int) -> None:
+    """Writes the nano checkpoint, about 2 M float32 weights drawn from `seed`, into an existing directory."""
+    import torch
+    from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    directory = Path(directory)
+    tokenizer = build_tokenizer()
+    token = tokenizer.convert_tokens_to_ids
+    ends = {
+        "bos_token_id": token("<|im_start|>"),
+        "eos_token_id": token("<|im_end|>"),
+        "pad_token_id": token("<|endoftext|>"),
+    }
+    config = Qwen2_5_VLConfig(
+        vision_config=VISION
+        | {"out_hidden_size": TEXT["hidden_size"], "initializer_range": INITIALIZER_RANGE},
+        text_config=TEXT | ends | {"vocab_size": VOCAB_SIZE, "initializer_range": INITIALIZER_RANGE},
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+        initializer_range=INITIALIZER_RANGE,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(**ends)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    image_processor = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2_5_VLProcessor",
+        "size": {"shortest_edge": 56 * 56, "longest_edge": 112 * 112},
+        "patch_size": PATCH_SIZE,
+        "merge_size": MERGE_SIZE,
+        "temporal_patch_size": VISION["temporal_patch_size"],
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.25, 0.25, 0.25],
+    }
+    (directory / "preprocessor_config.json").write_text(json.dumps(image_processor, indent=2))
+
+
+def build_tokenizer():
+    """A byte-level BPE tokenizer with merges learned from the default prompts: it can write any text."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE - len(SPECIAL_TOKENS) - len(ANSWER_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    corpus = [
+        f"user\n{default_prompt(dim, decimals)}\nassistant\n" for dim in (1, 2, 3) for decimals in (1, 2)
+    ]
+    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in ANSWER_TOKENS])
+    tokenizer.add_special_tokens([AddedToken(piece, special=True) for piece in SPECIAL_TOKENS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )

@@ -1,0 +1,125 @@
+"""The fine-tuning loss: the answers' likelihood, weighted by return (RALW, Xia et al. 2026, Eq. 6)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from covr_fast import ops
+
+from .backbones import Backbone, ImageFeatures
+from .cache import TrainingCache
+from .decode import Layout, causal_mask, record_prefix
+from .grammar import ActionGrammar
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The kept samples of a round, tokenised. `N` rows; labels and weights stay on the host."""
+
+    frames: Tensor
+    """uint8[N, 3, H, W]."""
+    answers: Tensor
+    """int64[N, L]: the answer to each frame, padded."""
+    labels: Tensor
+    """int64[N, L]: the same with -100 where padded. The prompt has no labels: only answers are learned."""
+    weights: Tensor
+    """float32[N]: RALW weights, in [0, 1]."""
+
+    @classmethod
+    def build(cls, grammar: ActionGrammar, frames: Tensor, actions: Tensor, returns: Tensor) -> "Samples":
+        actions = actions.detach().cpu()
+        answers = grammar.encode(actions)
+        padding = torch.arange(answers.shape[1]) >= grammar.lengths(actions)[:, None]
+        weights = ops.return_weights(returns.detach().cpu().float())
+        return cls(frames, answers, answers.masked_fill(padding, IGNORE), weights)
+
+    def valid_tokens(self, rows: Tensor) -> int:
+        """N_v of Eq. 6: label tokens of `rows` int64[M], zero-weight rows included."""
+        return int((self.labels[rows] != IGNORE).sum())
+
+    def micro_batches(self, rows: Tensor, size: int) -> Iterator[Tensor]:
+        """The rows with a non-zero weight in pieces of at most `size`: the others need no forward at all."""
+        yield from rows[self.weights[rows] > 0].split(size)
+
+
+class AnswerModel:
+    """Hidden states at the positions that predict the answer, for a batch of frames.
+
+    The prompt's text prefix is run once per micro-batch and shared by its rows; with `checkpointing`, whose
+    recomputation cannot go through a cache, every row carries it.
+    """
+
+    def __init__(self, backbone: Backbone, layout: Layout, *, checkpointing: bool) -> None:
+        self.backbone = backbone
+        self.layout = layout
+        self.checkpointing = checkpointing
+
+    def hidden(self, image: ImageFeatures, answers: Tensor) -> Tensor:
+        """[B, L, D] for answers int64[B, L]: position t predicts token t."""
+        backbone, layout = self.backbone, self.layout
+        rows, length = answers.shape
+        answers = answers.to(backbone.device)
+        prompt = torch.cat((layout.prefix, layout.body)) if self.checkpointing else layout.body
+        held = layout.prompt_length - len(prompt)
+        tokens = torch.cat((prompt.expand(rows, -1), answers[:, :-1]), 1)
+        cache = None
+        if not self.checkpointing:
+            cache = TrainingCache(record_prefix(backbone, layout) or backbone.empty_prefix())
+        hidden = backbone.hidden(
+            backbone.embed(tokens),
+            layout.span(held, held + tokens.shape[1]),
+            causal_mask(tokens.shape[1], held, backbone.dtype, backbone.device),
+            cache,
+            image_at=layout.image_at + (len(prompt) - len(layout.body)),
+            image=image,
+        )
+        return hidden[:, -length:]
+
+    def image(self, frames: Tensor) -> ImageFeatures:
+        backbone = self.backbone
+        return backbone.image_features(backbone.pixels(frames), len(frames), self.layout.size)
+
+
+def weighted_loss(
+    model: AnswerModel,
+    samples: Samples,
+    rows: Tensor,
+    image: ImageFeatures,
+    valid: int,
+    label_smoothing: float,
+) -> Tensor:
+    """What `rows` add to Eq. 6 over a batch with `valid` label tokens (N_v). Differentiable scalar."""
+    labels = samples.labels[rows]
+    loss = ops.return_weighted_linear_cross_entropy(
+        model.hidden(image, samples.answers[rows]),
+        model.backbone.head.weight,
+        labels,
+        samples.weights[rows],
+        label_smoothing=label_smoothing,
+        ignore_index=IGNORE,
+    )
+    # The op divides by the label tokens it was given; Eq. 6 divides by all of the batch's.
+    return loss * (int((labels != IGNORE).sum()) / valid)
+
+
+@torch.no_grad()
+def mean_nll(model: AnswerModel, samples: Samples, rows: Tensor, micro_batch: int) -> float:
+    """Weighted mean of -log p over the answer tokens of `rows`, in nats per token; the held-out figure.
+
+    Unlike Eq. 6 it divides by the weights, so that rounds with different returns can be compared.
+    """
+    total = torch.zeros((), device=model.backbone.device)
+    weight = 0.0
+    for part in samples.micro_batches(rows, micro_batch):
+        labels = samples.labels[part].to(total.device)
+        hidden = model.hidden(model.image(samples.frames[part]), samples.answers[part])
+        logits = F.linear(hidden, model.backbone.head.weight).float()
+        nll = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="none").sum(1)
+        total += (nll * samples.weights[part].to(total.device)).sum()
+        weight += float((samples.weights[part] * (samples.labels[part] != IGNORE).sum(1)).sum())
+    return float(total) / weight if weight else float("nan")

@@ -1,0 +1,70 @@
+"""Frames to the patches of the Qwen-VL family, batched on the frames' device.
+
+Transformers' image processors take one image at a time through PIL or, with torchvision, a list of them. All
+frames of a call have one size here, so the same steps are four tensor operations.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_BICUBIC = 3
+
+
+class PatchPixels:
+    """Does what transformers' `Qwen2VLImageProcessor` does with its settings, for a batch of equal frames.
+
+    Raises:
+        ValueError: the processor resizes with something other than bicubic interpolation.
+    """
+
+    def __init__(self, image_processor: Any) -> None:
+        if int(image_processor.resample) != _BICUBIC:
+            raise ValueError(
+                f"the image processor resamples with mode {image_processor.resample}, not bicubic"
+            )
+        self._processor = image_processor
+        self.patch = image_processor.patch_size
+        self.merge = image_processor.merge_size
+        self.frames = image_processor.temporal_patch_size
+
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """The size that the model sees, a multiple of `patch * merge` within the processor's pixel limits."""
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+        size = self._processor.size
+        return smart_resize(
+            height,
+            width,
+            factor=self.patch * self.merge,
+            min_pixels=size["shortest_edge"],
+            max_pixels=size["longest_edge"],
+        )
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Patches in height and width."""
+        height, width = self.resized(height, width)
+        return height // self.patch, width // self.patch
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8[B, 3, H, W] -> float32[B * patches, 3 * frames * patch * patch]."""
+        batch, channels, height, width = images.shape
+        size = self.resized(height, width)
+        pixels = images.float()
+        if size != (height, width):
+            pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).round_().clamp_(0, 255)
+        mean, std = (
+            torch.tensor(x, device=images.device).view(1, -1, 1, 1) * 255
+            for x in (self._processor.image_mean, self._processor.image_std)
+        )
+        pixels = (pixels - mean) / std
+        rows, columns = size[0] // self.patch, size[1] // self.patch
+        m, p = self.merge, self.patch
+        blocks = pixels.reshape(batch, channels, rows // m, m, p, columns // m, m, p)
+        # Patches of one merged token lie together: [B, rows/m, columns/m, m, m, C, p, p].
+        blocks = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7)
+        # A still image is repeated to fill the temporal patch.
+        blocks = blocks.unsqueeze(6).expand(*blocks.shape[:6], self.frames, p, p)
+        return blocks.reshape(batch * rows * columns, channels * self.frames * p * p)

@@ -1,0 +1,201 @@
+"""The action prior: a VLM that looks at frames and answers with actions (Xia et al. 2026, Sec. 3)."""
+
+import threading
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backbones import Backbone
+from .decode import Decoder, Layout, make_layout
+from .grammar import ActionGrammar
+from .loading import Settings, load_backbone
+from .prompt import default_prompt
+
+
+class PriorBatch:
+    """The VLM's answers to a batch of frames.
+
+    Attributes:
+        action: float32[B, A], each number in [-1, 1].
+        token_ids: int64[B, L], the answers, end-of-turn token included, padded at the right.
+        version: of the weights that answered; counts the prior's `publish`ed rounds.
+    """
+
+    def __init__(self, action: Tensor, token_ids: Tensor, version: int, grammar: ActionGrammar) -> None:
+        self.action = action
+        self.token_ids = token_ids
+        self.version = version
+        self._grammar = grammar
+
+    @cached_property
+    def text(self) -> list[str]:
+        """The answers as text, such as "Action: [0.43, -0.37]". Made when asked for: it reads the device."""
+        return [self._grammar.decode(row) for row in self.token_ids.tolist()]
+
+    def __len__(self) -> int:
+        return len(self.action)
+
+
+class ActionPrior:
+    """Frames in, actions out, through a VLM's text.
+
+    `prior(images)` decodes fast (see `decode.Decoder`); `prior.reference(images)` gets the same answers from
+    transformers' `generate`. Calls and `publish` exclude each other, so a tuner may run in another thread.
+    """
+
+    def __init__(self, backbone: Backbone, settings: Settings) -> None:
+        self.backbone = backbone
+        self.settings = settings
+        self.action_dim = settings.action_dim
+        self.prompt = settings.prompt or default_prompt(settings.action_dim, settings.decimals)
+        self.text = backbone.render(self.prompt)
+        self.grammar = ActionGrammar(
+            backbone.tokenizer,
+            backbone.answer_context(self.text),
+            action_dim=settings.action_dim,
+            decimals=settings.decimals,
+        )
+        self.version = 0
+        self._layouts: dict[tuple[int, int], Layout] = {}
+        self._decoders: dict[tuple[int, int], Decoder] = {}
+        self.lock = threading.RLock()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        action_dim: int,
+        prompt: str | None = None,
+        decimals: int = 2,
+        attention: str = "auto",
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        seed: int = 0,
+        quantization: Any = None,
+    ) -> "ActionPrior":
+        """Opens a VLM as an action prior.
+
+        Args:
+            model: "nano" (tiny, random, see `covr_fast.vlm.nano`), a checkpoint directory, what
+                `save_pretrained` wrote, a directory with a peft adapter, or a hub id.
+            action_dim: numbers in an action.
+            prompt: the task in words. None: what a saved prior was saved with, else a generic prompt.
+            decimals: digits after the point in answers, 1 to 4.
+            attention: "auto", "flash_attention_4" / "_3" / "_2", "sdpa" or "eager".
+            dtype: of the weights; None is bfloat16 on CUDA, float32 elsewhere.
+            device: None is CUDA where there is one, else the CPU.
+            seed: of nano's random weights; no other model reads it.
+            quantization: a transformers quantization config, passed on.
+
+        Raises:
+            FileNotFoundError: no such model directory.
+            ValueError: unsupported architecture, no image token, a tokenizer that cannot spell the answers,
+                an attention that cannot run here, or an adapter that does not fit its base.
+        """
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        saved = Settings.load(Path(model))
+        if saved is not None:
+            seed = saved.seed
+            prompt = saved.prompt if prompt is None else prompt
+        backbone = load_backbone(
+            model, seed=seed, attention=attention, dtype=dtype, device=device, quantization=quantization
+        )
+        base = saved.base if saved is not None else str(model)
+        return cls(backbone, Settings(base, seed, action_dim, decimals, prompt))
+
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.device
+
+    def __call__(
+        self, images: Tensor, *, temperature: float = 0.0, generator: torch.Generator | None = None
+    ) -> PriorBatch:
+        """Answers for a batch of frames of one size.
+
+        Args:
+            images: uint8[B, 3, H, W], RGB, on any device.
+            temperature: 0 decodes greedily, above it tokens are sampled.
+            generator: randomness of sampling, on the CPU; None uses torch's default generator.
+
+        Raises:
+            TypeError, ValueError: images of another dtype or layout, or a negative temperature.
+        """
+        self.check_images(images)
+        noise = self._noise(len(images), temperature, generator)
+        with self.lock, torch.no_grad():
+            size = (images.shape[2], images.shape[3])
+            pixels = self.backbone.pixels(images)
+            features = self.backbone.image_features(pixels, len(images), size)
+            if size not in self._decoders:
+                self._decoders[size] = Decoder(self.backbone, self.layout(size), self.grammar)
+            action, tokens = self._decoders[size](features, temperature, noise)
+            return PriorBatch(action, tokens, self.version, self.grammar)
+
+    def reference(
+        self, images: Tensor, *, temperature: float = 0.0, generator: torch.Generator | None = None
+    ) -> PriorBatch:
+        """The same through the processor and `generate`, with the grammar as a logits processor.
+
+        This is the truth that `__call__` must equal token for token: same arguments, same answers.
+        """
+        from .reference import generate_answers
+
+        self.check_images(images)
+        noise = self._noise(len(images), temperature, generator)
+        with self.lock, torch.no_grad():
+            tokens = generate_answers(self.backbone, self.text, self.grammar, images, temperature, noise)
+            action = self.grammar.actions(tokens)
+            return PriorBatch(action, tokens, self.version, self.grammar)
+
+    def layout(self, size: tuple[int, int]) -> Layout:
+        """How the prompt is laid out for frames of `size` (height, width)."""
+        if size not in self._layouts:
+            self._layouts[size] = make_layout(self.backbone, self.text, size, self.grammar.max_length)
+        return self._layouts[size]
+
+    def weights_changed(self) -> int:
+        """Drops what was computed with the old weights (the prefix cache) and returns the new version."""
+        with self.lock:
+            self._decoders.clear()
+            self.version += 1
+            return self.version
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes what `from_pretrained(directory)` opens again.
+
+        A fine-tuned adapter is written in peft's own format (the base is only named), full weights as a
+        transformers checkpoint; tokenizer, image processor and chat template beside them.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        with self.lock:
+            self.backbone.save(directory)
+        self.settings.save(directory)
+
+    @staticmethod
+    def check_images(images: Tensor, name: str = "images") -> None:
+        """Raises TypeError or ValueError unless `images` is uint8[B, 3, H, W] with B > 0."""
+        if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+            got = images.dtype if isinstance(images, Tensor) else type(images).__name__
+            raise TypeError(f"{name} must be a uint8 tensor [B, 3, H, W], not {got}")
+        if images.ndim != 4 or images.shape[1] != 3:
+            hint = "; move the channels first" if images.ndim == 4 and images.shape[3] == 3 else ""
+            raise ValueError(f"{name} must have shape [B, 3, H, W], not {tuple(images.shape)}{hint}")
+        if len(images) == 0:
+            raise ValueError(f"{name} must hold at least one frame")
+
+    def _noise(self, batch: int, temperature: float, generator: torch.Generator | None) -> Tensor | None:
+        """Gumbel noise for every choice of every row, or None for greedy decoding."""
+        if temperature < 0:
+            raise ValueError(f"temperature must not be negative, got {temperature}")
+        if temperature == 0:
+            return None
+        levels = self.grammar.levels
+        widest = max(len(level.tokens) for level in levels)
+        uniform = torch.rand(batch, len(levels), widest, generator=generator)
+        # Kept away from 0 and 1, where the logarithms are infinite.
+        return (-(-uniform.clamp(1e-10, 1 - 1e-7).log()).log()).to(self.device)

@@ -1,0 +1,64 @@
+"""The words between the agent and the VLM: the prompt, and the canonical text of an action.
+
+An action is written as `Action: [0.43, -0.37]`. Every number has a fixed count of decimals, the sign is
+written only when negative and zero has none, so each value of the grid {k / 10^decimals} has one spelling.
+"""
+
+import re
+from collections.abc import Sequence
+
+OPENING = "Action: ["
+JOINER = ", "
+CLOSING = "]"
+MAX_DECIMALS = 4
+
+_ANSWER = re.compile(re.escape(OPENING) + r"(?P<body>[^\]]*)" + re.escape(CLOSING))
+
+
+def default_prompt(action_dim: int, decimals: int) -> str:
+    """The task prompt used when none is given. It names the answer format and nothing of the task."""
+    example = ", ".join(spell(k, decimals) for k in _example_steps(action_dim, decimals))
+    return (
+        f"You control an agent. Look at the image and choose its next action: {action_dim} "
+        f"{'number' if action_dim == 1 else 'numbers'} in [-1, 1]. "
+        f"Answer in this format: {OPENING}{example}{CLOSING}"
+    )
+
+
+def grid_size(decimals: int) -> int:
+    """How many values a number of the answer can take: -1, ..., 0, ..., 1 in steps of 10^-decimals."""
+    return 2 * 10**decimals + 1
+
+
+def spell(step: int, decimals: int) -> str:
+    """The one spelling of `step / 10**decimals`; `spell(-37, 2) == "-0.37"`."""
+    whole, fraction = divmod(abs(step), 10**decimals)
+    return f"{'-' if step < 0 else ''}{whole}.{fraction:0{decimals}d}"
+
+
+def format_action(action: Sequence[float], decimals: int) -> str:
+    """The answer text of an action, each number clipped to [-1, 1] and rounded half to even."""
+    scale = 10**decimals
+    steps = [round(min(max(float(value), -1.0), 1.0) * scale) for value in action]
+    return OPENING + JOINER.join(spell(step, decimals) for step in steps) + CLOSING
+
+
+def parse_action(text: str) -> list[float]:
+    """The numbers of the first `Action: [...]` in `text`.
+
+    Raises:
+        ValueError: no such answer, or something in it that is not a number in [-1, 1].
+    """
+    found = _ANSWER.search(text)
+    if found is None:
+        raise ValueError(f"no '{OPENING}...{CLOSING}' in {text!r}")
+    values = [float(word) for word in found["body"].split(",")]
+    if not all(-1.0 <= value <= 1.0 for value in values):
+        raise ValueError(f"an action outside [-1, 1] in {text!r}")
+    return values
+
+
+def _example_steps(action_dim: int, decimals: int) -> list[int]:
+    """Numbers of alternating sign, so that the example shows how both are written."""
+    unit = 10 ** (decimals - 1)
+    return [(4 if i % 2 == 0 else -3) * unit for i in range(action_dim)]

@@ -1,0 +1,76 @@
+"""The reference decoder: transformers' `generate` under the grammar, one token at a time."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from .backbones import Backbone
+from .grammar import ActionGrammar
+
+
+class GrammarProcessor(LogitsProcessor):
+    """Leaves only the tokens that the grammar allows after each row's answer so far.
+
+    Args:
+        prompt_length: tokens of `input_ids` that precede the answer.
+        temperature, noise: as in `Decoder.__call__`; the noise makes greedy generation sample.
+    """
+
+    def __init__(
+        self, grammar: ActionGrammar, prompt_length: int, temperature: float, noise: Tensor | None
+    ) -> None:
+        self._grammar = grammar
+        self._prompt_length = prompt_length
+        self._temperature = temperature
+        self._noise = noise
+        # The depth of each choice, counted in answer tokens: between them every token is forced.
+        depth = len(grammar.opening)
+        self._level_at: dict[int, int] = {}
+        for i, level in enumerate(grammar.levels):
+            self._level_at[depth] = i
+            depth += 1 + len(level.forced)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        out = torch.full_like(scores, -torch.inf)
+        answers = input_ids[:, self._prompt_length :].tolist()
+        for row, answer in enumerate(answers):
+            allowed = self._grammar.allowed(answer)
+            chosen = scores[row, allowed].float()
+            level = self._level_at.get(len(answer))
+            if self._noise is not None and level is not None:
+                tokens = self._grammar.levels[level].tokens
+                place = torch.searchsorted(tokens, torch.tensor(allowed))
+                chosen = chosen / self._temperature + self._noise[row, level, place.to(chosen.device)]
+            out[row, allowed] = chosen.to(out.dtype)
+        return out
+
+
+def generate_answers(
+    backbone: Backbone,
+    text: str,
+    grammar: ActionGrammar,
+    images: Tensor,
+    temperature: float,
+    noise: Tensor | None,
+) -> Tensor:
+    """Answer tokens int64[B, grammar.max_length] for uint8 images [B, 3, H, W]."""
+    arrays: list[Any] = list(images.permute(0, 2, 3, 1).cpu().numpy())
+    inputs = backbone.process(text, arrays)
+    inputs = {name: value.to(backbone.device) for name, value in inputs.items()}
+    prompt_length = inputs["input_ids"].shape[1]
+    for name, value in inputs.items():
+        if value.is_floating_point():
+            inputs[name] = value.to(backbone.dtype)
+    out = backbone.model.generate(
+        **inputs,
+        max_new_tokens=grammar.max_length,
+        do_sample=False,
+        logits_processor=LogitsProcessorList([GrammarProcessor(grammar, prompt_length, temperature, noise)]),
+        eos_token_id=grammar.eos_token_id,
+        pad_token_id=grammar.pad_token_id,
+    )
+    answers = out[:, prompt_length:]
+    missing = grammar.max_length - answers.shape[1]
+    return torch.nn.functional.pad(answers, (0, missing), value=grammar.pad_token_id)

@@ -1,0 +1,49 @@
+"""The tuner's second copy of a model: its own trainable weights, the frozen ones shared."""
+
+import copy
+from typing import Literal
+
+import torch
+from torch import nn
+
+from .backbones import Backbone
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The weights that fine-tuning changes, in a fixed order."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def add_lora(backbone: Backbone, rank: int, alpha: int, seed: int) -> None:
+    """Wraps the model with peft and fresh LoRA adapters, unless it came with an adapter.
+
+    A fresh adapter changes nothing in the model's answers: its second factor is zero.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if isinstance(backbone.model, PeftModel):
+        return
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=backbone.lora_targets,
+        bias="none",
+        base_model_name_or_path=str(backbone.base.config.name_or_path),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        backbone.model = get_peft_model(backbone.model, config)
+
+
+def make_replica(backbone: Backbone, mode: Literal["lora", "full"]) -> Backbone:
+    """A backbone that computes the same with trainable weights of its own; frozen weights are shared."""
+    if mode == "full":
+        backbone.model.requires_grad_(True)
+    shared = {id(p): p for p in backbone.model.parameters() if not p.requires_grad}
+    return type(backbone)(copy.deepcopy(backbone.model, shared), backbone.processor)
+
+
+@torch.no_grad()
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    """Copies the trainable weights of one replica into another, in place."""
+    torch._foreach_copy_(trainable(target), trainable(source))

@@ -1,0 +1,319 @@
+"""Fine-tuning the VLM on the agent's own best samples (Xia et al. 2026, "RL-tuned VLM")."""
+
+import math
+import threading
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .objective import AnswerModel, Samples, mean_nll, weighted_loss
+from .prior import ActionPrior
+from .replica import add_lora, copy_weights, make_replica, trainable
+
+
+@dataclass(frozen=True)
+class TunerConfig:
+    """How a round of fine-tuning runs. Every round starts a fresh AdamW and its own learning-rate curve."""
+
+    mode: Literal["lora", "full"] = "lora"
+    """Train low-rank adapters of the language model's linear layers, or every weight."""
+    lora_rank: int = 128
+    """Rank of the adapters."""
+    lora_alpha: int = 256
+    """Scale of the adapters, as alpha / rank: the paper's 256 for driving, 16 for DMControl."""
+    learning_rate: float = 2e-4
+    """Peak of the curve: linear warm-up, then half a cosine down to zero."""
+    warmup: float = 0.1
+    """Share of the steps spent warming up."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients longer than this are scaled down to it."""
+    epochs: int = 3
+    """Passes over the round's samples."""
+    max_steps: int | None = None
+    """Upper limit of optimizer steps in a round; None for none."""
+    batch_size: int = 64
+    """Kept samples per optimizer step. Those of zero weight count in N_v and cost nothing."""
+    micro_batch: int = 16
+    """Samples per forward; lower it when memory runs out, the result is the same."""
+    held_out: float = 0.1
+    """Share of the samples with non-zero weight that is not trained on and gives the reported losses. At
+    least one where there are two."""
+    label_smoothing: float = 0.1
+    """Probability mass spread over the vocabulary in the training loss (the reported losses have none)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    cache_image_features: bool = True
+    """Run the vision tower once per frame and round where it is frozen (mode "lora"), which changes nothing
+    in the result; costs memory for the features."""
+    overlap: bool = False
+    """Train in a thread of its own (and a CUDA stream), while the prior goes on answering."""
+    seed: int = 0
+    """Of the held-out choice, the order of samples and the adapters' initial weights."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("lora", "full"):
+            raise ValueError(f"mode must be 'lora' or 'full', not {self.mode!r}")
+        for name in ("lora_rank", "lora_alpha", "epochs", "batch_size", "micro_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"max_steps must be at least 1 or None, not {self.max_steps}")
+        for name in ("held_out", "label_smoothing", "warmup"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate must be positive, not {self.learning_rate}")
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """What a round of fine-tuning did."""
+
+    round: int
+    """Counted from 1."""
+    samples: int
+    """Kept samples the round was given."""
+    trained: int
+    """Samples of non-zero weight that were trained on."""
+    held_out: int
+    """Samples of non-zero weight that were not, and gave the losses."""
+    nonzero_share: float
+    """Share of the samples with a non-zero return weight."""
+    loss_before: float
+    """Held-out -log p per answer token in nats, weighted by return, before the round. NaN without held-out
+    samples."""
+    loss_after: float
+    """The same with the weights that the round ends with: those of its best epoch."""
+    steps: int
+    """Optimizer steps taken."""
+    seconds: float
+    """Wall time, evaluation included."""
+
+
+class VLMTuner:
+    """Trains a second copy of a prior's trainable weights while the prior serves the first.
+
+    What waits for what: `start` returns at once with `overlap=True`, else when the round is done. The prior's
+    weights change only inside `publish`, which waits for a running prior call to end. A round trains on from
+    the tuner's own weights, whether they were published or not.
+
+    Args:
+        prior: mode "lora" adds adapters to its model if it has none.
+    """
+
+    def __init__(self, prior: ActionPrior, config: TunerConfig | None = None) -> None:
+        self.prior = prior
+        self.config = config = config or TunerConfig()
+        self.rounds = 0
+        """Rounds started so far; part of each round's seed, so set it when a run is resumed."""
+        with prior.lock:
+            if config.mode == "lora":
+                add_lora(prior.backbone, config.lora_rank, config.lora_alpha, config.seed)
+            self._backbone = make_replica(prior.backbone, config.mode)
+        if config.gradient_checkpointing:
+            self._backbone.base.gradient_checkpointing_enable({"use_reentrant": False})
+            self._backbone.model.train()
+        self._device = self._backbone.device
+        self._stream = (
+            torch.cuda.Stream(self._device) if config.overlap and self._device.type == "cuda" else None
+        )
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+        self._report: RoundReport | None = None
+        self._error: BaseException | None = None
+
+    @property
+    def parameters(self) -> int:
+        """How many weights are trained."""
+        return sum(p.numel() for p in trainable(self._backbone.model))
+
+    @property
+    def running(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self, frames: Tensor, actions: Tensor, returns: Tensor) -> None:
+        """Begins a round on the samples that the exploration filter kept.
+
+        Args:
+            frames: uint8[N, 3, H, W], what the agent saw; read until the round ends, not copied.
+            actions: float[N, A] in [-1, 1], what it did.
+            returns: float[N], the returns that followed.
+
+        Raises:
+            RuntimeError: a round is still running.
+            ValueError, TypeError: no samples, or arguments that do not fit each other or the prior.
+        """
+        if self.running:
+            raise RuntimeError("a round is still running; wait until poll() returns its report")
+        self._raise_error()
+        self._check(frames, actions, returns)
+        self.rounds += 1
+        self._stop.clear()
+        self._report = None
+        samples = Samples.build(self.prior.grammar, frames, actions, returns)
+        if not self.config.overlap:
+            self._report = self._train(samples)
+            return
+        ready = torch.cuda.current_stream(self._device).record_event() if self._stream else None
+        self._thread = threading.Thread(
+            target=self._run, args=(samples, ready), name="vlm-tuner", daemon=True
+        )
+        self._thread.start()
+
+    def poll(self) -> RoundReport | None:
+        """The report of a round that ended since the last call, else None. Never waits.
+
+        Raises what the tuner's thread raised, if it did.
+        """
+        if self.running:
+            return None
+        self._raise_error()
+        report, self._report = self._report, None
+        return report
+
+    def wait(self) -> RoundReport | None:
+        """`poll()` after the running round, if any, has ended."""
+        if self._thread is not None:
+            self._thread.join()
+        return self.poll()
+
+    def publish(self) -> int:
+        """Gives the tuned weights to the prior, between two of its calls, and returns their version.
+
+        Raises:
+            RuntimeError: a round is still running.
+        """
+        if self.running:
+            raise RuntimeError("a round is still running; publish after poll() returns its report")
+        self._raise_error()
+        with self.prior.lock:
+            if self._stream is not None:
+                torch.cuda.current_stream(self._device).wait_stream(self._stream)
+            copy_weights(self._backbone.model, self.prior.backbone.model)
+            return self.prior.weights_changed()
+
+    def stop(self) -> None:
+        """Ends a running round within one micro-batch and drops what it has trained so far."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._thread = None
+        self._report = None
+
+    # ------------------------------------------------------------------ the round
+
+    def _run(self, samples: Samples, ready: "torch.cuda.Event | None") -> None:
+        """The body of the thread."""
+        try:
+            with torch.cuda.stream(self._stream):
+                if ready is not None and self._stream is not None:
+                    self._stream.wait_event(ready)
+                    samples.frames.record_stream(self._stream)
+                self._report = self._train(samples)
+                if self._stream is not None:
+                    self._stream.synchronize()
+        except BaseException as error:  # handed to the caller of poll()
+            self._error = error
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _train(self, samples: Samples) -> RoundReport | None:
+        """One round; None if it was stopped."""
+        config = self.config
+        began = time.perf_counter()
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.rounds)
+        held, training = self._split(samples, generator)
+        size = (samples.frames.shape[2], samples.frames.shape[3])
+        model = AnswerModel(
+            self._backbone, self.prior.layout(size), checkpointing=config.gradient_checkpointing
+        )
+        weights = trainable(self._backbone.model)
+        optimizer = torch.optim.AdamW(
+            weights, lr=config.learning_rate, weight_decay=config.weight_decay, foreach=True
+        )
+        per_epoch = math.ceil(len(training) / config.batch_size)
+        total = min(per_epoch * config.epochs, config.max_steps or per_epoch * config.epochs)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._curve(step, total))
+
+        before = best = mean_nll(model, samples, held, config.micro_batch)
+        start = best_weights = [w.detach().clone() for w in weights]
+        steps = 0
+        while steps < total:
+            order = training[torch.randperm(len(training), generator=generator)]
+            for rows in order.split(config.batch_size)[: total - steps]:
+                if not self._backward(model, samples, rows):
+                    self._restore(weights, start)
+                    return None
+                nn.utils.clip_grad_norm_(weights, config.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                schedule.step()
+                steps += 1
+            loss = mean_nll(model, samples, held, config.micro_batch)
+            if not loss >= best:  # also when there is nothing held out and both are NaN
+                best, best_weights = loss, [w.detach().clone() for w in weights]
+        self._restore(weights, best_weights)
+        nonzero = int((samples.weights > 0).sum())
+        return RoundReport(
+            round=self.rounds,
+            samples=len(samples.weights),
+            trained=nonzero - len(held),
+            held_out=len(held),
+            nonzero_share=nonzero / len(samples.weights),
+            loss_before=before,
+            loss_after=best,
+            steps=steps,
+            seconds=time.perf_counter() - began,
+        )
+
+    def _split(self, samples: Samples, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Rows held out, drawn from those with non-zero weight, and all other rows."""
+        nonzero = (samples.weights > 0).nonzero()[:, 0]
+        share = self.config.held_out
+        count = max(1, round(share * len(nonzero))) if share > 0 and len(nonzero) > 1 else 0
+        held = nonzero[torch.randperm(len(nonzero), generator=generator)[:count]].sort().values
+        training = torch.ones(len(samples.weights), dtype=torch.bool)
+        training[held] = False
+        return held, training.nonzero()[:, 0]
+
+    def _backward(self, model: AnswerModel, samples: Samples, rows: Tensor) -> bool:
+        """Accumulates the gradient of Eq. 6 over the batch `rows`; False if a stop was asked for."""
+        valid = samples.valid_tokens(rows)
+        for part in samples.micro_batches(rows, self.config.micro_batch):
+            if self._stop.is_set():
+                return False
+            image = model.image(samples.frames[part])
+            weighted_loss(model, samples, part, image, valid, self.config.label_smoothing).backward()
+        return True
+
+    def _curve(self, step: int, total: int) -> float:
+        """The learning rate's factor at `step`: up linearly over the warm-up, then down a half cosine."""
+        warm = max(1, round(self.config.warmup * total))
+        if step < warm:
+            return (step + 1) / warm
+        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+
+    @staticmethod
+    @torch.no_grad()
+    def _restore(weights: list[nn.Parameter], values: list[Tensor]) -> None:
+        torch._foreach_copy_(weights, values)
+
+    def _check(self, frames: Tensor, actions: Tensor, returns: Tensor) -> None:
+        self.prior.check_images(frames, "frames")
+        count = len(frames)
+        if actions.shape != (count, self.prior.action_dim):
+            raise ValueError(
+                f"actions must have shape [{count}, {self.prior.action_dim}], not {tuple(actions.shape)}"
+            )
+        if returns.shape != (count,):
+            raise ValueError(f"returns must have shape [{count}], not {tuple(returns.shape)}")
+        if not torch.isfinite(returns).all() or not torch.isfinite(actions).all():
+            raise ValueError("actions and returns must be finite")

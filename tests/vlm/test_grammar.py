@@ -1,0 +1,144 @@
+"""The answer grammar: one spelling per action, whatever the tokenizer's pieces are."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from covr_fast.vlm.grammar import ActionGrammar
+from covr_fast.vlm.nano import build_tokenizer
+from covr_fast.vlm.prompt import format_action, grid_size, parse_action, spell
+
+CONTEXT = "<|im_end|>\n<|im_start|>assistant\n"
+
+
+def byte_tokenizer(pieces: tuple[str, ...] = (), digits: bool = False) -> PreTrainedTokenizerFast:
+    """Every byte a token, plus whole `pieces`; `digits` keeps runs of digits as single tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    runs = [f"{n:02d}" for n in range(100)] if digits else []
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in (*pieces, *runs)])
+    tokenizer.add_special_tokens(["<eos>", "<pad>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+
+
+TOKENIZERS = {
+    "nano": build_tokenizer,
+    "bytes": byte_tokenizer,
+    "two digits": lambda: byte_tokenizer(digits=True),
+    # A sign with the digit after it, so that negative numbers take fewer tokens than positive ones.
+    "uneven": lambda: byte_tokenizer(("-0.1", "-1", "0.9", ", ")),
+}
+
+
+@pytest.fixture(scope="module", params=list(TOKENIZERS))
+def tokenizer(request):
+    return TOKENIZERS[request.param]()
+
+
+@pytest.mark.parametrize("decimals", [1, 2, 3])
+def test_every_value_has_one_spelling_that_parses_back(decimals):
+    steps = range(-(10**decimals), 10**decimals + 1)
+    words = [spell(step, decimals) for step in steps]
+    assert len(set(words)) == len(words) == grid_size(decimals)
+    assert [float(word) for word in words] == [step / 10**decimals for step in steps]
+    assert spell(0, decimals) == "0." + "0" * decimals
+
+
+@pytest.mark.parametrize("decimals", [1, 2])
+def test_every_action_on_the_grid_encodes_and_parses_back(tokenizer, decimals):
+    grammar = ActionGrammar(tokenizer, CONTEXT, action_dim=2, decimals=decimals)
+    step = torch.arange(grid_size(decimals)) - 10**decimals
+    one = (step / 10**decimals).float()
+    pairs = torch.cartesian_prod(one, one[:: max(1, len(one) // 21)])
+    tokens = grammar.encode(pairs)
+    assert len({tuple(row) for row in tokens.tolist()}) == len(pairs)
+    assert torch.equal(grammar.actions(tokens), pairs)
+    for row, pair in list(zip(tokens.tolist(), pairs.tolist(), strict=True))[::37]:
+        assert parse_action(grammar.decode(row)) == pytest.approx(pair, abs=1e-6)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.floats(-1.5, 1.5), min_size=3, max_size=3))
+def test_encoding_rounds_and_clips_like_the_text(action):
+    grammar = GRAMMARS["nano"]
+    row = grammar.encode(torch.tensor([action], dtype=torch.float64))[0].tolist()
+    assert grammar.decode(row) == format_action(action, grammar.decimals)
+    assert row[-1] == grammar.eos_token_id
+
+
+GRAMMARS = {
+    name: ActionGrammar(build(), CONTEXT, action_dim=3, decimals=2) for name, build in TOKENIZERS.items()
+}
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.sampled_from(sorted(GRAMMARS)), st.randoms(use_true_random=False))
+def test_any_walk_through_the_grammar_is_a_wellformed_action(name, random):
+    grammar = GRAMMARS[name]
+    answer: list[int] = []
+    while len(answer) < grammar.max_length:
+        answer.append(random.choice(grammar.allowed(answer)))
+    text = grammar.decode(answer)
+    values = parse_action(text)
+    assert len(values) == 3
+    assert text == format_action(values, 2)
+    # ... and it is the way in which training writes that action.
+    encoded = grammar.encode(torch.tensor([values]))[0].tolist()
+    assert answer[: len(encoded)] == encoded
+
+
+@pytest.mark.parametrize("name", sorted(GRAMMARS))
+def test_the_levels_take_the_walk_of_the_automaton(name):
+    """Following `levels` as the decoder does visits the tokens that `allowed` lists, whatever is chosen."""
+    grammar = GRAMMARS[name]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        answer, state, action = grammar.opening.tolist(), 0, torch.zeros(3)
+        for level in grammar.levels:
+            options = level.tokens[level.allowed[state]]
+            assert options.tolist() == grammar.allowed(answer)
+            pick = options[torch.randint(len(options), (1,), generator=generator)]
+            u = int((level.tokens == pick).nonzero())
+            action += level.gain[state, u]
+            answer += [int(pick), *level.forced.tolist()]
+            state = int(level.next_state[state, u])
+        assert len(answer) == grammar.max_length
+        assert action.tolist() == pytest.approx(parse_action(grammar.decode(answer)), abs=1e-6)
+        assert torch.equal(grammar.actions(torch.tensor([answer]))[0], action)
+
+
+def test_forced_tokens_need_no_level_of_their_own():
+    """Nano: "0." or the like, tenths, hundredths are chosen; opening, commas and the end are not."""
+    grammar = ActionGrammar(build_tokenizer(), CONTEXT, action_dim=2, decimals=2)
+    assert len(grammar.levels) == 6
+    assert len(grammar.opening) == 1
+    assert [len(level.forced) for level in grammar.levels] == [0, 0, 1, 0, 0, 2]
+
+
+def test_a_tokenizer_that_merges_over_the_comma_is_refused():
+    with pytest.raises(ValueError, match="cannot spell"):
+        ActionGrammar(byte_tokenizer(("0, -0",)), CONTEXT, action_dim=2, decimals=2)
+
+
+def test_a_tokenizer_without_an_end_is_refused():
+    tokenizer = build_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="eos_token"):
+        ActionGrammar(tokenizer, CONTEXT, action_dim=2, decimals=2)
+
+
+@pytest.mark.parametrize("arguments", [{"action_dim": 0, "decimals": 2}, {"action_dim": 1, "decimals": 0}])
+def test_arguments_out_of_range(arguments):
+    with pytest.raises(ValueError, match="must be"):
+        ActionGrammar(build_tokenizer(), CONTEXT, **arguments)
+
+
+@pytest.mark.parametrize("text", ["", "Action: 0.5", "Action: [0.5, 1.5]", "Action: [a]"])
+def test_text_that_is_no_action(text):
+    with pytest.raises(ValueError):
+        parse_action(text)

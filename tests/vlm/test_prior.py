@@ -1,0 +1,172 @@
+"""The fast prior: the answers of `generate`, through the directory path, with clear errors."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from covr_fast.vlm import ActionPrior
+from covr_fast.vlm.decode import Decoder
+from covr_fast.vlm.nano import write_nano
+from covr_fast.vlm.prompt import parse_action
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("size", [(84, 84), (96, 96), (48, 64)])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_fast_path_equals_generate(shared_nano, size, temperature):
+    images = torch.randint(0, 256, (4, 3, *size), dtype=torch.uint8, generator=seeded(0))
+    fast = shared_nano(images, temperature=temperature, generator=seeded(1))
+    slow = shared_nano.reference(images, temperature=temperature, generator=seeded(1))
+    assert torch.equal(fast.token_ids, slow.token_ids)
+    assert torch.equal(fast.action, slow.action)
+    assert fast.text == slow.text
+    assert fast.action.tolist() == [pytest.approx(parse_action(text)) for text in fast.text]
+    if temperature:
+        assert len(set(fast.text)) > 1
+
+
+@pytest.mark.parametrize("settings", [(1, 1), (6, 2), (2, 3)])
+def test_other_action_sizes(settings, frames):
+    action_dim, decimals = settings
+    prior = ActionPrior.from_pretrained("nano", action_dim=action_dim, decimals=decimals, device="cpu")
+    fast = prior(frames, temperature=0.7, generator=seeded(2))
+    slow = prior.reference(frames, temperature=0.7, generator=seeded(2))
+    assert fast.action.shape == (len(frames), action_dim)
+    assert torch.equal(fast.token_ids, slow.token_ids)
+
+
+def test_rows_do_not_depend_on_their_batch(shared_nano, frames):
+    together = shared_nano(frames).token_ids
+    alone = torch.cat([shared_nano(frame[None]).token_ids for frame in frames])
+    assert torch.equal(together, alone)
+
+
+def test_batch_sizes_may_alternate(shared_nano, frames):
+    expected = shared_nano(frames).token_ids
+    for count in (2, 3, 5, 1, 5):
+        assert torch.equal(shared_nano(frames[:count]).token_ids, expected[:count])
+
+
+def test_sampling_follows_the_generator(shared_nano, frames):
+    def sample(seed):
+        return shared_nano(frames, temperature=1.0, generator=seeded(seed)).token_ids
+
+    assert torch.equal(sample(5), sample(5))
+    assert not torch.equal(sample(5), sample(6))
+
+
+def test_sampling_has_the_models_frequencies(shared_nano, frames):
+    """The first choice of a thousand samples against the softmax that `generate`'s model gives."""
+    prior = shared_nano
+    inputs = prior.backbone.process(prior.text, [frames[0].permute(1, 2, 0).numpy()])
+    opening = prior.grammar.opening[None]
+    inputs = dict(inputs)
+    inputs["input_ids"] = torch.cat((inputs["input_ids"], opening), 1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, opening.shape[1]))
+    with torch.no_grad():
+        logits = prior.backbone.base(**inputs).logits[0, -1]
+    level = prior.grammar.levels[0]
+    expected = torch.softmax(logits[level.tokens], 0)
+    images = frames[:1].expand(200, -1, -1, -1)
+    generator = seeded(0)
+    drawn = torch.cat([prior(images, temperature=1.0, generator=generator).token_ids for _ in range(5)])
+    first = drawn[:, len(prior.grammar.opening)]
+    observed = (first[:, None] == level.tokens).float().mean(0)
+    torch.testing.assert_close(observed, expected, atol=0.05, rtol=0)
+
+
+def test_a_call_costs_one_forward_per_choice(shared_nano, frames, monkeypatch):
+    """The prompt's prefix is not run again, forced tokens have no forward, nor does the last choice."""
+    prior = shared_nano
+    prior(frames)
+    lengths = []
+    forward = Decoder._forward
+
+    def counting(self, embeddings, *arguments):
+        lengths.append(embeddings.shape[1])
+        return forward(self, embeddings, *arguments)
+
+    monkeypatch.setattr(Decoder, "_forward", counting)
+    prior(frames)
+    layout, levels = prior.layout((84, 84)), prior.grammar.levels
+    body = len(layout.body) + len(prior.grammar.opening)
+    assert lengths == [body, *(1 + len(level.forced) for level in levels[:-1])]
+    assert len(layout.prefix) > 20
+
+
+def test_nano_is_opened_like_any_directory(tmp_path, shared_nano, frames):
+    write_nano(tmp_path, seed=0)
+    opened = ActionPrior.from_pretrained(tmp_path, action_dim=2, device="cpu")
+    assert torch.equal(opened(frames).token_ids, shared_nano(frames).token_ids)
+    other = ActionPrior.from_pretrained("nano", action_dim=2, device="cpu", seed=1)
+    assert not torch.equal(other(frames).token_ids, shared_nano(frames).token_ids)
+
+
+def test_saved_and_opened_again(tmp_path, frames):
+    prior = ActionPrior.from_pretrained("nano", action_dim=2, device="cpu", seed=3, prompt="Drive. Action: ")
+    prior.save_pretrained(tmp_path)
+    opened = ActionPrior.from_pretrained(tmp_path, action_dim=2, device="cpu")
+    assert opened.prompt == "Drive. Action: "
+    assert torch.equal(opened(frames).token_ids, prior(frames).token_ids)
+    assert torch.equal(opened.reference(frames).token_ids, prior(frames).token_ids)
+
+
+def test_importing_the_package_does_not_import_transformers():
+    code = "import sys, covr_fast.vlm; sys.exit('transformers' in sys.modules or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# ---------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("name", ["./no/such", "/no/such", "no-such-model", "a/b/c"])
+def test_missing_directory(name):
+    with pytest.raises(FileNotFoundError, match="no model directory"):
+        ActionPrior.from_pretrained(name, action_dim=2)
+
+
+def test_images_of_another_dtype_or_layout(shared_nano, frames):
+    with pytest.raises(TypeError, match="uint8"):
+        shared_nano(frames.float())
+    with pytest.raises(TypeError, match="ndarray"):
+        shared_nano(frames.numpy())
+    with pytest.raises(ValueError, match="channels first"):
+        shared_nano(frames.permute(0, 2, 3, 1))
+    with pytest.raises(ValueError, match="9, 84, 84"):
+        shared_nano(torch.zeros(2, 9, 84, 84, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="at least one"):
+        shared_nano(frames[:0])
+    with pytest.raises(ValueError, match="temperature"):
+        shared_nano(frames, temperature=-1.0)
+
+
+def test_another_architecture(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(ValueError, match="'gpt2' is not supported.*qwen2_5_vl"):
+        ActionPrior.from_pretrained(tmp_path, action_dim=2)
+
+
+def test_a_directory_without_a_model(tmp_path):
+    with pytest.raises(ValueError, match="cannot read a model configuration"):
+        ActionPrior.from_pretrained(tmp_path, action_dim=2)
+
+
+def test_a_chat_template_that_does_not_show_the_image(tmp_path):
+    write_nano(tmp_path, seed=0)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0]['content'][0]['text'] }}")
+    with pytest.raises(ValueError, match="puts no image token"):
+        ActionPrior.from_pretrained(tmp_path, action_dim=2, device="cpu")
+
+
+def test_attention_that_cannot_run_here():
+    with pytest.raises(ValueError, match="flash_attention_2.*cannot run here.*cpu"):
+        ActionPrior.from_pretrained("nano", action_dim=2, attention="flash_attention_2", device="cpu")
+    with pytest.raises(ValueError, match="not one of"):
+        ActionPrior.from_pretrained("nano", action_dim=2, attention="fast", device="cpu")
