@@ -1,7 +1,5 @@
 """The command line: covr-fast train | evaluate | report | doctor."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys
