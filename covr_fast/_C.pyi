@@ -1,4 +1,6 @@
-# The extension module is called through covr_fast.ops and covr_fast.buffer only, which check what they pass.
+# The compiled module takes raw pointers; ops and the buffer check what they pass and are the typed layer.
 from typing import Any
+
+with_cuda: bool
 
 def __getattr__(name: str) -> Any: ...
