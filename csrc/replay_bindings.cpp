@@ -156,6 +156,10 @@ void check_held(const Replay& replay, const int64_t* ids, int64_t n) {
                               " is not in the buffer: it was overwritten or never added");
 }
 
+struct Reading {
+  SharedLock& lock;
+};
+
 Ids map_ids(PyReplay& self, const Ids& in, int64_t (Replay::*function)(int64_t) const) {
   Ids out(in.size());
   const int64_t* from = in.data();
@@ -201,6 +205,13 @@ void bind_replay(py::module_& m) {
         out.keys.push_back({target, at<uint8_t>(obs), at<uint8_t>(next_obs)});
       });
 
+  // Holds writers off: `with replay.reading(): ...`
+  py::class_<Reading>(m, "Reading")
+      .def(
+          "__enter__", [](Reading& self) { self.lock.lock_shared(); },
+          py::call_guard<py::gil_scoped_release>())
+      .def("__exit__", [](Reading& self, const py::args&) { self.lock.unlock_shared(); });
+
   py::class_<PyReplay>(m, "Replay")
       .def(py::init([](int64_t capacity, int64_t num_envs, int64_t n_step, double gamma, uintptr_t count,
                        uintptr_t first, uintptr_t ended, uintptr_t reward, uintptr_t flags, uintptr_t time) {
@@ -219,6 +230,8 @@ void bind_replay(py::module_& m) {
            py::arg("terminated"), py::arg("truncated"), py::arg("columns"), py::arg("env_ids"),
            py::arg("num_envs"))
       .def("cut", &PyReplay::cut_streams, py::arg("env_ids"), py::arg("num_envs"))
+      .def(
+          "reading", [](PyReplay& self) { return Reading{self.lock}; }, py::keep_alive<0, 1>())
       .def("size", &PyReplay::size)
       .def("samplable", &PyReplay::samplable)
       .def(

@@ -2,6 +2,7 @@
 
 from .batch import Batch
 from .replay import ReplayBuffer
+from .samplers import Prioritized, Recent, Uniform
 from .view import FineTuneView
 
-__all__ = ["Batch", "FineTuneView", "ReplayBuffer"]
+__all__ = ["Batch", "FineTuneView", "Prioritized", "Recent", "ReplayBuffer", "Uniform"]

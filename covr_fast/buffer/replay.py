@@ -1,7 +1,10 @@
 """The replay buffer."""
 
+import os
 import secrets
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any, Literal
 
 import numpy as np
@@ -9,16 +12,18 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from . import io
 from .batch import Batch, Observation
+from .samplers import Prioritized, PriorityTree, Recent, Sampler, Uniform, as_sampler
 from .spec import KeySpec, ShapeAndType, key_specs, shape_and_dtype
+from .storage import Storage
 
-Rows = np.ndarray | Tensor
+Rows = np.ndarray | Tensor | Sequence
 ObservationRows = Rows | Mapping[str, Rows]
 Augment = Literal["shift", "crop"]
-Sampler = Literal["uniform", "prioritized", "recent"]
 
+_GOLDEN, _MASK = 0x9E3779B97F4A7C15, (1 << 63) - 1  # spread consecutive batch numbers over the seeds
 _OUT_TYPES = {torch.uint8: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-_GIVEN = -1.0  # instead of a recency: the ids are given, do not draw
 
 
 class ReplayBuffer:
@@ -42,7 +47,8 @@ class ReplayBuffer:
             In a dict of shapes, an integer means the images; a dict says it per key.
         n_step, gamma: sample n-step rewards, discounted by gamma. A transition can be sampled once its n
             steps (or its episode's end) are there.
-        sampler: "uniform"; "prioritized"; or "recent", which prefers what was added last.
+        sampler: "uniform"; "prioritized"; or "recent", which prefers what was added last. For options of the
+            latter two, pass `samplers.Prioritized(...)` or `samplers.Recent(...)` instead of the name.
         device: where frames live and batches arrive.
         seed: of all sampling. None draws one.
         extras: further values per transition, name -> shape, or name -> (shape, dtype); float32 unless given.
@@ -75,7 +81,6 @@ class ReplayBuffer:
             raise ValueError(f"num_envs is {num_envs}: it must be at least 1")
         if capacity < num_envs:
             raise ValueError(f"capacity is {capacity}: it must be at least num_envs = {num_envs}")
-        per_stream = -(-capacity // num_envs)
         if not 1 <= n_step <= capacity // num_envs:
             raise ValueError(
                 f"n_step is {n_step}: it must lie between 1 and the {capacity // num_envs} transitions "
@@ -87,7 +92,8 @@ class ReplayBuffer:
         self.num_envs = num_envs
         self.n_step = n_step
         self.gamma = gamma
-        self.sampler = sampler
+        self.sampler = as_sampler(sampler)
+        self.beta = self.sampler.beta if isinstance(self.sampler, Prioritized) else 0.0
         self.device = torch.device(device)
         self.seed = secrets.randbits(63) if seed is None else int(seed)
         self._batches_drawn = 0
@@ -95,65 +101,13 @@ class ReplayBuffer:
         self._single = not isinstance(obs_shape, Mapping)
         self._extras = {name: shape_and_dtype(spec) for name, spec in (extras or {}).items()}
         self._columns = {"action": (tuple(action_shape), action_dtype), **self._extras}
-        self._pool = _C.OutputPool()
-        self._allocate(per_stream)
-        self._core = self._connect()
-
-    # ---- storage ----
-
-    def _allocate(self, per_stream: int) -> None:
-        """All state as tensors: `_C.Replay` keeps their addresses, `state_dict` their names."""
-        rows = self.num_envs * per_stream
-        self._rows = rows
-        self._state: dict[str, Tensor] = {
-            name: torch.zeros(self.num_envs, dtype=torch.int64) for name in ("count", "first", "ended")
-        }
-        self._state["reward"] = torch.zeros(rows)
-        self._state["flags"] = torch.zeros(rows, dtype=torch.uint8)
-        self._state["time"] = torch.zeros(rows, dtype=torch.int32)
-        for name, (shape, dtype) in self._columns.items():
-            self._state[f"column.{name}"] = torch.zeros(rows, *shape, dtype=dtype)
-        for key in self._keys:
-            spare = max(-(-per_stream // 32), (64 << 10) // key.frame_bytes)
-            slots = per_stream + min(per_stream, spare) + key.stack + 1
-            frames = torch.empty(self.num_envs, slots, *key.frame_shape, dtype=key.dtype)
-            _C.prefer_huge_pages(frames.data_ptr(), frames.nbytes)
-            self._state[f"frames.{key.name}"] = frames
-            self._state[f"written.{key.name}"] = torch.zeros(self.num_envs, dtype=torch.int64)
-            self._state[f"newest.{key.name}"] = torch.zeros(rows, dtype=torch.int64)
-            self._state[f"depth.{key.name}"] = torch.zeros(rows, dtype=torch.uint8)
-
-    def _connect(self) -> Any:
-        address = {name: tensor.data_ptr() for name, tensor in self._state.items()}
-        core = _C.Replay(
-            capacity=self.capacity,
-            num_envs=self.num_envs,
-            n_step=self.n_step,
-            gamma=self.gamma,
-            **{name: address[name] for name in ("count", "first", "ended", "reward", "flags", "time")},
-        )
-        for key in self._keys:
-            slots = self._state[f"frames.{key.name}"].shape[1]
-            core.add_key(
-                name=key.name,
-                data=address[f"frames.{key.name}"],
-                recent=address[f"frames.{key.name}"],
-                slots=slots,
-                recent_slots=slots,
-                stack=key.stack,
-                channels=key.channels,
-                height=key.height,
-                width=key.width,
-                item_bytes=key.dtype.itemsize,
-                channels_last=key.channels_last,
-                **{name: address[f"{name}.{key.name}"] for name in ("written", "newest", "depth")},
-            )
-        for name, (shape, dtype) in self._columns.items():
-            core.add_column(
-                name, address[f"column.{name}"], int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-            )
         self._numpy_types = {name: _numpy_dtype(dtype) for name, (_, dtype) in self._columns.items()}
-        return core
+        self._pool = _C.OutputPool()
+        self._storage = Storage(capacity, num_envs, self._keys, self._columns, n_step, gamma)
+        self._core = self._storage.core
+        self._priorities: PriorityTree | None = None
+        if isinstance(self.sampler, Prioritized):
+            self._priorities = PriorityTree(self._storage.rows, self._storage.limits, self.sampler.alpha)
 
     def __len__(self) -> int:
         """Transitions held."""
@@ -162,13 +116,14 @@ class ReplayBuffer:
     @property
     def nbytes(self) -> int:
         """Bytes allocated for storage, frames and bookkeeping together."""
-        return sum(tensor.nbytes for tensor in self._state.values())
+        return self._storage.nbytes
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{key.name} {key.shape} {str(key.dtype)[6:]} x{key.stack}" for key in self._keys)
         return (
             f"ReplayBuffer({len(self)}/{self.capacity} transitions of {self.num_envs} environments; "
-            f"{shapes}; {self.sampler}, n_step={self.n_step}; {self.nbytes / 2**20:.1f} MiB on {self.device})"
+            f"{shapes}; {type(self.sampler).__name__.lower()}, n_step={self.n_step}; "
+            f"{self.nbytes / 2**20:.1f} MiB on {self.device})"
         )
 
     # ---- adding ----
@@ -204,7 +159,7 @@ class ReplayBuffer:
         """
         if extras.keys() != self._extras.keys():
             raise ValueError(f"add() got the extras {sorted(extras)}, declared are {sorted(self._extras)}")
-        ids = self._core.add(
+        rows = (
             self._observation_rows(obs, "obs"),
             self._observation_rows(next_obs, "next_obs"),
             _rows(reward, np.float32),
@@ -217,6 +172,11 @@ class ReplayBuffer:
             None if env_ids is None else _rows(env_ids, np.int64),
             self.num_envs,
         )
+        if self._priorities is None:
+            return torch.from_numpy(self._core.add(*rows))
+        with self._priorities.lock:
+            ids = self._core.add(*rows)
+            self._priorities.follow(*self._storage.ready())
         return torch.from_numpy(ids)
 
     def _observation_rows(self, observation: ObservationRows, what: str) -> list[np.ndarray]:
@@ -235,7 +195,10 @@ class ReplayBuffer:
         Their next row begins a new segment. The last one ends as a truncated episode would: n-step returns
         stop there and bootstrap.
         """
-        self._core.cut(None if env_ids is None else _rows(env_ids, np.int64), self.num_envs)
+        with self._priorities.lock if self._priorities else nullcontext():
+            self._core.cut(None if env_ids is None else _rows(env_ids, np.int64), self.num_envs)
+            if self._priorities:
+                self._priorities.follow(*self._storage.ready())
 
     # ---- sampling ----
 
@@ -265,18 +228,49 @@ class ReplayBuffer:
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
-        index = torch.empty(batch_size, dtype=torch.int64)
-        return self._gather(index, 1.0, augment, pad, dtype, memory_format)
+        batch = self._batches_drawn
+        self._batches_drawn += 1
+        if self._priorities is None:
+            index = torch.empty(batch_size, dtype=torch.int64)
+            eta, floor = 1.0, 1
+            if isinstance(self.sampler, Recent):
+                eta, floor = self.sampler.eta**1000, self.sampler.floor
+            return self._gather(index, batch, (eta, floor), augment, pad, dtype, memory_format)
+        with self._priorities.lock:
+            if not self._core.samplable():
+                raise IndexError("nothing to sample: no transition with all its n steps is stored yet")
+            rows, probability = self._priorities.draw(batch_size, (self.seed ^ batch * _GOLDEN) & _MASK)
+            index = torch.from_numpy(self._core.ids_in_rows(rows.numpy()))
+            result = self._gather(index, batch, None, augment, pad, dtype, memory_format)
+            weight = (self._core.samplable() * probability) ** -self.beta
+        result.weight = (weight / weight.max()).to(torch.float32)
+        return result
+
+    def update_priorities(self, index: Rows, priority: Rows) -> None:
+        """Sets the priorities [n], e.g. absolute TD errors, of these transitions; overwritten ones are
+        skipped."""
+        if self._priorities is None:
+            raise ValueError('update_priorities() needs sampler="prioritized"')
+        ids = _index(index)
+        priority = torch.as_tensor(priority).detach().cpu().reshape(-1)
+        if len(priority) != len(ids):
+            raise ValueError(f"priority has {len(priority)} values for {len(ids)} transitions")
+        if not bool(torch.isfinite(priority).all()) or bool((priority < 0).any()):
+            raise ValueError("priority must be finite and not negative: pass absolute TD errors")
+        with self._priorities.lock:
+            self._priorities.set(ids, torch.from_numpy(self._core.rows(ids.numpy())), priority)
 
     def _gather(
         self,
         index: Tensor,
-        recency: float,
+        batch: int,
+        draw: tuple[float, int] | None,
         augment: Augment | None,
         pad: int,
         dtype: torch.dtype,
         memory_format: torch.memory_format,
     ) -> Batch:
+        """Draws ids into `index` with (recency, floor), or takes those it holds if `draw` is None."""
         n = index.numel()
         shifted, crop = self._augmentation(augment, pad)
         reward, discount = torch.empty(n), torch.empty(n)
@@ -304,10 +298,8 @@ class ReplayBuffer:
             next_obs[key.name] = self._output(key, n, dtype, shifted, crop, memory_format)
             target = self._target(key, dtype, shifted, crop, memory_format)
             out.add_key(target, obs[key.name].data_ptr(), next_obs[key.name].data_ptr())
-        batch = self._batches_drawn
-        if recency >= 0:
-            self._batches_drawn += 1
-        self._core.sample(out, self.seed, batch, recency, 0, torch.get_num_threads())
+        recency, floor = (-1.0, 0) if draw is None else draw
+        self._core.sample(out, self.seed, batch, recency, floor, torch.get_num_threads())
         return Batch(
             obs=self._join(obs),
             action=columns.pop("action"),
@@ -399,19 +391,19 @@ class ReplayBuffer:
         rows = self._held_rows(index)
         out = {}
         for key in self._keys:
-            frames = self._state[f"frames.{key.name}"]
-            slots = self._state[f"newest.{key.name}"][rows] % frames.shape[1]
-            out[key.name] = frames[rows // (self._rows // self.num_envs), slots]
+            frames = self._storage.tensors[f"frames.{key.name}"]
+            slots = self._storage.tensors[f"newest.{key.name}"][rows] % frames.shape[1]
+            out[key.name] = frames[rows // self._storage.rows_per_stream, slots]
         return self._join(out)
 
     def actions(self, index: Rows) -> Tensor:
         """The actions [n, *action_shape] of these transitions."""
-        return self._state["column.action"][self._held_rows(index)]
+        return self._storage.tensors["column.action"][self._held_rows(index)]
 
     def extras(self, index: Rows) -> dict[str, Tensor]:
         """The extras, each [n, *shape], of these transitions."""
         rows = self._held_rows(index)
-        return {name: self._state[f"column.{name}"][rows] for name in self._extras}
+        return {name: self._storage.tensors[f"column.{name}"][rows] for name in self._extras}
 
     def set_extras(self, index: Rows, **values: Rows) -> None:
         """Overwrites extras of these transitions, e.g. with a prior that arrives after its step."""
@@ -419,12 +411,133 @@ class ReplayBuffer:
             raise ValueError(f"set_extras() got {sorted(unknown)}, declared are {sorted(self._extras)}")
         rows = self._held_rows(index)
         for name, value in values.items():
-            column = self._state[f"column.{name}"]
+            column = self._storage.tensors[f"column.{name}"]
             column[rows] = torch.as_tensor(value, dtype=column.dtype).reshape(len(rows), *column.shape[1:])
 
     def contains(self, index: Rows) -> Tensor:
         """bool [n]: which of these transitions are still held."""
         return torch.from_numpy(self._core.rows(_index(index).numpy())) >= 0
+
+    # ---- saving ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """{"config": what the buffer was built with, "tensors": its content, the state of sampling included}.
+
+        The tensors share the buffer's memory: copy them, or serialize them, before adding more.
+        """
+        tensors = self._storage.used()
+        tensors["sampling"] = torch.tensor([self.seed, self._batches_drawn], dtype=torch.int64)
+        tensors["beta"] = torch.tensor([self.beta], dtype=torch.float64)
+        if self._priorities:
+            tensors |= {f"priority.{name}": value for name, value in self._priorities.state_dict().items()}
+        return {"config": self._config, "tensors": tensors}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Makes this buffer, which must have been built with the same arguments, continue as the saved
+        one."""
+        if state["config"] != self._config:
+            differing = [name for name in self._config if state["config"].get(name) != self._config[name]]
+            raise ValueError(f"the state is of a buffer that was built with other values of {differing}")
+        tensors = state["tensors"]
+        own = self._storage.tensors
+        for name in own:
+            saved = tensors[name]
+            (own[name][:, : saved.shape[1]] if name.startswith("frames.") else own[name]).copy_(saved)
+        self._restore_sampling(tensors)
+
+    def _restore_sampling(self, tensors: Mapping[str, Tensor]) -> None:
+        self.seed, self._batches_drawn = tensors["sampling"].tolist()
+        self.beta = float(tensors["beta"])
+        if self._priorities:
+            saved = {n.removeprefix("priority."): v for n, v in tensors.items() if n.startswith("priority.")}
+            self._priorities.load_state_dict(saved)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes everything, with checksums. `path` appears, or is replaced, once the file is complete."""
+        with self._core.reading():
+            state = self.state_dict()
+            io.write(path, state["config"], state["tensors"])
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, *, device: str | torch.device = "cpu") -> "ReplayBuffer":
+        """Opens what `save` wrote; sampling continues as it would have. If the environments start afresh,
+        call `cut()` before adding.
+
+        Raises:
+            ValueError: not a saved buffer, one of another format version, or a damaged one.
+        """
+        with open(path, "rb") as file:
+            reader = io.Reader(file, os.fspath(path))
+            buffer = cls._from_config(reader.config, device)
+            tensors = {}
+            for name, (dtype, shape) in reader.shapes().items():
+                own = buffer._storage.tensors.get(name)
+                if own is None:
+                    tensors[name] = torch.empty(shape, dtype=dtype)
+                else:
+                    tensors[name] = own[:, : shape[1]] if name.startswith("frames.") else own
+            reader.read_into(tensors)
+        buffer._restore_sampling(tensors)
+        return buffer
+
+    @classmethod
+    def _from_config(cls, config: dict[str, Any], device: str | torch.device) -> "ReplayBuffer":
+        def dtype(name: str) -> torch.dtype:
+            return getattr(torch, name)
+
+        options = dict(config)
+        kinds = {"Uniform": Uniform, "Recent": Recent, "Prioritized": Prioritized}
+        sampler = dict(options.pop("sampler"))
+        shapes, obs_dtype, stack = (
+            options.pop("obs_shape"),
+            options.pop("obs_dtype"),
+            options.pop("frame_stack"),
+        )
+        names = {key: dtype(name) for key, name in obs_dtype.items()}
+        single = options.pop("single")
+        return cls(
+            options.pop("capacity"),
+            obs_shape=shapes["obs"] if single else shapes,
+            obs_dtype=names["obs"] if single else names,
+            frame_stack=stack["obs"] if single else stack,
+            action_dtype=dtype(options.pop("action_dtype")),
+            extras={name: (shape, dtype(kind)) for name, (shape, kind) in options.pop("extras").items()},
+            sampler=kinds[sampler.pop("kind")](**sampler),
+            device=device,
+            **options,
+        )
+
+    @property
+    def _config(self) -> dict[str, Any]:
+        """The constructor's arguments as JSON values; the device is left to whoever loads."""
+        action_shape, action_dtype = self._columns["action"]
+        return {
+            "capacity": self.capacity,
+            "num_envs": self.num_envs,
+            "single": self._single,
+            "obs_shape": {key.name: list(key.shape) for key in self._keys},
+            "obs_dtype": {key.name: _name(key.dtype) for key in self._keys},
+            "frame_stack": {key.name: key.stack for key in self._keys},
+            "channels_last": any(key.channels_last for key in self._keys),
+            "action_shape": list(action_shape),
+            "action_dtype": _name(action_dtype),
+            "extras": {name: [list(shape), _name(dtype)] for name, (shape, dtype) in self._extras.items()},
+            "n_step": self.n_step,
+            "gamma": self.gamma,
+            "sampler": {"kind": type(self.sampler).__name__, **asdict(self.sampler)},
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.state_dict()
+        return {
+            **state,
+            "tensors": {name: tensor.clone() for name, tensor in state["tensors"].items()},
+            "device": str(self.device),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(self._from_config(state["config"], state["device"]).__dict__)
+        self.load_state_dict(state)
 
     # ---- streams ----
 
@@ -432,18 +545,16 @@ class ReplayBuffer:
         """(first, ended, count), each int64 [num_envs]: a stream holds its transitions first .. count - 1,
         and those before `ended` belong to episodes that have ended. Transition t of environment e has the id
         t * num_envs + e."""
-        first, ended, count = (self._state[name].numpy().copy() for name in ("first", "ended", "count"))
-        return first, ended, count
+        return self._storage.bounds()
 
     def stream_rows(self, env: int, start: int, stop: int) -> dict[str, np.ndarray]:
         """Transitions start .. stop - 1 of an environment, which must be held: reward float32, end bool (the
         episode ended, or was cut, with this step) and time int32 (steps since the episode began)."""
-        limit = self.capacity // self.num_envs + (env < self.capacity % self.num_envs)
-        rows = env * (self._rows // self.num_envs) + np.arange(start, stop) % limit
+        rows = env * self._storage.rows_per_stream + np.arange(start, stop) % self._storage.limits[env]
         return {
-            "reward": self._state["reward"].numpy()[rows],
-            "end": self._state["flags"].numpy()[rows] != 0,
-            "time": self._state["time"].numpy()[rows],
+            "reward": self._storage.tensors["reward"].numpy()[rows],
+            "end": self._storage.tensors["flags"].numpy()[rows] != 0,
+            "time": self._storage.tensors["time"].numpy()[rows],
         }
 
     def _observe(self, ids: Tensor, out: dict[str, Tensor], targets: dict[str, Any]) -> None:
@@ -494,6 +605,10 @@ def _checked_rows(value: Rows, key: KeySpec, what: str) -> np.ndarray:
 
 def _index(index: Rows) -> Tensor:
     return torch.as_tensor(index, dtype=torch.int64, device="cpu").reshape(-1).contiguous()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _numpy_dtype(dtype: torch.dtype) -> np.dtype:

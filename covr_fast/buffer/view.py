@@ -43,7 +43,8 @@ class FineTuneView:
 
     @property
     def overwritten(self) -> int:
-        """How many transitions the ring overwrote since the last `clear`, so that they are not in the view."""
+        """How many transitions the ring overwrote since the last `clear`, so that they are not in the
+        view."""
         start, stop = self._finished()
         first = self._buffer.stream_bounds()[0]
         return int((np.clip(first, start, stop) - start).sum())

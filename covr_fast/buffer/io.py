@@ -1,0 +1,112 @@
+"""The buffer's file format: a JSON header, then the tensors' bytes, each with a CRC-32.
+
+8 bytes   magic
+8 bytes   length of the header, little endian
+4 bytes   CRC-32 of the header
+header    {"version", "config", "tensors": [{"name", "dtype", "shape", "bytes", "crc32"}, ...]}
+tensors   in that order, without gaps
+"""
+
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+MAGIC = b"COVRBUF\n"
+VERSION = 1
+_PREFIX = struct.Struct("<8sQI")
+_CHUNK = 64 << 20
+
+
+def write(path: str | os.PathLike, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Writes beside `path` and renames once everything is on disk: no half-written file ever has the name."""
+    path = Path(path)
+    entries = []
+    for name, tensor in tensors.items():
+        checksum, size = 0, 0
+        for chunk in _chunks(tensor):
+            checksum, size = zlib.crc32(chunk, checksum), size + len(chunk)
+        entries.append(
+            {
+                "name": name,
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "shape": list(tensor.shape),
+                "bytes": size,
+                "crc32": checksum,
+            }
+        )
+    header = json.dumps({"version": VERSION, "config": config, "tensors": entries}).encode()
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(_PREFIX.pack(MAGIC, len(header), zlib.crc32(header)))
+            file.write(header)
+            for tensor in tensors.values():
+                for chunk in _chunks(tensor):
+                    file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # or a crash could forget the rename
+    finally:
+        os.close(directory)
+
+
+class Reader:
+    """An open file: its `config` at once, its tensors into memory that the caller then provides."""
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self._file, self._name = file, name
+        prefix = file.read(_PREFIX.size)
+        if len(prefix) < _PREFIX.size or not prefix.startswith(MAGIC):
+            raise ValueError(f"{name} is not a saved replay buffer")
+        _, length, checksum = _PREFIX.unpack(prefix)
+        header = file.read(min(length, os.fstat(file.fileno()).st_size))
+        if len(header) < length or zlib.crc32(header) != checksum:
+            raise ValueError(f"{name} is damaged: its header does not match its checksum")
+        content = json.loads(header)
+        if content["version"] != VERSION:
+            raise ValueError(
+                f"{name} has format version {content['version']}, this release reads version {VERSION}: load "
+                "it with the release that wrote it"
+            )
+        self.config: dict[str, Any] = content["config"]
+        self._entries: list[dict[str, Any]] = content["tensors"]
+
+    def shapes(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        return {e["name"]: (getattr(torch, e["dtype"]), tuple(e["shape"])) for e in self._entries}
+
+    def read_into(self, tensors: dict[str, Tensor]) -> None:
+        """Fills tensors of the dtypes and shapes that `shapes` tells."""
+        for entry in self._entries:
+            checksum = 0
+            for chunk in _chunks(tensors[entry["name"]]):
+                if self._file.readinto(chunk) != len(chunk):  # type: ignore[attr-defined]
+                    raise ValueError(f"{self._name} is damaged: it ends within {entry['name']!r}")
+                checksum = zlib.crc32(chunk, checksum)
+            if checksum != entry["crc32"]:
+                raise ValueError(f"{self._name} is damaged: {entry['name']!r} does not match its checksum")
+
+
+def _chunks(tensor: Tensor) -> Iterator[memoryview]:
+    """The tensor's bytes in order, without a copy: contiguous tensors, or rows of a contiguous one cut
+    short."""
+    if tensor.numel() == 0:
+        return
+    if not tensor.is_contiguous():
+        for row in tensor:
+            yield from _chunks(row)
+        return
+    flat = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    for start in range(0, len(flat), _CHUNK):
+        yield flat[start : start + _CHUNK]
