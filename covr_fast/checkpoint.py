@@ -8,19 +8,18 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
 from .agents import SAC
+from .buffer import ReplayBuffer
 from .config import TrainConfig
 from .envs import action_labels
 from .errors import UserError
 from .evaluate import Policy, actor_policy
 from .view import agent_obs_shape
-
-if TYPE_CHECKING:
-    from .trainer import Trainer
+from .vlm import ActionPrior
 
 
 @contextmanager
@@ -57,14 +56,47 @@ def newest_folder(target: Path) -> Path:
     raise UserError(f"no checkpoint in {target.parent}: is it the folder of a run?")
 
 
-def save_checkpoint(folder: Path, trainer: Trainer) -> None:
-    """Writes agent.pt, trainer.pt and the VLM's weights (vlm/, what ActionPrior.from_pretrained opens)."""
-    with replaced_folder(folder) as new:
-        torch.save(trainer.agent.state_dict(), new / "agent.pt")
-        torch.save(trainer.counters(), new / "trainer.pt")
-        trainer.prior.save_pretrained(new / "vlm")
-        if trainer.config.save_replay:
-            trainer.buffer.save(new / "replay")
+def save_checkpoint(
+    run: Path, agent: SAC, prior: ActionPrior, counters: dict[str, Any], buffer: ReplayBuffer | None
+) -> None:
+    """Writes RUN/checkpoint: agent.pt, counters.pt, vlm/ (which ActionPrior.from_pretrained opens), replay."""
+    with replaced_folder(run / "checkpoint") as new:
+        torch.save(agent.state_dict(), new / "agent.pt")
+        torch.save(counters, new / "counters.pt")
+        prior.save_pretrained(new / "vlm")
+        if buffer is not None:
+            buffer.save(new / "replay")
+
+
+class Checkpoint:
+    """An opened checkpoint; `counters` is what the trainer counted, the rest is read when asked for."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.vlm = folder / "vlm"
+        self.counters: dict[str, Any] = torch.load(folder / "counters.pt", weights_only=True)
+
+    def agent_state(self) -> dict[str, Any]:
+        """For SAC.load_state_dict."""
+        return torch.load(self.folder / "agent.pt", map_location="cpu", weights_only=True)
+
+    def buffer(self, device: str) -> ReplayBuffer:
+        path = self.folder / "replay"
+        if not path.is_file():
+            raise UserError(
+                f"{self.folder} holds no replay buffer, so the run cannot be continued: it ended without "
+                "--save-replay"
+            )
+        return ReplayBuffer.load(path, device=device)
+
+
+def load_checkpoint(run: Path) -> Checkpoint:
+    """RUN/checkpoint.
+
+    Raises:
+        UserError: there is none.
+    """
+    return Checkpoint(newest_folder(run / "checkpoint"))
 
 
 def load_config(run: Path) -> TrainConfig:
@@ -78,7 +110,6 @@ def load_config(run: Path) -> TrainConfig:
 def load_actor(run: Path) -> tuple[Policy, TrainConfig]:
     """The trained actor of a run, deployed as in training's evaluations, and the run's configuration."""
     config = load_config(run)
-    state = torch.load(newest_folder(run / "checkpoint") / "agent.pt", map_location="cpu", weights_only=True)
     agent = SAC(agent_obs_shape(config), (len(action_labels(config.env)),), config.agent, seed=config.seed)
-    agent.load_state_dict(state)
+    agent.load_state_dict(load_checkpoint(run).agent_state())
     return actor_policy(agent, config), config

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from .errors import UserError, unknown
+from .errors import UserError, as_user_error, unknown
 
 USAGE = """usage: covr-fast COMMAND ...
 
@@ -58,6 +58,7 @@ def run(arguments: list[str]) -> int:
 def _train(arguments: list[str]) -> int:
     import tyro
 
+    from .checkpoint import load_config
     from .config import PRESETS, TrainConfig
 
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -67,35 +68,50 @@ def _train(arguments: list[str]) -> int:
         print("\ncovr-fast train PRESET --help lists every field with its default in that preset.")
         return 0 if arguments else 2
     name, rest = arguments[0], arguments[1:]
-    default = TrainConfig.preset(name)
+    TrainConfig.preset(name)  # an unknown name is the first thing to say
 
     @dataclass
     class Arguments:
         config: Annotated[TrainConfig, tyro.conf.arg(name="")]
         out: Path | None = None
         """Run folder, which must not hold a run yet. None: runs/PRESET-seedN, numbered if taken."""
+        resume: Path | None = None
+        """Folder of an interrupted run to continue, with its own settings where none are given here."""
 
-    parsed = tyro.cli(
-        Arguments,
-        prog=f"covr-fast train {name}",
-        description=PRESETS[name].summary,
-        default=Arguments(default),
-        args=rest,
-    )
+    resumed = _value_of("--resume", rest)
+    default = load_config(Path(resumed)) if resumed else TrainConfig.preset(name)
+    with as_user_error():
+        parsed = tyro.cli(
+            Arguments,
+            prog=f"covr-fast train {name}",
+            description=PRESETS[name].summary,
+            default=Arguments(default),
+            args=rest,
+        )
     config = parsed.config
-    out = _new_run_folder(parsed.out, f"{name}-seed{config.seed}")
+    out = parsed.resume or _new_run_folder(parsed.out, f"{name}-seed{config.seed}")
 
     from rich.console import Console
 
     from .report import print_summary
     from .trainer import Trainer
 
-    trainer = Trainer(config, out)
+    trainer = Trainer(config, out, resume=parsed.resume is not None)
     print(f"{PRESETS[name].summary}; seed {config.seed}, on {trainer.device}, into {out}", flush=True)
     summary = trainer.run()
     print_summary(summary, Console(highlight=False))
     print(f"{out} holds {', '.join(sorted(path.name for path in out.iterdir()))}")
     return 0
+
+
+def _value_of(flag: str, arguments: list[str]) -> str | None:
+    """The value given to a flag, as `--flag value` or `--flag=value`."""
+    for i, argument in enumerate(arguments):
+        if argument == flag and i + 1 < len(arguments):
+            return arguments[i + 1]
+        if argument.startswith(flag + "="):
+            return argument.removeprefix(flag + "=")
+    return None
 
 
 def _new_run_folder(asked: Path | None, name: str) -> Path:

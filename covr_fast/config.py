@@ -108,8 +108,10 @@ class TrainConfig:
     """Environment steps between lines of metrics."""
     video: bool = True
     """Record an evaluation episode at the end."""
+    checkpoint_every: int = 0
+    """Environment steps between checkpoints; 0: only when the run ends or is interrupted."""
     save_replay: bool = False
-    """Also keep the replay buffer in the checkpoint (about one frame of disk per transition)."""
+    """Keep the replay buffer in the final checkpoint too, so that the run can be continued (--steps)."""
     env: EnvConfig = field(default_factory=EnvConfig)
     agent: SACConfig = field(default_factory=SACConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
@@ -132,7 +134,7 @@ class TrainConfig:
     def check(self) -> None:
         """Raises a UserError for settings that do not fit together."""
         least = {
-            "steps": 1, "warmup": 1, "steps_per_update": 1, "log_every": 1, "threads": 0,
+            "checkpoint_every": 0, "steps": 1, "warmup": 1, "steps_per_update": 1, "log_every": 1, "threads": 0,
             "replay.batch_size": 1, "replay.n_step": 1, "replay.pad": 0, "vlm.every": 1,
             "covr.cold_start": 0, "covr.min_samples": 2, "eval.episodes": 1, "eval.every": 0,
         }  # fmt: skip
@@ -170,7 +172,7 @@ class TrainConfig:
         try:
             parts = {name: cls(**data[name]) for name, cls in nested.items()}
             config = TrainConfig(**{**data, **parts})
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"config.json does not fit this version of covr_fast: {error}") from error
         # JSON has no tuples.
         config.agent.channels, config.agent.strides = (

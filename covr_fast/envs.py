@@ -46,7 +46,7 @@ class EnvConfig:
     max_episode_steps: int = 1000
     """Simulator frames after which an episode is truncated."""
     seed: int = 0
-    """Seed of the first environment; the others count on from it."""
+    """Seed of the first environment; the others count on from it. Training adds 10,000 per run seed."""
 
     @property
     def channels(self) -> int:

@@ -1,6 +1,7 @@
 """Errors that a user can mend: one line that names the argument and the fix."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -14,3 +15,17 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     near = get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known[:20])}"
     return UserError(f"unknown {kind} {name!r}: {hint}")
+
+
+@contextmanager
+def as_user_error() -> Iterator[None]:
+    """Turns the errors with which the library refuses arguments into UserErrors of one line.
+
+    For places where the arguments are the user's settings; elsewhere such an error is a bug and keeps its trace.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(" ".join(str(error).split())) from error

@@ -83,8 +83,10 @@ class RunLogger:
         self.clock = Clock()
         self._file = (folder / "metrics.jsonl").open("a")
         self._events = SummaryWriter(str(folder))
-        self._total, self._start = total, start
+        self._total = total
         self._last_line = 0.0
+        # Step and seconds of the first progress: what came before (loading, evaluation) says nothing of the pace.
+        self._pace: tuple[int, float] | None = None
         self._progress: Progress | None = None
         self._task = TaskID(0)
         if self.console.is_terminal:
@@ -120,7 +122,10 @@ class RunLogger:
             return
         self._last_line = now
         elapsed = self.clock.total
-        left = elapsed * (self._total - step) / max(step - self._start, 1)
+        if self._pace is None:
+            self._pace = (step, elapsed)
+        since_step, since = self._pace
+        left = (elapsed - since) * (self._total - step) / max(step - since_step, 1)
         self.console.print(f"{step:>8}/{self._total} steps  {elapsed:5.0f} s  ETA {left:4.0f} s  {text}")
 
     def say(self, text: str) -> None:

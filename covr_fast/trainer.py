@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +19,10 @@ from torch import Tensor
 from . import ops
 from .agents import SAC
 from .buffer import FineTuneView, ReplayBuffer
-from .checkpoint import save_checkpoint
+from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from .config import TrainConfig
 from .envs import PixelEnvs, Rows, action_labels, make_env
-from .errors import UserError
+from .errors import UserError, as_user_error
 from .evaluate import Evaluation, Policy, actor_policy, evaluate, random_policy, vlm_policy
 from .logger import MeanMetrics, RunLogger
 from .report import plot_curves
@@ -46,14 +50,29 @@ class Trainer:
     their returns (RALW). After the cold start its priors guide the actor (Eq. 4).
     """
 
-    def __init__(self, config: TrainConfig, out: Path):
+    def __init__(self, config: TrainConfig, out: Path | str, *, resume: bool = False):
+        """Builds everything, and writes nothing yet.
+
+        Args:
+            config: the settings; see TrainConfig.preset.
+            out: the run folder.
+            resume: continue the run in `out` from its checkpoint. Its unfinished episodes end where they were
+                cut and new ones start; everything else goes on as it was.
+
+        Raises:
+            UserError: settings that do not fit together, or nothing to resume from.
+        """
         config.check()
         self.config = config
-        self.out = out
+        self.out = Path(out)
         self.device = _device(config.device)
         # The simulator keeps a core of its own: two pools on the same cores wait for each other.
         self.threads = config.threads or max(1, (os.cpu_count() or 2) - config.env.num_threads)
-        self.envs: PixelEnvs = make_env(config.env)
+        saved = load_checkpoint(self.out) if resume else None
+        self.step = saved.counters["step"] if saved else 0
+        # A resumed run goes on with new episodes, so it must not repeat the ones it began with.
+        env_seed = config.env.seed + 10_000 * config.seed + self.step
+        self.envs: PixelEnvs = make_env(replace(config.env, seed=env_seed))
         (action_dim,) = self.envs.action_shape
         self.agent = SAC(
             agent_obs_shape(config),
@@ -62,27 +81,13 @@ class Trainer:
             device=self.device,
             seed=config.seed,
         )
-        replay = config.replay
-        frames_device = str(self.device) if replay.device == "auto" else replay.device
-        self.buffer = ReplayBuffer(
-            replay.capacity,
-            num_envs=config.env.num_envs,
-            obs_shape=self.envs.obs_shape,
-            action_shape=self.envs.action_shape,
-            frame_stack=config.env.frame_stack,
-            n_step=replay.n_step,
-            gamma=replay.gamma,
-            sampler=replay.sampler,
-            device=frames_device,
-            seed=config.seed,
-            extras={"prior": (action_dim,), "prior_mask": ()},
-        )
-        self.finished = FineTuneView(self.buffer, gamma=replay.gamma, horizon=config.covr.horizon)
-        self.prior = load_prior(config, action_dim, self.device)
-        self.tuner = VLMTuner(self.prior, config.tuner)
+        with as_user_error():
+            self.buffer = saved.buffer(self._replay_device()) if saved else self._new_buffer(action_dim)
+            self.finished = FineTuneView(self.buffer, gamma=config.replay.gamma, horizon=config.covr.horizon)
+            self.prior = load_prior(config, action_dim, self.device, saved.vlm if saved else config.vlm.model)
+            self.tuner = VLMTuner(self.prior, config.tuner)
         self.schedule = FineTuneSchedule(config.covr.psi_0, config.covr.schedule)
         self.rng = np.random.default_rng(config.seed)
-        self.step = 0
         self.frames = 0
         self.updates = 0
         self.rounds: list[dict[str, float]] = []
@@ -97,45 +102,85 @@ class Trainer:
             np.zeros(n, np.float32),
         )
         self._metrics = MeanMetrics()
-        self._logged_returns = 0
         self._said_waiting = False
+        if saved:
+            self._restore(saved)
+        self._first_step = self.step
+        self._logged_returns = len(self.returns)
+
+    def _replay_device(self) -> str:
+        name = self.config.replay.device
+        return str(self.device) if name == "auto" else name
+
+    def _new_buffer(self, action_dim: int) -> ReplayBuffer:
+        config = self.config
+        return ReplayBuffer(
+            config.replay.capacity,
+            num_envs=config.env.num_envs,
+            obs_shape=self.envs.obs_shape,
+            action_shape=self.envs.action_shape,
+            frame_stack=config.env.frame_stack,
+            n_step=config.replay.n_step,
+            gamma=config.replay.gamma,
+            sampler=config.replay.sampler,
+            device=self._replay_device(),
+            seed=config.seed,
+            extras={"prior": (action_dim,), "prior_mask": ()},
+        )
 
     # ---- the loop ----------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
-        """Trains to config.steps and returns the summary, which is also in summary.json."""
+        """Trains to config.steps and returns the summary, which is also in summary.json.
+
+        An interrupt (Ctrl-C) is honoured after the step in progress: the run is saved, to be resumed, and
+        KeyboardInterrupt is raised.
+        """
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
         torch.set_num_threads(self.threads)
-        with RunLogger(self.out, self.config.steps) as self.log, self.envs:
+        with RunLogger(self.out, self.config.steps, start=self.step) as self.log, self.envs:
             self.clock = self.log.clock
             with self.clock("evaluation"):
                 evaluations = self._evaluate_before()
-            self._train()
+            with _deferred_interrupt() as interrupted:
+                self._train(interrupted)
+            if interrupted:
+                self._save(with_replay=True)
+                self.log.say(f"interrupted at step {self.step} and saved: --resume {self.out} continues")
+                raise KeyboardInterrupt
             with self.clock("evaluation"):
                 evaluations |= self._evaluate_after()
             summary = self._summary(evaluations)
-            save_checkpoint(self.out / "checkpoint", self)
+            self._save(with_replay=self.config.save_replay)
             if self.config.video:
                 self._record()
         (self.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         plot_curves(self.out)
         return summary
 
-    def _train(self) -> None:
+    def _train(self, interrupted: list[int]) -> None:
+        config = self.config
         obs = self.envs.reset()
         for ids in self.envs.batches():
             self._act(obs[ids], ids)
-        while self.step < self.config.steps:
+        while self.step < config.steps and not interrupted:
             with self.clock("simulation"):
                 rows = self.envs.recv()
+            before = self.step
             self._store(rows)
             self._act(rows.obs, rows.env_ids)
             self._update_policy()
             if self.schedule.due(self.step):
                 self._fine_tune()
-            if self.step // self.config.log_every > (self.step - len(rows.env_ids)) // self.config.log_every:
+            if self.step // config.log_every > before // config.log_every:
                 self._log()
+            if config.eval.every and self.step // config.eval.every > before // config.eval.every:
+                with self.clock("evaluation"):
+                    self._evaluate("actor", actor_policy(self.agent, config))
+            every = config.checkpoint_every
+            if every and self.step // every > before // every:
+                self._save(with_replay=True)
 
     def _act(self, obs: np.ndarray, ids: np.ndarray) -> None:
         """Sends the actor's decision for obs; while it simulates, the VLM gives its prior for them."""
@@ -280,7 +325,7 @@ class Trainer:
         figures |= {
             "frames": self.frames,
             "updates": self.updates,
-            "steps_per_second": self.step / self.clock.total,
+            "steps_per_second": (self.step - self._first_step) / self.clock.total,
             "guided": float(self.schedule.rounds >= self.config.covr.cold_start),
         }
         if new:
@@ -331,15 +376,32 @@ class Trainer:
         evaluate(actor_policy(self.agent, self.config), config.env, 1, seed=config.eval.seed, watch=watch)
         video.write(self.out)
 
-    def counters(self) -> dict[str, Any]:
-        """The trainer's own state, for a checkpoint."""
-        return {
+    def _save(self, *, with_replay: bool) -> None:
+        counters = {
             "step": self.step,
             "frames": self.frames,
             "updates": self.updates,
             "rounds": self.rounds,
             "returns": self.returns,
+            "rounds_done": self.schedule.rounds,
+            "tuner_rounds": self.tuner.rounds,
+            "rng": self.rng.bit_generator.state,
+            "finished": self.finished.state_dict(),
         }
+        with self.clock("checkpoint"):
+            save_checkpoint(self.out, self.agent, self.prior, counters, self.buffer if with_replay else None)
+
+    def _restore(self, saved: Checkpoint) -> None:
+        self.agent.load_state_dict(saved.agent_state())
+        counters = saved.counters
+        self.frames, self.updates = counters["frames"], counters["updates"]
+        self.rounds, self.returns = counters["rounds"], counters["returns"]
+        covr = self.config.covr
+        self.schedule = FineTuneSchedule(covr.psi_0, covr.schedule, rounds=counters["rounds_done"])
+        self.tuner.rounds = counters["tuner_rounds"]
+        self.rng.bit_generator.state = counters["rng"]
+        self.finished.load_state_dict(counters["finished"])
+        self.buffer.cut()
 
     def _summary(self, evaluations: dict[str, Evaluation]) -> dict[str, Any]:
         return {
@@ -351,7 +413,7 @@ class Trainer:
             "updates": self.updates,
             "episodes": len(self.returns),
             "seconds": self.clock.total,
-            "steps_per_second": self.step / self.clock.total,
+            "steps_per_second": (self.step - self._first_step) / self.clock.total,
             "time_shares": self.clock.shares(),
             "rounds": self.rounds,
             "evaluations": {
@@ -361,11 +423,11 @@ class Trainer:
         }
 
 
-def load_prior(config: TrainConfig, action_dim: int, device: torch.device) -> ActionPrior:
-    """The VLM that config.vlm names."""
+def load_prior(config: TrainConfig, action_dim: int, device: torch.device, model: str | Path) -> ActionPrior:
+    """The VLM in `model` with the settings of config.vlm."""
     dtypes = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     return ActionPrior.from_pretrained(
-        config.vlm.model,
+        model,
         action_dim=action_dim,
         prompt=config.vlm.prompt,
         decimals=config.vlm.decimals,
@@ -374,6 +436,26 @@ def load_prior(config: TrainConfig, action_dim: int, device: torch.device) -> Ac
         device=device,
         seed=config.seed,
     )
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[list[int]]:
+    """Collects SIGINT in the list it yields instead of raising; a second one raises at once."""
+    received: list[int] = []
+
+    def handle(number: int, _frame: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # signals reach the main thread only
+        return
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _device(name: str) -> torch.device:
