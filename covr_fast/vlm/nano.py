@@ -55,7 +55,7 @@ TEXT = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]},
     "tie_word_embeddings": False,
 }
-# Larger than the usual 0.02, which at this width passes so little of the image on that learning starts slowly.
+# At this width the usual 0.02 passes so little of the image on that learning starts slowly.
 INITIALIZER_RANGE = 0.1
 
 
