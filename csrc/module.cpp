@@ -6,6 +6,7 @@ namespace py = pybind11;
 namespace covr {
 void bind_filter(py::module_& m);
 void bind_frames(py::module_& m);
+void bind_loss(py::module_& m);
 void bind_returns(py::module_& m);
 void bind_sum_tree(py::module_& m);
 void bind_weights(py::module_& m);
@@ -20,6 +21,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
   covr::bind_filter(m);
   covr::bind_frames(m);
+  covr::bind_loss(m);
   covr::bind_returns(m);
   covr::bind_sum_tree(m);
   covr::bind_weights(m);

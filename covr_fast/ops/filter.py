@@ -27,8 +27,8 @@ class ExplorationFilter(NamedTuple):
 class PaddedExplorationFilter(NamedTuple):
     """`ExplorationFilter` with fixed shapes: nothing of it has been read by the host."""
 
-    indices: Tensor  # int64 [M], the first `count` ascending; the rest is -1
-    count: Tensor  # int64 scalar, or -1 when a return was NaN or infinite
+    indices: Tensor  # int64 [M], the first `kept` ascending; the rest is -1
+    kept: Tensor  # int64 scalar, or -1 when a return was NaN or infinite
     tau: Tensor  # float64 scalar, as are the following
     cutoff: Tensor
     mean: Tensor
@@ -83,7 +83,7 @@ def exploration_filter_padded(
     """`exploration_filter` with the count left on the device: no host synchronisation, and CUDA graph safe.
 
     Arguments as in `exploration_filter`. A NaN or infinite return cannot raise here without waiting for the
-    device: it gives count -1, indices all -1 and NaN statistics instead.
+    device: it gives kept -1, indices all -1 and NaN statistics instead.
     """
     flat, scale, chosen = _prepare("exploration_filter_padded", returns, entropy, threshold, backend)
     if chosen == "reference":

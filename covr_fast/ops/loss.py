@@ -174,18 +174,21 @@ def _row_scale(labels: Tensor, weights: Tensor, ignore_index: int) -> Tensor:
 def _reduce_rows(
     logits: Tensor, labels: Tensor, scale: Tensor, smoothing: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """scale * nll and log-sum-exp of each row, float32 [R]; rows of zero scale are not read."""
+    """scale * nll [R], and the row's maximum and log-sum-exp relative to it [2, R], all float32.
+
+    Rows of scale zero are not read. Maximum and sum stay apart so that huge logits lose no precision.
+    """
     if backend == "triton":
         from covr_fast.kernels.triton import loss as kernels
 
         return kernels.reduce_rows(logits, labels, scale, smoothing)
-    losses, lse = torch.empty_like(scale), torch.empty_like(scale)
+    losses, normaliser = torch.empty_like(scale), scale.new_empty(2, scale.numel())
     _C.cross_entropy_reduce(
         losses.data_ptr(),
-        lse.data_ptr(),
+        normaliser.data_ptr(),
         *_row_arguments(logits, labels, scale, smoothing),
     )
-    return losses, lse
+    return losses, normaliser
 
 
 def _write_gradient(
@@ -194,7 +197,7 @@ def _write_gradient(
     labels: Tensor,
     scale: Tensor,
     smoothing: float,
-    lse: Tensor,
+    normaliser: Tensor,
     upstream: Tensor,
     backend: str,
 ) -> None:
@@ -202,11 +205,11 @@ def _write_gradient(
     if backend == "triton":
         from covr_fast.kernels.triton import loss as kernels
 
-        kernels.write_gradient(out, logits, labels, scale, smoothing, lse, upstream)
+        kernels.write_gradient(out, logits, labels, scale, smoothing, normaliser, upstream)
     else:
         _C.cross_entropy_gradient(
             out.data_ptr(),
-            lse.data_ptr(),
+            normaliser.data_ptr(),
             float(upstream),
             *_row_arguments(logits, labels, scale, smoothing),
         )
@@ -226,19 +229,19 @@ def _row_arguments(logits: Tensor, labels: Tensor, scale: Tensor, smoothing: flo
 
 library.define(
     "cross_entropy(Tensor logits, Tensor labels, Tensor scale, float smoothing, str backend) "
-    "-> (Tensor loss, Tensor lse)"
+    "-> (Tensor loss, Tensor normaliser)"
 )
 library.define(
     "cross_entropy_backward(Tensor upstream, Tensor logits, Tensor labels, Tensor scale, float smoothing, "
-    "Tensor lse, str backend) -> Tensor"
+    "Tensor normaliser, str backend) -> Tensor"
 )
 
 
 def _cross_entropy(
     logits: Tensor, labels: Tensor, scale: Tensor, smoothing: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    losses, lse = _reduce_rows(logits.contiguous(), labels.contiguous(), scale, smoothing, backend)
-    return losses.sum(), lse
+    losses, normaliser = _reduce_rows(logits.contiguous(), labels.contiguous(), scale, smoothing, backend)
+    return losses.sum(), normaliser
 
 
 def _cross_entropy_backward(
@@ -247,12 +250,12 @@ def _cross_entropy_backward(
     labels: Tensor,
     scale: Tensor,
     smoothing: float,
-    lse: Tensor,
+    normaliser: Tensor,
     backend: str,
 ) -> Tensor:
     logits = logits.contiguous()
     gradient = torch.empty_like(logits)
-    _write_gradient(gradient, logits, labels.contiguous(), scale, smoothing, lse, upstream, backend)
+    _write_gradient(gradient, logits, labels.contiguous(), scale, smoothing, normaliser, upstream, backend)
     return gradient
 
 
@@ -265,7 +268,7 @@ for _device in ("CPU", "CUDA"):
 def _fake_cross_entropy(
     logits: Tensor, labels: Tensor, scale: Tensor, smoothing: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    return scale.new_empty(()), torch.empty_like(scale)
+    return scale.new_empty(()), scale.new_empty(2, scale.numel())
 
 
 @torch.library.register_fake("covr_fast::cross_entropy_backward", lib=library)
@@ -275,7 +278,7 @@ def _fake_cross_entropy_backward(
     labels: Tensor,
     scale: Tensor,
     smoothing: float,
-    lse: Tensor,
+    normaliser: Tensor,
     backend: str,
 ) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
@@ -287,9 +290,9 @@ def _save_cross_entropy(ctx, inputs, output):
 
 
 def _differentiate_cross_entropy(ctx, upstream, _):
-    logits, labels, scale, lse = ctx.saved_tensors
+    logits, labels, scale, normaliser = ctx.saved_tensors
     gradient = torch.ops.covr_fast.cross_entropy_backward(
-        upstream, logits, labels, scale, ctx.smoothing, lse, ctx.backend
+        upstream, logits, labels, scale, ctx.smoothing, normaliser, ctx.backend
     )
     return gradient, None, None, None, None
 
@@ -334,10 +337,10 @@ def _linear_cross_entropy(
     for begin, end in _chunks(rows.shape[0], head.shape[0] * head.element_size()):
         chunk, labels_, scale_ = rows[begin:end], kept_labels[begin:end], kept_scale[begin:end]
         logits = chunk @ head.T
-        losses[begin:end], lse = _reduce_rows(logits, labels_, scale_, smoothing, backend)
+        losses[begin:end], normaliser = _reduce_rows(logits, labels_, scale_, smoothing, backend)
         if not (hidden_needs_gradient or head_needs_gradient):
             continue
-        _write_gradient(logits, logits, labels_, scale_ * lift, smoothing, lse, upstream, backend)
+        _write_gradient(logits, logits, labels_, scale_ * lift, smoothing, normaliser, upstream, backend)
         if row_gradient is not None:
             torch.mm(logits, head, out=row_gradient[begin:end])
         if head_needs_gradient:

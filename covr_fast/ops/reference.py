@@ -14,7 +14,7 @@ from torch import Tensor
 def discounted_returns(rewards: Tensor, ends: Tensor, gamma: float) -> Tensor:
     """`g[t] = r[t] + gamma * g[t + 1] * (not ends[t])`, with `g[T] = 0`, for rewards and ends of [T, N]."""
     result = torch.empty_like(rewards)
-    carry = torch.zeros_like(rewards[0]) if rewards.shape[0] else None
+    carry = rewards.new_zeros(rewards.shape[1])
     for t in reversed(range(rewards.shape[0])):
         carry = torch.where(ends[t], rewards[t], rewards[t] + gamma * carry)
         result[t] = carry

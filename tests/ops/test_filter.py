@@ -130,7 +130,7 @@ def test_non_finite_is_an_error(bad, position, backend):
     with pytest.raises(ValueError, match="NaN or infinite"):
         exploration_filter(returns, ENTROPY, backend=backend)
     padded = exploration_filter_padded(returns, ENTROPY, backend=backend)
-    assert padded.count == -1
+    assert padded.kept == -1
     assert (padded.indices == -1).all()
     assert padded.tau.isnan()
 
@@ -141,7 +141,7 @@ def test_padded_form_holds_the_same(name, backend):
     returns = cases()[name]
     plain = exploration_filter(returns, ENTROPY, backend=backend)
     padded = exploration_filter_padded(returns, ENTROPY, backend=backend)
-    count = int(padded.count)
+    count = int(padded.kept)
     assert torch.equal(padded.indices[:count], plain.indices)
     assert (padded.indices[count:] == -1).all()
     assert [float(x) for x in padded[2:]] == list(plain[1:])
@@ -231,7 +231,7 @@ def test_cuda_non_finite(bad):
     returns[4321] = bad
     with pytest.raises(ValueError, match="NaN or infinite"):
         exploration_filter(returns, ENTROPY, backend="cuda")
-    assert exploration_filter_padded(returns, ENTROPY, backend="cuda").count == -1
+    assert exploration_filter_padded(returns, ENTROPY, backend="cuda").kept == -1
 
 
 @pytest.mark.needs_cuda
@@ -247,5 +247,5 @@ def test_cuda_padded_form_in_a_graph_follows_new_values():
         returns.copy_(values)
         graph.replay()
         expected = exploration_filter(values, ENTROPY, backend="cpp")
-        assert captured.indices[: int(captured.count)].tolist() == expected.indices.tolist()
+        assert captured.indices[: int(captured.kept)].tolist() == expected.indices.tolist()
         assert float(captured.cutoff) == pytest.approx(expected.cutoff)

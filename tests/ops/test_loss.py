@@ -1,0 +1,435 @@
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from covr_fast.ops import loss as loss_module
+from covr_fast.ops import return_weighted_cross_entropy, return_weighted_linear_cross_entropy
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# The kernels of this machine; the interpreter adds Triton's (CI runs this file a second time with it).
+KERNELS = [
+    "cpp",
+    pytest.param("triton", marks=pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")),
+]
+WEIGHTS = {
+    "dense": [0.2, 1.0, 0.7, 0.4],
+    "half_zero": [0.0, 1.0, 0.0, 0.4],
+    "all_zero": [0.0, 0.0, 0.0, 0.0],
+}
+
+
+def batch(vocabulary: int, steps: int = 5, dim: int = 16, seed: int = 0, dtype=torch.float32):
+    """hidden, head, labels (one ignored in each sample), all of four samples."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(4, steps, dim, generator=generator).to(dtype)
+    head = (torch.randn(vocabulary, dim, generator=generator) / 4).to(dtype)
+    labels = torch.randint(0, vocabulary, (4, steps), generator=generator)
+    labels[:, 0] = -100
+    return hidden, head, labels
+
+
+def truth(logits, labels, weights, smoothing=0.0, ignore_index=-100):
+    """Eq. 6 in float64 and plain loops over samples."""
+    total = logits.flatten()[:0].sum()  # 0, and a graph where every weight is zero
+    for b in range(logits.shape[0]):
+        if weights[b] > 0:
+            nll = F.cross_entropy(
+                logits[b].double(),
+                labels[b],
+                reduction="sum",
+                label_smoothing=smoothing,
+                ignore_index=ignore_index,
+            )
+            total = total + float(weights[b]) * nll
+    return total / max(1, int((labels != ignore_index).sum()))
+
+
+def value_and_gradients(function, *inputs):
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    value = function(*inputs)
+    value.backward()
+    return [value.detach(), *(x.grad for x in inputs)]
+
+
+@pytest.mark.parametrize("backend", ["reference", *KERNELS])
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("vocabulary", [2, 7, 4096, 4099, 9001])
+def test_logits_against_float64(vocabulary, smoothing, weights, backend):
+    hidden, head, labels = batch(vocabulary)
+    weights = torch.tensor(WEIGHTS[weights])
+    logits = F.linear(hidden, head)
+    expected = value_and_gradients(lambda x: truth(x, labels, weights, smoothing), logits.double())
+    result = value_and_gradients(
+        lambda x: return_weighted_cross_entropy(
+            x, labels, weights, label_smoothing=smoothing, backend=backend
+        ),
+        logits,
+    )
+    assert result[0].dtype == torch.float32
+    slack = 100 if backend == "reference" else 1  # torch adds up large rows in a single float
+    for one, other in zip(result, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=slack * 1e-5, atol=slack * 1e-7 / vocabulary)
+
+
+@pytest.mark.parametrize("backend", ["reference", *KERNELS])
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("vocabulary, chunk_rows", [(2, 100), (1000, 100), (4099, 3)])
+def test_linear_against_float64(vocabulary, chunk_rows, smoothing, weights, backend, monkeypatch):
+    monkeypatch.setattr(loss_module, "_CHUNK_BYTES", chunk_rows * vocabulary * 4)
+    hidden, head, labels = batch(vocabulary)
+    weights = torch.tensor(WEIGHTS[weights])
+    expected = value_and_gradients(
+        lambda h, w: truth(F.linear(h, w), labels, weights, smoothing), hidden.double(), head.double()
+    )
+    result = value_and_gradients(
+        lambda h, w: return_weighted_linear_cross_entropy(
+            h, w, labels, weights, label_smoothing=smoothing, backend=backend
+        ),
+        hidden,
+        head,
+    )
+    for one, other in zip(result, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_error_is_not_larger_than_that_of_torch_in_the_same_dtype(dtype, smoothing, backend, monkeypatch):
+    if backend == "triton" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter's bfloat16 stores truncate")
+    monkeypatch.setattr(loss_module, "_CHUNK_BYTES", 8 * 3001 * 4)
+    hidden, head, labels = batch(3001, steps=9, dtype=dtype)
+    weights = torch.tensor(WEIGHTS["dense"])
+    expected = value_and_gradients(
+        lambda h, w: truth(F.linear(h, w), labels, weights, smoothing), hidden.double(), head.double()
+    )
+
+    def plain(h, w):
+        nll = F.cross_entropy(
+            F.linear(h, w).mT, labels, reduction="none", label_smoothing=smoothing, ignore_index=-100
+        )
+        return (nll * weights[:, None]).sum() / (labels != -100).sum()
+
+    torch_result = value_and_gradients(plain, hidden, head)
+    result = value_and_gradients(
+        lambda h, w: return_weighted_linear_cross_entropy(
+            h, w, labels, weights, label_smoothing=smoothing, backend=backend
+        ),
+        hidden,
+        head,
+    )
+    for one, other, exact in zip(result, torch_result, expected, strict=True):
+        error = (one.double() - exact).norm()
+        assert error <= 1.2 * (other.double() - exact).norm() + 1e-6 * exact.norm()
+
+
+@pytest.mark.parametrize("backend", ["reference", *KERNELS])
+def test_zero_weight_rows_are_not_read(backend):
+    hidden, head, labels = batch(50)
+    weights = torch.tensor(WEIGHTS["half_zero"])
+    logits = F.linear(hidden, head)
+    poisoned = logits.clone()
+    poisoned[0] = poisoned[2] = torch.nan
+    poisoned[:, 0] = torch.inf  # ignored labels
+    clean = value_and_gradients(
+        lambda x: return_weighted_cross_entropy(x, labels, weights, backend=backend), logits
+    )
+    result = value_and_gradients(
+        lambda x: return_weighted_cross_entropy(x, labels, weights, backend=backend), poisoned
+    )
+    assert torch.equal(result[0], clean[0])
+    assert torch.equal(result[1], clean[1])
+    assert (result[1][0] == 0).all()
+    assert (result[1][:, 0] == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", *KERNELS])
+def test_without_a_valid_label_everything_is_zero(backend):
+    hidden, head, labels = batch(50)
+    labels.fill_(-100)
+    weights = torch.tensor(WEIGHTS["dense"])
+    for result in (
+        value_and_gradients(
+            lambda x: return_weighted_cross_entropy(x, labels, weights, backend=backend),
+            F.linear(hidden, head),
+        ),
+        value_and_gradients(
+            lambda h, w: return_weighted_linear_cross_entropy(h, w, labels, weights, backend=backend),
+            hidden,
+            head,
+        ),
+    ):
+        for value in result:
+            assert (value == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", *KERNELS])
+def test_every_valid_label_counts_in_the_divisor(backend):
+    logits = torch.zeros(2, 3, 8)
+    labels = torch.tensor([[1, 2, -100], [3, -100, -100]])
+    value = return_weighted_cross_entropy(logits, labels, torch.tensor([1.0, 0.0]), backend=backend)
+    torch.testing.assert_close(value, torch.tensor(8.0).log() * 2 / 3)
+
+
+@pytest.mark.parametrize("backend", ["reference", *KERNELS])
+def test_large_and_masked_logits(backend):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 3, 5000, generator=generator) * 300
+    logits[:, :, ::3] = -torch.inf  # a grammar mask
+    logits[1] += 3e4
+    labels = torch.randint(0, 1600, (4, 3), generator=generator) * 3 + 1
+    weights = torch.tensor(WEIGHTS["dense"])
+    expected = value_and_gradients(lambda x: truth(x, labels, weights), logits.double())
+    result = value_and_gradients(
+        lambda x: return_weighted_cross_entropy(x, labels, weights, backend=backend), logits
+    )
+    for one, other in zip(result, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-8)
+    assert (result[1][:, :, ::3] == 0).all()
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@given(
+    vocabulary=st.integers(1, 70),
+    steps=st.integers(1, 6),
+    scale=st.sampled_from([1e-3, 1.0, 50.0]),
+    smoothing=st.floats(0, 1),
+    seed=st.integers(0, 2**20),
+)
+def test_any_logits(backend, vocabulary, steps, scale, smoothing, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(3, steps, vocabulary, generator=generator) * scale
+    labels = torch.randint(-1, vocabulary, (3, steps), generator=generator)
+    weights = torch.rand(3, generator=generator).sub(0.4).clamp_min(0)
+    expected = value_and_gradients(lambda x: truth(x, labels, weights, smoothing, -1), logits.double())
+    result = value_and_gradients(
+        lambda x: return_weighted_cross_entropy(
+            x, labels, weights, label_smoothing=smoothing, ignore_index=-1, backend=backend
+        ),
+        logits,
+    )
+    for one, other in zip(result, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("trainable", [(True, False), (False, True), (False, False)])
+def test_only_what_requires_a_gradient_gets_one(trainable):
+    hidden, head, labels = batch(50)
+    weights = torch.tensor(WEIGHTS["half_zero"])
+    expected = value_and_gradients(
+        lambda h, w: return_weighted_linear_cross_entropy(h, w, labels, weights), hidden, head
+    )
+    hidden.requires_grad_(trainable[0])
+    head.requires_grad_(trainable[1])
+    value = return_weighted_linear_cross_entropy(hidden, head, labels, weights)
+    torch.testing.assert_close(value.detach(), expected[0])
+    assert value.requires_grad == any(trainable)
+    if any(trainable):
+        (value * 3).backward()
+    for tensor, gradient in zip((hidden, head), expected[1:], strict=True):
+        if tensor.requires_grad:
+            torch.testing.assert_close(tensor.grad, 3 * gradient)
+        else:
+            assert tensor.grad is None
+
+
+def test_backward_twice_and_no_grad():
+    hidden, head, labels = batch(50)
+    weights = torch.tensor(WEIGHTS["dense"])
+    hidden.requires_grad_()
+    value = return_weighted_linear_cross_entropy(hidden, head, labels, weights)
+    value.backward(retain_graph=True)
+    once = hidden.grad.clone()
+    value.backward()
+    torch.testing.assert_close(hidden.grad, 2 * once)
+    with torch.no_grad():
+        assert not return_weighted_linear_cross_entropy(hidden, head, labels, weights).requires_grad
+
+
+def test_tied_head_collects_both_gradients():
+    """The output projection may be the input embedding: its gradient arrives from two sides."""
+    _, head, labels = batch(50)
+    weights = torch.tensor(WEIGHTS["dense"])
+    tokens = labels.clamp_min(0)
+    results = [
+        value_and_gradients(
+            lambda w, b=backend: return_weighted_linear_cross_entropy(
+                F.embedding(tokens, w), w, labels, weights, backend=b
+            ),
+            head,
+        )
+        for backend in ("cpp", "reference")
+    ]
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_non_contiguous_inputs():
+    hidden, head, labels = batch(50)
+    weights = torch.tensor(WEIGHTS["dense"])
+    expected = return_weighted_linear_cross_entropy(hidden, head, labels, weights)
+    strided = hidden.transpose(0, 1).contiguous().transpose(0, 1)
+    result = return_weighted_linear_cross_entropy(
+        strided, head.T.contiguous().T, labels.T.contiguous().T, torch.stack([weights, weights], 1)[:, 0]
+    )
+    torch.testing.assert_close(result, expected)
+    logits = F.linear(hidden, head)
+    mapped = value_and_gradients(
+        lambda x: return_weighted_cross_entropy(x.transpose(1, 2), labels, weights), logits.mT.contiguous()
+    )
+    plain = value_and_gradients(lambda x: return_weighted_cross_entropy(x, labels, weights), logits)
+    torch.testing.assert_close(mapped[0], plain[0])
+    torch.testing.assert_close(mapped[1].mT, plain[1])
+
+
+def test_full_vocabulary_of_a_vlm():
+    hidden, head, labels = batch(151_936, steps=3, dim=8)
+    weights = torch.tensor(WEIGHTS["half_zero"])
+    results = [
+        value_and_gradients(
+            lambda h, w, b=backend: return_weighted_linear_cross_entropy(
+                h, w, labels, weights, label_smoothing=0.1, backend=b
+            ),
+            hidden,
+            head,
+        )
+        for backend in ("cpp", "reference")
+    ]
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("label", [50, -1, 2**40])
+def test_label_out_of_range_is_an_error(label, backend):
+    hidden, head, labels = batch(50)
+    labels[1, 2] = label
+    weights = torch.tensor(WEIGHTS["dense"])
+    with pytest.raises(ValueError, match=rf"label {label} is not in \[0, 50\)"):
+        return_weighted_linear_cross_entropy(hidden, head, labels, weights, backend=backend)
+    with pytest.raises(ValueError, match=rf"label {label} is not in \[0, 50\)"):
+        return_weighted_cross_entropy(F.linear(hidden, head), labels, weights, backend=backend)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"hidden": torch.ones(4, 16)}, r"hidden must be floating \[B, T, D\]"),
+        ({"head": torch.ones(50, 3)}, r"head must be torch.float32 \[V, 16\]"),
+        ({"head": torch.ones(50, 16, dtype=torch.float16)}, "head must be torch.float32"),
+        ({"labels": torch.ones(4, 5)}, "labels must be int64"),
+        ({"labels": torch.ones(4, 6, dtype=torch.int64)}, "labels must be int64"),
+        ({"weights": torch.ones(4, 5)}, r"weights must be floating \[4\]"),
+        ({"weights": torch.tensor([1.0, 1, -1, 1])}, "weights must not be negative"),
+        ({"weights": torch.tensor([1.0, 1, torch.nan, 1])}, "weights must not be negative"),
+        ({"label_smoothing": 1.5}, "label_smoothing must be in"),
+    ],
+)
+def test_errors_name_the_argument(change, message):
+    hidden, head, labels = batch(50)
+    arguments = {"hidden": hidden, "head": head, "labels": labels, "weights": torch.ones(4), **change}
+    with pytest.raises(ValueError, match=message):
+        return_weighted_linear_cross_entropy(**arguments)
+
+
+def test_operator_checks():
+    hidden, head, labels = batch(50)
+    scale = torch.rand(20)
+    operators = torch.ops.covr_fast
+    logits = F.linear(hidden, head).flatten(0, 1).requires_grad_()
+    torch.library.opcheck(
+        operators.cross_entropy.default, (logits, labels.flatten().abs() % 50, scale, 0.1, "cpp")
+    )
+    rows, head = hidden.flatten(0, 1).requires_grad_(), head.requires_grad_()
+    torch.library.opcheck(
+        operators.linear_cross_entropy.default,
+        (rows, head, labels.flatten().abs() % 50, scale, 0.1, True, True, "cpp"),
+    )
+
+
+def test_compiles_into_one_graph():
+    hidden, head, labels = batch(50)
+    weights = torch.tensor(WEIGHTS["half_zero"])
+
+    def model(h, w):
+        linear = return_weighted_linear_cross_entropy(h * 2, w, labels, weights, label_smoothing=0.1)
+        return linear + return_weighted_cross_entropy(F.linear(h, w), labels, weights)
+
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for one, other in zip(
+        value_and_gradients(compiled, hidden, head), value_and_gradients(model, hidden, head), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("vocabulary", [2, 4099, 151_936])
+def test_cuda_error_is_not_larger_than_that_of_torch(vocabulary, smoothing, weights, dtype, monkeypatch):
+    monkeypatch.setattr(loss_module, "_CHUNK_BYTES", 7 * vocabulary * 4)
+    hidden, head, labels = (x.cuda() for x in batch(vocabulary, steps=9, dim=64, dtype=dtype))
+    weights = torch.tensor(WEIGHTS[weights], device="cuda")
+    expected = value_and_gradients(
+        lambda h, w: return_weighted_linear_cross_entropy(
+            h, w, labels, weights, label_smoothing=smoothing, backend="reference"
+        ),
+        hidden.double(),
+        head.double(),
+    )
+    plain = value_and_gradients(
+        lambda h, w: return_weighted_linear_cross_entropy(
+            h, w, labels, weights, label_smoothing=smoothing, backend="reference"
+        ),
+        hidden,
+        head,
+    )
+    for on_cpu in (False, True):  # labels and weights may stay on the host
+        place = (labels.cpu(), weights.cpu()) if on_cpu else (labels, weights)
+        result = value_and_gradients(
+            lambda h, w, p=place: return_weighted_linear_cross_entropy(
+                h, w, *p, label_smoothing=smoothing, backend="triton"
+            ),
+            hidden,
+            head,
+        )
+        for one, other, exact in zip(result, plain, expected, strict=True):
+            error = (one.double() - exact).norm()
+            assert error <= 1.2 * (other.double() - exact).norm() + 1e-5 * exact.norm()
+
+
+@pytest.mark.needs_cuda
+def test_cuda_label_out_of_range_makes_nan_and_corrupts_nothing():
+    hidden, head, labels = (x.cuda() for x in batch(50))
+    labels[1, 2], labels[2, 3] = 50, 2**40
+    weights = torch.ones(4, device="cuda")
+    value = return_weighted_linear_cross_entropy(hidden.requires_grad_(), head, labels, weights)
+    value.backward()
+    torch.cuda.synchronize()
+    assert value.isnan()
+    assert hidden.grad[1, 2].isnan().all()
+    assert hidden.grad[0].isfinite().all()
+
+
+@pytest.mark.needs_cuda
+def test_cuda_graph_keeps_all_rows():
+    hidden, head, labels = (x.cuda() for x in batch(50))
+    weights = torch.tensor(WEIGHTS["half_zero"], device="cuda")
+    expected = return_weighted_linear_cross_entropy(hidden, head, labels, weights)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        return_weighted_linear_cross_entropy(hidden, head, labels, weights)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = return_weighted_linear_cross_entropy(hidden, head, labels, weights)
+    graph.replay()
+    torch.testing.assert_close(captured, expected)
