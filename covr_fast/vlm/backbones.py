@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
@@ -65,9 +66,14 @@ class Backbone:
         return int(token)
 
     @property
+    def adapted(self) -> bool:
+        """Whether peft has wrapped the model with adapters."""
+        return hasattr(self.model, "peft_config")
+
+    @property
     def base(self) -> Any:
         """The transformers model, without peft's wrapper."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return self.model.get_base_model() if self.adapted else self.model
 
     @cached_property
     def decoder(self) -> nn.Module:
@@ -92,7 +98,9 @@ class Backbone:
 
     def save(self, directory: Path) -> None:
         """Writes weights (or the adapter), tokenizer, chat template and image processor."""
-        self.model.save_pretrained(directory)
+        # peft's default would look the base up on the hub; these adapters never touch the embeddings.
+        options = {"save_embedding_layers": False} if self.adapted else {}
+        self.model.save_pretrained(directory, **options)
         self.tokenizer.save_pretrained(directory)
         self.processor.image_processor.save_pretrained(directory)
 
@@ -191,6 +199,7 @@ class QwenVL(Backbone):
         super().__init__(model, processor)
         self._pixels = PatchPixels(processor.image_processor)
         self._plan = lru_cache(maxsize=16)(self._make_plan)
+        self.tower.patch_embed.forward = self._embed_patches
         config = self.tower.config
         if config._attn_implementation == "sdpa":
             # transformers would loop over the images; this is one call for all of them.
@@ -217,6 +226,12 @@ class QwenVL(Backbone):
         out = self.tower(pixels.to(self.dtype), grid_thw=grid, **plan)
         features = out.pooler_output
         return ImageFeatures(features.reshape(batch, -1, features.shape[-1]))
+
+    def _embed_patches(self, patches: Tensor) -> Tensor:
+        """The patch embedding, whose convolution has a stride of its kernel's size, as the product it is."""
+        projection = self.tower.patch_embed.proj
+        weight = projection.weight
+        return F.linear(patches.to(weight.dtype), weight.flatten(1), projection.bias)
 
     def _make_plan(self, batch: int, size: tuple[int, int]) -> tuple[Tensor, dict[str, Any]]:
         """The tower's index tensors: they depend only on batch and size, and are made on the host, once."""

@@ -62,7 +62,9 @@ def load_backbone(
     if str(model) == "nano":
         with tempfile.TemporaryDirectory() as directory, _quiet():
             write_nano(directory, seed=seed)
-            return _load_base(directory, **options)
+            backbone = _load_base(directory, **options)
+        backbone.base.name_or_path = backbone.base.config.name_or_path = "nano"  # the directory is gone
+        return backbone
     _check_exists(model)
     directory = Path(model)
     if not (directory / ADAPTER_FILE).is_file():

@@ -44,7 +44,9 @@ class Samples:
 
     def micro_batches(self, rows: Tensor, size: int) -> Iterator[Tensor]:
         """The rows with a non-zero weight in pieces of at most `size`: the others need no forward at all."""
-        yield from rows[self.weights[rows] > 0].split(size)
+        rows = rows[self.weights[rows] > 0]
+        if len(rows):
+            yield from rows.split(size)
 
 
 class AnswerModel:

@@ -104,7 +104,8 @@ class ActionPrior:
         backbone = load_backbone(
             model, seed=seed, attention=attention, dtype=dtype, device=device, quantization=quantization
         )
-        base = saved.base if saved is not None else str(model)
+        # A saved adapter stays on its base; full weights are a base of their own.
+        base = saved.base if saved is not None and backbone.adapted else str(model)
         return cls(backbone, Settings(base, seed, action_dim, decimals, prompt))
 
     @property

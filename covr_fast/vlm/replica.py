@@ -19,9 +19,9 @@ def add_lora(backbone: Backbone, rank: int, alpha: int, seed: int) -> None:
 
     A fresh adapter changes nothing in the model's answers: its second factor is zero.
     """
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig, get_peft_model
 
-    if isinstance(backbone.model, PeftModel):
+    if backbone.adapted:
         return
     config = LoraConfig(
         r=rank,

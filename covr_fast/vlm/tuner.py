@@ -258,7 +258,7 @@ class VLMTuner:
                 schedule.step()
                 steps += 1
             loss = mean_nll(model, samples, held, config.micro_batch)
-            if not loss >= best:  # also when there is nothing held out and both are NaN
+            if loss < best or len(held) == 0:
                 best, best_weights = loss, [w.detach().clone() for w in weights]
         self._restore(weights, best_weights)
         nonzero = int((samples.weights > 0).sum())

@@ -138,7 +138,15 @@ def test_arguments_out_of_range(arguments):
         ActionGrammar(build_tokenizer(), CONTEXT, **arguments)
 
 
-@pytest.mark.parametrize("text", ["", "Action: 0.5", "Action: [0.5, 1.5]", "Action: [a]"])
-def test_text_that_is_no_action(text):
-    with pytest.raises(ValueError):
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        ("", "no 'Action"),
+        ("Action: 0.5", "no 'Action"),
+        ("Action: [0.5, 1.5]", "outside"),
+        ("Action: [a]", "could not convert"),
+    ],
+)
+def test_text_that_is_no_action(text, problem):
+    with pytest.raises(ValueError, match=problem):
         parse_action(text)

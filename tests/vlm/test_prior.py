@@ -149,7 +149,7 @@ def test_images_of_another_dtype_or_layout(shared_nano, frames):
 
 def test_another_architecture(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    with pytest.raises(ValueError, match="'gpt2' is not supported.*qwen2_5_vl"):
+    with pytest.raises(ValueError, match=r"'gpt2' is not supported.*qwen2_5_vl"):
         ActionPrior.from_pretrained(tmp_path, action_dim=2)
 
 
@@ -166,7 +166,7 @@ def test_a_chat_template_that_does_not_show_the_image(tmp_path):
 
 
 def test_attention_that_cannot_run_here():
-    with pytest.raises(ValueError, match="flash_attention_2.*cannot run here.*cpu"):
+    with pytest.raises(ValueError, match=r"flash_attention_2.*cannot run here.*cpu"):
         ActionPrior.from_pretrained("nano", action_dim=2, attention="flash_attention_2", device="cpu")
     with pytest.raises(ValueError, match="not one of"):
         ActionPrior.from_pretrained("nano", action_dim=2, attention="fast", device="cpu")

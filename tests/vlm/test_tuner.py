@@ -1,0 +1,346 @@
+"""Fine-tuning: what is learned from, what is counted, and that it learns."""
+
+import copy
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+
+from covr_fast import ops
+from covr_fast.vlm import ActionPrior, TunerConfig, VLMTuner
+from covr_fast.vlm.decode import causal_mask
+from covr_fast.vlm.loading import load_backbone
+from covr_fast.vlm.objective import IGNORE, AnswerModel, Samples, mean_nll, weighted_loss
+
+QUICK = TunerConfig(
+    mode="full",
+    learning_rate=2e-3,
+    epochs=2,
+    batch_size=16,
+    micro_batch=8,
+    label_smoothing=0.05,
+    held_out=0.2,
+)
+
+
+def colours(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """A toy task: the frame's red and blue say the action."""
+    generator = torch.Generator().manual_seed(seed)
+    actions = torch.randint(-1, 2, (count, 2), generator=generator) * 0.5
+    frames = torch.randint(0, 40, (count, 3, 56, 56), dtype=torch.uint8, generator=generator)
+    levels = ((actions + 1) * 100).to(torch.uint8)
+    frames[:, 0] += levels[:, 0, None, None]
+    frames[:, 2] += levels[:, 1, None, None]
+    return frames, actions
+
+
+def answer_model(prior: ActionPrior, checkpointing: bool = False, size=(56, 56)) -> AnswerModel:
+    return AnswerModel(prior.backbone, prior.layout(size), checkpointing=checkpointing)
+
+
+# ---------------------------------------------------------------------- the loss
+
+
+def test_labels_are_the_answer_and_nothing_else(nano):
+    frames, actions = colours(6)
+    samples = Samples.build(nano.grammar, frames, actions, torch.ones(6))
+    for row, action in zip(samples.labels.tolist(), actions.tolist(), strict=True):
+        tokens = [token for token in row if token != IGNORE]
+        assert tokens[-1] == nano.grammar.eos_token_id
+        text = nano.backbone.tokenizer.decode(tokens[:-1], clean_up_tokenization_spaces=False)
+        assert text == f"Action: [{action[0]:.2f}, {action[1]:.2f}]".replace("-0.00", "0.00")
+
+
+def test_loss_equals_transformers_own_on_the_whole_sequence(nano):
+    """Prompt and answer through the model's own forward, its labels -100 on the prompt, against the shared
+    prefix and the hidden states of the answer only."""
+    frames, actions = colours(4)
+    samples = Samples.build(nano.grammar, frames, actions, torch.ones(4))
+    rows = torch.arange(4)
+    model = answer_model(nano)
+    ours = weighted_loss(model, samples, rows, model.image(frames), samples.valid_tokens(rows), 0.0)
+
+    inputs = dict(nano.backbone.process(nano.text, list(frames.permute(0, 2, 3, 1).numpy())))
+    prompt = inputs["input_ids"]
+    inputs["input_ids"] = torch.cat((prompt, samples.answers), 1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["mm_token_type_ids"] = F.pad(inputs["mm_token_type_ids"], (0, samples.answers.shape[1]))
+    inputs["labels"] = torch.cat((torch.full_like(prompt, IGNORE), samples.labels), 1)
+    theirs = nano.backbone.base(**inputs).loss
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_through_the_shared_prefix_equal_those_of_repeated_prefixes(nano):
+    frames, actions = colours(4)
+    samples = Samples.build(nano.grammar, frames, actions, torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    nano.backbone.model.requires_grad_(True)
+    gradients = []
+    for checkpointing in (False, True):
+        model = answer_model(nano, checkpointing)
+        loss = weighted_loss(model, samples, torch.arange(4), model.image(frames), 40, 0.1)
+        gradients.append(torch.autograd.grad(loss, list(nano.backbone.model.parameters())))
+    for shared, repeated in zip(*gradients, strict=True):
+        torch.testing.assert_close(shared, repeated, rtol=1e-3, atol=1e-6)
+
+
+def test_n_v_counts_zero_weight_rows_and_micro_batches_change_nothing(nano):
+    """Eq. 6 by hand from full logits over all rows, against accumulation over the rows of non-zero weight."""
+    frames, actions = colours(9)
+    returns = torch.tensor([0.0, 1.0, 2.0, 10.0, 8.0, 9.0, 4.0, 5.5, 7.0])
+    samples = Samples.build(nano.grammar, frames, actions, returns)
+    assert (samples.weights == 0).sum() == 4
+    rows = torch.arange(9)
+    model = answer_model(nano)
+    smoothing = 0.1
+
+    with torch.no_grad():
+        logits = F.linear(model.hidden(model.image(frames), samples.answers), nano.backbone.head.weight)
+        log_p = logits.log_softmax(-1)
+        nll = -log_p.gather(2, samples.answers[..., None])[..., 0]
+        nll = (1 - smoothing) * nll - smoothing * log_p.mean(-1)
+        gbar = 2 * (returns - returns.min()) / (returns.max() - returns.min()) - 1
+        valid = (samples.labels != IGNORE).float()
+        by_hand = (gbar.clamp(min=0) * (nll * valid).sum(1)).sum() / valid.sum()
+
+    total = 0.0
+    seen = []
+    for part in samples.micro_batches(rows, 2):
+        seen += part.tolist()
+        image = model.image(frames[part])
+        total += weighted_loss(model, samples, part, image, samples.valid_tokens(rows), smoothing).item()
+    assert seen == samples.weights.nonzero()[:, 0].tolist()
+    assert total == pytest.approx(by_hand.item(), rel=1e-5)
+
+
+def test_the_mask_is_causal_behind_what_is_held():
+    mask = causal_mask(2, 3, torch.float32, torch.device("cpu"))[0, 0]
+    assert (mask == 0).tolist() == [[True, True, True, True, False], [True] * 5]
+
+
+# ---------------------------------------------------------------------- rounds
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_a_round_lowers_the_held_out_loss_and_the_prior_learns_the_task(nano, mode):
+    frames, actions = colours(192)
+    config = TunerConfig(
+        mode=mode,
+        lora_rank=32,
+        lora_alpha=64,
+        learning_rate=3e-3,
+        epochs=14,
+        batch_size=32,
+        micro_batch=32,
+        label_smoothing=0.0,
+    )
+    tuner = VLMTuner(nano, config)
+    test_frames, test_actions = colours(48, seed=1)
+    before = (nano(test_frames).action - test_actions).abs().mean()
+    tuner.start(frames, actions, torch.ones(192))
+    report = tuner.poll()
+    assert report is not None
+    assert report.loss_after < report.loss_before
+    assert (report.samples, report.trained, report.held_out) == (192, 173, 19)
+    assert report.nonzero_share == 1.0
+    assert report.steps == 14 * 6
+    assert torch.equal(nano(test_frames[:4]).action, nano.reference(test_frames[:4]).action)
+    assert (nano(test_frames).action - test_actions).abs().mean() == before, "served before it was published"
+    assert tuner.publish() == 1
+    answers = nano(test_frames)
+    assert answers.version == 1
+    error = (answers.action - test_actions).abs().mean()
+    assert error < 0.15 if mode == "full" else error < 0.75 * before
+    assert torch.equal(answers.token_ids, nano.reference(test_frames).token_ids)
+
+
+def test_reruns_are_bit_identical_and_seeds_matter():
+    frames, actions = colours(40)
+    returns = torch.linspace(0, 1, 40)
+
+    def run(seed):
+        prior = ActionPrior.from_pretrained("nano", action_dim=2, device="cpu", seed=0)
+        tuner = VLMTuner(prior, TunerConfig(**(vars(QUICK) | {"seed": seed})))
+        reports = []
+        for _ in range(2):
+            tuner.start(frames, actions, returns)
+            report = tuner.poll()
+            reports.append((report.loss_before, report.loss_after, report.steps))
+            tuner.publish()
+        return reports, [p.detach().clone() for p in prior.backbone.model.parameters()]
+
+    (first, weights), (again, same), (other, _) = run(0), run(0), run(1)
+    assert first == again
+    assert all(torch.equal(a, b) for a, b in zip(weights, same, strict=True))
+    assert first != other
+
+
+def test_overlapped_round_equals_the_synchronous_one_and_the_prior_serves_meanwhile(frames):
+    data, actions = colours(60)
+    weights = []
+    for overlap in (False, True):
+        prior = ActionPrior.from_pretrained("nano", action_dim=2, device="cpu", seed=0)
+        expected = prior(frames).token_ids
+        tuner = VLMTuner(prior, TunerConfig(**(vars(QUICK) | {"overlap": overlap})))
+        tuner.start(data, actions, torch.ones(60))
+        if overlap:
+            assert tuner.running
+            assert tuner.poll() is None
+            with pytest.raises(RuntimeError, match="still running"):
+                tuner.publish()
+            with pytest.raises(RuntimeError, match="still running"):
+                tuner.start(data, actions, torch.ones(60))
+        assert torch.equal(prior(frames).token_ids, expected)
+        assert tuner.wait() is not None
+        assert tuner.poll() is None, "a report is given once"
+        tuner.publish()
+        weights.append([p.detach().clone() for p in prior.backbone.model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+def test_zero_weight_samples_get_no_forward(nano, monkeypatch):
+    frames, actions = colours(30)
+    returns = torch.cat((torch.zeros(20), torch.ones(10)))
+    tuner = VLMTuner(nano, TunerConfig(**(vars(QUICK) | {"epochs": 1})))
+    forwarded = 0
+    hidden = AnswerModel.hidden
+
+    def counting(self, image, answers):
+        nonlocal forwarded
+        forwarded += len(answers) * torch.is_grad_enabled()
+        return hidden(self, image, answers)
+
+    monkeypatch.setattr(AnswerModel, "hidden", counting)
+    tuner.start(frames, actions, returns)
+    report = tuner.poll()
+    assert report.nonzero_share == pytest.approx(1 / 3)
+    assert forwarded == report.trained == 8
+
+
+def test_the_best_epoch_is_kept(nano):
+    """A learning rate that wrecks the model: the round ends with the weights it began with."""
+    frames, actions = colours(40)
+    good = VLMTuner(nano, QUICK)
+    good.start(frames, actions, torch.ones(40))
+    good.publish()
+    bad = VLMTuner(nano, TunerConfig(**(vars(QUICK) | {"learning_rate": 10.0})))
+    expected = [p.detach().clone() for p in nano.backbone.model.parameters()]
+    bad.start(frames, actions, torch.ones(40))
+    report = bad.poll()
+    assert report.loss_after == report.loss_before
+    bad.publish()
+    assert all(torch.equal(a, b) for a, b in zip(expected, nano.backbone.model.parameters(), strict=True))
+
+
+def test_one_sample_is_enough(nano):
+    frames, actions = colours(1)
+    tuner = VLMTuner(nano, QUICK)
+    tuner.start(frames, actions, torch.ones(1))
+    report = tuner.poll()
+    assert (report.trained, report.held_out) == (1, 0)
+    assert report.loss_before != report.loss_before
+
+
+def test_an_exception_in_the_thread_reaches_poll(nano, monkeypatch):
+    frames, actions = colours(8)
+    tuner = VLMTuner(nano, TunerConfig(**(vars(QUICK) | {"overlap": True})))
+
+    def broken(self, image, answers):
+        raise ArithmeticError("broken")
+
+    monkeypatch.setattr(AnswerModel, "hidden", broken)
+    tuner.start(frames, actions, torch.ones(8))
+    with pytest.raises(ArithmeticError, match="broken"):
+        tuner.wait()
+
+
+def test_stop_ends_the_round_and_undoes_it(nano):
+    frames, actions = colours(400)
+    tuner = VLMTuner(nano, TunerConfig(**(vars(QUICK) | {"overlap": True, "epochs": 500})))
+    weights = copy.deepcopy([p.detach() for p in tuner._backbone.model.parameters()])
+    tuner.start(frames, actions, torch.ones(400))
+    tuner.stop()
+    assert not tuner.running
+    assert tuner.poll() is None
+    assert all(torch.equal(a, b) for a, b in zip(weights, tuner._backbone.model.parameters(), strict=True))
+
+
+# ---------------------------------------------------------------------- LoRA
+
+
+def test_lora_trains_adapters_only_and_saves_in_pefts_format(tmp_path):
+    frames, actions = colours(40)
+    prior = ActionPrior.from_pretrained("nano", action_dim=2, device="cpu", seed=2)
+    base = {name: p.detach().clone() for name, p in prior.backbone.base.named_parameters()}
+    untouched = prior(frames[:4]).token_ids
+    tuner = VLMTuner(prior, TunerConfig(**(vars(QUICK) | {"mode": "lora", "lora_rank": 4, "lora_alpha": 8})))
+    assert torch.equal(prior(frames[:4]).token_ids, untouched), "fresh adapters change nothing"
+    tuner.start(frames, actions, torch.ones(40))
+    tuner.publish()
+    for name, p in prior.backbone.base.named_parameters():
+        assert "lora_" in name or torch.equal(p, base[name.replace(".base_layer", "")])
+    prior.save_pretrained(tmp_path)
+    tuned = prior(frames[:8])
+
+    again = ActionPrior.from_pretrained(tmp_path, action_dim=2, device="cpu")
+    assert torch.equal(again(frames[:8]).token_ids, tuned.token_ids)
+    assert VLMTuner(again, tuner.config).parameters == tuner.parameters
+
+    fresh = load_backbone("nano", seed=2, attention="sdpa", dtype=None, device=torch.device("cpu"))
+    theirs = PeftModel.from_pretrained(fresh.model, tmp_path)
+    ours = {n: p for n, p in prior.backbone.model.named_parameters() if "lora_" in n}
+    assert ours
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            assert torch.equal(parameter, ours[name])
+
+
+def test_an_adapter_of_another_base(tmp_path):
+    prior = ActionPrior.from_pretrained("nano", action_dim=2, device="cpu")
+    VLMTuner(prior, TunerConfig(mode="lora", lora_rank=4))
+    adapter = tmp_path / "adapter"
+    prior.save_pretrained(adapter)
+    (adapter / "action_prior.json").unlink()
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["target_modules"] = ["no_such_module"]
+    config["base_model_name_or_path"] = "nano"
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="does not fit its base 'nano'"):
+        ActionPrior.from_pretrained(adapter, action_dim=2, device="cpu")
+
+
+# ---------------------------------------------------------------------- bad input
+
+
+def test_arguments_that_do_not_fit(nano):
+    frames, actions = colours(4)
+    tuner = VLMTuner(nano, QUICK)
+    with pytest.raises(ValueError, match="at least one frame"):
+        tuner.start(frames[:0], actions[:0], torch.ones(0))
+    with pytest.raises(ValueError, match=r"actions must have shape \[4, 2\]"):
+        tuner.start(frames, actions[:, :1], torch.ones(4))
+    with pytest.raises(ValueError, match=r"returns must have shape \[4\]"):
+        tuner.start(frames, actions, torch.ones(3))
+    with pytest.raises(ValueError, match="finite"):
+        tuner.start(frames, actions, torch.tensor([1.0, float("nan"), 0.0, 0.0]))
+    with pytest.raises(TypeError, match="frames must be a uint8"):
+        tuner.start(frames.float(), actions, torch.ones(4))
+
+
+@pytest.mark.parametrize(
+    "bad", [{"mode": "half"}, {"epochs": 0}, {"held_out": 1.0}, {"learning_rate": 0.0}, {"max_steps": 0}]
+)
+def test_config_out_of_range(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        TunerConfig(**bad)
+
+
+def test_mean_nll_is_per_token(nano):
+    frames, actions = colours(3)
+    samples = Samples.build(nano.grammar, frames, actions, torch.ones(3))
+    model = answer_model(nano)
+    rows = torch.arange(3)
+    loss = weighted_loss(model, samples, rows, model.image(frames), samples.valid_tokens(rows), 0.0)
+    assert mean_nll(model, samples, rows, 2) == pytest.approx(loss.item(), rel=1e-5)
+    assert ops.return_weights(torch.ones(3)).tolist() == [1, 1, 1]
