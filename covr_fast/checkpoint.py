@@ -59,7 +59,7 @@ def newest_folder(target: Path) -> Path:
 def save_checkpoint(
     run: Path, agent: SAC, prior: ActionPrior, counters: dict[str, Any], buffer: ReplayBuffer | None
 ) -> None:
-    """Writes RUN/checkpoint: agent.pt, counters.pt, vlm/ (which ActionPrior.from_pretrained opens), replay."""
+    """Writes RUN/checkpoint: agent.pt, counters.pt, vlm/ (for ActionPrior.from_pretrained), replay."""
     with replaced_folder(run / "checkpoint") as new:
         torch.save(agent.state_dict(), new / "agent.pt")
         torch.save(counters, new / "counters.pt")

@@ -21,7 +21,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
 def as_user_error() -> Iterator[None]:
     """Turns the errors with which the library refuses arguments into UserErrors of one line.
 
-    For places where the arguments are the user's settings; elsewhere such an error is a bug and keeps its trace.
+    For places where the arguments are the user's settings; elsewhere such an error is a bug.
     """
     try:
         yield

@@ -85,7 +85,7 @@ class RunLogger:
         self._events = SummaryWriter(str(folder))
         self._total = total
         self._last_line = 0.0
-        # Step and seconds of the first progress: what came before (loading, evaluation) says nothing of the pace.
+        # Step and seconds of the first progress: loading and evaluation before it say nothing of the pace.
         self._pace: tuple[int, float] | None = None
         self._progress: Progress | None = None
         self._task = TaskID(0)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import ops
 from .agents import SAC
+from .agents.sac import TransitionBatch
 from .buffer import FineTuneView, ReplayBuffer
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from .config import TrainConfig
@@ -240,7 +241,7 @@ class Trainer:
                     memory_format=torch.channels_last,
                 )
             with self.clock("policy update"):
-                metrics = self.agent.update(batch, guide=guide)
+                metrics = self.agent.update(cast(TransitionBatch, batch), guide=guide)
                 if config.replay.sampler == "prioritized":
                     self.buffer.update_priorities(batch.index, metrics["td_error"])
             self._metrics.add(metrics)
@@ -292,7 +293,7 @@ class Trainer:
         if len(indices) < 2:
             self.log.say(f"the filter kept {len(indices)} samples: nothing to fine-tune on in this round")
             return None
-        frames = vlm_view(self.config, self.buffer.frames(indices))
+        frames = vlm_view(self.config, cast(Tensor, self.buffer.frames(indices)))
         # The simulator is idle while this waits, so the VLM may have every core.
         torch.set_num_threads(os.cpu_count() or 1)
         try:
@@ -305,7 +306,7 @@ class Trainer:
 
     def _policy_entropy(self, indices: Tensor) -> float:
         """e_t: minus the mean log-probability of actions on the newest samples of D_f, in nats."""
-        obs = self.buffer.observations(indices[-256:])
+        obs = cast(Tensor, self.buffer.observations(indices[-256:]))
         return self.agent.entropy(agent_view(self.config, obs))
 
     def _kept_by_time(self, kept: Tensor) -> dict[str, float]:

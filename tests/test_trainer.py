@@ -97,10 +97,9 @@ def test_run_folder(finished):
 
 
 def test_the_checkpoint_plays_like_the_trained_actor(finished):
-    from covr_fast.vlm import ActionPrior
-
     from covr_fast.checkpoint import load_actor
     from covr_fast.evaluate import actor_policy
+    from covr_fast.vlm import ActionPrior
 
     trainer, _, out, _ = finished
     policy, config = load_actor(out)
@@ -166,3 +165,49 @@ def test_bad_settings_are_one_line_errors(changes, message, tmp_path):
         Trainer(small_config(**changes), tmp_path / "run")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists(), "something half-written was left behind"
+
+
+def test_an_interrupted_run_is_saved_and_continues(tmp_path):
+    import os
+    import signal
+
+    config = small_config(steps=100, covr__psi_0=50)
+    first = Trainer(config, tmp_path)
+    store = first._store
+
+    def interrupt_at_60(rows):
+        store(rows)
+        if first.step == 60:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    first._store = interrupt_at_60
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    assert first.step == 60
+    assert not (tmp_path / "summary.json").exists()
+
+    second = Trainer(config, tmp_path, resume=True)
+    assert second.step == 60
+    assert len(second.buffer) == len(first.buffer)
+    assert second.updates == first.updates
+    assert second.schedule.rounds == first.schedule.rounds == 1
+    # The unfinished episodes were cut, so all that D_f held back is finished now.
+    assert len(second.finished) == 60 - 40
+    for a, b in zip(first.agent.actor.parameters(), second.agent.actor.parameters(), strict=True):
+        assert (a == b).all()
+    summary = second.run()
+    assert summary["steps"] == 100
+    assert summary["updates"] == (100 - 48) // 8
+    steps = [m["step"] for m in read_metrics(tmp_path)]
+    assert steps == sorted(steps)
+
+
+def test_resuming_nothing_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint in"):
+        Trainer(small_config(), tmp_path, resume=True)
+
+
+def test_a_finished_run_without_its_replay_cannot_be_resumed(finished):
+    _, _, out, _ = finished
+    with pytest.raises(UserError, match="holds no replay buffer"):
+        Trainer(small_config(), out, resume=True)

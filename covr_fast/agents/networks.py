@@ -61,7 +61,7 @@ class Encoder(nn.Module):
         _orthogonal(self.project, 1.0)
         self.norm = nn.LayerNorm(latent)
         # Two to five times as fast as channels first for these shapes on a CPU; tensor cores want it too.
-        self.convolutions.to(memory_format=torch.channels_last)
+        self.convolutions.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, pixels: Tensor) -> Tensor:
         x = self.convolutions(pixels.contiguous(memory_format=torch.channels_last))

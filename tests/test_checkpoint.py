@@ -1,0 +1,38 @@
+import pytest
+
+from covr_fast.checkpoint import newest_folder, replaced_folder
+from covr_fast.errors import UserError
+
+
+def fill(folder, text):
+    with replaced_folder(folder) as new:
+        (new / "content").write_text(text)
+
+
+def test_replaces_whole_folders(tmp_path):
+    target = tmp_path / "checkpoint"
+    fill(target, "one")
+    fill(target, "two")
+    assert (newest_folder(target) / "content").read_text() == "two"
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_failure_leaves_the_old_one_and_nothing_else(tmp_path):
+    target = tmp_path / "checkpoint"
+    fill(target, "one")
+    with pytest.raises(TypeError):
+        fill(target, 12)
+    assert (newest_folder(target) / "content").read_text() == "one"
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_killed_between_the_two_moves(tmp_path):
+    target = tmp_path / "checkpoint"
+    fill(target, "one")
+    target.rename(target.with_name("checkpoint.old"))
+    assert (newest_folder(target) / "content").read_text() == "one"
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(UserError, match="is it the folder of a run"):
+        newest_folder(tmp_path / "checkpoint")
