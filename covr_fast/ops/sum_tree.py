@@ -6,7 +6,7 @@ from torch import Tensor
 from covr_fast import _C
 
 from . import reference
-from ._backend import Backend, library, select
+from ._backend import Backend, library, select, stream
 
 
 class SumTree:
