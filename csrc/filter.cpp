@@ -244,6 +244,10 @@ void indices_above(uintptr_t values_, int64_t n, double cutoff, uintptr_t out_, 
 void bind_filter(py::module_& m) {
   m.def("exploration_threshold", &exploration_threshold, py::call_guard<py::gil_scoped_release>());
   m.def("indices_above", &indices_above, py::call_guard<py::gil_scoped_release>());
+#ifdef COVR_WITH_CUDA
+  m.def("exploration_filter_workspace", &cuda::exploration_filter_workspace);
+  m.def("exploration_filter_cuda", &cuda::exploration_filter, py::call_guard<py::gil_scoped_release>());
+#endif
 }
 
 }  // namespace covr

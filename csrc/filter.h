@@ -63,4 +63,13 @@ COVR_HD float float_at_or_below(double cutoff) {
   return static_cast<double>(rounded) <= cutoff ? rounded : value_of_key(ordered_key(rounded) - 1);
 }
 
+#ifdef COVR_WITH_CUDA
+namespace cuda {
+// Bytes to hand over, zeroed, as workspace.
+int64_t exploration_filter_workspace(int64_t n);
+void exploration_filter(uintptr_t values, int64_t n, double scale, uintptr_t indices, uintptr_t kept,
+                        uintptr_t statistics, uintptr_t workspace, uintptr_t stream);
+}  // namespace cuda
+#endif
+
 }  // namespace covr

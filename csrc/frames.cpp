@@ -73,6 +73,11 @@ void window(uintptr_t out, uintptr_t frames_, uintptr_t offsets_, int64_t batch,
 
 }  // namespace
 
-void bind_frames(py::module_& m) { m.def("window", &window, py::call_guard<py::gil_scoped_release>()); }
+void bind_frames(py::module_& m) {
+  m.def("window", &window, py::call_guard<py::gil_scoped_release>());
+#ifdef COVR_WITH_CUDA
+  m.def("window_cuda", &cuda::window, py::call_guard<py::gil_scoped_release>());
+#endif
+}
 
 }  // namespace covr

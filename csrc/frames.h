@@ -26,4 +26,11 @@ COVR_HD uint8_t pixel_to<uint8_t>(uint8_t pixel) {
   return pixel;
 }
 
+#ifdef COVR_WITH_CUDA
+namespace cuda {
+void window(uintptr_t out, uintptr_t frames, uintptr_t offsets, int64_t batch, int64_t channels, int height,
+            int width, int out_height, int out_width, int pad, int format, uintptr_t stream);
+}  // namespace cuda
+#endif
+
 }  // namespace covr

@@ -110,6 +110,10 @@ void discounted_returns(uintptr_t out, uintptr_t rewards, uintptr_t ends, int64_
 
 void bind_returns(py::module_& m) {
   m.def("discounted_returns", &discounted_returns, py::call_guard<py::gil_scoped_release>());
+#ifdef COVR_WITH_CUDA
+  m.def("discounted_returns_workspace", &cuda::discounted_returns_workspace);
+  m.def("discounted_returns_cuda", &cuda::discounted_returns, py::call_guard<py::gil_scoped_release>());
+#endif
 }
 
 }  // namespace covr

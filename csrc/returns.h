@@ -11,4 +11,13 @@ COVR_HD T return_step(T reward, uint8_t end, T gamma, T next) {
   return end ? reward : reward + gamma * next;
 }
 
+#ifdef COVR_WITH_CUDA
+namespace cuda {
+// Elements of the rewards' type to hand over as workspace.
+int64_t discounted_returns_workspace(int64_t steps, int64_t columns);
+void discounted_returns(uintptr_t out, uintptr_t rewards, uintptr_t ends, int64_t steps, int64_t columns,
+                        double gamma, bool is_double, uintptr_t workspace, uintptr_t stream);
+}  // namespace cuda
+#endif
+
 }  // namespace covr

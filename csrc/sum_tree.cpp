@@ -79,6 +79,10 @@ void bind_sum_tree(py::module_& m) {
   m.def("sum_tree_inner_nodes", &inner_nodes);
   m.def("sum_tree_update", &sum_tree_update, py::call_guard<py::gil_scoped_release>());
   m.def("sum_tree_sample", &sum_tree_sample, py::call_guard<py::gil_scoped_release>());
+#ifdef COVR_WITH_CUDA
+  m.def("sum_tree_update_cuda", &cuda::sum_tree_update, py::call_guard<py::gil_scoped_release>());
+  m.def("sum_tree_sample_cuda", &cuda::sum_tree_sample, py::call_guard<py::gil_scoped_release>());
+#endif
 }
 
 }  // namespace covr

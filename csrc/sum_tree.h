@@ -68,4 +68,14 @@ COVR_HD double stratum(int64_t i, int64_t n, double jitter, double total) {
   return (static_cast<double>(i) + jitter) / static_cast<double>(n) * total;
 }
 
+#ifdef COVR_WITH_CUDA
+namespace cuda {
+// claims: an int32 per leaf, zero before and after.
+void sum_tree_update(uintptr_t leaves, uintptr_t sums, uintptr_t claims, int64_t capacity, uintptr_t indices,
+                     uintptr_t priorities, int64_t n, uintptr_t stream);
+void sum_tree_sample(uintptr_t leaves, uintptr_t sums, int64_t capacity, uintptr_t jitter, int64_t n,
+                     uintptr_t indices, uintptr_t probabilities, uintptr_t stream);
+}  // namespace cuda
+#endif
+
 }  // namespace covr

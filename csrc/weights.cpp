@@ -27,6 +27,9 @@ void return_weights(uintptr_t out, uintptr_t values, int64_t n) {
 
 void bind_weights(py::module_& m) {
   m.def("return_weights", &return_weights, py::call_guard<py::gil_scoped_release>());
+#ifdef COVR_WITH_CUDA
+  m.def("return_weights_cuda", &cuda::return_weights, py::call_guard<py::gil_scoped_release>());
+#endif
 }
 
 }  // namespace covr

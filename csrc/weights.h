@@ -7,9 +7,16 @@ namespace covr {
 
 // max(minmax(value) to [-1, 1], 0). In double: the range of floats overflows a float.
 COVR_HD float return_weight(float value, float low, float high) {
-  if (!(high > low)) return low == high ? 1.0f : value - value;  // NaN for NaN: comparisons with it are false
+  if (!(high > low)) return 1.0f;
   const double scaled = 2.0 * (static_cast<double>(value) - low) / (static_cast<double>(high) - low) - 1.0;
   return static_cast<float>(scaled < 0.0 ? 0.0 : scaled);
 }
+
+#ifdef COVR_WITH_CUDA
+namespace cuda {
+// extremes: two zeroed 32-bit words.
+void return_weights(uintptr_t out, uintptr_t values, int64_t n, uintptr_t extremes, uintptr_t stream);
+}  // namespace cuda
+#endif
 
 }  // namespace covr

@@ -9,7 +9,7 @@ from torch import Tensor
 from covr_fast import _C
 
 from . import reference
-from ._backend import Backend, library, select
+from ._backend import Backend, library, select, stream
 
 _DTYPES = (torch.float32,)
 
@@ -163,6 +163,36 @@ def _cpp_padded(returns: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         return indices, torch.tensor(-1), torch.full((4,), math.nan, dtype=torch.float64)
     indices[: kept.numel()] = kept
     return indices, torch.tensor(kept.numel()), statistics
+
+
+@torch.library.impl(library, "exploration_filter_padded", "CUDA")
+def _cuda_padded(returns: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    returns = returns.contiguous()
+    indices = torch.empty_like(returns, dtype=torch.int64)
+    kept = indices.new_empty(())
+    statistics = returns.new_empty(4, dtype=torch.float64)
+    workspace = returns.new_zeros(_C.exploration_filter_workspace(returns.numel()), dtype=torch.uint8)
+    with torch.cuda.device(returns.device):
+        _C.exploration_filter_cuda(
+            returns.data_ptr(),
+            returns.numel(),
+            scale,
+            indices.data_ptr(),
+            kept.data_ptr(),
+            statistics.data_ptr(),
+            workspace.data_ptr(),
+            stream(returns),
+        )
+    return indices, kept, statistics
+
+
+@torch.library.impl(library, "exploration_filter", "CUDA")
+def _cuda(returns: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    indices, kept, statistics = _cuda_padded(returns, scale)
+    count = int(kept)  # the one wait: the result's shape depends on it
+    if count < 0:
+        raise ValueError(_NOT_FINITE)
+    return indices[:count], statistics
 
 
 @torch.library.register_fake("covr_fast::exploration_filter", lib=library)

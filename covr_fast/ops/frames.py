@@ -6,7 +6,7 @@ from torch import Tensor
 from covr_fast import _C
 
 from . import reference
-from ._backend import Backend, check_same_device, library, select
+from ._backend import Backend, check_same_device, library, select, stream
 
 _OUTPUTS = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 
@@ -128,6 +128,25 @@ def _cpp(frames: Tensor, offsets: Tensor, pad: int, height: int, width: int, dty
         _OUTPUTS.index(dtype),
         torch.get_num_threads(),
     )
+    return result
+
+
+@torch.library.impl(library, "window", "CUDA")
+def _cuda(frames: Tensor, offsets: Tensor, pad: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
+    frames, offsets = frames.contiguous(), offsets.contiguous()
+    result = frames.new_empty((*frames.shape[:2], height, width), dtype=dtype)
+    with torch.cuda.device(frames.device):
+        _C.window_cuda(
+            result.data_ptr(),
+            frames.data_ptr(),
+            offsets.data_ptr(),
+            *frames.shape,
+            height,
+            width,
+            pad,
+            _OUTPUTS.index(dtype),
+            stream(frames),
+        )
     return result
 
 

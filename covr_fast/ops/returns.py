@@ -8,7 +8,7 @@ from torch import Tensor
 from covr_fast import _C
 
 from . import reference
-from ._backend import Backend, check_same_device, library, select
+from ._backend import Backend, check_same_device, library, select, stream
 
 _DTYPES = (torch.float32, torch.float64)
 
@@ -66,6 +66,25 @@ def _cpp(rewards: Tensor, ends: Tensor, gamma: float) -> Tensor:
         rewards.dtype == torch.float64,
         torch.get_num_threads(),
     )
+    return result
+
+
+@torch.library.impl(library, "discounted_returns", "CUDA")
+def _cuda(rewards: Tensor, ends: Tensor, gamma: float) -> Tensor:
+    rewards, ends = rewards.contiguous(), ends.contiguous()
+    result = torch.empty_like(rewards)
+    workspace = rewards.new_empty(_C.discounted_returns_workspace(*rewards.shape))
+    with torch.cuda.device(rewards.device):
+        _C.discounted_returns_cuda(
+            result.data_ptr(),
+            rewards.data_ptr(),
+            ends.data_ptr(),
+            *rewards.shape,
+            gamma,
+            rewards.dtype == torch.float64,
+            workspace.data_ptr(),
+            stream(rewards),
+        )
     return result
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from covr_fast import _C
 
 from . import reference
-from ._backend import Backend, library, select
+from ._backend import Backend, library, select, stream
 
 
 class SumTree:
@@ -33,6 +33,9 @@ class SumTree:
         self._leaves = leaves if self._reference is None else self._reference.leaves
         inner_nodes = _C.sum_tree_inner_nodes(capacity)
         self._sums = torch.zeros(inner_nodes, dtype=torch.float64, device=device)
+        # Where the entries of a batch settle which of several for one leaf is the last.
+        claims = capacity if chosen == "cuda" else 0
+        self._claims = torch.zeros(claims, dtype=torch.int32, device=device)
 
     def __len__(self) -> int:
         return self._capacity
@@ -71,7 +74,7 @@ class SumTree:
                 raise ValueError(f"SumTree: {name} are on {tensor.device}, the tree is on {self.device}")
         priorities = priorities.detach().to(torch.float32)
         if self._reference is None:
-            torch.ops.covr_fast.sum_tree_update(self._leaves, self._sums, indices, priorities)
+            torch.ops.covr_fast.sum_tree_update(self._leaves, self._sums, self._claims, indices, priorities)
         else:
             self._reference.update(indices, priorities)
 
@@ -97,12 +100,15 @@ class SumTree:
         return self._reference.descend((strata + jitter) / batch_size)
 
 
-library.define("sum_tree_update(Tensor(a!) leaves, Tensor(b!) sums, Tensor indices, Tensor priorities) -> ()")
+library.define(
+    "sum_tree_update(Tensor(a!) leaves, Tensor(b!) sums, Tensor(c!) claims, Tensor indices, "
+    "Tensor priorities) -> ()"
+)
 library.define("sum_tree_sample(Tensor leaves, Tensor sums, Tensor jitter) -> (Tensor, Tensor)")
 
 
 @torch.library.impl(library, "sum_tree_update", "CPU")
-def _cpp_update(leaves: Tensor, sums: Tensor, indices: Tensor, priorities: Tensor) -> None:
+def _cpp_update(leaves: Tensor, sums: Tensor, claims: Tensor, indices: Tensor, priorities: Tensor) -> None:
     indices, priorities = indices.contiguous(), priorities.contiguous()
     _C.sum_tree_update(
         leaves.data_ptr(),
@@ -130,8 +136,42 @@ def _cpp_sample(leaves: Tensor, sums: Tensor, jitter: Tensor) -> tuple[Tensor, T
     return indices, probabilities
 
 
+@torch.library.impl(library, "sum_tree_update", "CUDA")
+def _cuda_update(leaves: Tensor, sums: Tensor, claims: Tensor, indices: Tensor, priorities: Tensor) -> None:
+    indices, priorities = indices.contiguous(), priorities.contiguous()
+    with torch.cuda.device(leaves.device):
+        _C.sum_tree_update_cuda(
+            leaves.data_ptr(),
+            sums.data_ptr(),
+            claims.data_ptr(),
+            leaves.numel(),
+            indices.data_ptr(),
+            priorities.data_ptr(),
+            indices.numel(),
+            stream(leaves),
+        )
+
+
+@torch.library.impl(library, "sum_tree_sample", "CUDA")
+def _cuda_sample(leaves: Tensor, sums: Tensor, jitter: Tensor) -> tuple[Tensor, Tensor]:
+    indices = torch.empty_like(jitter, dtype=torch.int64)
+    probabilities = torch.empty_like(jitter)
+    with torch.cuda.device(leaves.device):
+        _C.sum_tree_sample_cuda(
+            leaves.data_ptr(),
+            sums.data_ptr(),
+            leaves.numel(),
+            jitter.data_ptr(),
+            jitter.numel(),
+            indices.data_ptr(),
+            probabilities.data_ptr(),
+            stream(leaves),
+        )
+    return indices, probabilities
+
+
 @torch.library.register_fake("covr_fast::sum_tree_update", lib=library)
-def _fake_update(leaves: Tensor, sums: Tensor, indices: Tensor, priorities: Tensor) -> None:
+def _fake_update(leaves: Tensor, sums: Tensor, claims: Tensor, indices: Tensor, priorities: Tensor) -> None:
     return None
 
 

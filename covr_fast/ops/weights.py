@@ -6,7 +6,7 @@ from torch import Tensor
 from covr_fast import _C
 
 from . import reference
-from ._backend import Backend, library, select
+from ._backend import Backend, library, select, stream
 
 _DTYPES = (torch.float32,)
 
@@ -42,6 +42,18 @@ def _cpp(returns: Tensor) -> Tensor:
     returns = returns.contiguous()
     weights = torch.empty_like(returns)
     _C.return_weights(weights.data_ptr(), returns.data_ptr(), returns.numel())
+    return weights
+
+
+@torch.library.impl(library, "return_weights", "CUDA")
+def _cuda(returns: Tensor) -> Tensor:
+    returns = returns.contiguous()
+    weights = torch.empty_like(returns)
+    extremes = returns.new_zeros(2, dtype=torch.int32)
+    with torch.cuda.device(returns.device):
+        _C.return_weights_cuda(
+            weights.data_ptr(), returns.data_ptr(), returns.numel(), extremes.data_ptr(), stream(returns)
+        )
     return weights
 
 

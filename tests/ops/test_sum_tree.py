@@ -137,7 +137,7 @@ def test_float64_priorities_and_strides():
 def test_operator_checks():
     tree, _ = filled(100, "cpp")
     leaves, sums = tree._leaves, tree._sums
-    update = (leaves, sums, torch.tensor([1, 2]), torch.tensor([1.0, 2.0]))
+    update = (leaves, sums, tree._claims, torch.tensor([1, 2]), torch.tensor([1.0, 2.0]))
     torch.library.opcheck(torch.ops.covr_fast.sum_tree_update.default, update)
     torch.library.opcheck(torch.ops.covr_fast.sum_tree_sample.default, (leaves, sums, torch.rand(5).double()))
 

@@ -1,0 +1,50 @@
+// Return-aware loss weights on the GPU: extremes, then the map.
+#include <algorithm>
+
+#include "filter.h"
+#include "launch.h"
+#include "weights.h"
+
+namespace covr::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+// extremes: zeroed, [0] the complement of the smallest key and [1] the largest key.
+__global__ void extremes_kernel(const float* __restrict__ values, int64_t n, uint32_t* extremes) {
+  uint32_t low = 0, high = 0;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < n;
+       i += static_cast<int64_t>(gridDim.x) * kThreads) {
+    const uint32_t key = ordered_key(values[i]);
+    low = max(low, ~key);
+    high = max(high, key);
+  }
+  low = __reduce_max_sync(0xffffffffu, low);
+  high = __reduce_max_sync(0xffffffffu, high);
+  if (threadIdx.x % 32 == 0) {
+    atomicMax(&extremes[0], low);
+    atomicMax(&extremes[1], high);
+  }
+}
+
+__global__ void weight_kernel(float* __restrict__ out, const float* __restrict__ values, int64_t n,
+                              const uint32_t* extremes) {
+  const float low = value_of_key(~extremes[0]), high = value_of_key(extremes[1]);
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < n;
+       i += static_cast<int64_t>(gridDim.x) * kThreads)
+    out[i] = return_weight(values[i], low, high);
+}
+
+}  // namespace
+
+void return_weights(uintptr_t out, uintptr_t values, int64_t n, uintptr_t extremes, uintptr_t stream) {
+  if (n == 0) return;
+  const auto blocks = static_cast<unsigned>(std::min<int64_t>(ceil_div(n, kThreads), 4 * multiprocessors()));
+  extremes_kernel<<<blocks, kThreads, 0, as_stream(stream)>>>(as<const float>(values), n,
+                                                              as<uint32_t>(extremes));
+  weight_kernel<<<blocks, kThreads, 0, as_stream(stream)>>>(as<float>(out), as<const float>(values), n,
+                                                            as<const uint32_t>(extremes));
+  check(cudaGetLastError(), "return_weights");
+}
+
+}  // namespace covr::cuda
