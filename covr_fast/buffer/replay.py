@@ -56,6 +56,9 @@ class ReplayBuffer:
         action_dtype: dtype that actions are stored in.
         channels_last: images arrive as [H, W, C * stack] (a dict says it per key). They are sampled channels
             first all the same.
+        on_jump: what to do where `obs` is not `next_obs` of the step before, in the middle of an episode:
+            refuse it, or take it for the start of a new segment, as after `cut`. (With frame_stack=1 it
+            always is one.)
 
     Adding and sampling may happen in different threads; each call is atomic.
     """
@@ -77,6 +80,7 @@ class ReplayBuffer:
         obs_dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
         action_dtype: torch.dtype = torch.float32,
         channels_last: bool | Mapping[str, bool] = False,
+        on_jump: Literal["error", "cut"] = "error",
     ) -> None:
         if num_envs < 1:
             raise ValueError(f"num_envs is {num_envs}: it must be at least 1")
@@ -89,6 +93,8 @@ class ReplayBuffer:
             )
         if not 0.0 <= gamma <= 1.0:
             raise ValueError(f"gamma is {gamma}: it must lie in [0, 1]")
+        if on_jump not in ("error", "cut"):
+            raise ValueError(f"on_jump is {on_jump!r}: it must be 'error' or 'cut'")
         self.capacity = capacity
         self.num_envs = num_envs
         self.n_step = n_step
@@ -106,6 +112,7 @@ class ReplayBuffer:
         self._pool = _C.OutputPool()
         self._storage = Storage(capacity, num_envs, self._keys, self._columns, n_step, gamma)
         self._core = self._storage.core
+        self._core.jumps = on_jump == "cut"
         self._priorities: PriorityTree | None = None
         if isinstance(self.sampler, Prioritized):
             self._priorities = PriorityTree(self._storage.rows, self._storage.limits, self.sampler.alpha)
@@ -569,6 +576,7 @@ class ReplayBuffer:
             "action_shape": list(action_shape),
             "action_dtype": _name(action_dtype),
             "extras": {name: [list(shape), _name(dtype)] for name, (shape, dtype) in self._extras.items()},
+            "on_jump": "cut" if self._core.jumps else "error",
             "n_step": self.n_step,
             "gamma": self.gamma,
             "sampler": {"kind": type(self.sampler).__name__, **asdict(self.sampler)},

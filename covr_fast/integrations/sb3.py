@@ -107,6 +107,7 @@ class FastReplayBuffer(SB3ReplayBuffer):
             self._buffer = self._build()
         while True:
             try:
+                self._buffer._core.thorough = self._frame_stack == "auto" and len(self._buffer) < _CONFIDENT
                 self._buffer.add(*rows)
                 break
             except ValueError:
@@ -115,8 +116,6 @@ class FastReplayBuffer(SB3ReplayBuffer):
                     raise
                 self._stacks = coarser  # the guess was wrong: these are fewer frames
                 self._rebuild()
-        if self._buffer._core.thorough and len(self._buffer) >= _CONFIDENT:
-            self._buffer._core.thorough = False
         self.pos += 1
         if self.pos == self.buffer_size:
             self.full = True
@@ -164,21 +163,22 @@ class FastReplayBuffer(SB3ReplayBuffer):
     def _recognise(self, name: str, obs: np.ndarray, next_obs: np.ndarray) -> "_Stack":
         """The finest stack whose frames slide from obs to next_obs."""
         shape = self._shapes[name]
-        channels_last = len(shape) == 3 and shape[-1] < shape[0]
         image = len(shape) == 3 and self._dtypes[name] == torch.uint8
+        channels_last = image and shape[-1] < shape[0]
         if isinstance(self._frame_stack, Mapping):
             return _Stack(shape, self._frame_stack.get(name, 1), channels_last)
         if self._frame_stack != "auto":
             return _Stack(shape, self._frame_stack if image or self._single else 1, channels_last)
-        if not image:
-            return _Stack(shape, 1, channels_last)
-        stack = _Stack(shape, shape[-1 if channels_last else 0], channels_last)
-        while stack.frames > 1 and not stack.slides(obs, next_obs):
-            stack = stack.coarser()
-        return stack
+        for last in (channels_last, not channels_last) if image else ():  # the shorter side first
+            stack = _Stack(shape, shape[-1 if last else 0], last)
+            while stack.frames > 1:
+                if stack.slides(obs, next_obs):
+                    return stack
+                stack = stack.coarser()
+        return _Stack(shape, 1, channels_last)
 
     def _build(self) -> ReplayBuffer:
-        buffer = ReplayBuffer(
+        return ReplayBuffer(
             self.buffer_size * self.n_envs,
             num_envs=self.n_envs,
             obs_shape=self._shapes,
@@ -187,10 +187,8 @@ class FastReplayBuffer(SB3ReplayBuffer):
             action_dtype=_torch_dtype(self._maybe_cast_dtype(self.action_space.dtype)),
             frame_stack={name: stack.frames for name, stack in self._stacks.items()},
             channels_last={name: stack.channels_last for name, stack in self._stacks.items()},
+            on_jump="cut",  # learn() resets the environments without telling the buffer
         )
-        buffer._core.thorough = self._frame_stack == "auto"
-        buffer._core.jumps = True  # learn() resets the environments without telling the buffer
-        return buffer
 
     # ---- sampling ----
 

@@ -15,11 +15,13 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNorm
 
 from covr_fast.integrations.sb3 import FastReplayBuffer
 
+torch.set_num_threads(1)
+
 
 class Pixels(gym.Env):
     """Random pictures, in episodes that terminate or are truncated."""
 
-    def __init__(self, shape=(10, 12, 3), discrete=False, length=9, key=None):
+    def __init__(self, shape=(16, 20, 3), discrete=False, length=9, key=None):
         box = spaces.Box(0, 255, shape, np.uint8)
         self.key = key
         self.observation_space = spaces.Dict({key: box, "pose": spaces.Box(-1, 1, (2,))}) if key else box
@@ -119,10 +121,12 @@ def test_stacks_take_the_memory_of_frames():
 
 def test_a_still_picture_does_not_decide_the_stack():
     """Everything slides while nothing moves; the guess is mended without losing what was stored."""
-    space, action = spaces.Box(0, 255, (12, 8, 8), np.uint8), spaces.Box(-1, 1, (1,))
+    space, action = spaces.Box(0, 255, (12, 16, 16), np.uint8), spaces.Box(-1, 1, (1,))
     theirs, ours = (cls(50, space, action, "cpu", 1) for cls in (SB3ReplayBuffer, FastReplayBuffer))
     rng = np.random.default_rng(0)
-    frames = [np.full((3, 8, 8), 7, np.uint8)] * 8 + list(rng.integers(0, 256, (30, 3, 8, 8), dtype=np.uint8))
+    frames = [np.full((3, 16, 16), 7, np.uint8)] * 8 + list(
+        rng.integers(0, 256, (30, 3, 16, 16), dtype=np.uint8)
+    )
     stacks = [np.concatenate(frames[i : i + 4])[None] for i in range(30)]
     for i in range(29):
         for buffer in (theirs, ours):
@@ -148,7 +152,7 @@ def test_observations_that_are_no_stack():
 
 
 def test_dict_observations_agree():
-    env = vec_env(2, 3, shape=(10, 12, 3), key="camera")
+    env = vec_env(2, 3, shape=(16, 20, 3), key="camera")
     buffers = pair(env, 60, DictReplayBuffer)
     rollout(env, buffers, 50)
     assert buffers[1]._stacks["camera"].frames == 3
@@ -208,20 +212,19 @@ def test_sb3s_arrays_can_be_looked_at():
 
 
 SMALL = {"buffer_size": 200, "learning_starts": 20, "batch_size": 8}
-CNN = {"net_arch": [8], "features_extractor_kwargs": {"features_dim": 8}}
 
 
 @pytest.mark.parametrize("agent", [SAC, TD3, DDPG, DQN])
 @pytest.mark.parametrize("optimize", [False, True])
 def test_agents_learn_save_and_go_on(agent, optimize, tmp_path):
-    env = vec_env(1 if agent is DQN else 2, 2, shape=(36, 36, 1), discrete=agent is DQN)
+    env = vec_env(1 if agent is DQN else 2, 2, shape=(16, 16, 1), discrete=agent is DQN)
     model = agent(
-        "CnnPolicy",
+        "MlpPolicy",
         env,
         replay_buffer_class=FastReplayBuffer,
         replay_buffer_kwargs={"n_steps": 2},
         optimize_memory_usage=optimize,
-        policy_kwargs=CNN,
+        policy_kwargs={"net_arch": [8]},
         seed=0,
         **SMALL,
     )
@@ -240,7 +243,9 @@ def test_contrib_agents():
     contrib = pytest.importorskip("sb3_contrib")
     for agent in (contrib.TQC, contrib.CrossQ):
         env = make_vec_env("Pendulum-v1", n_envs=2, seed=0)
-        agent("MlpPolicy", env, replay_buffer_class=FastReplayBuffer, **SMALL).learn(60)
+        agent(
+            "MlpPolicy", env, replay_buffer_class=FastReplayBuffer, policy_kwargs={"net_arch": [8]}, **SMALL
+        ).learn(40)
 
 
 def test_dict_agent():
@@ -263,3 +268,9 @@ def test_empty_and_reset():
         buffer._get_samples(np.array([0, 4]))
     buffer.reset()
     assert buffer.size() == 0
+
+
+def test_sac_from_pixels():
+    env = vec_env(1, 2, shape=(36, 36, 1))
+    policy = {"net_arch": [8], "features_extractor_kwargs": {"features_dim": 8}}
+    SAC("CnnPolicy", env, replay_buffer_class=FastReplayBuffer, policy_kwargs=policy, **SMALL).learn(30)
