@@ -154,48 +154,63 @@ StackPlan Replay::stack_after(int64_t key, int64_t env) const {
   return plan;
 }
 
-void Replay::check_stack(const RowsIn& in, int64_t r, int64_t env, size_t k, bool fresh) const {
+// Which part of older frames to compare: all of it (-1) where the contract usually breaks, else every eighth
+// line, another eighth each step.
+int64_t Replay::probe_phase(const RowsIn& in, int64_t r, int64_t env, size_t k) const {
+  const int64_t stack = keys_[k].frames.stack;
+  const StackPlan expected = stack_after(static_cast<int64_t>(k), env);
+  const bool all =
+      thorough || stack == 1 || expected.depth < stack - 1 || in.terminated[r] || in.truncated[r];
+  return all ? -1 : count_[env] % kProbeEvery;
+}
+
+// The stored frame that must be at `position` of the stream's next obs; nullptr is the blank frame.
+const uint8_t* Replay::expected_frame(size_t k, int64_t env, int64_t position) const {
+  const FrameLayout& recent = keys_[k].recent;
+  StackPlan expected = stack_after(static_cast<int64_t>(k), env);
+  expected.stream_slot = env * recent.slots;
+  const int64_t slot = stack_slot(expected, recent.slots, recent.stack - 1 - position);
+  return slot == kBlankFrame ? nullptr : recent.data + slot * recent.frame_bytes();
+}
+
+bool Replay::continues(const RowsIn& in, int64_t r, int64_t env, size_t k) const {
+  const uint8_t* obs = in.obs[k] + r * in.obs_stride[k];
+  const int64_t phase = probe_phase(in, r, env, k);
+  for (int64_t j = 0; j < keys_[k].frames.stack; ++j)
+    if (!equal_stored(keys_[k], frame_of(keys_[k], obs, j), expected_frame(k, env, j), phase)) return false;
+  return true;
+}
+
+bool Replay::slides(const RowsIn& in, int64_t r, int64_t env, size_t k, bool fresh) const {
   const ObservationKey& key = keys_[k];
-  const int64_t stack = key.frames.stack;
   const uint8_t* obs = in.obs[k] + r * in.obs_stride[k];
   const uint8_t* next = in.next_obs[k] + r * in.next_obs_stride[k];
-  const auto fail = [&](const char* what) {
-    throw std::invalid_argument("observation '" + key.name + "' of row " + std::to_string(r) +
-                                " (environment " + std::to_string(env) + "): " + what + kContractRemedy);
-  };
-  if (fresh) {
-    for (int64_t j = 0; j + 1 < stack; ++j)
-      if (!equal_frames(frame_of(key, next, j), frame_of(key, obs, j + 1)))
-        fail("the older frames of next_obs are not the newer frames of obs.");
-    return;
+  const int64_t phase = fresh ? -1 : probe_phase(in, r, env, k);
+  for (int64_t j = 0; j + 1 < key.frames.stack; ++j) {
+    const FrameView older = frame_of(key, next, j);
+    if (fresh ? !equal_frames(older, frame_of(key, obs, j + 1))
+              : !equal_stored(key, older, expected_frame(k, env, j + 1), phase))
+      return false;
   }
-  StackPlan expected = stack_after(static_cast<int64_t>(k), env);
-  expected.stream_slot = env * key.recent.slots;
-  const bool thorough = expected.depth < stack - 1 || in.terminated[r] || in.truncated[r];
-  const int64_t phase = thorough ? -1 : count_[env] % kProbeEvery;
-  for (int64_t j = 0; j < stack; ++j) {
-    const int64_t slot = stack_slot(expected, key.recent.slots, stack - 1 - j);
-    const uint8_t* stored = slot == kBlankFrame ? nullptr : key.recent.data + slot * key.recent.frame_bytes();
-    if (!equal_stored(key, frame_of(key, obs, j), stored, phase))
-      fail("obs is not next_obs of the step before.");
-    if (j > 0 && !equal_stored(key, frame_of(key, next, j - 1), stored, phase))
-      fail("the older frames of next_obs are not the newer frames of obs.");
-  }
+  return true;
 }
 
 Replay::Segment Replay::check(const RowsIn& in, int64_t r, int64_t env) const {
+  const auto fail = [&](size_t k, const char* what) {
+    throw std::invalid_argument("observation '" + keys_[k].name + "' of row " + std::to_string(r) +
+                                " (environment " + std::to_string(env) + "): " + what + kContractRemedy);
+  };
   Segment segment{count_[env] == ended_[env], false};
   // A single frame cannot contradict a stream: a jump is stored as the start of a new segment.
-  for (size_t k = 0; k < keys_.size() && !segment.fresh; ++k) {
-    const ObservationKey& key = keys_[k];
-    if (key.frames.stack != 1) continue;
-    const int64_t slot = env * key.recent.slots + (key.written[env] - 1) % key.recent.slots;
-    const uint8_t* stored = key.recent.data + slot * key.recent.frame_bytes();
-    if (!equal_stored(key, frame_of(key, in.obs[k] + r * in.obs_stride[k], 0), stored, -1))
-      segment = {true, true};
+  for (size_t k = 0; k < keys_.size() && !segment.fresh; ++k)
+    if ((jumps || keys_[k].frames.stack == 1) && !continues(in, r, env, k)) segment = {true, true};
+  for (size_t k = 0; k < keys_.size(); ++k) {
+    if (keys_[k].frames.stack == 1) continue;
+    if (!segment.fresh && !jumps && !continues(in, r, env, k))
+      fail(k, "obs is not next_obs of the step before.");
+    if (!slides(in, r, env, k, segment.fresh))
+      fail(k, "the older frames of next_obs are not the newer frames of obs.");
   }
-  for (size_t k = 0; k < keys_.size(); ++k)
-    if (keys_[k].frames.stack > 1) check_stack(in, r, env, k, segment.fresh);
   return segment;
 }
 
@@ -315,17 +330,18 @@ void Replay::draw(uint64_t seed, uint64_t batch, double recency, int64_t recency
   }
 }
 
-// How many steps a sample from t spans: n, or fewer where its episode ends.
-int64_t Replay::steps(int64_t env, int64_t t) const {
+// How many steps a sample from t spans: n, or fewer where its episode, or what was added so far, ends.
+int64_t Replay::steps(int64_t env, int64_t t, int64_t n_step) const {
+  const int64_t most = std::min(n_step, count_[env] - t);
   int64_t k = 1;
-  while (k < n_step_ && !(flags_[row(env, t + k - 1)] & kEnd)) ++k;
+  while (k < most && !(flags_[row(env, t + k - 1)] & kEnd)) ++k;
   return k;
 }
 
 void Replay::gather_rows(const BatchOut& out, uint64_t seed, uint64_t batch) const {
   for (int64_t i = 0; i < out.rows; ++i) {
     const int64_t env = out.ids[i] % num_envs_, t = out.ids[i] / num_envs_;
-    const int64_t k = steps(env, t), at = row(env, t);
+    const int64_t k = steps(env, t, out.n_step), at = row(env, t);
     double sum = 0, factor = 1;
     for (int64_t j = 0; j < k; ++j, factor *= gamma_)
       sum += factor * static_cast<double>(reward_[row(env, t + j)]);
@@ -367,7 +383,7 @@ void Replay::plan(int64_t key, const BatchOut& out, StackPlan* obs, StackPlan* n
     obs[i] = plan;
     shift(obs[i], 0, i);
     if (!next_obs) continue;
-    point_at(row(env, t + steps(env, t) - 1));
+    point_at(row(env, t + steps(env, t, out.n_step) - 1));
     plan.newest += 1;
     plan.depth = static_cast<int16_t>(std::min<int64_t>(plan.depth + 1, k.frames.stack - 1));
     next_obs[i] = plan;

@@ -54,7 +54,7 @@ struct KeyOut {
 };
 
 struct BatchOut {
-  int64_t rows;
+  int64_t rows, n_step;
   int64_t* ids;
   float *reward, *discount;
   uint8_t *terminated, *truncated;
@@ -107,16 +107,22 @@ class Replay {
   void gather_key(int64_t key, const BatchOut& out, int threads) const;
 
   SharedLock lock;
+  bool thorough = false;  // compare every byte of every stack that is added
+  bool jumps =
+      false;  // an obs that does not continue its stream begins a new segment instead of being refused
 
  private:
   struct Segment {  // what add() decided about a row before writing anything
     bool fresh, cuts_previous;
   };
   int64_t ready_end(int64_t env) const;
-  int64_t steps(int64_t env, int64_t t) const;
+  int64_t steps(int64_t env, int64_t t, int64_t n_step) const;
   StackPlan stack_after(int64_t key, int64_t env) const;
   Segment check(const RowsIn& in, int64_t row, int64_t env) const;
-  void check_stack(const RowsIn& in, int64_t row, int64_t env, size_t key, bool fresh) const;
+  int64_t probe_phase(const RowsIn& in, int64_t row, int64_t env, size_t key) const;
+  const uint8_t* expected_frame(size_t key, int64_t env, int64_t position) const;
+  bool continues(const RowsIn& in, int64_t row, int64_t env, size_t key) const;
+  bool slides(const RowsIn& in, int64_t row, int64_t env, size_t key, bool fresh) const;
   void append(const RowsIn& in, int64_t row, int64_t env, Segment segment);
   void write_frame(size_t key, int64_t env, const uint8_t* observation, int64_t position);
   void evict(int64_t env);

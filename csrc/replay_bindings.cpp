@@ -181,10 +181,11 @@ void bind_replay(py::module_& m) {
            py::arg("width"));
 
   py::class_<BatchOut>(m, "BatchOut")
-      .def(py::init([](int64_t rows, uintptr_t ids, uintptr_t reward, uintptr_t discount,
+      .def(py::init([](int64_t rows, int64_t n_step, uintptr_t ids, uintptr_t reward, uintptr_t discount,
                        uintptr_t terminated, uintptr_t truncated, const std::vector<uintptr_t>& columns,
                        uintptr_t offsets, int64_t offset_range, int64_t shift_origin) {
              BatchOut out{rows,
+                          n_step,
                           at<int64_t>(ids),
                           at<float>(reward),
                           at<float>(discount),
@@ -198,9 +199,9 @@ void bind_replay(py::module_& m) {
              for (uintptr_t column : columns) out.columns.push_back(at<uint8_t>(column));
              return out;
            }),
-           py::arg("rows"), py::arg("ids"), py::arg("reward"), py::arg("discount"), py::arg("terminated"),
-           py::arg("truncated"), py::arg("columns"), py::arg("offsets"), py::arg("offset_range"),
-           py::arg("shift_origin"))
+           py::arg("rows"), py::arg("n_step"), py::arg("ids"), py::arg("reward"), py::arg("discount"),
+           py::arg("terminated"), py::arg("truncated"), py::arg("columns"), py::arg("offsets"),
+           py::arg("offset_range"), py::arg("shift_origin"))
       .def("add_key", [](BatchOut& out, const GatherTarget& target, uintptr_t obs, uintptr_t next_obs) {
         out.keys.push_back({target, at<uint8_t>(obs), at<uint8_t>(next_obs)});
       });
@@ -230,6 +231,8 @@ void bind_replay(py::module_& m) {
            py::arg("terminated"), py::arg("truncated"), py::arg("columns"), py::arg("env_ids"),
            py::arg("num_envs"))
       .def("cut", &PyReplay::cut_streams, py::arg("env_ids"), py::arg("num_envs"))
+      .def_readwrite("thorough", &PyReplay::thorough)
+      .def_readwrite("jumps", &PyReplay::jumps)
       .def(
           "reading", [](PyReplay& self) { return Reading{self.lock}; }, py::keep_alive<0, 1>())
       .def("size", &PyReplay::size)

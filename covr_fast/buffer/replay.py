@@ -54,7 +54,11 @@ class ReplayBuffer:
         extras: further values per transition, name -> shape, or name -> (shape, dtype); float32 unless given.
         obs_dtype: uint8 for images and float32 for the rest unless given.
         action_dtype: dtype that actions are stored in.
-        channels_last: observations arrive as [H, W, C * stack]. They are sampled channels first all the same.
+        channels_last: images arrive as [H, W, C * stack] (a dict says it per key). They are sampled channels
+            first all the same.
+        on_jump: what to do where `obs` is not `next_obs` of the step before, in the middle of an episode:
+            refuse it, or take it for the start of a new segment, as after `cut`. (With frame_stack=1 it
+            always is one.)
 
     Adding and sampling may happen in different threads; each call is atomic.
     """
@@ -75,7 +79,8 @@ class ReplayBuffer:
         extras: Mapping[str, ShapeAndType] | None = None,
         obs_dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
         action_dtype: torch.dtype = torch.float32,
-        channels_last: bool = False,
+        channels_last: bool | Mapping[str, bool] = False,
+        on_jump: Literal["error", "cut"] = "error",
     ) -> None:
         if num_envs < 1:
             raise ValueError(f"num_envs is {num_envs}: it must be at least 1")
@@ -88,6 +93,8 @@ class ReplayBuffer:
             )
         if not 0.0 <= gamma <= 1.0:
             raise ValueError(f"gamma is {gamma}: it must lie in [0, 1]")
+        if on_jump not in ("error", "cut"):
+            raise ValueError(f"on_jump is {on_jump!r}: it must be 'error' or 'cut'")
         self.capacity = capacity
         self.num_envs = num_envs
         self.n_step = n_step
@@ -105,6 +112,7 @@ class ReplayBuffer:
         self._pool = _C.OutputPool()
         self._storage = Storage(capacity, num_envs, self._keys, self._columns, n_step, gamma)
         self._core = self._storage.core
+        self._core.jumps = on_jump == "cut"
         self._priorities: PriorityTree | None = None
         if isinstance(self.sampler, Prioritized):
             self._priorities = PriorityTree(self._storage.rows, self._storage.limits, self.sampler.alpha)
@@ -235,16 +243,41 @@ class ReplayBuffer:
             eta, floor = 1.0, 1
             if isinstance(self.sampler, Recent):
                 eta, floor = self.sampler.eta**1000, self.sampler.floor
-            return self._gather(index, batch, (eta, floor), augment, pad, dtype, memory_format)
+            return self._gather(index, batch, (eta, floor), self.n_step, augment, pad, dtype, memory_format)
         with self._priorities.lock:
             if not self._core.samplable():
                 raise IndexError("nothing to sample: no transition with all its n steps is stored yet")
             rows, probability = self._priorities.draw(batch_size, (self.seed ^ batch * _GOLDEN) & _MASK)
             index = torch.from_numpy(self._core.ids_in_rows(rows.numpy()))
-            result = self._gather(index, batch, None, augment, pad, dtype, memory_format)
+            result = self._gather(index, batch, None, self.n_step, augment, pad, dtype, memory_format)
             weight = (self._core.samplable() * probability) ** -self.beta
         result.weight = (weight / weight.max()).to(torch.float32)
         return result
+
+    def get(
+        self,
+        index: Rows,
+        *,
+        n_step: int | None = None,
+        augment: Augment | None = None,
+        pad: int = 4,
+        dtype: torch.dtype = torch.float32,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> Batch:
+        """The batch of these transitions, in this order; otherwise as `sample`.
+
+        n_step is the buffer's unless given. Where fewer steps have followed a transition so far, its n-step
+        return covers those.
+
+        Raises:
+            IndexError: a transition was overwritten or never added.
+        """
+        batch = self._batches_drawn
+        self._batches_drawn += 1
+        n_step = self.n_step if n_step is None else n_step
+        if n_step < 1:
+            raise ValueError(f"n_step is {n_step}: it must be at least 1")
+        return self._gather(_index(index).clone(), batch, None, n_step, augment, pad, dtype, memory_format)
 
     def update_priorities(self, index: Rows, priority: Rows) -> None:
         """Sets the priorities [n], e.g. absolute TD errors, of these transitions; overwritten ones are
@@ -265,6 +298,7 @@ class ReplayBuffer:
         index: Tensor,
         batch: int,
         draw: tuple[float, int] | None,
+        n_step: int,
         augment: Augment | None,
         pad: int,
         dtype: torch.dtype,
@@ -282,6 +316,7 @@ class ReplayBuffer:
         offsets = torch.empty(2, n, 2, dtype=torch.int64) if shifted else None
         out = _C.BatchOut(
             rows=n,
+            n_step=n_step,
             ids=index.data_ptr(),
             reward=reward.data_ptr(),
             discount=discount.data_ptr(),
@@ -418,6 +453,24 @@ class ReplayBuffer:
         """bool [n]: which of these transitions are still held."""
         return torch.from_numpy(self._core.rows(_index(index).numpy())) >= 0
 
+    def windows(self, index: Rows, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """(reward float32 [B, n], alive bool [B, n]): the n steps from each transition on, and which of them
+        belong to its episode and were added already. Rewards of those that do not are zero."""
+        first = self._held_rows(index)
+        ids = _index(index).numpy()
+        stream, t = ids % self.num_envs, ids // self.num_envs
+        reward = np.zeros((len(ids), n), np.float32)
+        alive = np.zeros((len(ids), n), bool)
+        still = np.ones(len(first), bool)
+        count = self._storage.tensors["count"].numpy()[stream]
+        for k in range(n):
+            still = still & (t + k < count)
+            rows = stream * self._storage.rows_per_stream + (t + k) % self._storage.limits[stream]
+            alive[:, k] = still
+            reward[:, k] = np.where(still, self._storage.tensors["reward"].numpy()[rows], 0)
+            still = still & (self._storage.tensors["flags"].numpy()[rows] == 0)
+        return reward, alive
+
     # ---- saving ----
 
     def state_dict(self) -> dict[str, Any]:
@@ -494,12 +547,13 @@ class ReplayBuffer:
             options.pop("frame_stack"),
         )
         names = {key: dtype(name) for key, name in obs_dtype.items()}
-        single = options.pop("single")
+        single, channels_last = options.pop("single"), options.pop("channels_last")
         return cls(
             options.pop("capacity"),
             obs_shape=shapes["obs"] if single else shapes,
             obs_dtype=names["obs"] if single else names,
             frame_stack=stack["obs"] if single else stack,
+            channels_last=channels_last["obs"] if single else channels_last,
             action_dtype=dtype(options.pop("action_dtype")),
             extras={name: (shape, dtype(kind)) for name, (shape, kind) in options.pop("extras").items()},
             sampler=kinds[sampler.pop("kind")](**sampler),
@@ -518,10 +572,11 @@ class ReplayBuffer:
             "obs_shape": {key.name: list(key.shape) for key in self._keys},
             "obs_dtype": {key.name: _name(key.dtype) for key in self._keys},
             "frame_stack": {key.name: key.stack for key in self._keys},
-            "channels_last": any(key.channels_last for key in self._keys),
+            "channels_last": {key.name: key.channels_last for key in self._keys},
             "action_shape": list(action_shape),
             "action_dtype": _name(action_dtype),
             "extras": {name: [list(shape), _name(dtype)] for name, (shape, dtype) in self._extras.items()},
+            "on_jump": "cut" if self._core.jumps else "error",
             "n_step": self.n_step,
             "gamma": self.gamma,
             "sampler": {"kind": type(self.sampler).__name__, **asdict(self.sampler)},
@@ -558,7 +613,7 @@ class ReplayBuffer:
         }
 
     def _observe(self, ids: Tensor, out: dict[str, Tensor], targets: dict[str, Any]) -> None:
-        request = _C.BatchOut(len(ids), ids.data_ptr(), 0, 0, 0, 0, [], 0, 0, 0)
+        request = _C.BatchOut(len(ids), 1, ids.data_ptr(), 0, 0, 0, 0, [], 0, 0, 0)
         for key in self._keys:
             request.add_key(targets[key.name], out[key.name].data_ptr(), 0)
         self._core.observe(request, torch.get_num_threads())

@@ -78,13 +78,17 @@ def key_specs(
     obs_shape: Sequence[int] | Mapping[str, Sequence[int]],
     obs_dtype: torch.dtype | Mapping[str, torch.dtype] | None,
     frame_stack: int | Mapping[str, int],
-    channels_last: bool,
+    channels_last: bool | Mapping[str, bool],
 ) -> list[KeySpec]:
     """The keys of an observation. In a dict, an integer frame_stack means the images and leaves vectors
     alone."""
     if not isinstance(obs_shape, Mapping):
-        if isinstance(obs_dtype, Mapping) or isinstance(frame_stack, Mapping):
-            raise TypeError("obs_dtype and frame_stack can be dicts only if obs_shape is one")
+        if (
+            isinstance(obs_dtype, Mapping)
+            or isinstance(frame_stack, Mapping)
+            or isinstance(channels_last, Mapping)
+        ):
+            raise TypeError("obs_dtype, frame_stack and channels_last can be dicts only if obs_shape is one")
         return [key_spec("obs", obs_shape, obs_dtype, frame_stack, channels_last)]
     if not obs_shape:
         raise ValueError("obs_shape is an empty dict: a buffer needs at least one observation key")
@@ -95,7 +99,8 @@ def key_specs(
             stack = frame_stack.get(name, 1)
         else:
             stack = frame_stack if len(shape) == 3 else 1
-        specs.append(key_spec(name, shape, dtype, stack, channels_last))
+        last = channels_last.get(name, False) if isinstance(channels_last, Mapping) else channels_last
+        specs.append(key_spec(name, shape, dtype, stack, last))
     return specs
 
 

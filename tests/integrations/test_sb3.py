@@ -1,0 +1,276 @@
+"""The Stable-Baselines3 drop-in: the same rows as SB3's own buffers, and real agents."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+
+pytest.importorskip("stable_baselines3")
+from stable_baselines3 import DDPG, DQN, SAC, TD3
+from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer
+from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize, VecTransposeImage
+
+from covr_fast.integrations.sb3 import FastReplayBuffer
+
+torch.set_num_threads(1)
+
+
+class Pixels(gym.Env):
+    """Random pictures, in episodes that terminate or are truncated."""
+
+    def __init__(self, shape=(16, 20, 3), discrete=False, length=9, key=None):
+        box = spaces.Box(0, 255, shape, np.uint8)
+        self.key = key
+        self.observation_space = spaces.Dict({key: box, "pose": spaces.Box(-1, 1, (2,))}) if key else box
+        self.action_space = spaces.Discrete(3) if discrete else spaces.Box(-1, 1, (2,))
+        self.length = length
+
+    def _obs(self):
+        box = self.observation_space[self.key] if self.key else self.observation_space
+        picture = self.np_random.integers(0, 256, box.shape, dtype=np.uint8)
+        pose = self.np_random.standard_normal(2).astype(np.float32)
+        return {self.key: picture, "pose": pose} if self.key else picture
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left = int(self.np_random.integers(1, self.length + 1))
+        return self._obs(), {}
+
+    def step(self, action):
+        self.left -= 1
+        terminated = self.left == 0 and bool(self.np_random.integers(2))
+        return self._obs(), float(self.np_random.random()), terminated, self.left == 0 and not terminated, {}
+
+
+def vec_env(n_envs=2, stack=None, transpose=True, **options):
+    env = DummyVecEnv([lambda: Pixels(**options) for _ in range(n_envs)])
+    env.seed(0)
+    if stack:
+        env = VecFrameStack(env, stack)
+    return VecTransposeImage(env) if transpose else env
+
+
+def rollout(env, buffers, steps):
+    """As SB3's off-policy agents store their transitions."""
+    obs = env.reset()
+    for _ in range(steps):
+        action = np.stack([env.action_space.sample() for _ in range(env.num_envs)])
+        new_obs, reward, done, infos = env.step(action)
+        next_obs = {k: v.copy() for k, v in new_obs.items()} if isinstance(new_obs, dict) else new_obs.copy()
+        for i in np.flatnonzero(done):
+            final = infos[i]["terminal_observation"]
+            if isinstance(next_obs, dict):
+                for key in next_obs:
+                    next_obs[key][i] = final[key]
+            else:
+                next_obs[i] = final
+        for buffer in buffers:
+            buffer.add(obs, next_obs, action, reward, done, infos)
+        obs = new_obs
+
+
+def assert_same(a, b):
+    for name, x, y in zip(a._fields, a, b, strict=True):
+        if isinstance(x, dict):
+            assert x.keys() == y.keys()
+            pairs = [(x[key], y[key]) for key in x]
+        else:
+            pairs = [] if x is None and y is None else [(x, y)]
+        for x, y in pairs:
+            assert x.dtype == y.dtype, name
+            torch.testing.assert_close(
+                x, y, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
+def pair(env, size, sb3=SB3ReplayBuffer, **options):
+    """SB3's own buffer and ours for the same spaces."""
+    args = (size, env.observation_space, env.action_space, "cpu", env.num_envs)
+    return sb3(*args, **options), FastReplayBuffer(*args, **options)
+
+
+@pytest.mark.parametrize("stack, transpose", [(None, True), (3, True), (4, False), (None, False)])
+@pytest.mark.parametrize("timeouts", [True, False])
+def test_rows_agree_with_sb3(stack, transpose, timeouts):
+    env = vec_env(3, stack, transpose)
+    ours_too = pair(env, 100, handle_timeout_termination=timeouts)
+    for steps in (20, 50):
+        rollout(env, ours_too, steps)  # each resets the environments in the midst of their episodes
+        samples = []
+        for buffer in ours_too:
+            np.random.seed(1)  # noqa: NPY002
+            samples.append([buffer.sample(64), buffer._get_samples(np.arange(20))])
+        for theirs, ours in zip(*samples, strict=True):
+            assert_same(theirs, ours)
+    assert ours_too[1].size() == ours_too[0].size() == 33
+    assert ours_too[1]._stacks["obs"].frames == (stack or 1)
+
+
+def test_stacks_take_the_memory_of_frames():
+    env = vec_env(2, 4, shape=(84, 84, 3), length=60)
+    buffer = FastReplayBuffer(
+        400, env.observation_space, env.action_space, "cpu", 2, optimize_memory_usage=True
+    )
+    rollout(env, [buffer], 20)
+    assert buffer.buffer.nbytes / 400 < 1.1 * 84 * 84 * 3
+    assert len(buffer.buffer) == 40
+
+
+def test_a_still_picture_does_not_decide_the_stack():
+    """Everything slides while nothing moves; the guess is mended without losing what was stored."""
+    space, action = spaces.Box(0, 255, (12, 16, 16), np.uint8), spaces.Box(-1, 1, (1,))
+    theirs, ours = (cls(50, space, action, "cpu", 1) for cls in (SB3ReplayBuffer, FastReplayBuffer))
+    rng = np.random.default_rng(0)
+    frames = [np.full((3, 16, 16), 7, np.uint8)] * 8 + list(
+        rng.integers(0, 256, (30, 3, 16, 16), dtype=np.uint8)
+    )
+    stacks = [np.concatenate(frames[i : i + 4])[None] for i in range(30)]
+    for i in range(29):
+        for buffer in (theirs, ours):
+            buffer.add(stacks[i], stacks[i + 1], np.zeros((1, 1)), np.array([i]), np.array([i == 6]), [{}])
+    assert ours._stacks["obs"].frames == 4
+    assert_same(theirs._get_samples(np.arange(29)), ours._get_samples(np.arange(29)))
+
+
+def test_observations_that_are_no_stack():
+    space, action = spaces.Box(0, 255, (12, 8, 8), np.uint8), spaces.Discrete(4)
+    theirs, ours = (cls(20, space, action, "cpu", 2) for cls in (SB3ReplayBuffer, FastReplayBuffer))
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        obs, next_obs = rng.integers(0, 256, (2, 2, 12, 8, 8), dtype=np.uint8)
+        for buffer in (theirs, ours):
+            buffer.add(
+                obs, next_obs, np.array([1, 2]), np.array([i, i]), np.array([False, i % 5 == 0]), [{}, {}]
+            )
+    np.random.seed(0)  # noqa: NPY002
+    expected = theirs.sample(64)
+    np.random.seed(0)  # noqa: NPY002
+    assert_same(expected, ours.sample(64))
+
+
+def test_dict_observations_agree():
+    env = vec_env(2, 3, shape=(16, 20, 3), key="camera")
+    buffers = pair(env, 60, DictReplayBuffer)
+    rollout(env, buffers, 50)
+    assert buffers[1]._stacks["camera"].frames == 3
+    samples = []
+    for buffer in buffers:
+        np.random.seed(3)  # noqa: NPY002
+        samples.append(buffer.sample(64))
+    assert_same(*samples)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_n_steps_agree(normalize):
+    env = vec_env(2, 3)
+    buffers = pair(env, 80, NStepReplayBuffer, n_steps=3, gamma=0.9)
+    rollout(env, buffers, 70)
+    normalizer = VecNormalize(env, norm_obs=False, gamma=0.9) if normalize else None
+    samples = []
+    for buffer in buffers:
+        np.random.seed(3)  # noqa: NPY002
+        samples.append(buffer.sample(200, normalizer))
+    assert_same(*samples)
+
+
+def test_vec_normalize_is_honoured():
+    env = make_vec_env("Pendulum-v1", n_envs=2, seed=0)
+    normalizer = VecNormalize(env)
+    normalizer.reset()
+    for _ in range(20):
+        normalizer.step(np.zeros((2, 1), np.float32))
+    buffers = pair(env, 100)
+    rollout(env, buffers, 60)
+    samples = []
+    for buffer in buffers:
+        np.random.seed(3)  # noqa: NPY002
+        samples.append(buffer.sample(64, normalizer))
+    assert_same(*samples)
+
+
+def test_gymnasium_infos():
+    space, action = spaces.Box(-1, 1, (3,)), spaces.Box(-1, 1, (1,))
+    buffer = FastReplayBuffer(10, space, action, "cpu", 2)
+    zero, no = np.zeros((2, 3), np.float32), np.zeros(2, bool)
+    buffer.add(zero, zero, np.zeros((2, 1)), np.zeros(2), no, {})
+    buffer.add(
+        zero, zero, np.zeros((2, 1)), np.zeros(2), ~no, {"TimeLimit.truncated": np.array([True, False])}
+    )
+    assert buffer.dones[1].tolist() == [1, 1]
+    assert buffer.timeouts[1].tolist() == [1, 0]
+
+
+def test_sb3s_arrays_can_be_looked_at():
+    env = vec_env(2, 3)
+    theirs, ours = pair(env, 40)
+    rollout(env, (theirs, ours), 33)
+    for name in ("observations", "next_observations", "actions", "rewards", "dones", "timeouts"):
+        np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), err_msg=name)
+
+
+SMALL = {"buffer_size": 200, "learning_starts": 20, "batch_size": 8}
+
+
+@pytest.mark.parametrize("agent", [SAC, TD3, DDPG, DQN])
+@pytest.mark.parametrize("optimize", [False, True])
+def test_agents_learn_save_and_go_on(agent, optimize, tmp_path):
+    env = vec_env(1 if agent is DQN else 2, 2, shape=(16, 16, 1), discrete=agent is DQN)
+    model = agent(
+        "MlpPolicy",
+        env,
+        replay_buffer_class=FastReplayBuffer,
+        replay_buffer_kwargs={"n_steps": 2},
+        optimize_memory_usage=optimize,
+        policy_kwargs={"net_arch": [8]},
+        seed=0,
+        **SMALL,
+    )
+    model.learn(40)
+    model.save(tmp_path / "model")
+    model.save_replay_buffer(tmp_path / "buffer")
+    again = agent.load(tmp_path / "model", env=env)
+    again.load_replay_buffer(tmp_path / "buffer")
+    np.testing.assert_array_equal(again.replay_buffer.observations, model.replay_buffer.observations)
+    again.learn(20)
+    again.learn(20, reset_num_timesteps=False)
+    assert again.replay_buffer._stacks["obs"].frames == 2
+
+
+def test_contrib_agents():
+    contrib = pytest.importorskip("sb3_contrib")
+    for agent in (contrib.TQC, contrib.CrossQ):
+        env = make_vec_env("Pendulum-v1", n_envs=2, seed=0)
+        agent(
+            "MlpPolicy", env, replay_buffer_class=FastReplayBuffer, policy_kwargs={"net_arch": [8]}, **SMALL
+        ).learn(40)
+
+
+def test_dict_agent():
+    env = vec_env(1, 2, shape=(36, 36, 1), key="camera")
+    SAC(
+        "MultiInputPolicy",
+        env,
+        replay_buffer_class=FastReplayBuffer,
+        policy_kwargs={"net_arch": [8]},
+        **SMALL,
+    ).learn(40)
+
+
+def test_empty_and_reset():
+    buffer = FastReplayBuffer(10, spaces.Box(-1, 1, (3,)), spaces.Box(-1, 1, (1,)), "cpu", 1)
+    with pytest.raises(IndexError, match="the buffer is empty"):
+        buffer._get_samples(np.zeros(1, np.int64))
+    buffer.add(np.zeros((1, 3)), np.ones((1, 3)), np.zeros((1, 1)), np.zeros(1), np.zeros(1), [{}])
+    with pytest.raises(IndexError, match="hold no transition"):
+        buffer._get_samples(np.array([0, 4]))
+    buffer.reset()
+    assert buffer.size() == 0
+
+
+def test_sac_from_pixels():
+    env = vec_env(1, 2, shape=(36, 36, 1))
+    policy = {"net_arch": [8], "features_extractor_kwargs": {"features_dim": 8}}
+    SAC("CnnPolicy", env, replay_buffer_class=FastReplayBuffer, policy_kwargs=policy, **SMALL).learn(30)
