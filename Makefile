@@ -1,6 +1,7 @@
 # make demo: install into .venv and run the main job.   make test: install into .venv and run all tests.
 # A second call reuses the environment. PYTHON=python3.12 chooses the interpreter (3.11 or newer).
-PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3,$(shell command -v $(p) 2>/dev/null)))
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 PY := $(VENV)/bin/python
@@ -42,6 +43,7 @@ $(VENV)/%.stamp: $(VENV)/torch.stamp pyproject.toml constraints.txt $(NATIVE)
 
 # A compiler, Python's headers and venv, and the OpenGL libraries DMControl renders with.
 system:
+	@[ -n "$(PYTHON)" ] || { echo "no Python 3.11 or newer found: install one, or name it with PYTHON=..."; exit 1; }
 	@missing=""; \
 	command -v c++ >/dev/null || missing="$$missing g++"; \
 	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || missing="$$missing python3-venv"; \
