@@ -76,7 +76,7 @@ _HUGE = 4 * 2**20
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """torch.empty; large CPU results ask for huge pages, since page faults would outlast the kernels."""
+    """torch.empty; large CPU results ask for huge pages: page faults would outlast the kernels."""
     result = torch.empty(shape, dtype=dtype, device=device)
     if device.type == "cpu" and result.nbytes >= _HUGE:
         _C.advise_huge_pages(result.data_ptr(), result.nbytes)
