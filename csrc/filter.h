@@ -12,11 +12,12 @@ namespace covr {
 COVR_HD uint32_t ordered_key(float value) {
   uint32_t bits;
   memcpy(&bits, &value, sizeof bits);
-  return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
+  const uint32_t negative = 0u - (bits >> 31);  // all ones; a branch on random signs is mispredicted
+  return bits ^ (negative | 0x80000000u);
 }
 
 COVR_HD float value_of_key(uint32_t key) {
-  const uint32_t bits = key ^ (key >> 31 ? 0x80000000u : 0xffffffffu);
+  const uint32_t bits = key ^ (((key >> 31) - 1u) | 0x80000000u);
   float value;
   memcpy(&value, &bits, sizeof value);
   return value;

@@ -46,7 +46,7 @@ struct RowSum {
 };
 
 template <typename T>
-COVR_CLONES RowSum reduce_row(const T* logits, int64_t n) {
+COVR_HD RowSum reduce_row_of(const T* logits, int64_t n) {
   float peak = -std::numeric_limits<float>::infinity();
   double total = 0, sum = 0;
   for (int64_t begin = 0; begin < n; begin += kTile) {
@@ -82,13 +82,25 @@ COVR_CLONES RowSum reduce_row(const T* logits, int64_t n) {
 
 // out = c * (softmax - uniform) except at the label, where the caller writes; may be in place.
 template <typename T>
-COVR_CLONES void softmax_row(T* out, const T* logits, int64_t n, float peak, float log_sum, float c,
-                             float uniform) {
+COVR_HD void softmax_row_of(T* out, const T* logits, int64_t n, float peak, float log_sum, float c,
+                            float uniform) {
   for (int64_t i = 0; i < n; ++i) {
     const float x = to_float(logits[i]) - peak - log_sum;
     out[i] = from_float<T>(c * (exp_nonpositive(x) - uniform));
   }
 }
+
+// Clones cannot be templates: one overload for each element type.
+#define COVR_ROW_KERNELS(T)                                                                            \
+  COVR_CLONES RowSum reduce_row(const T* logits, int64_t n) { return reduce_row_of(logits, n); }       \
+  COVR_CLONES void softmax_row(T* out, const T* logits, int64_t n, float peak, float log_sum, float c, \
+                               float uniform) {                                                        \
+    softmax_row_of(out, logits, n, peak, log_sum, c, uniform);                                         \
+  }
+COVR_ROW_KERNELS(float)
+COVR_ROW_KERNELS(BFloat16)
+COVR_ROW_KERNELS(Float16)
+#undef COVR_ROW_KERNELS
 
 struct Rows {
   const int64_t* labels;

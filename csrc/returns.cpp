@@ -14,26 +14,37 @@ namespace covr {
 namespace {
 
 constexpr int64_t kBlock = 256;      // columns whose running returns stay in registers and L1
-constexpr int64_t kFewColumns = 16;  // fewer leave vector lanes empty
+constexpr int64_t kFewColumns = 4;  // fewer are quicker one after the other
 constexpr int kStreams = 8;          // independent episodes in flight, to hide the latency of the recurrence
 constexpr int64_t kGrain = 1 << 15;  // steps worth a thread
 
 // Columns [begin, end) side by side: the recurrence runs down in time, the vector lanes across columns.
 template <typename T>
-COVR_CLONES void scan_columns(T* out, const T* rewards, const uint8_t* ends, int64_t steps, int64_t columns,
-                              int64_t begin, int64_t end, T gamma) {
+COVR_HD void scan_columns_of(T* out, const T* rewards, const uint8_t* ends, int64_t steps, int64_t columns,
+                             int64_t begin, int64_t end, T gamma) {
   T next[kBlock];
   for (int64_t first = begin; first < end; first += kBlock) {
     const int64_t width = std::min(kBlock, end - first);
     std::fill(next, next + width, T(0));
     for (int64_t t = steps - 1; t >= 0; --t) {
-      const T* reward = rewards + t * columns + first;
-      const uint8_t* ended = ends + t * columns + first;
-      T* result = out + t * columns + first;
+      const T* __restrict__ reward = rewards + t * columns + first;
+      const uint8_t* __restrict__ ended = ends + t * columns + first;
+      T* __restrict__ result = out + t * columns + first;
       for (int64_t j = 0; j < width; ++j)
         result[j] = next[j] = return_step(reward[j], ended[j], gamma, next[j]);
     }
   }
+}
+
+// Clones cannot be templates.
+COVR_CLONES void scan_columns(double* out, const double* rewards, const uint8_t* ends, int64_t steps,
+                              int64_t columns, int64_t begin, int64_t end, double gamma) {
+  scan_columns_of(out, rewards, ends, steps, columns, begin, end, gamma);
+}
+
+COVR_CLONES void scan_columns(float* out, const float* rewards, const uint8_t* ends, int64_t steps,
+                              int64_t columns, int64_t begin, int64_t end, float gamma) {
+  scan_columns_of(out, rewards, ends, steps, columns, begin, end, gamma);
 }
 
 // One column, steps [begin, end), where step end - 1 ends an episode or the column.
@@ -75,7 +86,7 @@ template <typename T>
 void scan(T* out, const T* rewards, const uint8_t* ends, int64_t steps, int64_t columns, T gamma,
           int threads) {
   if (columns >= kFewColumns) {
-    parallel_for(columns, std::max<int64_t>(kFewColumns, kGrain / std::max<int64_t>(steps, 1)), threads,
+    parallel_for(columns, std::max<int64_t>(16, kGrain / std::max<int64_t>(steps, 1)), threads,
                  [&](int64_t begin, int64_t end) {
                    scan_columns(out, rewards, ends, steps, columns, begin, end, gamma);
                  });

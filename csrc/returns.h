@@ -5,10 +5,11 @@
 
 namespace covr {
 
-// g[t] from g[t + 1]. A selection, not a product with zero: what follows an end may be NaN.
+// g[t] from g[t + 1], which may be NaN where it does not count: it is selected away before it is used.
 template <typename T>
 COVR_HD T return_step(T reward, uint8_t end, T gamma, T next) {
-  return end ? reward : reward + gamma * next;
+  const T following = end ? T(0) : next;
+  return reward + gamma * following;
 }
 
 #ifdef COVR_WITH_CUDA

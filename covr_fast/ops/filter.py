@@ -9,7 +9,7 @@ from torch import Tensor
 from covr_fast import _C
 
 from . import reference
-from ._backend import Backend, library, select, stream
+from ._backend import Backend, empty, library, select, stream
 
 _DTYPES = (torch.float32,)
 
@@ -146,7 +146,7 @@ def _cpp(returns: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     )
     if count < 0:
         raise ValueError(_NOT_FINITE)
-    indices = torch.empty(count, dtype=torch.int64)
+    indices = empty((count,), torch.int64, returns.device)
     if count:
         _C.indices_above(
             returns.data_ptr(), returns.numel(), float(statistics[1]), indices.data_ptr(), threads

@@ -6,7 +6,7 @@ from torch import Tensor
 from covr_fast import _C
 
 from . import reference
-from ._backend import Backend, check_same_device, library, select, stream
+from ._backend import Backend, check_same_device, empty, library, select, stream
 
 _OUTPUTS = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 
@@ -116,7 +116,7 @@ library.define(
 @torch.library.impl(library, "window", "CPU")
 def _cpp(frames: Tensor, offsets: Tensor, pad: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
     frames, offsets = frames.contiguous(), offsets.contiguous()
-    result = torch.empty((*frames.shape[:2], height, width), dtype=dtype)
+    result = empty((*frames.shape[:2], height, width), dtype, frames.device)
     _C.window(
         result.data_ptr(),
         frames.data_ptr(),

@@ -6,7 +6,7 @@ from torch import Tensor
 from covr_fast import _C
 
 from . import reference
-from ._backend import Backend, check_same_device, library, select
+from ._backend import Backend, check_same_device, empty, library, select
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -334,9 +334,12 @@ def _linear_cross_entropy(
     row_gradient = torch.empty_like(rows) if hidden_needs_gradient else None
     head_sum: Tensor | None = None
     upstream = torch.ones((), dtype=torch.float32, device="cpu" if backend == "cpp" else hidden.device)
-    for begin, end in _chunks(rows.shape[0], head.shape[0] * head.element_size()):
+    chunks = _chunks(rows.shape[0], head.shape[0] * head.element_size())
+    largest = max((end - begin for begin, end in chunks), default=0)
+    buffer = empty((largest, head.shape[0]), head.dtype, head.device)
+    for begin, end in chunks:
         chunk, labels_, scale_ = rows[begin:end], kept_labels[begin:end], kept_scale[begin:end]
-        logits = chunk @ head.T
+        logits = torch.mm(chunk, head.T, out=buffer[: end - begin])
         losses[begin:end], normaliser = _reduce_rows(logits, labels_, scale_, smoothing, backend)
         if not (hidden_needs_gradient or head_needs_gradient):
             continue
@@ -385,7 +388,10 @@ def _accumulate(total: Tensor | None, logit_gradient: Tensor, rows: Tensor) -> T
     """total + logit_gradient.T @ rows in float32."""
     transposed = logit_gradient.T
     if rows.dtype == torch.float32:
-        return torch.mm(transposed, rows) if total is None else total.addmm_(transposed, rows)
+        if total is None:
+            total = empty((transposed.shape[0], rows.shape[1]), rows.dtype, rows.device)
+            return torch.mm(transposed, rows, out=total)
+        return total.addmm_(transposed, rows)
     if rows.is_cuda:  # the product leaves the tensor cores in float32 without being rounded in between
         if total is None:
             return torch.mm(transposed, rows, out_dtype=torch.float32)

@@ -8,7 +8,7 @@ from torch import Tensor
 from covr_fast import _C
 
 from . import reference
-from ._backend import Backend, check_same_device, library, select, stream
+from ._backend import Backend, check_same_device, empty, library, select, stream
 
 _DTYPES = (torch.float32, torch.float64)
 
@@ -56,7 +56,7 @@ library.define("discounted_returns(Tensor rewards, Tensor ends, float gamma) -> 
 @torch.library.impl(library, "discounted_returns", "CPU")
 def _cpp(rewards: Tensor, ends: Tensor, gamma: float) -> Tensor:
     rewards, ends = rewards.contiguous(), ends.contiguous()
-    result = torch.empty_like(rewards)
+    result = empty(rewards.shape, rewards.dtype, rewards.device)
     _C.discounted_returns(
         result.data_ptr(),
         rewards.data_ptr(),

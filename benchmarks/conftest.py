@@ -1,0 +1,13 @@
+"""The benchmarks follow the tests' rule for `needs_cuda`: skipped without a device unless one is promised."""
+
+import os
+
+import pytest
+import torch
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("needs_cuda") and not torch.cuda.is_available():
+        if os.environ.get("COVR_REQUIRE_CUDA") == "1":
+            pytest.fail("COVR_REQUIRE_CUDA=1, but torch sees no CUDA device", pytrace=False)
+        pytest.skip("needs a CUDA device")
