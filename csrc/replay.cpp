@@ -157,10 +157,11 @@ StackPlan Replay::stack_after(int64_t key, int64_t env) const {
 // Which part of older frames to compare: all of it (-1) where the contract usually breaks, else every eighth
 // line, another eighth each step.
 int64_t Replay::probe_phase(const RowsIn& in, int64_t r, int64_t env, size_t k) const {
-  const int64_t stack = keys_[k].frames.stack;
+  const FrameLayout& frames = keys_[k].frames;
+  const bool small = frames.frame_bytes() <= 8 * kProbe * kProbeEvery;
   const StackPlan expected = stack_after(static_cast<int64_t>(k), env);
-  const bool all =
-      thorough || stack == 1 || expected.depth < stack - 1 || in.terminated[r] || in.truncated[r];
+  const bool all = thorough || jumps || small || frames.stack == 1 || expected.depth < frames.stack - 1 ||
+                   in.terminated[r] || in.truncated[r];
   return all ? -1 : count_[env] % kProbeEvery;
 }
 
