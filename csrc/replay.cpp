@@ -12,8 +12,8 @@ namespace covr {
 namespace {
 
 // Comparing every byte of every stack would cost more than storing the one new frame. Ordinary steps compare
-// one 64-byte line in eight, a different one each step; episode ends and starts are compared in full.
-constexpr int64_t kProbe = 64, kProbeEvery = 8;
+// 256 bytes in every 2 KiB, other ones each step; episode ends and starts are compared in full.
+constexpr int64_t kProbe = 256, kProbeEvery = 8;
 
 bool equal_bytes(const uint8_t* a, const uint8_t* b, int64_t n, int64_t phase) {
   if (phase < 0) return std::memcmp(a, b, static_cast<size_t>(n)) == 0;
@@ -154,11 +154,11 @@ StackPlan Replay::stack_after(int64_t key, int64_t env) const {
   return plan;
 }
 
-// Which part of older frames to compare: all of it (-1) where the contract usually breaks, else every eighth
-// line, another eighth each step.
+// Which part of older frames to compare: all of it (-1) where the contract usually breaks, else 256 bytes in
+// every 2 KiB, other ones each step.
 int64_t Replay::probe_phase(const RowsIn& in, int64_t r, int64_t env, size_t k) const {
   const FrameLayout& frames = keys_[k].frames;
-  const bool small = frames.frame_bytes() <= 8 * kProbe * kProbeEvery;
+  const bool small = frames.frame_bytes() <= 2 * kProbe * kProbeEvery;
   const StackPlan expected = stack_after(static_cast<int64_t>(k), env);
   const bool all = thorough || jumps || small || frames.stack == 1 || expected.depth < frames.stack - 1 ||
                    in.terminated[r] || in.truncated[r];

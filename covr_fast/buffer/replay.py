@@ -163,8 +163,8 @@ class ReplayBuffer:
         Raises:
             ValueError: rows of the wrong shape or dtype; or an observation that contradicts its stream, in
                 which case nothing was added. Stacks are compared in full where frames are small (at most 4
-                KiB) and at episode starts and ends, and by one 64-byte line in eight in between, other ones
-                each step.
+                KiB) and at episode starts and ends, and by one stretch of 256 bytes in eight in between,
+                other ones each step.
         """
         if extras.keys() != self._extras.keys():
             raise ValueError(f"add() got the extras {sorted(extras)}, declared are {sorted(self._extras)}")
