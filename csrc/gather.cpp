@@ -35,14 +35,6 @@ COVR_HD uint16_t bfloat_bits(float value) {
   return static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
 }
 
-// in / 255, rounded as the division is for all 256 inputs, without its cost: 1/255 = 0x0.010101...p0, so the
-// product with its first two digits is exact, and one addition rounds.
-COVR_HD float over_255(uint8_t in) {
-  constexpr float kHigh = 0x1.01p-8f, kLow = static_cast<float>(1.0 / 255 - 0x1.01p-8);
-  const float value = static_cast<float>(in);
-  return value * kHigh + value * kLow;
-}
-
 COVR_HD void cast(uint8_t in, uint8_t& out) { out = in; }
 COVR_HD void cast(uint8_t in, float& out) { out = over_255(in); }
 COVR_HD void cast(uint8_t in, BFloat16& out) { out.bits = bfloat_bits(over_255(in)); }

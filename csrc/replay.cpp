@@ -303,6 +303,8 @@ void Replay::cut(const int64_t* env_ids, int64_t n) {
 
 std::vector<FrameWrite> Replay::take_writes() { return std::exchange(writes_, {}); }
 
+const FrameLayout& Replay::frames(int64_t key) const { return keys_[static_cast<size_t>(key)].frames; }
+
 void Replay::draw(uint64_t seed, uint64_t batch, double recency, int64_t recency_floor, int64_t* ids,
                   int64_t n) const {
   std::vector<int64_t> before(static_cast<size_t>(num_envs_) + 1,

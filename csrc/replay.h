@@ -85,6 +85,7 @@ class Replay {
   // The next row of these streams (all, if null) begins a new segment.
   void cut(const int64_t* env_ids, int64_t n);
   std::vector<FrameWrite> take_writes();
+  const FrameLayout& frames(int64_t key) const;
 
   int64_t rows_per_stream() const { return rows_per_stream_; }
   int64_t limit(int64_t env) const { return capacity_ / num_envs_ + (env < capacity_ % num_envs_); }

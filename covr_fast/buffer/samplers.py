@@ -1,6 +1,5 @@
 """Which transitions a batch is drawn from."""
 
-import threading
 from dataclasses import dataclass
 from typing import Literal
 
@@ -71,7 +70,6 @@ class PriorityTree:
     def __init__(self, rows: int, limits: np.ndarray, alpha: float) -> None:
         from ..ops import SumTree
 
-        self.lock = threading.Lock()  # adding moves the bounds and the priorities together
         self._tree = SumTree(rows, "cpu")
         self._alpha = alpha
         self._limits = limits
