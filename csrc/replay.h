@@ -117,6 +117,7 @@ class Replay {
     bool fresh, cuts_previous;
   };
   int64_t ready_end(int64_t env) const;
+  void prefetch(const BatchOut& out) const;
   int64_t steps(int64_t env, int64_t t, int64_t n_step) const;
   StackPlan stack_after(int64_t key, int64_t env) const;
   Segment check(const RowsIn& in, int64_t row, int64_t env) const;

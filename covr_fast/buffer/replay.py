@@ -315,14 +315,14 @@ class ReplayBuffer:
         skipped."""
         if self._priorities is None:
             raise ValueError('update_priorities() needs sampler="prioritized"')
-        ids = _index(index)
-        priority = torch.as_tensor(priority).detach().cpu().reshape(-1)
-        if len(priority) != len(ids):
-            raise ValueError(f"priority has {len(priority)} values for {len(ids)} transitions")
-        if not bool(torch.isfinite(priority).all()) or bool((priority < 0).any()):
+        ids = _index(index).numpy()
+        values = _rows(priority, np.float64).reshape(-1)
+        if len(values) != len(ids):
+            raise ValueError(f"priority has {len(values)} values for {len(ids)} transitions")
+        if len(values) and not (values.min() >= 0 and values.max() < np.inf):
             raise ValueError("priority must be finite and not negative: pass absolute TD errors")
         with self._lock:
-            self._priorities.set(ids, torch.from_numpy(self._core.rows(ids.numpy())), priority)
+            self._priorities.set(ids, self._core.rows(ids), values)
 
     def _gather(
         self,
