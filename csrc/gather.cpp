@@ -24,10 +24,9 @@ struct Float16 {
 COVR_HD uint16_t half_bits(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
-  if (bits == 0) return 0;
-  // The smallest value here is 1/255 > 2^-14, so the result is never subnormal.
+  // The smallest value but 0 is 1/255 > 2^-14, so the result is never subnormal.
   const uint32_t rebased = bits - (112u << 23);
-  return static_cast<uint16_t>((rebased + 0xFFFu + ((rebased >> 13) & 1u)) >> 13);
+  return bits == 0 ? 0 : static_cast<uint16_t>((rebased + 0xFFFu + ((rebased >> 13) & 1u)) >> 13);
 }
 
 COVR_HD uint16_t bfloat_bits(float value) {
@@ -37,9 +36,9 @@ COVR_HD uint16_t bfloat_bits(float value) {
 }
 
 COVR_HD void cast(uint8_t in, uint8_t& out) { out = in; }
-COVR_HD void cast(uint8_t in, float& out) { out = static_cast<float>(in) / 255.0f; }
-COVR_HD void cast(uint8_t in, BFloat16& out) { out.bits = bfloat_bits(static_cast<float>(in) / 255.0f); }
-COVR_HD void cast(uint8_t in, Float16& out) { out.bits = half_bits(static_cast<float>(in) / 255.0f); }
+COVR_HD void cast(uint8_t in, float& out) { out = over_255(in); }
+COVR_HD void cast(uint8_t in, BFloat16& out) { out.bits = bfloat_bits(over_255(in)); }
+COVR_HD void cast(uint8_t in, Float16& out) { out.bits = half_bits(over_255(in)); }
 
 #ifdef __SSE2__
 COVR_HD void stream16(void* out, const void* in) {
@@ -88,6 +87,16 @@ void cast_span(const uint8_t* in, uint8_t* out, int64_t n, bool streaming) {
   std::memcpy(out, in, static_cast<size_t>(n));
 }
 
+// memcpy without the call: rows are short.
+COVR_HD void copy_row(const uint8_t* in, uint8_t* out, int64_t n) {
+  if (n < 16) {
+    for (int64_t i = 0; i < n; ++i) out[i] = in[i];
+    return;
+  }
+  for (int64_t i = 0; i + 16 < n; i += 16) __builtin_memcpy(out + i, in + i, 16);
+  __builtin_memcpy(out + n - 16, in + n - 16, 16);
+}
+
 // The part of `plane` that the shift selects, edges repeated, into `cut` [out_height, out_width].
 void cut_plane(const uint8_t* plane, int64_t height, int64_t width, const StackPlan& plan,
                const GatherTarget& target, uint8_t* cut) {
@@ -96,9 +105,9 @@ void cut_plane(const uint8_t* plane, int64_t height, int64_t width, const StackP
   const int64_t stop = std::clamp<int64_t>(width - plan.shift_x, left, out_width);
   for (int64_t y = 0; y < target.out_height; ++y, cut += out_width) {
     const uint8_t* row = plane + clamp_to(y + plan.shift_y, height) * width;
-    if (left) std::memset(cut, row[0], static_cast<size_t>(left));
-    std::memcpy(cut + left, row + left + plan.shift_x, static_cast<size_t>(stop - left));
-    if (stop < out_width) std::memset(cut + stop, row[width - 1], static_cast<size_t>(out_width - stop));
+    for (int64_t x = 0; x < left; ++x) cut[x] = row[0];
+    copy_row(row + left + plan.shift_x, cut + left, stop - left);
+    for (int64_t x = stop; x < out_width; ++x) cut[x] = row[width - 1];
   }
 }
 

@@ -12,9 +12,9 @@ struct FrameLayout {
   int64_t stack = 1;
   int64_t channels = 1, height = 1, width = 1, item_bytes = 1;
 
-  int64_t plane_items() const { return height * width; }
-  int64_t frame_items() const { return channels * plane_items(); }
-  int64_t frame_bytes() const { return frame_items() * item_bytes; }
+  COVR_HD int64_t plane_items() const { return height * width; }
+  COVR_HD int64_t frame_items() const { return channels * plane_items(); }
+  COVR_HD int64_t frame_bytes() const { return frame_items() * item_bytes; }
 };
 
 enum class OutType : int { kAsStored = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3 };

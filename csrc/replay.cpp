@@ -12,8 +12,8 @@ namespace covr {
 namespace {
 
 // Comparing every byte of every stack would cost more than storing the one new frame. Ordinary steps compare
-// one 64-byte line in eight, a different one each step; episode ends and starts are compared in full.
-constexpr int64_t kProbe = 64, kProbeEvery = 8;
+// 256 bytes in every 2 KiB, other ones each step; episode ends and starts are compared in full.
+constexpr int64_t kProbe = 256, kProbeEvery = 8;
 
 bool equal_bytes(const uint8_t* a, const uint8_t* b, int64_t n, int64_t phase) {
   if (phase < 0) return std::memcmp(a, b, static_cast<size_t>(n)) == 0;
@@ -154,13 +154,14 @@ StackPlan Replay::stack_after(int64_t key, int64_t env) const {
   return plan;
 }
 
-// Which part of older frames to compare: all of it (-1) where the contract usually breaks, else every eighth
-// line, another eighth each step.
+// Which part of older frames to compare: all of it (-1) where the contract usually breaks, else 256 bytes in
+// every 2 KiB, other ones each step.
 int64_t Replay::probe_phase(const RowsIn& in, int64_t r, int64_t env, size_t k) const {
-  const int64_t stack = keys_[k].frames.stack;
+  const FrameLayout& frames = keys_[k].frames;
+  const bool small = frames.frame_bytes() <= 2 * kProbe * kProbeEvery;
   const StackPlan expected = stack_after(static_cast<int64_t>(k), env);
-  const bool all =
-      thorough || stack == 1 || expected.depth < stack - 1 || in.terminated[r] || in.truncated[r];
+  const bool all = thorough || jumps || small || frames.stack == 1 || expected.depth < frames.stack - 1 ||
+                   in.terminated[r] || in.truncated[r];
   return all ? -1 : count_[env] % kProbeEvery;
 }
 
@@ -302,6 +303,8 @@ void Replay::cut(const int64_t* env_ids, int64_t n) {
 
 std::vector<FrameWrite> Replay::take_writes() { return std::exchange(writes_, {}); }
 
+const FrameLayout& Replay::frames(int64_t key) const { return keys_[static_cast<size_t>(key)].frames; }
+
 void Replay::draw(uint64_t seed, uint64_t batch, double recency, int64_t recency_floor, int64_t* ids,
                   int64_t n) const {
   std::vector<int64_t> before(static_cast<size_t>(num_envs_) + 1,
@@ -338,7 +341,22 @@ int64_t Replay::steps(int64_t env, int64_t t, int64_t n_step) const {
   return k;
 }
 
+// Random rows of a large buffer are cache misses: asking for all of them at once overlaps their latencies.
+void Replay::prefetch(const BatchOut& out) const {
+  for (int64_t i = 0; i < out.rows; ++i) {
+    const int64_t at = row(out.ids[i] % num_envs_, out.ids[i] / num_envs_);
+    __builtin_prefetch(reward_ + at);
+    __builtin_prefetch(flags_ + at);
+    for (const Column& column : columns_) __builtin_prefetch(column.data + at * column.bytes);
+    for (const ObservationKey& key : keys_) {
+      __builtin_prefetch(key.newest + at);
+      __builtin_prefetch(key.depth + at);
+    }
+  }
+}
+
 void Replay::gather_rows(const BatchOut& out, uint64_t seed, uint64_t batch) const {
+  prefetch(out);
   for (int64_t i = 0; i < out.rows; ++i) {
     const int64_t env = out.ids[i] % num_envs_, t = out.ids[i] / num_envs_;
     const int64_t k = steps(env, t, out.n_step), at = row(env, t);
@@ -397,6 +415,8 @@ void Replay::gather_key(int64_t key, const BatchOut& out, int threads) const {
   std::vector<StackPlan> plans(static_cast<size_t>(out.rows) * 2);
   StackPlan* next_plans = to.next_obs ? plans.data() + out.rows : nullptr;
   plan(key, out, plans.data(), next_plans);
+  for (const StackPlan& plan : plans)
+    __builtin_prefetch(frames.data + stack_slot(plan, frames.slots, 0) * frames.frame_bytes());
   const int64_t bytes = to.target.row_bytes(frames);
   // Batches that fit the last-level cache are about to be read from it.
   const bool streaming = out.rows * bytes > (4 << 20);

@@ -85,6 +85,7 @@ class Replay {
   // The next row of these streams (all, if null) begins a new segment.
   void cut(const int64_t* env_ids, int64_t n);
   std::vector<FrameWrite> take_writes();
+  const FrameLayout& frames(int64_t key) const;
 
   int64_t rows_per_stream() const { return rows_per_stream_; }
   int64_t limit(int64_t env) const { return capacity_ / num_envs_ + (env < capacity_ % num_envs_); }
@@ -116,6 +117,7 @@ class Replay {
     bool fresh, cuts_previous;
   };
   int64_t ready_end(int64_t env) const;
+  void prefetch(const BatchOut& out) const;
   int64_t steps(int64_t env, int64_t t, int64_t n_step) const;
   StackPlan stack_after(int64_t key, int64_t env) const;
   Segment check(const RowsIn& in, int64_t row, int64_t env) const;

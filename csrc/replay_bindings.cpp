@@ -10,6 +10,9 @@
 #include <stdexcept>
 
 #include "replay.h"
+#ifdef COVR_WITH_CUDA
+#include "gather_cuda.h"
+#endif
 
 namespace py = pybind11;
 
@@ -173,6 +176,7 @@ Ids map_ids(PyReplay& self, const Ids& in, int64_t (Replay::*function)(int64_t) 
 }  // namespace
 
 void bind_replay(py::module_& m) {
+  m.attr("stack_plan_bytes") = sizeof(StackPlan);
   py::class_<GatherTarget>(m, "GatherTarget")
       .def(py::init([](int type, bool channels_last, bool shifted, int64_t height, int64_t width) {
              return GatherTarget{static_cast<OutType>(type), channels_last, shifted, height, width};
@@ -231,6 +235,29 @@ void bind_replay(py::module_& m) {
            py::arg("terminated"), py::arg("truncated"), py::arg("columns"), py::arg("env_ids"),
            py::arg("num_envs"))
       .def("cut", &PyReplay::cut_streams, py::arg("env_ids"), py::arg("num_envs"))
+#ifdef COVR_WITH_CUDA
+      // The plans of a batch whose ids are drawn, into host memory [2, rows]: for gather_cuda.
+      .def("plan",
+           [](PyReplay& self, int64_t key, const BatchOut& out, uintptr_t plans, bool with_next) {
+             auto* to = at<StackPlan>(plans);
+             self.plan(key, out, to, with_next ? to + out.rows : nullptr);
+           })
+      .def("gather_cuda",
+           [](PyReplay& self, int64_t key, uintptr_t plans, int64_t rows, const GatherTarget& target,
+              uintptr_t out, uintptr_t stream) {
+             gather_cuda(self.frames(key), at<StackPlan>(plans), rows, target, at<void>(out),
+                         at<void>(stream));
+           })
+      // Sends the frames that add() wrote since the last call to the device.
+      .def("upload",
+           [](PyReplay& self, uintptr_t stream) {
+             for (const FrameWrite& write : self.take_writes()) {
+               const FrameLayout& frames = self.frames(write.key);
+               auto* to = const_cast<uint8_t*>(frames.data) + write.slot * frames.frame_bytes();
+               upload_frame(write.source, to, frames.frame_bytes(), at<void>(stream));
+             }
+           })
+#endif
       .def_readwrite("thorough", &PyReplay::thorough)
       .def_readwrite("jumps", &PyReplay::jumps)
       .def(

@@ -90,23 +90,34 @@ class Reader:
         """Fills tensors of the dtypes and shapes that `shapes` tells."""
         for entry in self._entries:
             checksum = 0
-            for chunk in _chunks(tensors[entry["name"]]):
+            for piece in _pieces(tensors[entry["name"]]):
+                on_cpu = piece if piece.device.type == "cpu" else torch.empty_like(piece, device="cpu")
+                chunk = _bytes(on_cpu)
                 if self._file.readinto(chunk) != len(chunk):  # type: ignore[attr-defined]
                     raise ValueError(f"{self._name} is damaged: it ends within {entry['name']!r}")
                 checksum = zlib.crc32(chunk, checksum)
+                if on_cpu is not piece:
+                    piece.copy_(on_cpu)
             if checksum != entry["crc32"]:
                 raise ValueError(f"{self._name} is damaged: {entry['name']!r} does not match its checksum")
 
 
 def _chunks(tensor: Tensor) -> Iterator[memoryview]:
-    """The tensor's bytes in order, without a copy: contiguous tensors, or rows of a contiguous one cut
-    short."""
+    """The tensor's bytes in order."""
+    for piece in _pieces(tensor):
+        yield _bytes(piece.cpu())
+
+
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensor as flat uint8 views in order; of one that is not contiguous, row by row."""
     if tensor.numel() == 0:
         return
     if not tensor.is_contiguous():
         for row in tensor:
-            yield from _chunks(row)
+            yield from _pieces(row)
         return
-    flat = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-    for start in range(0, len(flat), _CHUNK):
-        yield flat[start : start + _CHUNK]
+    yield from tensor.view(-1).view(torch.uint8).split(_CHUNK)
+
+
+def _bytes(flat: Tensor) -> memoryview:
+    return memoryview(flat.numpy())  # type: ignore[arg-type]

@@ -2,8 +2,9 @@
 
 import os
 import secrets
+import threading
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from .. import _C
 from . import io
 from .batch import Batch, Observation
+from .device import DeviceGather, check_device
 from .samplers import Prioritized, PriorityTree, Recent, Sampler, Uniform, as_sampler
 from .spec import KeySpec, ShapeAndType, key_specs, shape_and_dtype
 from .storage import Storage
@@ -49,7 +51,8 @@ class ReplayBuffer:
             steps (or its episode's end) are there.
         sampler: "uniform"; "prioritized"; or "recent", which prefers what was added last. For options of the
             latter two, pass `samplers.Prioritized(...)` or `samplers.Recent(...)` instead of the name.
-        device: where frames live and batches arrive.
+        device: where frames live and batches arrive ("cuda" needs a build with CUDA kernels). `index` and the
+            offsets of a batch stay on the CPU.
         seed: of all sampling. None draws one.
         extras: further values per transition, name -> shape, or name -> (shape, dtype); float32 unless given.
         obs_dtype: uint8 for images and float32 for the rest unless given.
@@ -59,6 +62,8 @@ class ReplayBuffer:
         on_jump: what to do where `obs` is not `next_obs` of the step before, in the middle of an episode:
             refuse it, or take it for the start of a new segment, as after `cut`. (With frame_stack=1 it
             always is one.)
+        storage: "pinned", with device="cuda", keeps frames that are too many for the GPU in pinned host
+            memory; the kernel that makes a batch reads them over the bus.
 
     Adding and sampling may happen in different threads; each call is atomic.
     """
@@ -81,6 +86,7 @@ class ReplayBuffer:
         action_dtype: torch.dtype = torch.float32,
         channels_last: bool | Mapping[str, bool] = False,
         on_jump: Literal["error", "cut"] = "error",
+        storage: Literal["device", "pinned"] = "device",
     ) -> None:
         if num_envs < 1:
             raise ValueError(f"num_envs is {num_envs}: it must be at least 1")
@@ -102,6 +108,10 @@ class ReplayBuffer:
         self.sampler = as_sampler(sampler)
         self.beta = self.sampler.beta if isinstance(self.sampler, Prioritized) else 0.0
         self.device = torch.device(device)
+        if storage not in ("device", "pinned"):
+            raise ValueError(f"storage is {storage!r}: it must be 'device' or 'pinned'")
+        check_device(self.device, storage == "pinned")
+        self._placement = storage
         self.seed = secrets.randbits(63) if seed is None else int(seed)
         self._batches_drawn = 0
         self._keys = key_specs(obs_shape, obs_dtype, frame_stack, channels_last)
@@ -110,12 +120,21 @@ class ReplayBuffer:
         self._columns = {"action": (tuple(action_shape), action_dtype), **self._extras}
         self._numpy_types = {name: _numpy_dtype(dtype) for name, (_, dtype) in self._columns.items()}
         self._pool = _C.OutputPool()
-        self._storage = Storage(capacity, num_envs, self._keys, self._columns, n_step, gamma)
+        pinned = storage == "pinned"
+        self._storage = Storage(
+            capacity, num_envs, self._keys, self._columns, n_step, gamma, self.device, pinned
+        )
         self._core = self._storage.core
         self._core.jumps = on_jump == "cut"
+        self._gpu: DeviceGather | None = None
+        if self.device.type == "cuda":
+            self._gpu = DeviceGather(self.device, self._storage, self._keys, pinned)
         self._priorities: PriorityTree | None = None
         if isinstance(self.sampler, Prioritized):
             self._priorities = PriorityTree(self._storage.rows, self._storage.limits, self.sampler.alpha)
+        # The C++ core locks by itself; what belongs together with it on this side needs one more.
+        alone = self._gpu is None and self._priorities is None
+        self._lock: AbstractContextManager = nullcontext() if alone else threading.RLock()
 
     def __len__(self) -> int:
         """Transitions held."""
@@ -131,7 +150,15 @@ class ReplayBuffer:
         return (
             f"ReplayBuffer({len(self)}/{self.capacity} transitions of {self.num_envs} environments; "
             f"{shapes}; {type(self.sampler).__name__.lower()}, n_step={self.n_step}; "
-            f"{self.nbytes / 2**20:.1f} MiB on {self.device})"
+            f"{self.nbytes / 2**20:.1f} MiB, {self._where})"
+        )
+
+    @property
+    def _where(self) -> str:
+        return (
+            f"on {self.device}"
+            if self._placement == "device"
+            else f"frames pinned on the host for {self.device}"
         )
 
     # ---- adding ----
@@ -162,8 +189,9 @@ class ReplayBuffer:
 
         Raises:
             ValueError: rows of the wrong shape or dtype; or an observation that contradicts its stream, in
-                which case nothing was added. Most bytes of the older frames are compared at episode starts
-                and ends, one in eight in between (other ones each step).
+                which case nothing was added. Stacks are compared in full where frames are small (at most 4
+                KiB) and at episode starts and ends, and by one stretch of 256 bytes in eight in between,
+                other ones each step.
         """
         if extras.keys() != self._extras.keys():
             raise ValueError(f"add() got the extras {sorted(extras)}, declared are {sorted(self._extras)}")
@@ -180,11 +208,14 @@ class ReplayBuffer:
             None if env_ids is None else _rows(env_ids, np.int64),
             self.num_envs,
         )
-        if self._priorities is None:
-            return torch.from_numpy(self._core.add(*rows))
-        with self._priorities.lock:
+        with self._lock:
+            if self._gpu:
+                self._gpu.before_add()
             ids = self._core.add(*rows)
-            self._priorities.follow(*self._storage.ready())
+            if self._gpu:
+                self._gpu.after_add()
+            if self._priorities:
+                self._priorities.follow(*self._storage.ready())
         return torch.from_numpy(ids)
 
     def _observation_rows(self, observation: ObservationRows, what: str) -> list[np.ndarray]:
@@ -203,7 +234,7 @@ class ReplayBuffer:
         Their next row begins a new segment. The last one ends as a truncated episode would: n-step returns
         stop there and bootstrap.
         """
-        with self._priorities.lock if self._priorities else nullcontext():
+        with self._lock:
             self._core.cut(None if env_ids is None else _rows(env_ids, np.int64), self.num_envs)
             if self._priorities:
                 self._priorities.follow(*self._storage.ready())
@@ -244,14 +275,14 @@ class ReplayBuffer:
             if isinstance(self.sampler, Recent):
                 eta, floor = self.sampler.eta**1000, self.sampler.floor
             return self._gather(index, batch, (eta, floor), self.n_step, augment, pad, dtype, memory_format)
-        with self._priorities.lock:
+        with self._lock:
             if not self._core.samplable():
                 raise IndexError("nothing to sample: no transition with all its n steps is stored yet")
             rows, probability = self._priorities.draw(batch_size, (self.seed ^ batch * _GOLDEN) & _MASK)
             index = torch.from_numpy(self._core.ids_in_rows(rows.numpy()))
             result = self._gather(index, batch, None, self.n_step, augment, pad, dtype, memory_format)
             weight = (self._core.samplable() * probability) ** -self.beta
-        result.weight = (weight / weight.max()).to(torch.float32)
+        result.weight = (weight / weight.max()).to(self.device, torch.float32)
         return result
 
     def get(
@@ -284,14 +315,14 @@ class ReplayBuffer:
         skipped."""
         if self._priorities is None:
             raise ValueError('update_priorities() needs sampler="prioritized"')
-        ids = _index(index)
-        priority = torch.as_tensor(priority).detach().cpu().reshape(-1)
-        if len(priority) != len(ids):
-            raise ValueError(f"priority has {len(priority)} values for {len(ids)} transitions")
-        if not bool(torch.isfinite(priority).all()) or bool((priority < 0).any()):
+        ids = _index(index).numpy()
+        values = _rows(priority, np.float64).reshape(-1)
+        if len(values) != len(ids):
+            raise ValueError(f"priority has {len(values)} values for {len(ids)} transitions")
+        if len(values) and not (values.min() >= 0 and values.max() < np.inf):
             raise ValueError("priority must be finite and not negative: pass absolute TD errors")
-        with self._priorities.lock:
-            self._priorities.set(ids, torch.from_numpy(self._core.rows(ids.numpy())), priority)
+        with self._lock:
+            self._priorities.set(ids, self._core.rows(ids), values)
 
     def _gather(
         self,
@@ -307,14 +338,16 @@ class ReplayBuffer:
         """Draws ids into `index` with (recency, floor), or takes those it holds if `draw` is None."""
         n = index.numel()
         shifted, crop = self._augmentation(augment, pad)
-        reward, discount = torch.empty(n), torch.empty(n)
-        terminated, truncated = torch.empty(n, dtype=torch.bool), torch.empty(n, dtype=torch.bool)
-        columns = {
-            name: torch.empty(n, *shape, dtype=column_dtype)
-            for name, (shape, column_dtype) in self._columns.items()
-        }
+        pin = self._gpu is not None
+
+        def column(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(n, *shape, dtype=dtype, pin_memory=pin)
+
+        reward, discount = column(), column()
+        terminated, truncated = column(dtype=torch.bool), column(dtype=torch.bool)
+        columns = {name: column(*shape, dtype=kind) for name, (shape, kind) in self._columns.items()}
         offsets = torch.empty(2, n, 2, dtype=torch.int64) if shifted else None
-        out = _C.BatchOut(
+        request = _C.BatchOut(
             rows=n,
             n_step=n_step,
             ids=index.data_ptr(),
@@ -322,33 +355,42 @@ class ReplayBuffer:
             discount=discount.data_ptr(),
             terminated=terminated.data_ptr(),
             truncated=truncated.data_ptr(),
-            columns=[column.data_ptr() for column in columns.values()],
+            columns=[values.data_ptr() for values in columns.values()],
             offsets=0 if offsets is None else offsets.data_ptr(),
             offset_range=2 * pad + 1,
             shift_origin=pad if augment == "shift" else 0,
         )
-        obs, next_obs = {}, {}
-        for key in self._keys:
-            obs[key.name] = self._output(key, n, dtype, shifted, crop, memory_format)
-            next_obs[key.name] = self._output(key, n, dtype, shifted, crop, memory_format)
-            target = self._target(key, dtype, shifted, crop, memory_format)
-            out.add_key(target, obs[key.name].data_ptr(), next_obs[key.name].data_ptr())
+        targets = [self._target(key, dtype, shifted, crop, memory_format) for key in self._keys]
+        obs, next_obs = (
+            [self._output(key, n, dtype, shifted, crop, memory_format) for key in self._keys]
+            for _ in range(2)
+        )
+        if self._gpu is None:
+            for target, one, other in zip(targets, obs, next_obs, strict=True):
+                request.add_key(target, one.data_ptr(), other.data_ptr())
         recency, floor = (-1.0, 0) if draw is None else draw
-        self._core.sample(out, self.seed, batch, recency, floor, torch.get_num_threads())
+        with self._lock:
+            self._core.sample(request, self.seed, batch, recency, floor, torch.get_num_threads())
+            if self._gpu:
+                self._gpu.gather(request, n, targets, obs, next_obs)
+        columns = {name: self._arrive(values) for name, values in columns.items()}
         return Batch(
             obs=self._join(obs),
             action=columns.pop("action"),
-            reward=reward,
+            reward=self._arrive(reward),
             next_obs=self._join(next_obs),
-            discount=discount,
-            terminated=terminated,
-            truncated=truncated,
+            discount=self._arrive(discount),
+            terminated=self._arrive(terminated),
+            truncated=self._arrive(truncated),
             index=index,
-            weight=torch.ones(n),
+            weight=torch.ones(n, device=self.device),
             extras=columns,
             obs_offset=None if offsets is None else offsets[0],
             next_obs_offset=None if offsets is None else offsets[1],
         )
+
+    def _arrive(self, values: Tensor) -> Tensor:
+        return values if self._gpu is None else values.to(self.device, non_blocking=True)
 
     def _augmentation(self, augment: Augment | None, pad: int) -> tuple[bool, int]:
         """Whether pictures are shifted at all, and how many pixels are cropped from every edge."""
@@ -391,6 +433,10 @@ class ReplayBuffer:
         """Memory for n observations of a key: used again when the last tensor that shares it is gone."""
         dtype = dtype if key.is_image else key.dtype
         shape = (n, *key.out_shape(crop if shifted and key.is_image else 0))
+        if self._gpu:
+            return torch.empty(
+                shape, dtype=dtype, device=self.device, memory_format=_format(key, memory_format)
+            )
         items = int(np.prod(shape, dtype=np.int64))
         flat = torch.from_numpy(self._pool.take(items * dtype.itemsize)).view(dtype)
         if memory_format == torch.channels_last and len(key.shape) == 3:
@@ -398,8 +444,10 @@ class ReplayBuffer:
             return flat.view(n, h, w, c).permute(0, 3, 1, 2)
         return flat.view(shape)
 
-    def _join(self, observation: dict[str, Tensor]) -> Observation:
-        return observation[self._keys[0].name] if self._single else observation
+    def _join(self, observation: Sequence[Tensor]) -> Observation:
+        if self._single:
+            return observation[0]
+        return {key.name: values for key, values in zip(self._keys, observation, strict=True)}
 
     # ---- single transitions ----
 
@@ -410,25 +458,27 @@ class ReplayBuffer:
             IndexError: a transition was overwritten (or never added). `contains` tells beforehand.
         """
         ids = _index(index)
-        out = {
-            key.name: self._output(key, len(ids), dtype, False, 0, torch.contiguous_format)
-            for key in self._keys
-        }
-        self._observe(
-            ids,
-            out,
-            {key.name: self._target(key, dtype, False, 0, torch.contiguous_format) for key in self._keys},
-        )
+        plain = torch.contiguous_format
+        out = [self._output(key, len(ids), dtype, False, 0, plain) for key in self._keys]
+        targets = [self._target(key, dtype, False, 0, plain) for key in self._keys]
+        request = _C.BatchOut(len(ids), 1, ids.data_ptr(), 0, 0, 0, 0, [], 0, 0, 0)
+        if self._gpu is None:
+            for target, values in zip(targets, out, strict=True):
+                request.add_key(target, values.data_ptr(), 0)
+        with self._lock:
+            self._core.observe(request, torch.get_num_threads())
+            if self._gpu:
+                self._gpu.gather(request, len(ids), targets, out, [])
         return self._join(out)
 
     def frames(self, index: Rows) -> Observation:
         """The newest single frames, [n, C, H, W] in the stored dtype, of these transitions."""
         rows = self._held_rows(index)
-        out = {}
+        out = []
         for key in self._keys:
             frames = self._storage.tensors[f"frames.{key.name}"]
             slots = self._storage.tensors[f"newest.{key.name}"][rows] % frames.shape[1]
-            out[key.name] = frames[rows // self._storage.rows_per_stream, slots]
+            out.append(frames[rows // self._storage.rows_per_stream, slots].to(self.device))
         return self._join(out)
 
     def actions(self, index: Rows) -> Tensor:
@@ -501,6 +551,7 @@ class ReplayBuffer:
     def _restore_sampling(self, tensors: Mapping[str, Tensor]) -> None:
         self.seed, self._batches_drawn = tensors["sampling"].tolist()
         self.beta = float(tensors["beta"])
+        self._storage.restore_recent()
         if self._priorities:
             saved = {n.removeprefix("priority."): v for n, v in tensors.items() if n.startswith("priority.")}
             self._priorities.load_state_dict(saved)
@@ -512,7 +563,13 @@ class ReplayBuffer:
             io.write(path, state["config"], state["tensors"])
 
     @classmethod
-    def load(cls, path: str | os.PathLike, *, device: str | torch.device = "cpu") -> "ReplayBuffer":
+    def load(
+        cls,
+        path: str | os.PathLike,
+        *,
+        device: str | torch.device = "cpu",
+        storage: Literal["device", "pinned"] = "device",
+    ) -> "ReplayBuffer":
         """Opens what `save` wrote; sampling continues as it would have. If the environments start afresh,
         call `cut()` before adding.
 
@@ -521,7 +578,7 @@ class ReplayBuffer:
         """
         with open(path, "rb") as file:
             reader = io.Reader(file, os.fspath(path))
-            buffer = cls._from_config(reader.config, device)
+            buffer = cls._from_config(reader.config, device, storage)
             tensors = {}
             for name, (dtype, shape) in reader.shapes().items():
                 own = buffer._storage.tensors.get(name)
@@ -534,7 +591,9 @@ class ReplayBuffer:
         return buffer
 
     @classmethod
-    def _from_config(cls, config: dict[str, Any], device: str | torch.device) -> "ReplayBuffer":
+    def _from_config(
+        cls, config: dict[str, Any], device: str | torch.device, storage: Literal["device", "pinned"]
+    ) -> "ReplayBuffer":
         def dtype(name: str) -> torch.dtype:
             return getattr(torch, name)
 
@@ -558,6 +617,7 @@ class ReplayBuffer:
             extras={name: (shape, dtype(kind)) for name, (shape, kind) in options.pop("extras").items()},
             sampler=kinds[sampler.pop("kind")](**sampler),
             device=device,
+            storage=storage,
             **options,
         )
 
@@ -588,10 +648,11 @@ class ReplayBuffer:
             **state,
             "tensors": {name: tensor.clone() for name, tensor in state["tensors"].items()},
             "device": str(self.device),
+            "storage": self._placement,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(self._from_config(state["config"], state["device"]).__dict__)
+        self.__dict__.update(self._from_config(state["config"], state["device"], state["storage"]).__dict__)
         self.load_state_dict(state)
 
     # ---- streams ----
@@ -611,12 +672,6 @@ class ReplayBuffer:
             "end": self._storage.tensors["flags"].numpy()[rows] != 0,
             "time": self._storage.tensors["time"].numpy()[rows],
         }
-
-    def _observe(self, ids: Tensor, out: dict[str, Tensor], targets: dict[str, Any]) -> None:
-        request = _C.BatchOut(len(ids), 1, ids.data_ptr(), 0, 0, 0, 0, [], 0, 0, 0)
-        for key in self._keys:
-            request.add_key(targets[key.name], out[key.name].data_ptr(), 0)
-        self._core.observe(request, torch.get_num_threads())
 
     def _held_rows(self, index: Rows) -> Tensor:
         ids = _index(index)
@@ -660,6 +715,10 @@ def _checked_rows(value: Rows, key: KeySpec, what: str) -> np.ndarray:
 
 def _index(index: Rows) -> Tensor:
     return torch.as_tensor(index, dtype=torch.int64, device="cpu").reshape(-1).contiguous()
+
+
+def _format(key: KeySpec, memory_format: torch.memory_format) -> torch.memory_format:
+    return memory_format if len(key.shape) == 3 else torch.contiguous_format
 
 
 def _name(dtype: torch.dtype) -> str:

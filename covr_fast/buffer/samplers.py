@@ -1,6 +1,5 @@
 """Which transitions a batch is drawn from."""
 
-import threading
 from dataclasses import dataclass
 from typing import Literal
 
@@ -71,7 +70,6 @@ class PriorityTree:
     def __init__(self, rows: int, limits: np.ndarray, alpha: float) -> None:
         from ..ops import SumTree
 
-        self.lock = threading.Lock()  # adding moves the bounds and the priorities together
         self._tree = SumTree(rows, "cpu")
         self._alpha = alpha
         self._limits = limits
@@ -101,16 +99,15 @@ class PriorityTree:
         """(rows int64 [n], their probabilities float64 [n])."""
         return self._tree.sample(n, torch.Generator().manual_seed(seed))
 
-    def set(self, ids: Tensor, rows: Tensor, priority: Tensor) -> None:
+    def set(self, ids: np.ndarray, rows: np.ndarray, priority: np.ndarray) -> None:
         """New priorities. Rows < 0, and transitions that cannot be sampled yet, are skipped."""
-        streams = len(self._limits)
-        ready = torch.from_numpy(self._ready)[ids % streams] > ids // streams
-        keep = (rows >= 0) & ready
+        time, stream = np.divmod(ids, len(self._limits))
+        keep = (rows >= 0) & (time < self._ready[stream])
         if not keep.any():
             return
-        leaves = (priority[keep].to(torch.float32) + self._EPSILON) ** self._alpha
+        leaves = ((priority[keep] + self._EPSILON) ** self._alpha).astype(np.float32)
         self._largest = max(self._largest, float(leaves.max()))
-        self._tree.update(rows[keep], leaves)
+        self._tree.update(torch.from_numpy(rows[keep]), torch.from_numpy(leaves))
 
     def state_dict(self) -> dict[str, Tensor]:
         return {

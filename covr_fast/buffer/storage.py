@@ -20,7 +20,15 @@ class Storage:
     """
 
     def __init__(
-        self, capacity: int, num_envs: int, keys: list[KeySpec], columns: Columns, n_step: int, gamma: float
+        self,
+        capacity: int,
+        num_envs: int,
+        keys: list[KeySpec],
+        columns: Columns,
+        n_step: int,
+        gamma: float,
+        device: torch.device,
+        pinned: bool,
     ) -> None:
         self.num_envs = num_envs
         self.keys = keys
@@ -36,8 +44,13 @@ class Storage:
         self.tensors["time"] = torch.zeros(self.rows, dtype=torch.int32)
         for name, (shape, dtype) in columns.items():
             self.tensors[f"column.{name}"] = torch.zeros(self.rows, *shape, dtype=dtype)
+        self._recent: dict[str, Tensor] = {}  # the latest frames again, where the CPU can compare with them
         for key in keys:
-            self.tensors[f"frames.{key.name}"] = _frame_ring(key, num_envs, self.rows_per_stream)
+            frames = _frame_ring(key, num_envs, self.rows_per_stream, device, pinned)
+            self.tensors[f"frames.{key.name}"] = frames
+            if frames.is_cuda:
+                shape = (num_envs, key.stack + 1, *key.frame_shape)
+                self._recent[key.name] = torch.empty(shape, dtype=key.dtype, pin_memory=True)
             self.tensors[f"written.{key.name}"] = torch.zeros(num_envs, dtype=torch.int64)
             self.tensors[f"newest.{key.name}"] = torch.zeros(self.rows, dtype=torch.int64)
             self.tensors[f"depth.{key.name}"] = torch.zeros(self.rows, dtype=torch.uint8)
@@ -53,13 +66,14 @@ class Storage:
             **{name: address[name] for name in ("count", "first", "ended", "reward", "flags", "time")},
         )
         for key in self.keys:
-            slots = self.tensors[f"frames.{key.name}"].shape[1]
+            frames = self.tensors[f"frames.{key.name}"]
+            recent = self._recent.get(key.name, frames)
             core.add_key(
                 name=key.name,
                 data=address[f"frames.{key.name}"],
-                recent=address[f"frames.{key.name}"],
-                slots=slots,
-                recent_slots=slots,
+                recent=recent.data_ptr(),
+                slots=frames.shape[1],
+                recent_slots=recent.shape[1],
                 stack=key.stack,
                 channels=key.channels,
                 height=key.height,
@@ -87,6 +101,14 @@ class Storage:
         first, ended, count = self.bounds()
         return first, np.maximum(np.maximum(first, ended), count - self.n_step + 1)
 
+    def restore_recent(self) -> None:
+        """After the frames were loaded: copies the latest of every stream back to where the CPU compares."""
+        for name, recent in self._recent.items():
+            frames, written = self.tensors[f"frames.{name}"], self.tensors[f"written.{name}"]
+            for env, count in enumerate(written.tolist()):
+                for number in range(max(0, count - recent.shape[1]), count):
+                    recent[env, number % recent.shape[1]].copy_(frames[env, number % frames.shape[1]])
+
     def used(self) -> dict[str, Tensor]:
         """The tensors, the frame rings without the slots that no stream has reached yet."""
         used = dict(self.tensors)
@@ -96,11 +118,32 @@ class Storage:
         return used
 
 
-def _frame_ring(key: KeySpec, num_envs: int, rows_per_stream: int) -> Tensor:
+def check_room(nbytes: int, device: torch.device) -> None:
+    """Says what would fit, before the allocation fails."""
+    if device.type != "cuda":
+        return
+    free, total = torch.cuda.mem_get_info(device)
+    if nbytes > free:
+        raise MemoryError(
+            f"the frames take {nbytes / 2**30:.1f} GiB, {device} has {free / 2**30:.1f} of "
+            f"{total / 2**30:.1f} GiB free: lower the capacity, or keep them in host memory with "
+            "storage='pinned'"
+        )
+
+
+def _frame_ring(
+    key: KeySpec, num_envs: int, rows_per_stream: int, device: torch.device, pinned: bool
+) -> Tensor:
     """An episode of n transitions has n + 1 frames: room for the extra ones of episodes from 32 steps on, and
     of any where 64 KiB per stream suffice; and the stack that the oldest transition needs."""
     spare = max(-(-rows_per_stream // 32), (64 << 10) // key.frame_bytes)
     slots = rows_per_stream + min(rows_per_stream, spare) + key.stack + 1
-    frames = torch.empty(num_envs, slots, *key.frame_shape, dtype=key.dtype)
+    shape = (num_envs, slots, *key.frame_shape)
+    if pinned:
+        return torch.empty(shape, dtype=key.dtype, pin_memory=True)
+    check_room(num_envs * slots * key.frame_bytes, device)
+    frames = torch.empty(shape, dtype=key.dtype, device=device)
+    if frames.is_cuda:
+        return frames
     _C.prefer_huge_pages(frames.data_ptr(), frames.nbytes)
     return frames

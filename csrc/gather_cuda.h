@@ -1,0 +1,14 @@
+// What kernels/cuda/gather.cu offers; nothing of it waits for the device.
+#pragma once
+
+#include "gather.h"
+
+namespace covr {
+
+// Observations [rows] of one key. `plans` and `out` are device addresses.
+void gather_cuda(const FrameLayout& frames, const StackPlan* plans, int64_t rows, const GatherTarget& target,
+                 void* out, void* stream);
+
+void upload_frame(const uint8_t* host, uint8_t* device, int64_t bytes, void* stream);
+
+}  // namespace covr

@@ -1,0 +1,122 @@
+// The GPU side of gather.h: one block per (row, stacked frame), the same index arithmetic as the CPU's.
+//
+// Frames may lie in device memory or in pinned host memory: with unified addressing the kernel reads either
+// through the same pointer, the latter over the bus.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "gather_cuda.h"
+
+namespace covr {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kGroup = 4;  // pixels per thread and step: one vector store
+
+__device__ __forceinline__ void cast(uint8_t in, uint8_t& out) { out = in; }
+__device__ __forceinline__ void cast(uint8_t in, float& out) { out = over_255(in); }
+__device__ __forceinline__ void cast(uint8_t in, __nv_bfloat16& out) {
+  out = __float2bfloat16_rn(over_255(in));
+}
+__device__ __forceinline__ void cast(uint8_t in, __half& out) { out = __float2half_rn(over_255(in)); }
+
+template <typename Out>
+struct alignas(sizeof(Out) * kGroup) Group {
+  Out item[kGroup];
+};
+
+template <typename Out>
+__global__ void gather_kernel(FrameLayout frames, const StackPlan* plans, GatherTarget target, Out* out) {
+  const int64_t row = blockIdx.x / frames.stack, j = blockIdx.x % frames.stack;
+  const StackPlan plan = plans[row];
+  const int64_t slot = stack_slot(plan, frames.slots, frames.stack - 1 - j);
+  const uint8_t* frame = slot == kBlankFrame ? nullptr : frames.data + slot * frames.frame_bytes();
+  const int64_t plane = target.out_height * target.out_width;
+  const int64_t items = frames.channels * plane, out_channels = frames.stack * frames.channels;
+  Out* row_out = out + row * frames.stack * items;
+  Out* frame_out = row_out + j * items;
+  // Then every frame starts at a multiple of the group.
+  const bool vector_stores = !target.channels_last && items % kGroup == 0;
+
+  for (int64_t first = int64_t{threadIdx.x} * kGroup; first < items; first += int64_t{kThreads} * kGroup) {
+    int64_t c = first / plane, y = first % plane / target.out_width, x = first % target.out_width;
+    Group<Out> group;
+    const int count = static_cast<int>(items - first < kGroup ? items - first : kGroup);
+    for (int i = 0; i < count; ++i) {
+      uint8_t pixel = 0;
+      if (frame) {
+        const int64_t from_y = target.shifted ? clamp_to(y + plan.shift_y, frames.height) : y;
+        const int64_t from_x = target.shifted ? clamp_to(x + plan.shift_x, frames.width) : x;
+        pixel = frame[(c * frames.height + from_y) * frames.width + from_x];
+      }
+      cast(pixel, group.item[i]);
+      if (target.channels_last)
+        row_out[(y * target.out_width + x) * out_channels + j * frames.channels + c] = group.item[i];
+      else if (!vector_stores)
+        frame_out[first + i] = group.item[i];
+      if (++x == target.out_width) {
+        x = 0;
+        if (++y == target.out_height) {
+          y = 0;
+          ++c;
+        }
+      }
+    }
+    if (vector_stores) *reinterpret_cast<Group<Out>*>(frame_out + first) = group;
+  }
+}
+
+// Frames of other types: bytes, copied as they are, channels first.
+__global__ void copy_kernel(FrameLayout frames, const StackPlan* plans, uint8_t* out) {
+  const int64_t row = blockIdx.x / frames.stack, j = blockIdx.x % frames.stack;
+  const int64_t slot = stack_slot(plans[row], frames.slots, frames.stack - 1 - j);
+  const int64_t bytes = frames.frame_bytes();
+  uint8_t* to = out + (row * frames.stack + j) * bytes;
+  for (int64_t i = threadIdx.x; i < bytes; i += kThreads)
+    to[i] = slot == kBlankFrame ? uint8_t{0} : frames.data[slot * bytes + i];
+}
+
+void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+}  // namespace
+
+void gather_cuda(const FrameLayout& frames, const StackPlan* plans, int64_t rows, const GatherTarget& target,
+                 void* out, void* stream) {
+  if (rows == 0) return;
+  const auto blocks = static_cast<unsigned>(rows * frames.stack);
+  const auto s = static_cast<cudaStream_t>(stream);
+  const auto launch = [&](auto* to) { gather_kernel<<<blocks, kThreads, 0, s>>>(frames, plans, target, to); };
+  if (frames.item_bytes != 1) {
+    copy_kernel<<<blocks, kThreads, 0, s>>>(frames, plans, static_cast<uint8_t*>(out));
+  } else {
+    switch (target.type) {
+      case OutType::kAsStored:
+        launch(static_cast<uint8_t*>(out));
+        break;
+      case OutType::kFloat32:
+        launch(static_cast<float*>(out));
+        break;
+      case OutType::kBFloat16:
+        launch(static_cast<__nv_bfloat16*>(out));
+        break;
+      case OutType::kFloat16:
+        launch(static_cast<__half*>(out));
+        break;
+    }
+  }
+  check(cudaGetLastError(), "gather kernel");
+}
+
+void upload_frame(const uint8_t* host, uint8_t* device, int64_t bytes, void* stream) {
+  check(cudaMemcpyAsync(device, host, static_cast<size_t>(bytes), cudaMemcpyHostToDevice,
+                        static_cast<cudaStream_t>(stream)),
+        "frame upload");
+}
+
+}  // namespace covr

@@ -1,0 +1,31 @@
+"""The examples run as they are."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run(name: str, *args: str) -> str:
+    command = [sys.executable, str(EXAMPLES / name), *args]
+    # One thread: spinning worker threads are what is slow on a busy machine.
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=500, env=one_thread)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_sb3_sac_carracing():
+    for module in ("stable_baselines3", "Box2D", "pygame"):
+        pytest.importorskip(module)
+    assert "(9, 96, 96) uint8 x3" in run("sb3_sac_carracing.py", "140")
+
+
+def test_torchrl_replay():
+    pytest.importorskip("torchrl")
+    assert "prioritized" in run("torchrl_replay.py", "600")

@@ -1,0 +1,49 @@
+"""One thread adds while others sample."""
+
+import threading
+
+import numpy as np
+import torch
+
+from covr_fast import ReplayBuffer
+
+
+def test_rows_stay_whole_while_the_ring_turns():
+    """Every pixel, the action, the reward and the extra of a row hold the step's number."""
+    buffer = ReplayBuffer(
+        64, num_envs=2, obs_shape=(3, 20, 20), action_shape=(), frame_stack=3, seed=0, extras={"step": ()}
+    )
+    stop, errors = threading.Event(), []
+
+    def add(step: int) -> None:
+        obs = np.array([max(step - age, 0) % 256 for age in (2, 1, 0)], np.uint8)
+        next_obs = np.array([max(step + 1 - age, 0) % 256 for age in (2, 1, 0)], np.uint8)
+        obs, next_obs = (
+            np.broadcast_to(o[None, :, None, None], (2, 3, 20, 20)).copy() for o in (obs, next_obs)
+        )
+        number, no = np.full(2, step, np.float32), np.zeros(2, bool)
+        buffer.add(obs, number, number, next_obs, no, no, step=number)
+
+    def sample() -> None:
+        try:
+            while not stop.is_set():
+                batch = buffer.sample(32, dtype=torch.uint8)
+                step = batch.reward.long()
+                assert torch.equal(batch.action, batch.reward)
+                assert torch.equal(batch.extras["step"], batch.reward)
+                assert torch.equal(batch.index // 2, step)
+                assert (batch.obs[:, 2].long() == (step % 256)[:, None, None]).all()
+                assert (batch.next_obs[:, 2].long() == ((step + 1) % 256)[:, None, None]).all()
+        except BaseException as error:
+            errors.append(error)
+
+    add(0)
+    threads = [threading.Thread(target=sample) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for step in range(1, 2000):
+        add(step)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not errors
