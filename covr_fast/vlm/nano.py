@@ -15,8 +15,8 @@ CHAT_TEMPLATE = (
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
 )
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -116,9 +116,7 @@ def build_tokenizer():
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    corpus = [
-        f"user\n{default_prompt(dim, decimals)}\nassistant\n" for dim in (1, 2, 3) for decimals in (1, 2)
-    ]
+    corpus = [f"user\n{default_prompt(dim, decimals)} assistant" for dim in (1, 2, 3) for decimals in (1, 2)]
     tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in ANSWER_TOKENS])
     tokenizer.add_special_tokens([AddedToken(piece, special=True) for piece in SPECIAL_TOKENS])

@@ -1,9 +1,9 @@
 """The language model as it serves: merged weights, a fixed cache, and as few operations as it takes.
 
-Every supported backbone has the same decoder: RMS norm, attention with rotary positions, RMS norm, gated MLP.
-Running it here instead of through transformers' modules merges LoRA adapters into the weights, makes one product
-of the query, key and value projections and one of the gate and up projections, and prepares positions and
-masks beforehand. The results are those of the modules; tests compare them on every backbone.
+Every supported backbone has the same decoder: RMS norm, attention with rotary positions, RMS norm, gated
+MLP. Running it here instead of through transformers' modules merges LoRA adapters into the weights, makes
+one product of the query, key and value projections and one of the gate and up projections, and prepares
+positions and masks beforehand. The results are those of the modules; tests compare them on every backbone.
 
 The merged weights are a second copy of the decoder's (5.5 GB for Qwen2.5-VL-3B in bfloat16), refreshed when
 weights are published.
@@ -85,7 +85,7 @@ class ServingDecoder:
         image_at: Tensor | None = None,
         image: ImageFeatures | None = None,
     ) -> Tensor:
-        """Hidden states [B, n, D] of embeddings `x` [B, n, D] behind what `cache` holds, which then grows by n."""
+        """Hidden states [B, n, D] of embeddings `x` [B, n, D] behind what `cache` holds; it grows by n."""
         begin, count = cache.length, x.shape[1]
         end = cache.length = begin + count
         cos, sin = self._cos[:, :, begin:end], self._sin[:, :, begin:end]
