@@ -48,7 +48,7 @@ class Backbone:
     )
     """Regular expression of the linear layers that LoRA adapts: all of the language model's."""
 
-    def __init__(self, model: nn.Module, processor: Any) -> None:
+    def __init__(self, model: Any, processor: Any) -> None:
         self.model = model
         self.processor = processor
         self.tokenizer = processor.tokenizer
@@ -76,7 +76,7 @@ class Backbone:
         return self.model.get_base_model() if self.adapted else self.model
 
     @cached_property
-    def decoder(self) -> nn.Module:
+    def decoder(self) -> Any:
         """The language model: embeddings in, hidden states out."""
         return self.base.get_decoder()
 
@@ -110,7 +110,7 @@ class Backbone:
         """The conversation up to the answer. The task comes before the image, so that all frames share it."""
         content = [{"type": "text", "text": prompt}, {"type": "image"}]
         messages = [{"role": "user", "content": content}]
-        # The tokenizer renders it: some processors ask their video half, which is not loaded, for its settings.
+        # By the tokenizer: some processors would ask their video half, which is not loaded, for settings.
         text = self.tokenizer.apply_chat_template(
             messages,
             chat_template=getattr(self.processor, "chat_template", None),
@@ -199,9 +199,9 @@ class Backbone:
 class QwenVL(Backbone):
     """Qwen2-VL and Qwen2.5-VL: any image size, rotary positions in three dimensions."""
 
-    model_types = ("qwen2_5_vl", "qwen2_vl")
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_5_vl", "qwen2_vl")
 
-    def __init__(self, model: nn.Module, processor: Any) -> None:
+    def __init__(self, model: Any, processor: Any) -> None:
         super().__init__(model, processor)
         self._pixels = PatchPixels(processor.image_processor)
         self._plan = lru_cache(maxsize=16)(self._make_plan)
@@ -253,7 +253,7 @@ class QwenVL(Backbone):
         config = self.tower.config
         grid = torch.tensor([[1, *self._pixels.grid(*size)]] * batch)
         lengths = get_vision_cu_seqlens(grid)
-        plan = {
+        plan: dict[str, Any] = {
             "cu_seqlens": lengths,
             "position_ids": get_vision_position_ids(grid, config.spatial_merge_size),
             "max_seqlen": int(lengths.diff().max()),
@@ -268,7 +268,7 @@ class QwenVL(Backbone):
 class Qwen3VL(QwenVL):
     """Qwen3-VL: learned positions in the vision tower, and image features that enter early decoder layers."""
 
-    model_types = ("qwen3_vl",)
+    model_types: ClassVar[tuple[str, ...]] = ("qwen3_vl",)
 
     def _make_plan(self, batch: int, size: tuple[int, int]) -> tuple[Tensor, dict[str, Any]]:
         from transformers.vision_utils import get_vision_interpolation_indices_and_weights
@@ -301,9 +301,9 @@ class Qwen3VL(QwenVL):
 class SmolVLM(Backbone):
     """SmolVLM2. A frame is shown as one image: cutting small frames into tiles would only add tokens."""
 
-    model_types = ("smolvlm",)
+    model_types: ClassVar[tuple[str, ...]] = ("smolvlm",)
 
-    def __init__(self, model: nn.Module, processor: Any) -> None:
+    def __init__(self, model: Any, processor: Any) -> None:
         super().__init__(model, processor)
         processor.image_processor.do_image_splitting = False
 

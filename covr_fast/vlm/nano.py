@@ -80,7 +80,6 @@ def write_nano(directory: str | Path, *, seed: int) -> None:
         video_token_id=token("<|video_pad|>"),
         vision_start_token_id=token("<|vision_start|>"),
         vision_end_token_id=token("<|vision_end|>"),
-        initializer_range=INITIALIZER_RANGE,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -70,6 +70,6 @@ class PatchPixels:
 
 
 def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """One pass of Pillow's resampling, which rounds and clips to bytes after the width and after the height."""
+    """One pass of Pillow's resampling: it rounds and clips to bytes after the width and after the height."""
     resized = F.interpolate(images.float(), size, mode="bicubic", antialias=True)
     return resized.round_().clamp_(0, 255).byte()

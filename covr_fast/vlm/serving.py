@@ -19,19 +19,19 @@ from torch import Tensor, nn
 
 from .backbones import Backbone, ImageFeatures
 
-Projection = Callable[[Tensor], Tensor]
+TensorMap = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class _Layer:
-    input_norm: nn.Module
-    qkv: Projection
-    head_norms: tuple[nn.Module, nn.Module] | None
-    out: Projection
-    mlp_norm: nn.Module
-    gate_up: Projection
+    input_norm: TensorMap
+    qkv: TensorMap
+    head_norms: tuple[TensorMap, TensorMap] | None
+    out: TensorMap
+    mlp_norm: TensorMap
+    gate_up: TensorMap
     activation: Callable[[Tensor], Tensor]
-    down: Projection
+    down: TensorMap
 
 
 class KeyValueCache:
@@ -169,12 +169,12 @@ def _signed_for_rotation(sin: Tensor) -> Tensor:
     return torch.cat((-first, second), -1)
 
 
-def _norm(module: Any) -> Projection:
+def _norm(module: Any) -> TensorMap:
     weight, epsilon = module.weight, module.variance_epsilon
     return lambda x: F.rms_norm(x, weight.shape, weight, epsilon)
 
 
-def _merged(*modules: nn.Module) -> Projection:
+def _merged(*modules: nn.Module) -> TensorMap:
     """One product for several projections of the same input; quantised ones are called one by one."""
     parts = [_plain(module) for module in modules]
     if any(part is None for part in parts):
