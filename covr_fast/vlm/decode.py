@@ -96,11 +96,7 @@ class Decoder:
         self._capacity = layout.prompt_length + grammar.max_length
         self._decoder = ServingDecoder(backbone, layout.positions)
         self._body = backbone.embed(torch.cat((layout.body, self._opening)))[None]
-        head = backbone.head
-        self._heads = [
-            (head.weight[level.tokens], None if head.bias is None else head.bias[level.tokens])
-            for level in self._levels
-        ]
+        self._heads = [backbone.head.weight[level.tokens] for level in self._levels]
         self._prefix = self._decoder.cache(1, len(layout.prefix))
         if len(layout.prefix):
             self._decoder(backbone.embed(layout.prefix)[None], self._prefix)
@@ -125,7 +121,7 @@ class Decoder:
         action = torch.zeros(batch, self._action_dim, device=hidden.device)
         answer = [self._opening.expand(batch, -1)]
         for i, (level, head) in enumerate(zip(self._levels, self._heads, strict=True)):
-            scores = F.linear(hidden[:, -1], *head).float()
+            scores = F.linear(hidden, head).float()
             if noise is not None:
                 scores = scores / temperature + noise[:, i, : scores.shape[1]]
             choice = scores.masked_fill_(~level.allowed[state], -torch.inf).argmax(1)

@@ -115,7 +115,8 @@ def build_tokenizer():
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    corpus = [f"user\n{default_prompt(dim, decimals)} assistant" for dim in (1, 2, 3) for decimals in (1, 2)]
+    prompts = [default_prompt(dim, decimals) for dim in (1, 2, 3) for decimals in (1, 2)]
+    corpus = ["user\n", "assistant", *prompts] * 2
     tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in ANSWER_TOKENS])
     tokenizer.add_special_tokens([AddedToken(piece, special=True) for piece in SPECIAL_TOKENS])

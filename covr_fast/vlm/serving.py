@@ -85,31 +85,29 @@ class ServingDecoder:
         image_at: Tensor | None = None,
         image: ImageFeatures | None = None,
     ) -> Tensor:
-        """Hidden states [B, n, D] of embeddings `x` [B, n, D] behind what `cache` holds; it grows by n."""
+        """The hidden state [B, D] after the last of embeddings `x` [B, n, D] behind what `cache` holds.
+
+        The cache grows by n. The last layer attends and computes for the last position only.
+        """
         begin, count = cache.length, x.shape[1]
         end = cache.length = begin + count
         cos, sin = self._cos[:, :, begin:end], self._sin[:, :, begin:end]
-        mask = self._mask(count, begin)
         if image_at is not None and image is not None:
             x = x.index_copy(1, image_at, image.tokens.to(x.dtype))
         for i, layer in enumerate(self._layers):
-            x = x + self._attend(layer, layer.input_norm(x), cache.layers[i], begin, cos, sin, mask)
+            first = count - 1 if i + 1 == len(self._layers) else 0
+            attended = self._attend(layer, layer.input_norm(x), cache.layers[i], begin, first, cos, sin)
+            x = x[:, first:] + attended
             gate, up = layer.gate_up(layer.mlp_norm(x)).chunk(2, -1)
             x = x + layer.down(layer.activation(gate) * up)
             if image_at is not None and image is not None and i < len(image.deep):
                 x = x.index_add(1, image_at, image.deep[i].to(x.dtype))
-        return self._norm(x)
+        return self._norm(x[:, -1])
 
     def _attend(
-        self,
-        layer: _Layer,
-        x: Tensor,
-        held: Tensor,
-        begin: int,
-        cos: Tensor,
-        sin: Tensor,
-        mask: Tensor | None,
+        self, layer: _Layer, x: Tensor, held: Tensor, begin: int, first: int, cos: Tensor, sin: Tensor
     ) -> Tensor:
+        """Attention output of the positions from `first` on; the keys and values of all go to `held`."""
         batch, count, _ = x.shape
         kv, groups = self._kv_heads, self._groups
         qkv = layer.qkv(x).view(batch, count, -1, self._dim).transpose(1, 2)
@@ -124,7 +122,9 @@ class ServingDecoder:
         held[0, :, :, begin:end] = k
         held[1, :, :, begin:end] = qkv[:, queries + kv :]
         # Heads that share keys become further queries of one head, so keys need not be repeated.
-        q = q.reshape(batch, kv, groups * count, self._dim)
+        count -= first
+        q = q[:, :, first:].reshape(batch, kv, groups * count, self._dim)
+        mask = self._mask(count, end - count)
         out = F.scaled_dot_product_attention(
             q, held[0, :, :, :end], held[1, :, :, :end], attn_mask=mask, scale=self._scale
         )

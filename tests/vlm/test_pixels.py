@@ -8,7 +8,9 @@ from covr_fast.vlm.attention import choose_attention, segmented_sdpa
 
 @pytest.mark.parametrize("size", [(84, 84), (96, 96), (64, 64), (60, 84), (48, 48), (200, 120)])
 def test_pixels_equal_the_processors(shared_nano, size):
-    images = torch.randint(0, 256, (3, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(
+        0, 256, (3, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     ours = shared_nano.backbone.pixels(images)
     arrays = list(images.permute(0, 2, 3, 1).numpy())
     theirs = shared_nano.backbone.process(shared_nano.text, arrays)["pixel_values"]
@@ -16,7 +18,9 @@ def test_pixels_equal_the_processors(shared_nano, size):
     level = 1 / 255 / 0.25  # one step of a byte, in the processor's units
     difference = (ours - theirs).abs()
     assert difference.max() < 1.01 * level
-    assert (difference > 0.5 * level).float().mean() < 1e-2, "Pillow's fixed-point arithmetic rounds a few apart"
+    assert (difference > 0.5 * level).float().mean() < 1e-2, (
+        "Pillow's fixed-point arithmetic rounds a few apart"
+    )
     if size == (84, 84):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
