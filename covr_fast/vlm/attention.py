@@ -97,17 +97,17 @@ def segmented_sdpa(
     _, heads, total, dim = query.shape
     segments = cu_seq_lens_q.shape[0] - 1
     if segments * max_length_q == total:
-        parts = [x[0].unflatten(1, (segments, max_length_q)).transpose(0, 1) for x in (query, key, value)]
-        out = F.scaled_dot_product_attention(*parts, scale=scaling, dropout_p=dropout)
+        q, k, v = (x[0].unflatten(1, (segments, max_length_q)).transpose(0, 1) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(q, k, v, scale=scaling, dropout_p=dropout)
         return out.transpose(1, 2).reshape(1, total, heads, dim), None
 
     start, end = cu_seq_lens_q[:-1, None].long(), cu_seq_lens_q[1:, None].long()
     place = start + torch.arange(max_length_q, device=query.device)
     valid = place < end
     place = place.clamp(max=total - 1)
-    parts = [x[0][:, place].transpose(0, 1) for x in (query, key, value)]
+    q, k, v = (x[0][:, place].transpose(0, 1) for x in (query, key, value))
     out = F.scaled_dot_product_attention(
-        *parts, attn_mask=valid[:, None, None], scale=scaling, dropout_p=dropout
+        q, k, v, attn_mask=valid[:, None, None], scale=scaling, dropout_p=dropout
     )
     token = torch.arange(total, device=query.device)
     segment = torch.searchsorted(cu_seq_lens_q.long(), token, right=True) - 1

@@ -35,20 +35,20 @@ class ImageFeatures:
 
 
 class Backbone:
-    """A VLM whose image is one run of frames of equal size and whose positions simply count up.
+    """A VLM whose positions simply count up, such as LLaVA-1.5.
 
     Args:
         model: transformers' `...ForConditionalGeneration`, or a peft model around one.
         processor: its processor.
     """
 
-    model_types: ClassVar[tuple[str, ...]] = ("llava", "smolvlm")
+    model_types: ClassVar[tuple[str, ...]] = ("llava",)
     lora_targets: ClassVar[str] = (
         r".*(language_model|text_model)\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
     )
     """Regular expression of the linear layers that LoRA adapts: all of the language model's."""
 
-    def __init__(self, model: nn.Module, processor: Any) -> None:
+    def __init__(self, model: Any, processor: Any) -> None:
         self.model = model
         self.processor = processor
         self.tokenizer = processor.tokenizer
@@ -76,7 +76,7 @@ class Backbone:
         return self.model.get_base_model() if self.adapted else self.model
 
     @cached_property
-    def decoder(self) -> nn.Module:
+    def decoder(self) -> Any:
         """The language model: embeddings in, hidden states out."""
         return self.base.get_decoder()
 
@@ -110,7 +110,13 @@ class Backbone:
         """The conversation up to the answer. The task comes before the image, so that all frames share it."""
         content = [{"type": "text", "text": prompt}, {"type": "image"}]
         messages = [{"role": "user", "content": content}]
-        text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        # By the tokenizer: some processors would ask their video half, which is not loaded, for settings.
+        text = self.tokenizer.apply_chat_template(
+            messages,
+            chat_template=getattr(self.processor, "chat_template", None),
+            tokenize=False,
+            add_generation_prompt=True,
+        )
         if self.processor.image_token not in text:
             raise ValueError(
                 f"the chat template of {type(self.processor).__name__} puts no image token into {text!r}"
@@ -193,9 +199,9 @@ class Backbone:
 class QwenVL(Backbone):
     """Qwen2-VL and Qwen2.5-VL: any image size, rotary positions in three dimensions."""
 
-    model_types = ("qwen2_5_vl", "qwen2_vl")
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_5_vl", "qwen2_vl")
 
-    def __init__(self, model: nn.Module, processor: Any) -> None:
+    def __init__(self, model: Any, processor: Any) -> None:
         super().__init__(model, processor)
         self._pixels = PatchPixels(processor.image_processor)
         self._plan = lru_cache(maxsize=16)(self._make_plan)
@@ -224,8 +230,11 @@ class QwenVL(Backbone):
     def image_features(self, pixels: Tensor, batch: int, size: tuple[int, int]) -> ImageFeatures:
         grid, plan = self._plan(batch, size)
         out = self.tower(pixels.to(self.dtype), grid_thw=grid, **plan)
-        features = out.pooler_output
-        return ImageFeatures(features.reshape(batch, -1, features.shape[-1]))
+        tokens, *deep = (
+            x.reshape(batch, -1, x.shape[-1])
+            for x in (out.pooler_output, *(getattr(out, "deepstack_features", None) or ()))
+        )
+        return ImageFeatures(tokens, tuple(deep))
 
     def _embed_patches(self, patches: Tensor) -> Tensor:
         """The patch embedding, whose convolution has a stride of its kernel's size, as the product it is."""
@@ -244,7 +253,7 @@ class QwenVL(Backbone):
         config = self.tower.config
         grid = torch.tensor([[1, *self._pixels.grid(*size)]] * batch)
         lengths = get_vision_cu_seqlens(grid)
-        plan = {
+        plan: dict[str, Any] = {
             "cu_seqlens": lengths,
             "position_ids": get_vision_position_ids(grid, config.spatial_merge_size),
             "max_seqlen": int(lengths.diff().max()),
@@ -256,7 +265,58 @@ class QwenVL(Backbone):
         return grid, {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in plan.items()}
 
 
-BACKBONES: tuple[type[Backbone], ...] = (QwenVL, Backbone)
+class Qwen3VL(QwenVL):
+    """Qwen3-VL: learned positions in the vision tower, and image features that enter early decoder layers."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("qwen3_vl",)
+
+    def _make_plan(self, batch: int, size: tuple[int, int]) -> tuple[Tensor, dict[str, Any]]:
+        from transformers.vision_utils import get_vision_interpolation_indices_and_weights
+
+        tower = self.tower
+        grid, plan = super()._make_plan(batch, size)
+        indices, weights = get_vision_interpolation_indices_and_weights(
+            grid,
+            num_grid_per_side=tower.num_grid_per_side,
+            mode=tower.interpolation_mode,
+            align_corners=tower.interpolation_align_corners,
+            spatial_merge_size=tower.config.spatial_merge_size,
+        )
+        return grid, plan | {
+            "interp_indices": indices.to(self.device),
+            "interp_weights": weights.to(self.device),
+        }
+
+    def _decoder_arguments(
+        self, embeddings: Tensor, image_at: Tensor | None, image: ImageFeatures | None
+    ) -> dict[str, Any]:
+        if image_at is None or image is None:
+            return {}
+        where = torch.zeros(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
+        where[:, image_at] = True
+        deep = [x.to(embeddings.dtype).flatten(0, 1) for x in image.deep]
+        return {"visual_pos_masks": where, "deepstack_visual_embeds": deep}
+
+
+class SmolVLM(Backbone):
+    """SmolVLM2. A frame is shown as one image: cutting small frames into tiles would only add tokens."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("smolvlm",)
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        super().__init__(model, processor)
+        processor.image_processor.do_image_splitting = False
+
+    def process(self, text: str, images: list[Any]) -> Mapping[str, Tensor]:
+        return super().process(text, [[image] for image in images])
+
+    def pixels(self, images: Tensor) -> Tensor:
+        arrays = [[image] for image in images.permute(0, 2, 3, 1).cpu().numpy()]
+        out = self.processor.image_processor(images=arrays, return_tensors="pt")
+        return out["pixel_values"].to(self.device)
+
+
+BACKBONES: tuple[type[Backbone], ...] = (QwenVL, Qwen3VL, SmolVLM, Backbone)
 
 
 def backbone_class(model_type: str) -> type[Backbone]:

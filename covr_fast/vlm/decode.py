@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backbones import Backbone, ImageFeatures
-from .cache import DecodeCache, Prefix, RecordingCache
+from .cache import Prefix, RecordingCache
 from .grammar import ActionGrammar, Level
+from .serving import KeyValueCache, ServingDecoder
 
 
 @dataclass(frozen=True)
@@ -84,23 +85,22 @@ class Decoder:
     and nothing is read back by the host.
     """
 
+    @torch.no_grad()
     def __init__(self, backbone: Backbone, layout: Layout, grammar: ActionGrammar) -> None:
-        self.backbone = backbone
-        self.layout = layout
         device = backbone.device
+        self._backbone = backbone
+        self._layout = layout
         self._levels: list[Level] = [level.to(device) for level in grammar.levels]
         self._opening = grammar.opening.to(device)
         self._action_dim = grammar.action_dim
         self._capacity = layout.prompt_length + grammar.max_length
-        self._body = torch.cat((layout.body, self._opening))
-        self._masks: dict[tuple[int, int], Tensor] = {}
-        self._caches: dict[int, DecodeCache] = {}
-        with torch.no_grad():
-            self._prefix = record_prefix(backbone, layout)
-            head = backbone.head
-            self._heads = [head.weight[level.tokens] for level in self._levels]
-            self._biases = [None if head.bias is None else head.bias[level.tokens] for level in self._levels]
-            self._body_embeddings = backbone.embed(self._body)[None]
+        self._decoder = ServingDecoder(backbone, layout.positions)
+        self._body = backbone.embed(torch.cat((layout.body, self._opening)))[None]
+        self._heads = [backbone.head.weight[level.tokens] for level in self._levels]
+        self._prefix = self._decoder.cache(1, len(layout.prefix))
+        if len(layout.prefix):
+            self._decoder(backbone.embed(layout.prefix)[None], self._prefix)
+        self._caches: dict[int, KeyValueCache] = {}
 
     @torch.no_grad()
     def __call__(
@@ -115,48 +115,31 @@ class Decoder:
         """
         batch = image.tokens.shape[0]
         cache = self._cache(batch)
-        hidden = self._forward(self._body_embeddings.expand(batch, -1, -1), cache, image)
+        body = self._body.expand(batch, -1, -1)
+        hidden = self._decoder(body, cache, image_at=self._layout.image_at, image=image)
         state = torch.zeros(batch, dtype=torch.int64, device=hidden.device)
         action = torch.zeros(batch, self._action_dim, device=hidden.device)
         answer = [self._opening.expand(batch, -1)]
-        last = len(self._levels) - 1
-        for i, level in enumerate(self._levels):
-            scores = F.linear(hidden, self._heads[i], self._biases[i]).float()
+        for i, (level, head) in enumerate(zip(self._levels, self._heads, strict=True)):
+            scores = F.linear(hidden, head).float()
             if noise is not None:
                 scores = scores / temperature + noise[:, i, : scores.shape[1]]
             choice = scores.masked_fill_(~level.allowed[state], -torch.inf).argmax(1)
             action += level.gain[state, choice]
-            block = torch.cat((level.tokens[choice, None], level.forced.expand(batch, -1)), 1)
             state = level.next_state[state, choice]
+            block = torch.cat((level.tokens[choice, None], level.forced.expand(batch, -1)), 1)
             answer.append(block)
-            if i < last:
-                hidden = self._forward(self.backbone.embed(block), cache)
+            if i + 1 < len(self._levels):
+                hidden = self._decoder(self._backbone.embed(block), cache)
         return action, torch.cat(answer, 1)
 
-    def _forward(self, embeddings: Tensor, cache: DecodeCache, image: ImageFeatures | None = None) -> Tensor:
-        """The hidden state [B, D] after the last of `embeddings`."""
-        held, count = cache.get_seq_length(), embeddings.shape[1]
-        key = (count, held)
-        if key not in self._masks:
-            self._masks[key] = causal_mask(count, held, embeddings.dtype, embeddings.device)
-        hidden = self.backbone.hidden(
-            embeddings,
-            self.layout.span(held, held + count),
-            self._masks[key],
-            cache,
-            image_at=None if image is None else self.layout.image_at,
-            image=image,
-        )
-        cache.advance(count)
-        return hidden[:, -1]
-
-    def _cache(self, batch: int) -> DecodeCache:
+    def _cache(self, batch: int) -> KeyValueCache:
         """The cache for this batch size, its prefix in place. Two sizes are kept: full and last batches."""
-        if batch not in self._caches:
+        cache = self._caches.get(batch)
+        if cache is None:
             if len(self._caches) == 2:
                 del self._caches[next(iter(self._caches))]
-            prefix = self._prefix or self.backbone.empty_prefix()
-            self._caches[batch] = DecodeCache(prefix, batch, self._capacity)
-        cache = self._caches[batch]
-        cache.rewind()
+            cache = self._caches[batch] = self._decoder.cache(batch, self._capacity)
+            cache.begin_with(self._prefix)
+        cache.length = self._prefix.length
         return cache

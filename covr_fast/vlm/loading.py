@@ -59,38 +59,34 @@ def load_backbone(
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     attention = choose_attention(attention, device, dtype)
     options = {"dtype": dtype, "device": device, "attention": attention, "quantization": quantization}
-    if str(model) == "nano":
-        with tempfile.TemporaryDirectory() as directory, _quiet():
-            write_nano(directory, seed=seed)
-            backbone = _load_base(directory, **options)
-        backbone.base.name_or_path = backbone.base.config.name_or_path = "nano"  # the directory is gone
-        return backbone
-    _check_exists(model)
-    directory = Path(model)
-    if not (directory / ADAPTER_FILE).is_file():
-        return _load_base(str(model), **options)
-    settings = Settings.load(directory)
-    if settings is not None:
-        base, seed = settings.base, settings.seed
-    else:
-        base = json.loads((directory / ADAPTER_FILE).read_text())["base_model_name_or_path"]
-    backbone = load_backbone(
-        base, seed=seed, attention=attention, dtype=dtype, device=device, quantization=quantization
-    )
-    return _with_adapter(backbone, directory, base)
+    adapter = Path(model) / ADAPTER_FILE
+    if adapter.is_file():
+        settings = Settings.load(adapter.parent)
+        if settings is not None:
+            base, seed = settings.base, settings.seed
+        else:
+            base = json.loads(adapter.read_text())["base_model_name_or_path"]
+        return _with_adapter(_load_base(base, seed, **options), adapter.parent, base)
+    return _load_base(str(model), seed, **options)
 
 
-def _check_exists(model: str | Path) -> None:
-    """A hub id is `owner/name`; anything else that is not a directory is a mistyped path."""
-    text = str(model)
-    looks_like_path = isinstance(model, Path) or text.startswith((".", "/", "~")) or text.count("/") != 1
-    if not Path(model).is_dir() and looks_like_path:
-        raise FileNotFoundError(
-            f"no model directory at {text!r}; give 'nano', a checkpoint directory or a hub id"
-        )
+def _load_base(source: str, seed: int, **options: Any) -> Backbone:
+    """Full weights: nano, a directory or a hub id."""
+    if source != "nano":
+        # A hub id is `owner/name`; anything else that is not a directory is a mistyped path.
+        if not Path(source).is_dir() and (source.startswith((".", "/", "~")) or source.count("/") != 1):
+            raise FileNotFoundError(
+                f"no model directory at {source!r}; give 'nano', a checkpoint directory or a hub id"
+            )
+        return _load_checkpoint(source, **options)
+    with tempfile.TemporaryDirectory() as directory, _quiet():
+        write_nano(directory, seed=seed)
+        backbone = _load_checkpoint(directory, **options)
+    backbone.base.name_or_path = backbone.base.config.name_or_path = "nano"  # the directory is gone
+    return backbone
 
 
-def _load_base(
+def _load_checkpoint(
     source: str, *, dtype: torch.dtype, device: torch.device, attention: str, quantization: Any
 ) -> Backbone:
     from transformers import AutoConfig, AutoModelForImageTextToText
@@ -102,7 +98,7 @@ def _load_base(
     cls = backbone_class(config.model_type)
     processor = load_processor(source, config)
     with _quiet():
-        model = AutoModelForImageTextToText.from_pretrained(
+        model: Any = AutoModelForImageTextToText.from_pretrained(
             source,
             dtype=dtype,
             attn_implementation=attention,
@@ -136,10 +132,10 @@ def load_processor(source: str, config: Any) -> Any:
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
     with _quiet():
-        cls = PROCESSOR_MAPPING[type(config)]
+        cls: Any = PROCESSOR_MAPPING[type(config)]
         if "video_processor" not in cls.get_attributes():
             return AutoProcessor.from_pretrained(source)
-        parts = {
+        parts: dict[str, Any] = {
             "image_processor": AutoImageProcessor.from_pretrained(source),
             "tokenizer": AutoTokenizer.from_pretrained(source),
             "video_processor": None,
@@ -150,11 +146,11 @@ def load_processor(source: str, config: Any) -> Any:
         return _without_video(cls).from_args_and_dict(arguments, settings)
 
 
-def _without_video(cls: type) -> type:
+def _without_video(cls: Any) -> Any:
     def check_argument_for_proper_class(self: Any, name: str, argument: Any) -> Any:
         if name == "video_processor" and argument is None:
             return None
-        return cls.check_argument_for_proper_class(self, name, argument)  # type: ignore[attr-defined]
+        return cls.check_argument_for_proper_class(self, name, argument)
 
     return type(cls.__name__, (cls,), {"check_argument_for_proper_class": check_argument_for_proper_class})
 

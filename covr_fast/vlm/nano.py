@@ -15,8 +15,8 @@ CHAT_TEMPLATE = (
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
 )
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -80,7 +80,6 @@ def write_nano(directory: str | Path, *, seed: int) -> None:
         video_token_id=token("<|video_pad|>"),
         vision_start_token_id=token("<|vision_start|>"),
         vision_end_token_id=token("<|vision_end|>"),
-        initializer_range=INITIALIZER_RANGE,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -116,9 +115,8 @@ def build_tokenizer():
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    corpus = [
-        f"user\n{default_prompt(dim, decimals)}\nassistant\n" for dim in (1, 2, 3) for decimals in (1, 2)
-    ]
+    prompts = [default_prompt(dim, decimals) for dim in (1, 2, 3) for decimals in (1, 2)]
+    corpus = ["user\n", "assistant", *prompts] * 2
     tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in ANSWER_TOKENS])
     tokenizer.add_special_tokens([AddedToken(piece, special=True) for piece in SPECIAL_TOKENS])

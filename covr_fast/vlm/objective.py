@@ -87,6 +87,34 @@ class AnswerModel:
         return backbone.image_features(backbone.pixels(frames), len(frames), self.layout.size)
 
 
+class RoundImages:
+    """Image features of a round's samples by row, computed when asked for or, `cached`, once for the round.
+
+    Caching is exact where the vision tower is frozen. It holds the features of the samples with non-zero
+    weight: n x D numbers each.
+    """
+
+    def __init__(self, model: AnswerModel, samples: Samples, *, cached: bool, micro_batch: int) -> None:
+        self._model = model
+        self._samples = samples
+        self._cache: ImageFeatures | None = None
+        if cached:
+            rows = (samples.weights > 0).nonzero()[:, 0]
+            self._place = torch.full((len(samples.weights),), -1)
+            self._place[rows] = torch.arange(len(rows))
+            with torch.no_grad():
+                parts = [model.image(samples.frames[part]) for part in rows.split(micro_batch)]
+            deep = zip(*(part.deep for part in parts), strict=True)
+            self._cache = ImageFeatures(
+                torch.cat([part.tokens for part in parts]), tuple(map(torch.cat, deep))
+            )
+
+    def __call__(self, rows: Tensor) -> ImageFeatures:
+        if self._cache is None:
+            return self._model.image(self._samples.frames[rows])
+        return self._cache.rows(self._place[rows].to(self._cache.tokens.device))
+
+
 def weighted_loss(
     model: AnswerModel,
     samples: Samples,
@@ -110,7 +138,9 @@ def weighted_loss(
 
 
 @torch.no_grad()
-def mean_nll(model: AnswerModel, samples: Samples, rows: Tensor, micro_batch: int) -> float:
+def mean_nll(
+    model: AnswerModel, samples: Samples, rows: Tensor, images: RoundImages, micro_batch: int
+) -> float:
     """Weighted mean of -log p over the answer tokens of `rows`, in nats per token; the held-out figure.
 
     Unlike Eq. 6 it divides by the weights, so that rounds with different returns can be compared.
@@ -119,7 +149,7 @@ def mean_nll(model: AnswerModel, samples: Samples, rows: Tensor, micro_batch: in
     weight = 0.0
     for part in samples.micro_batches(rows, micro_batch):
         labels = samples.labels[part].to(total.device)
-        hidden = model.hidden(model.image(samples.frames[part]), samples.answers[part])
+        hidden = model.hidden(images(part), samples.answers[part])
         logits = F.linear(hidden, model.backbone.head.weight).float()
         nll = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="none").sum(1)
         total += (nll * samples.weights[part].to(total.device)).sum()

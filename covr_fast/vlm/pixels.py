@@ -53,8 +53,7 @@ class PatchPixels:
         batch, channels, height, width = images.shape
         size = self.resized(height, width)
         if size != (height, width):
-            resized = F.interpolate(images.float(), size, mode="bicubic", antialias=True)
-            images = resized.round_().clamp_(0, 255).byte()
+            images = _resize(_resize(images, (height, size[1])), size)
         rows, columns = size[0] // self.patch, size[1] // self.patch
         m, p = self.merge, self.patch
         blocks = images.reshape(batch, channels, rows // m, m, p, columns // m, m, p)
@@ -68,3 +67,9 @@ class PatchPixels:
         blocks.mul_(1 / (255 * std)).sub_(mean / std)
         # A still image is repeated to fill the temporal patch.
         return blocks.expand(-1, -1, self.frames, -1, -1).reshape(len(blocks), -1)
+
+
+def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """One pass of Pillow's resampling: it rounds and clips to bytes after the width and after the height."""
+    resized = F.interpolate(images.float(), size, mode="bicubic", antialias=True)
+    return resized.round_().clamp_(0, 255).byte()

@@ -4,12 +4,12 @@ import copy
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .backbones import Backbone
 
 
-def trainable(model: nn.Module) -> list[nn.Parameter]:
+def trainable(model: nn.Module) -> list[Tensor]:
     """The weights that fine-tuning changes, in a fixed order."""
     return [p for p in model.parameters() if p.requires_grad]
 

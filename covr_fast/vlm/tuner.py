@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .objective import AnswerModel, Samples, mean_nll, weighted_loss
+from .objective import AnswerModel, RoundImages, Samples, mean_nll, weighted_loss
 from .prior import ActionPrior
 from .replica import add_lora, copy_weights, make_replica, trainable
 
@@ -243,13 +243,19 @@ class VLMTuner:
         total = min(per_epoch * config.epochs, config.max_steps or per_epoch * config.epochs)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._curve(step, total))
 
-        before = best = mean_nll(model, samples, held, config.micro_batch)
+        images = RoundImages(
+            model,
+            samples,
+            cached=config.cache_image_features and config.mode == "lora",
+            micro_batch=config.micro_batch,
+        )
+        before = best = mean_nll(model, samples, held, images, config.micro_batch)
         start = best_weights = [w.detach().clone() for w in weights]
         steps = 0
         while steps < total:
             order = training[torch.randperm(len(training), generator=generator)]
             for rows in order.split(config.batch_size)[: total - steps]:
-                if not self._backward(model, samples, rows):
+                if not self._backward(model, samples, rows, images):
                     self._restore(weights, start)
                     return None
                 nn.utils.clip_grad_norm_(weights, config.max_grad_norm)
@@ -257,7 +263,7 @@ class VLMTuner:
                 optimizer.zero_grad(set_to_none=True)
                 schedule.step()
                 steps += 1
-            loss = mean_nll(model, samples, held, config.micro_batch)
+            loss = mean_nll(model, samples, held, images, config.micro_batch)
             if loss < best or len(held) == 0:
                 best, best_weights = loss, [w.detach().clone() for w in weights]
         self._restore(weights, best_weights)
@@ -284,14 +290,14 @@ class VLMTuner:
         training[held] = False
         return held, training.nonzero()[:, 0]
 
-    def _backward(self, model: AnswerModel, samples: Samples, rows: Tensor) -> bool:
+    def _backward(self, model: AnswerModel, samples: Samples, rows: Tensor, images: RoundImages) -> bool:
         """Accumulates the gradient of Eq. 6 over the batch `rows`; False if a stop was asked for."""
         valid = samples.valid_tokens(rows)
         for part in samples.micro_batches(rows, self.config.micro_batch):
             if self._stop.is_set():
                 return False
-            image = model.image(samples.frames[part])
-            weighted_loss(model, samples, part, image, valid, self.config.label_smoothing).backward()
+            smoothing = self.config.label_smoothing
+            weighted_loss(model, samples, part, images(part), valid, smoothing).backward()
         return True
 
     def _curve(self, step: int, total: int) -> float:
@@ -303,7 +309,7 @@ class VLMTuner:
 
     @staticmethod
     @torch.no_grad()
-    def _restore(weights: list[nn.Parameter], values: list[Tensor]) -> None:
+    def _restore(weights: list[Tensor], values: list[Tensor]) -> None:
         torch._foreach_copy_(weights, values)
 
     def _check(self, frames: Tensor, actions: Tensor, returns: Tensor) -> None:

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from covr_fast.vlm import ActionPrior
-from covr_fast.vlm.decode import Decoder
 from covr_fast.vlm.nano import write_nano
 from covr_fast.vlm.prompt import parse_action
+from covr_fast.vlm.serving import ServingDecoder
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -87,13 +87,13 @@ def test_a_call_costs_one_forward_per_choice(shared_nano, frames, monkeypatch):
     prior = shared_nano
     prior(frames)
     lengths = []
-    forward = Decoder._forward
+    forward = ServingDecoder.__call__
 
-    def counting(self, embeddings, *arguments):
-        lengths.append(embeddings.shape[1])
-        return forward(self, embeddings, *arguments)
+    def counting(self, x, *arguments, **options):
+        lengths.append(x.shape[1])
+        return forward(self, x, *arguments, **options)
 
-    monkeypatch.setattr(Decoder, "_forward", counting)
+    monkeypatch.setattr(ServingDecoder, "__call__", counting)
     prior(frames)
     layout, levels = prior.layout((84, 84)), prior.grammar.levels
     body = len(layout.body) + len(prior.grammar.opening)

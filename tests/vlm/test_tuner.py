@@ -12,7 +12,7 @@ from covr_fast import ops
 from covr_fast.vlm import ActionPrior, TunerConfig, VLMTuner
 from covr_fast.vlm.decode import causal_mask
 from covr_fast.vlm.loading import load_backbone
-from covr_fast.vlm.objective import IGNORE, AnswerModel, Samples, mean_nll, weighted_loss
+from covr_fast.vlm.objective import IGNORE, AnswerModel, RoundImages, Samples, mean_nll, weighted_loss
 
 QUICK = TunerConfig(
     mode="full",
@@ -296,6 +296,29 @@ def test_lora_trains_adapters_only_and_saves_in_pefts_format(tmp_path):
             assert torch.equal(parameter, ours[name])
 
 
+def test_cached_image_features_change_nothing(monkeypatch):
+    frames, actions = colours(30)
+    weights, calls = [], []
+    image = AnswerModel.image
+
+    def counting(self, frames):
+        calls[-1] += len(frames)
+        return image(self, frames)
+
+    monkeypatch.setattr(AnswerModel, "image", counting)
+    for cached in (False, True):
+        calls.append(0)
+        prior = ActionPrior.from_pretrained("nano", action_dim=2, device="cpu")
+        options = {"mode": "lora", "lora_rank": 4, "cache_image_features": cached}
+        tuner = VLMTuner(prior, TunerConfig(**(vars(QUICK) | options)))
+        tuner.start(frames, actions, torch.linspace(0, 1, 30))
+        tuner.publish()
+        weights.append([p.detach().clone() for p in prior.backbone.model.parameters()])
+    for a, b in zip(*weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert calls[1] == 15 < calls[0]
+
+
 def test_an_adapter_of_another_base(tmp_path):
     prior = ActionPrior.from_pretrained("nano", action_dim=2, device="cpu")
     VLMTuner(prior, TunerConfig(mode="lora", lora_rank=4))
@@ -342,5 +365,7 @@ def test_mean_nll_is_per_token(nano):
     model = answer_model(nano)
     rows = torch.arange(3)
     loss = weighted_loss(model, samples, rows, model.image(frames), samples.valid_tokens(rows), 0.0)
-    assert mean_nll(model, samples, rows, 2) == pytest.approx(loss.item(), rel=1e-5)
+    assert mean_nll(
+        model, samples, rows, RoundImages(model, samples, cached=False, micro_batch=2), 2
+    ) == pytest.approx(loss.item(), rel=1e-5)
     assert ops.return_weights(torch.ones(3)).tolist() == [1, 1, 1]

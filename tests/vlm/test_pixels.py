@@ -1,0 +1,60 @@
+"""The batched image path against the processor's own."""
+
+import pytest
+import torch
+
+from covr_fast.vlm.attention import choose_attention, segmented_sdpa
+
+
+@pytest.mark.parametrize("size", [(84, 84), (96, 96), (64, 64), (60, 84), (48, 48), (200, 120)])
+def test_pixels_equal_the_processors(shared_nano, size):
+    images = torch.randint(
+        0, 256, (3, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    ours = shared_nano.backbone.pixels(images)
+    arrays = list(images.permute(0, 2, 3, 1).numpy())
+    theirs = shared_nano.backbone.process(shared_nano.text, arrays)["pixel_values"]
+    assert ours.shape == theirs.shape
+    level = 1 / 255 / 0.25  # one step of a byte, in the processor's units
+    difference = (ours - theirs).abs()
+    assert difference.max() < 1.01 * level
+    assert (difference > 0.5 * level).float().mean() < 1e-2, (
+        "Pillow's fixed-point arithmetic rounds a few apart"
+    )
+    if size == (84, 84):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("lengths", [[5, 5, 5], [3, 7, 1, 4]])
+def test_segmented_attention_is_attention_per_segment(lengths):
+    generator = torch.Generator().manual_seed(0)
+    total = sum(lengths)
+    q, k, v = (torch.randn(1, 2, total, 8, generator=generator, requires_grad=True) for _ in range(3))
+    ends = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    out, _ = segmented_sdpa(
+        torch.nn.Module(), q, k, v, None, cu_seq_lens_q=ends, max_length_q=max(lengths), scaling=0.3
+    )
+    parts = [x.split(lengths, 2) for x in (q, k, v)]
+    attend = torch.nn.functional.scaled_dot_product_attention
+    expected = torch.cat([attend(*p, scale=0.3) for p in zip(*parts, strict=True)], 2).transpose(1, 2)
+    torch.testing.assert_close(out, expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(out.square().sum(), (q, k, v)),
+        torch.autograd.grad(expected.square().sum(), (q, k, v)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_auto_takes_sdpa_on_the_cpu_and_says_why(caplog):
+    with caplog.at_level("INFO", logger="covr_fast.vlm.attention"):
+        assert choose_attention("auto", torch.device("cpu"), torch.float32) == "sdpa"
+    assert "flash_attention_4: the device is cpu" in caplog.text
+
+
+def test_eager_attention_gives_the_same_answers(shared_nano, frames):
+    from covr_fast.vlm import ActionPrior
+
+    eager = ActionPrior.from_pretrained("nano", action_dim=2, attention="eager", device="cpu")
+    assert torch.equal(eager.reference(frames).token_ids, shared_nano(frames).token_ids)
+    assert torch.equal(eager(frames).token_ids, shared_nano(frames).token_ids)

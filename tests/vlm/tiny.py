@@ -1,0 +1,189 @@
+"""Tiny random checkpoints of every supported architecture, written to disk by their own classes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+)
+
+from covr_fast.vlm.nano import CHAT_TEMPLATE, SPECIAL_TOKENS, write_nano
+
+ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.15,
+}
+SMOL_TEMPLATE = (
+    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}: "
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+LLAVA_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] | upper }}: "
+    "{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }} {% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def tokenizer(template: str, special: tuple[str, ...], end: str) -> PreTrainedTokenizerFast:
+    """Bytes and single digits, as the tokenizers of these models have them."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(alphabet)}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([AddedToken(piece, special=True) for piece in (*special, "<pad>")])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, eos_token=end, pad_token="<pad>", chat_template=template
+    )
+
+
+def _save(directory: Path, model_class: Any, config: Any, words: Any, files: dict[str, dict]) -> None:
+    config.text_config.vocab_size = len(words)
+    config.text_config.pad_token_id = words.pad_token_id
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = model_class(config)
+    model.generation_config.eos_token_id = words.eos_token_id
+    model.generation_config.pad_token_id = words.pad_token_id
+    model.save_pretrained(directory)
+    words.save_pretrained(directory)
+    for name, content in files.items():
+        (directory / name).write_text(json.dumps(content))
+
+
+def write_qwen2_5_vl(directory: Path) -> None:
+    write_nano(directory, seed=0)
+
+
+def _write_qwen(
+    directory: Path, model_class: Any, config_class: Any, vision: dict, rope: dict, image: dict
+) -> None:
+    words = tokenizer(CHAT_TEMPLATE, SPECIAL_TOKENS, "<|im_end|>")
+    at = words.convert_tokens_to_ids
+    config = config_class(
+        vision_config={"depth": 3, "num_heads": 4, "initializer_range": 0.2} | vision,
+        text_config=TEXT | {"rope_parameters": ROPE | rope},
+        image_token_id=at("<|image_pad|>"),
+        video_token_id=at("<|video_pad|>"),
+        vision_start_token_id=at("<|vision_start|>"),
+        vision_end_token_id=at("<|vision_end|>"),
+        tie_word_embeddings=True,
+    )
+    pixels = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "size": {"shortest_edge": 56 * 56, "longest_edge": 112 * 112},
+        "merge_size": 2,
+        "temporal_patch_size": 2,
+    }
+    _save(directory, model_class, config, words, {"preprocessor_config.json": pixels | image})
+
+
+def write_qwen2_vl(directory: Path) -> None:
+    vision = {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2, "patch_size": 14}
+    rope = {"mrope_section": [2, 3, 3]}
+    _write_qwen(directory, Qwen2VLForConditionalGeneration, Qwen2VLConfig, vision, rope, {"patch_size": 14})
+
+
+def write_qwen3_vl(directory: Path) -> None:
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "out_hidden_size": 64,
+        "patch_size": 16,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0, 1],
+    }
+    rope = {"mrope_section": [3, 3, 2], "mrope_interleaved": True}
+    mean = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "patch_size": 16}
+    _write_qwen(directory, Qwen3VLForConditionalGeneration, Qwen3VLConfig, vision, rope, mean)
+
+
+def write_smolvlm(directory: Path) -> None:
+    special = ("<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<global-img>", "<image>")
+    words = tokenizer(SMOL_TEMPLATE, special, "<end_of_utterance>")
+    config = SmolVLMConfig(
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 64,
+            "patch_size": 8,
+            "initializer_range": 0.2,
+        },
+        text_config=LlamaConfig(**TEXT, rope_parameters=ROPE),
+        image_token_id=words.convert_tokens_to_ids("<image>"),
+        scale_factor=4,
+    )
+    pixels = {
+        "image_processor_type": "SmolVLMImageProcessor",
+        "size": {"longest_edge": 128},
+        "max_image_size": {"longest_edge": 64},
+    }
+    files = {
+        "preprocessor_config.json": pixels,
+        "processor_config.json": {"processor_class": "SmolVLMProcessor", "image_seq_len": 4},
+    }
+    _save(directory, SmolVLMForConditionalGeneration, config, words, files)
+
+
+def write_llava(directory: Path) -> None:
+    words = tokenizer(LLAVA_TEMPLATE, ("<s>", "</s>", "<image>"), "</s>")
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            image_size=56,
+            patch_size=14,
+            projection_dim=32,
+            initializer_range=0.2,
+        ),
+        text_config=LlamaConfig(**TEXT, rope_parameters=ROPE),
+        image_token_index=words.convert_tokens_to_ids("<image>"),
+    )
+    pixels = {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": 56},
+        "crop_size": {"height": 56, "width": 56},
+    }
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "patch_size": 14,
+        "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": "default",
+    }
+    files = {"preprocessor_config.json": pixels, "processor_config.json": processor}
+    _save(directory, LlavaForConditionalGeneration, config, words, files)
+
+
+WRITERS = {
+    "qwen2_5_vl": write_qwen2_5_vl,
+    "qwen2_vl": write_qwen2_vl,
+    "qwen3_vl": write_qwen3_vl,
+    "smolvlm": write_smolvlm,
+    "llava": write_llava,
+}
