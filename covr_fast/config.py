@@ -201,9 +201,9 @@ def _car_racing() -> TrainConfig:
         warmup=2_000,
         steps_per_update=6,
         env=EnvConfig(height=64, width=64, max_episode_steps=400),
-        agent=SACConfig(channels=(16, 32, 32), strides=(3, 2, 2), latent=64, hidden=256, prior_weight=2.0),
+        agent=SACConfig(channels=(16, 32, 32), strides=(3, 2, 2), latent=64, hidden=256, prior_weight=0.25),
         replay=ReplayConfig(capacity=32_000, batch_size=128, n_step=3, gamma=0.98),
-        tuner=TunerConfig(mode="full", learning_rate=1e-3, epochs=6, batch_size=32, micro_batch=32),
+        tuner=TunerConfig(mode="full", learning_rate=3e-3, epochs=12, batch_size=64, micro_batch=32),
         covr=COVRConfig(psi_0=3000, cold_start=2),
     )
 

@@ -294,14 +294,9 @@ class Trainer:
             self.log.say(f"the filter kept {len(indices)} samples: nothing to fine-tune on in this round")
             return None
         frames = vlm_view(self.config, cast(Tensor, self.buffer.frames(indices)))
-        # The simulator is idle while this waits, so the VLM may have every core.
-        torch.set_num_threads(os.cpu_count() or 1)
-        try:
-            self.tuner.start(frames, self.buffer.actions(indices), returns)
-            report = self.tuner.poll()
-            self.tuner.publish()
-        finally:
-            torch.set_num_threads(self.threads)
+        self.tuner.start(frames, self.buffer.actions(indices), returns)
+        report = self.tuner.poll()
+        self.tuner.publish()
         return report
 
     def _policy_entropy(self, indices: Tensor) -> float:
