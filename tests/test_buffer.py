@@ -525,3 +525,20 @@ def test_constructor_errors(options, message):
     given = {"capacity": 10, "num_envs": 1, "obs_shape": (9, 4, 4), "action_shape": (1,)} | options
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         ReplayBuffer(given.pop("capacity"), **given)
+
+
+@pytest.mark.parametrize("what", ["reward", "action", "obs", "next_obs"])
+def test_a_value_that_is_not_finite_is_refused_and_nothing_is_added(what):
+    buffer = ReplayBuffer(20, num_envs=2, obs_shape=(3,), action_shape=(1,))
+    rows = {
+        "obs": np.zeros((2, 3), np.float32),
+        "action": np.zeros((2, 1), np.float32),
+        "reward": np.zeros(2, np.float32),
+        "next_obs": np.zeros((2, 3), np.float32),
+        "terminated": np.zeros(2, bool),
+        "truncated": np.zeros(2, bool),
+    }
+    rows[what][1] = np.nan
+    with pytest.raises(ValueError, match=rf"{what} is NaN or infinite in rows \[1\]"):
+        buffer.add(**rows)
+    assert len(buffer) == 0

@@ -188,7 +188,8 @@ class ReplayBuffer:
             int64 [E], the ids of the new transitions.
 
         Raises:
-            ValueError: rows of the wrong shape or dtype; or an observation that contradicts its stream, in
+            ValueError: rows of the wrong shape or dtype; a reward, action or observation that is NaN or
+                infinite; or an observation that contradicts its stream, in
                 which case nothing was added. Stacks are compared in full where frames are small (at most 4
                 KiB) and at episode starts and ends, and by one stretch of 256 bytes in eight in between,
                 other ones each step.
@@ -198,11 +199,11 @@ class ReplayBuffer:
         rows = (
             self._observation_rows(obs, "obs"),
             self._observation_rows(next_obs, "next_obs"),
-            _rows(reward, np.float32),
+            _finite(_rows(reward, np.float32), "reward"),
             _flags(terminated, "terminated"),
             _flags(truncated, "truncated"),
             [
-                _rows(action, self._numpy_types["action"]),
+                _finite(_rows(action, self._numpy_types["action"]), "action"),
                 *(_rows(extras[name], self._numpy_types[name]) for name in self._extras),
             ],
             None if env_ids is None else _rows(env_ids, np.int64),
@@ -710,7 +711,16 @@ def _checked_rows(value: Rows, key: KeySpec, what: str) -> np.ndarray:
         if key.dtype == torch.uint8 or array.dtype.kind not in "fiub":
             raise ValueError(f"{what} has dtype {array.dtype}: it must be {expected} (see obs_dtype)")
         array = array.astype(expected)
+    _finite(array, what)
     return array if array[:1].flags.c_contiguous else np.ascontiguousarray(array)
+
+
+def _finite(array: np.ndarray, what: str) -> np.ndarray:
+    """The array, if all of it is finite: one NaN in the buffer would end in every network."""
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        rows = np.unique(np.argwhere(~np.isfinite(array))[:, 0])[:5].tolist()
+        raise ValueError(f"{what} is NaN or infinite in rows {rows}: nothing was added; mend the environment")
+    return array
 
 
 def _index(index: Rows) -> Tensor:
