@@ -422,6 +422,25 @@ def _fake_linear_cross_entropy(
     )
 
 
+# gradient * upstream: not in place, since the graph may be walked again, and an operator of its own only for
+# the memory that a head's gradient needs.
+library.define("scale_gradient(Tensor gradient, Tensor upstream) -> Tensor")
+
+
+def _scale_gradient(gradient: Tensor, upstream: Tensor) -> Tensor:
+    scaled = empty(gradient.shape, gradient.dtype, gradient.device)
+    return torch.mul(gradient, upstream.to(gradient.dtype), out=scaled)
+
+
+for _device in ("CPU", "CUDA"):
+    library.impl("scale_gradient", _scale_gradient, _device)
+
+
+@torch.library.register_fake("covr_fast::scale_gradient", lib=library)
+def _fake_scale_gradient(gradient: Tensor, upstream: Tensor) -> Tensor:
+    return torch.empty_like(gradient)
+
+
 def _save_linear_cross_entropy(ctx, inputs, output):
     ctx.save_for_backward(*output[1:])
     ctx.hidden_needs_gradient, ctx.head_needs_gradient = inputs[5:7]
@@ -430,8 +449,8 @@ def _save_linear_cross_entropy(ctx, inputs, output):
 def _differentiate_linear_cross_entropy(ctx, upstream, *_):
     hidden_gradient, head_gradient = ctx.saved_tensors
     return (
-        hidden_gradient * upstream.to(hidden_gradient.dtype) if ctx.hidden_needs_gradient else None,
-        head_gradient * upstream.to(head_gradient.dtype) if ctx.head_needs_gradient else None,
+        torch.ops.covr_fast.scale_gradient(hidden_gradient, upstream) if ctx.hidden_needs_gradient else None,
+        torch.ops.covr_fast.scale_gradient(head_gradient, upstream) if ctx.head_needs_gradient else None,
         *(None,) * 6,
     )
 

@@ -1,5 +1,7 @@
 """What every operation's tests share: the kernels of this machine and adversarial inputs."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
@@ -7,7 +9,7 @@ from hypothesis import settings
 from covr_fast import _C
 
 # Kernels compile and threads start on the first call, and CI machines are shared: no deadline per example.
-settings.register_profile("ops", deadline=None, max_examples=60)
+settings.register_profile("ops", deadline=None, max_examples=int(os.environ.get("COVR_EXAMPLES", "60")))
 settings.load_profile("ops")
 
 
