@@ -6,7 +6,6 @@ import torch
 
 from covr_fast.buffer import FineTuneView, ReplayBuffer
 
-pytest.importorskip("covr_fast.ops")
 
 
 def make(capacity=1000, num_envs=2) -> ReplayBuffer:
