@@ -7,7 +7,6 @@ import torch
 from covr_fast.buffer import FineTuneView, ReplayBuffer
 
 
-
 def make(capacity=1000, num_envs=2) -> ReplayBuffer:
     return ReplayBuffer(capacity, num_envs=num_envs, obs_shape=(1,), action_shape=(), seed=0)
 
