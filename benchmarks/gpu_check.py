@@ -3,10 +3,10 @@
     python benchmarks/gpu_check.py [--wheels DIR] [--out benchmarks/results/gpu.json]
 
 Builds the extension in place for the device at hand, runs every `needs_cuda` test with skipping forbidden,
-compute-sanitizer's memcheck and racecheck over the kernels' small tests, measures the ceilings (copy bandwidth,
-bfloat16 matrix products) and runs the CUDA rows of the benchmarks. With --wheels, what is missing is first
-installed from that folder, without an index. Writes one JSON file, whatever fails; exits with 1 if anything did.
-No benchmark runs on red tests.
+compute-sanitizer's memcheck and racecheck over the kernels' small tests, measures the ceilings (copy
+bandwidth, bfloat16 matrix products) and runs the CUDA rows of the benchmarks. With --wheels, what is missing
+is first installed from that folder, without an index. Writes one JSON file, whatever fails; exits with 1 if
+anything did. No benchmark runs on red tests.
 """
 
 import argparse
@@ -97,7 +97,6 @@ def ceilings() -> dict[str, float]:
     source = torch.ones(2**28, device="cuda")
     target = torch.empty_like(source)
     copy = 2 * source.nbytes / best(lambda: target.copy_(source))
-    del source, target
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     product = 2 * 8192**3 / best(lambda: a @ b)
     return {"copy_bytes_per_second": copy, "bf16_product_flops": product}
