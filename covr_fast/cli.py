@@ -92,10 +92,13 @@ def _train(arguments: list[str]) -> int:
     out = parsed.resume or _new_run_folder(parsed.out, f"{name}-seed{config.seed}")
 
     from rich.console import Console
+    from transformers.utils.logging import disable_progress_bar
 
     from .report import print_summary
     from .trainer import Trainer
 
+    # The run has a progress display of its own; transformers' bars would break into it.
+    disable_progress_bar()
     trainer = Trainer(config, out, resume=parsed.resume is not None)
     print(f"{PRESETS[name].summary}; seed {config.seed}, on {trainer.device}, into {out}", flush=True)
     summary = trainer.run()

@@ -125,8 +125,9 @@ class RunLogger:
         if self._pace is None:
             self._pace = (step, elapsed)
         since_step, since = self._pace
-        left = (elapsed - since) * (self._total - step) / max(step - since_step, 1)
-        self.console.print(f"{step:>8}/{self._total} steps  {elapsed:5.0f} s  ETA {left:4.0f} s  {text}")
+        done = step - since_step
+        left = f"{(elapsed - since) * (self._total - step) / done:.0f}" if done else "?"
+        self.console.print(f"{step:>8}/{self._total} steps  {elapsed:5.0f} s  ETA {left:>4} s  {text}")
 
     def say(self, text: str) -> None:
         """A line that stays, above the bar."""
