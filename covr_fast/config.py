@@ -197,16 +197,16 @@ class Preset:
 def _car_racing() -> TrainConfig:
     """Ten minutes on two CPU cores; what was tried on the way to it is in docs/carracing.md."""
     return TrainConfig(
-        steps=36_000,
+        steps=28_000,
         warmup=2_000,
         steps_per_update=4,
         env=EnvConfig(height=56, width=56, grayscale=True, max_episode_steps=400),
         agent=SACConfig(channels=(16, 32, 32), strides=(3, 2, 2), latent=64, hidden=256, prior_weight=0.25),
-        replay=ReplayConfig(capacity=36_000, batch_size=128, n_step=3, gamma=0.98),
+        replay=ReplayConfig(capacity=28_000, batch_size=128, n_step=3, gamma=0.98),
         tuner=TunerConfig(
             mode="full", learning_rate=3e-3, epochs=20, max_steps=400, batch_size=64, micro_batch=32
         ),
-        covr=COVRConfig(psi_0=3000, cold_start=2, horizon=20),
+        covr=COVRConfig(psi_0=2500, cold_start=2, horizon=20),
     )
 
 

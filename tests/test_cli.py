@@ -23,6 +23,7 @@ TINY = {
     "covr.min-samples": 4,
     "eval.episodes": 2,
     "vlm.every": 3,
+    "tuner.max-steps": 4,
 }
 
 

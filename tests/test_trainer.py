@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from covr_fast.errors import UserError
 
 def small_config(**changes) -> TrainConfig:
     config = TrainConfig.preset("carracing")
-    config.steps, config.warmup, config.steps_per_update, config.log_every = 160, 48, 8, 40
+    config.steps, config.warmup, config.steps_per_update, config.log_every = 160, 32, 8, 40
     config.video = False
     config.threads = 1
     config.env.num_envs, config.env.batch_size, config.env.max_episode_steps = 4, 2, 40
@@ -21,6 +22,8 @@ def small_config(**changes) -> TrainConfig:
     config.agent.channels, config.agent.strides, config.agent.hidden = (8, 8), (4, 2), 32
     config.replay.batch_size, config.replay.capacity = 16, 400
     config.covr.psi_0, config.covr.min_samples, config.covr.cold_start = 50, 8, 1
+    config.covr.horizon = None
+    config.tuner = replace(config.tuner, epochs=2, max_steps=4)
     config.vlm.every = 5
     config.eval.episodes, config.eval.vlm = 2, False
     for name, value in changes.items():
@@ -53,7 +56,7 @@ def test_counts_add_up(finished):
     trainer, summary, _, guided = finished
     assert summary["steps"] == 160
     assert len(trainer.buffer) > 0
-    assert summary["updates"] == (160 - 48) // 8 == len(guided)
+    assert summary["updates"] == (160 - 32) // 8 == len(guided)
     assert summary["episodes"] == 160 // 10
     assert summary["frames"] == 160 * 4
     assert sum(summary["time_shares"].values()) == pytest.approx(1, abs=1e-6)
@@ -197,7 +200,7 @@ def test_an_interrupted_run_is_saved_and_continues(tmp_path):
         assert (a == b).all()
     summary = second.run()
     assert summary["steps"] == 100
-    assert summary["updates"] == (100 - 48) // 8
+    assert summary["updates"] == (100 - 32) // 8
     steps = [m["step"] for m in read_metrics(tmp_path)]
     assert steps == sorted(steps)
 
