@@ -69,6 +69,8 @@ class Trainer:
         self.device = _device(config.device)
         # The simulator keeps a core of its own: two pools on the same cores wait for each other.
         self.threads = config.threads or max(1, (os.cpu_count() or 2) - config.env.num_threads)
+        # Before anything is computed: even the initial weights depend on it, through the order of sums.
+        torch.set_num_threads(self.threads)
         saved = load_checkpoint(self.out) if resume else None
         self.step = saved.counters["step"] if saved else 0
         # A resumed run goes on with new episodes, so it must not repeat the ones it began with.
@@ -139,7 +141,6 @@ class Trainer:
         """
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
-        torch.set_num_threads(self.threads)
         with RunLogger(self.out, self.config.steps, start=self.step) as self.log, self.envs:
             self.clock = self.log.clock
             with self.clock("evaluation"):
