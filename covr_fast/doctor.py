@@ -88,4 +88,4 @@ def print_diagnosis(d: dict[str, Any]) -> None:
         table.add_row(f"{name} (optional)", version or f"missing: {OPTIONAL[name]}")
     table.add_section()
     table.add_row("covr-fast train", "ready" if d["ready_to_train"] else "not ready, see above")
-    Console(highlight=False).print(table)
+    Console(highlight=False, markup=False).print(table)
