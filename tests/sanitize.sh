@@ -22,8 +22,9 @@ run() {  # sanitizers, runtime library, options variable, its value, pytest argu
   mkdir "$work/kernels" && cp -r kernels/triton "$work/kernels/" && cp setup.py "$work/"
   cp -r tests pyproject.toml "$work/"
   (cd "$work" && env LD_PRELOAD="$(g++ -print-file-name="$runtime") $(g++ -print-file-name=libstdc++.so)" \
-    "$variable=$options" PYTHONPATH="$work" PYTHONMALLOC=malloc COVR_EXAMPLES=10 \
-    "$python" -m pytest -q -p no:cacheprovider "$@")
+    "$variable=$options" PYTHONPATH="$work" PYTHONMALLOC=malloc \
+    COVR_EXAMPLES=10 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+    "$python" -m pytest -q -p no:cacheprovider -m "not needs_cuda" "$@")
   rm -rf "$work"
 }
 
