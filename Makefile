@@ -13,8 +13,14 @@ CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp kernels/cuda/*.h kernels/cuda/*.cuh 
 demo: $(VENV)/train.stamp
 	$(VENV)/bin/covr-fast train carracing
 
+# Triton's kernels run in its interpreter where there is no GPU; it has to be chosen before triton is imported.
 test: $(VENV)/dev.stamp
+	TRITON_INTERPRET=1 $(PY) -m pytest -q tests/ops/test_loss.py
 	$(PY) -m pytest
+
+# On a machine with a CUDA device: build, tests, sanitizers and benchmarks into one JSON.
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py
 
 lint: $(VENV)/dev.stamp
 	$(VENV)/bin/ruff check .
