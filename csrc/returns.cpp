@@ -14,7 +14,7 @@ namespace covr {
 namespace {
 
 constexpr int64_t kBlock = 256;      // columns whose running returns stay in registers and L1
-constexpr int64_t kFewColumns = 4;  // fewer are quicker one after the other
+constexpr int64_t kFewColumns = 4;   // fewer are quicker one after the other
 constexpr int kStreams = 8;          // independent episodes in flight, to hide the latency of the recurrence
 constexpr int64_t kGrain = 1 << 15;  // steps worth a thread
 
