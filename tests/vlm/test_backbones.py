@@ -1,7 +1,5 @@
 """Every supported architecture, opened from a checkpoint on disk: fast answers, training, LoRA."""
 
-import importlib.util
-
 import pytest
 import torch
 from peft import PeftModel
@@ -17,8 +15,6 @@ SIZES = {"qwen2_vl": (60, 84), "qwen2_5_vl": (84, 84)}
 
 @pytest.fixture(scope="module", params=sorted(WRITERS))
 def checkpoint(request, tmp_path_factory):
-    if request.param == "smolvlm" and importlib.util.find_spec("num2words") is None:
-        pytest.skip("transformers' SmolVLM processor needs num2words")
     directory = tmp_path_factory.mktemp(request.param)
     WRITERS[request.param](directory)
     return directory, SIZES.get(request.param, (64, 64))
