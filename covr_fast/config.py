@@ -54,6 +54,9 @@ class VLMConfig:
     """Transitions between two priors: masked out of Eq. 4, or given the last prior."""
     temperature: float = 0.0
     """Sampling temperature of the answer; 0 takes the likeliest."""
+    motion: bool = False
+    """Of grey stacks, show the newest three frames as red, green and blue, so that motion can be seen in one
+    image. False: the newest frame."""
 
 
 @dataclass
@@ -152,6 +155,10 @@ class TrainConfig:
             )
         if self.replay.capacity < self.warmup:
             raise UserError(f"replay.capacity={self.replay.capacity} is smaller than warmup={self.warmup}")
+        if self.vlm.motion and not (self.env.grayscale and self.env.frame_stack >= 3):
+            raise UserError(
+                "vlm.motion shows three grey frames as one image: set env.grayscale and env.frame_stack=3"
+            )
         if not 0 <= self.replay.gamma <= 1:
             raise UserError(f"replay.gamma={self.replay.gamma} must lie in [0, 1]")
         if self.replay.augment == "crop" and min(self.env.height, self.env.width) <= 2 * self.replay.pad:
@@ -204,8 +211,15 @@ def _car_racing() -> TrainConfig:
         agent=SACConfig(channels=(16, 32, 32), strides=(3, 2, 2), latent=64, hidden=256, prior_weight=0.25),
         replay=ReplayConfig(capacity=28_000, batch_size=128, n_step=3, gamma=0.98),
         tuner=TunerConfig(
-            mode="full", learning_rate=3e-3, epochs=20, max_steps=400, batch_size=64, micro_batch=32
+            mode="full",
+            learning_rate=3e-3,
+            epochs=40,
+            max_steps=400,
+            batch_size=128,
+            micro_batch=32,
+            shift=4,
         ),
+        vlm=VLMConfig(decimals=1, motion=True),
         covr=COVRConfig(psi_0=2500, cold_start=2, horizon=20),
     )
 

@@ -28,7 +28,7 @@ from .evaluate import Evaluation, Policy, actor_policy, evaluate, random_policy,
 from .logger import MeanMetrics, RunLogger
 from .report import plot_curves
 from .schedule import FineTuneSchedule
-from .view import agent_obs_shape, agent_view, vlm_view
+from .view import agent_obs_shape, agent_view, newest_frame, vlm_view
 from .vlm import ActionPrior, RoundReport, VLMTuner
 
 
@@ -294,7 +294,8 @@ class Trainer:
         if len(indices) < 2:
             self.log.say(f"the filter kept {len(indices)} samples: nothing to fine-tune on in this round")
             return None
-        frames = vlm_view(self.config, cast(Tensor, self.buffer.frames(indices)))
+        stored = self.buffer.observations if self.config.vlm.motion else self.buffer.frames
+        frames = vlm_view(self.config, cast(Tensor, stored(indices)))
         self.tuner.start(frames, self.buffer.actions(indices), returns)
         report = self.tuner.poll()
         self.tuner.publish()
@@ -367,8 +368,9 @@ class Trainer:
         video = EpisodeVideo(action_labels(config.env), fps=50 / config.env.action_repeat)
 
         def watch(obs: np.ndarray, action: np.ndarray, total: float) -> None:
-            frame = vlm_view(config, torch.from_numpy(obs[None]))
-            video.add(frame[0].numpy(), action, self.prior(frame).action[0].cpu().numpy(), total)
+            stack = torch.from_numpy(obs[None])
+            prior = self.prior(vlm_view(config, stack)).action[0].cpu().numpy()
+            video.add(newest_frame(config, stack)[0].numpy(), action, prior, total)
 
         evaluate(actor_policy(self.agent, self.config), config.env, 1, seed=config.eval.seed, watch=watch)
         video.write(self.out)

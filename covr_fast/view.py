@@ -1,4 +1,4 @@
-"""How each learner sees an observation: the agent a centre crop, the VLM the newest frame in RGB."""
+"""How each learner sees an observation: the agent a centre crop, the VLM one RGB image."""
 
 from __future__ import annotations
 
@@ -26,6 +26,12 @@ def agent_view(config: TrainConfig, obs: Tensor) -> Tensor:
 
 
 def vlm_view(config: TrainConfig, obs: Tensor) -> Tensor:
-    """uint8[n, C, H, W], a stack or a single frame -> uint8[n, 3, H, W], the newest frame as RGB."""
+    """uint8[n, C, H, W] stacks -> uint8[n, 3, H, W]: the newest frame, or with `vlm.motion` the newest three
+    grey frames as red, green and blue, in which what moved is coloured."""
+    return obs[:, -3:] if config.vlm.motion else newest_frame(config, obs)
+
+
+def newest_frame(config: TrainConfig, obs: Tensor) -> Tensor:
+    """uint8[n, C, H, W], stacks or single frames -> uint8[n, 3, H, W], the newest frame as RGB."""
     frame = obs[:, -config.env.channels :]
     return frame.expand(-1, 3, -1, -1) if config.env.grayscale else frame

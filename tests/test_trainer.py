@@ -87,6 +87,32 @@ def test_only_asked_transitions_carry_a_prior(finished):
     assert (batch.extras["prior"][asked].abs() <= 1).all()
 
 
+@pytest.mark.parametrize("motion", [True, False])
+def test_the_vlm_is_tuned_on_the_images_that_it_is_asked_about(motion, tmp_path):
+    trainer = Trainer(small_config(steps=60, vlm__motion=motion, vlm__every=1), tmp_path)
+    asked: list[torch.Tensor] = []
+    tuned: list[torch.Tensor] = []
+    call, start = type(trainer.prior).__call__, trainer.tuner.start
+
+    def watched(prior, images, **options):
+        asked.extend(images.clone())
+        return call(prior, images, **options)
+
+    def watched_start(frames, actions, returns):
+        tuned.extend(frames)
+        start(frames, actions, returns)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(trainer.prior), "__call__", watched)
+        patch.setattr(trainer.tuner, "start", watched_start)
+        trainer.run()
+    known = {image.numpy().tobytes() for image in asked}
+    assert tuned
+    assert all(frame.numpy().tobytes() in known for frame in tuned)
+    coloured = [bool((frame[0] != frame[2]).any()) for frame in tuned]
+    assert any(coloured) == motion  # only motion makes a grey image coloured
+
+
 def test_run_folder(finished):
     _, summary, out, _ = finished
     names = {path.name for path in out.iterdir()}
@@ -159,6 +185,7 @@ def test_held_priors_cover_the_steps_between_and_end_with_the_episode(tmp_path):
         ({"replay__gamma": 1.5}, "replay.gamma=1.5"),
         ({"replay__pad": 24}, "replay.pad=24 crops away all"),
         ({"steps": 0}, "steps=0 must be at least 1"),
+        ({"env__grayscale": False}, "vlm.motion shows three grey frames"),
         ({"vlm__model": "/nowhere/at/all"}, "/nowhere/at/all"),
         ({"env__id": "CarRacer-v3"}, "did you mean CarRacing-v3"),
     ],

@@ -91,12 +91,23 @@ class RoundImages:
     """Image features of a round's samples by row, computed when asked for or, `cached`, once for the round.
 
     Caching is exact where the vision tower is frozen. It holds the features of the samples with non-zero
-    weight: n x D numbers each.
+    weight: n x D numbers each. `shift` is the largest random shift of `shifted`, in pixels.
     """
 
-    def __init__(self, model: AnswerModel, samples: Samples, *, cached: bool, micro_batch: int) -> None:
+    def __init__(
+        self,
+        model: AnswerModel,
+        samples: Samples,
+        *,
+        cached: bool,
+        micro_batch: int,
+        shift: int,
+        generator: torch.Generator,
+    ) -> None:
         self._model = model
         self._samples = samples
+        self._shift = shift
+        self._generator = generator
         self._cache: ImageFeatures | None = None
         if cached:
             rows = (samples.weights > 0).nonzero()[:, 0]
@@ -113,6 +124,16 @@ class RoundImages:
         if self._cache is None:
             return self._model.image(self._samples.frames[rows])
         return self._cache.rows(self._place[rows].to(self._cache.tokens.device))
+
+    def shifted(self, rows: Tensor) -> ImageFeatures:
+        """The features of randomly shifted frames, for training; those of `self(rows)` without a shift."""
+        if self._shift == 0:
+            return self(rows)
+        frames = self._samples.frames[rows]
+        offsets = torch.randint(2 * self._shift + 1, (len(rows), 2), generator=self._generator)
+        return self._model.image(
+            ops.random_shift(frames, offsets.to(frames.device), self._shift, dtype=torch.uint8)
+        )
 
 
 def weighted_loss(

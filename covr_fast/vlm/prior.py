@@ -70,7 +70,7 @@ class ActionPrior:
         *,
         action_dim: int,
         prompt: str | None = None,
-        decimals: int = 2,
+        decimals: int | None = None,
         attention: str = "auto",
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
@@ -84,7 +84,7 @@ class ActionPrior:
                 `save_pretrained` wrote, a directory with a peft adapter, or a hub id.
             action_dim: numbers in an action.
             prompt: the task in words. None: what a saved prior was saved with, else a generic prompt.
-            decimals: digits after the point in answers, 1 to 4.
+            decimals: digits after the point in answers, 1 to 4. None: as a saved prior was saved, else 2.
             attention: "auto", "flash_attention_4" / "_3" / "_2", "sdpa" or "eager".
             dtype: of the weights; None is bfloat16 on CUDA, float32 elsewhere.
             device: None is CUDA where there is one, else the CPU.
@@ -101,12 +101,13 @@ class ActionPrior:
         if saved is not None:
             seed = saved.seed
             prompt = saved.prompt if prompt is None else prompt
+            decimals = saved.decimals if decimals is None else decimals
         backbone = load_backbone(
             model, seed=seed, attention=attention, dtype=dtype, device=device, quantization=quantization
         )
         # A saved adapter stays on its base; full weights are a base of their own.
         base = saved.base if saved is not None and backbone.adapted else str(model)
-        return cls(backbone, Settings(base, seed, action_dim, decimals, prompt))
+        return cls(backbone, Settings(base, seed, action_dim, 2 if decimals is None else decimals, prompt))
 
     @property
     def device(self) -> torch.device:

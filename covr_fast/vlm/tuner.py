@@ -45,11 +45,13 @@ class TunerConfig:
     least one where there are two."""
     label_smoothing: float = 0.1
     """Probability mass spread over the vocabulary in the training loss (the reported losses have none)."""
+    shift: int = 0
+    """Random shift of the frames in training, in pixels each way, for rounds of few samples; 0 for none."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     cache_image_features: bool = True
-    """Run the vision tower once per frame and round where it is frozen (mode "lora"), which changes nothing
-    in the result; costs memory for the features."""
+    """Run the vision tower once per frame and round where it is frozen (mode "lora") and frames are not
+    shifted, which changes nothing in the result; costs memory for the features."""
     overlap: bool = False
     """Train in a thread of its own (and a CUDA stream), while the prior goes on answering."""
     seed: int = 0
@@ -66,6 +68,8 @@ class TunerConfig:
         for name in ("held_out", "label_smoothing", "warmup"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
+        if self.shift < 0:
+            raise ValueError(f"shift must be at least 0, not {self.shift}")
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate must be positive, not {self.learning_rate}")
 
@@ -246,8 +250,10 @@ class VLMTuner:
         images = RoundImages(
             model,
             samples,
-            cached=config.cache_image_features and config.mode == "lora",
+            cached=config.cache_image_features and config.mode == "lora" and config.shift == 0,
             micro_batch=config.micro_batch,
+            shift=config.shift,
+            generator=generator,
         )
         before = best = mean_nll(model, samples, held, images, config.micro_batch)
         start = best_weights = [w.detach().clone() for w in weights]
@@ -297,7 +303,7 @@ class VLMTuner:
             if self._stop.is_set():
                 return False
             smoothing = self.config.label_smoothing
-            weighted_loss(model, samples, part, images(part), valid, smoothing).backward()
+            weighted_loss(model, samples, part, images.shifted(part), valid, smoothing).backward()
         return True
 
     def _curve(self, step: int, total: int) -> float:

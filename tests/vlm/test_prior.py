@@ -110,10 +110,12 @@ def test_nano_is_opened_like_any_directory(tmp_path, shared_nano, frames):
 
 
 def test_saved_and_opened_again(tmp_path, frames):
-    prior = ActionPrior.from_pretrained("nano", action_dim=2, device="cpu", seed=3, prompt="Drive. Action: ")
+    options = {"seed": 3, "decimals": 1, "prompt": "Drive. Action: "}
+    prior = ActionPrior.from_pretrained("nano", action_dim=2, device="cpu", **options)
     prior.save_pretrained(tmp_path)
     opened = ActionPrior.from_pretrained(tmp_path, action_dim=2, device="cpu")
     assert opened.prompt == "Drive. Action: "
+    assert opened.settings.decimals == 1
     assert torch.equal(opened(frames).token_ids, prior(frames).token_ids)
     assert torch.equal(opened.reference(frames).token_ids, prior(frames).token_ids)
 

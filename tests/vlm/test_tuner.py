@@ -319,6 +319,43 @@ def test_cached_image_features_change_nothing(monkeypatch):
     assert calls[1] == 15 < calls[0]
 
 
+def test_training_sees_shifted_frames_and_the_held_out_loss_does_not(nano, monkeypatch):
+    frames, actions = colours(12)
+    pad = 2
+    shifts = {
+        ops.random_shift(frame[None], torch.tensor([[dy, dx]]), pad, dtype=torch.uint8).numpy().tobytes()
+        for frame in frames
+        for dy in range(2 * pad + 1)
+        for dx in range(2 * pad + 1)
+    }
+    originals = {frame.numpy().tobytes() for frame in frames}
+    seen: dict[bool, list[bytes]] = {True: [], False: []}
+    image = AnswerModel.image
+
+    def watched(self, frames):
+        seen[torch.is_grad_enabled()].extend(frame.numpy().tobytes() for frame in frames)
+        return image(self, frames)
+
+    monkeypatch.setattr(AnswerModel, "image", watched)
+    tuner = VLMTuner(nano, TunerConfig(**(vars(QUICK) | {"shift": pad})))
+    tuner.start(frames, actions, torch.linspace(0, 1, 12))
+    assert set(seen[True]) <= shifts
+    assert not set(seen[True]) <= originals
+    assert set(seen[False]) <= originals
+
+
+def test_frozen_features_of_shifted_frames_are_not_cached(monkeypatch):
+    frames, actions = colours(12)
+    calls = []
+    image = AnswerModel.image
+    monkeypatch.setattr(AnswerModel, "image", lambda self, f: calls.append(len(f)) or image(self, f))
+    prior = ActionPrior.from_pretrained("nano", action_dim=2, device="cpu")
+    options = {"mode": "lora", "lora_rank": 4, "shift": 2}
+    tuner = VLMTuner(prior, TunerConfig(**(vars(QUICK) | options)))
+    tuner.start(frames, actions, torch.linspace(0, 1, 12))
+    assert sum(calls) > 12  # more than once per frame
+
+
 def test_an_adapter_of_another_base(tmp_path):
     prior = ActionPrior.from_pretrained("nano", action_dim=2, device="cpu")
     VLMTuner(prior, TunerConfig(mode="lora", lora_rank=4))
@@ -352,7 +389,15 @@ def test_arguments_that_do_not_fit(nano):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"mode": "half"}, {"epochs": 0}, {"held_out": 1.0}, {"learning_rate": 0.0}, {"max_steps": 0}]
+    "bad",
+    [
+        {"mode": "half"},
+        {"epochs": 0},
+        {"held_out": 1.0},
+        {"learning_rate": 0.0},
+        {"max_steps": 0},
+        {"shift": -1},
+    ],
 )
 def test_config_out_of_range(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
@@ -365,7 +410,6 @@ def test_mean_nll_is_per_token(nano):
     model = answer_model(nano)
     rows = torch.arange(3)
     loss = weighted_loss(model, samples, rows, model.image(frames), samples.valid_tokens(rows), 0.0)
-    assert mean_nll(
-        model, samples, rows, RoundImages(model, samples, cached=False, micro_batch=2), 2
-    ) == pytest.approx(loss.item(), rel=1e-5)
+    images = RoundImages(model, samples, cached=False, micro_batch=2, shift=0, generator=torch.Generator())
+    assert mean_nll(model, samples, rows, images, 2) == pytest.approx(loss.item(), rel=1e-5)
     assert ops.return_weights(torch.ones(3)).tolist() == [1, 1, 1]
