@@ -54,6 +54,11 @@ class VLMConfig:
     """Transitions between two priors: masked out of Eq. 4, or given the last prior."""
     temperature: float = 0.0
     """Sampling temperature of the answer; 0 takes the likeliest."""
+    background: bool = False
+    """Ask off the critical path: a thread labels stored transitions with their priors while the simulation
+    goes on, so that runs depend on timing. False: as the paper does, in the step."""
+    refresh: bool = False
+    """With `background`, label stored transitions again when the VLM has been tuned. The paper does not."""
     motion: bool = False
     """Of grey stacks, show the newest three frames as red, green and blue, so that motion can be seen in one
     image. False: the newest frame."""
@@ -75,6 +80,9 @@ class COVRConfig:
     """Samples of finished episodes that a round needs; it waits until D_f holds them."""
     horizon: int | None = None
     """Steps that a return g_t looks ahead. None: to the end of the episode, as in the paper."""
+    publish_after: int | None = None
+    """With tuner.overlap, publish a round exactly this many steps after its start, waiting for it if need be,
+    so that reruns are bit-identical. None: as soon as it is done."""
 
 
 @dataclass
@@ -155,6 +163,14 @@ class TrainConfig:
             )
         if self.replay.capacity < self.warmup:
             raise UserError(f"replay.capacity={self.replay.capacity} is smaller than warmup={self.warmup}")
+        if self.vlm.background and self.vlm.between == "hold":
+            raise UserError(
+                "vlm.between='hold' needs the answer in the step: use 'mask' or leave vlm.background"
+            )
+        if self.vlm.refresh and not self.vlm.background:
+            raise UserError("vlm.refresh labels in the background: set vlm.background too")
+        if self.covr.publish_after is not None and not self.tuner.overlap:
+            raise UserError("covr.publish_after delays overlapped rounds: set tuner.overlap too")
         if self.vlm.motion and not (self.env.grayscale and self.env.frame_stack >= 3):
             raise UserError(
                 "vlm.motion shows three grey frames as one image: set env.grayscale and env.frame_stack=3"

@@ -25,11 +25,12 @@ from .config import TrainConfig
 from .envs import PixelEnvs, Rows, action_labels, make_env
 from .errors import UserError, as_user_error
 from .evaluate import Evaluation, Policy, actor_policy, evaluate, random_policy, vlm_policy
+from .labeller import PriorLabeller
 from .logger import MeanMetrics, RunLogger
 from .report import plot_curves
 from .schedule import FineTuneSchedule
 from .view import agent_obs_shape, agent_view, newest_frame, vlm_view
-from .vlm import ActionPrior, RoundReport, VLMTuner
+from .vlm import ActionPrior, VLMTuner
 
 
 @dataclass
@@ -40,6 +41,19 @@ class _Decision:
     action: np.ndarray
     prior: np.ndarray
     prior_mask: np.ndarray
+    prior_version: np.ndarray
+    due: np.ndarray
+    """Whether the VLM is to label the decision in the background."""
+
+
+@dataclass
+class _Round:
+    """A round of fine-tuning that has begun, and how things were before it, should it not end."""
+
+    step: int
+    figures: dict[str, float]
+    finished: dict[str, Tensor]
+    tuner_rounds: int
 
 
 class Trainer:
@@ -103,7 +117,15 @@ class Trainer:
             np.zeros((n, action_dim), np.float32),
             np.zeros((n, action_dim), np.float32),
             np.zeros(n, np.float32),
+            np.full(n, -1),
+            np.zeros(n, bool),
         )
+        self._round: _Round | None = None
+        self._labeller: PriorLabeller | None = None
+        if config.vlm.background:
+            self._labeller = PriorLabeller(
+                self.prior, self.buffer, self._vlm_images, temperature=config.vlm.temperature
+            )
         self._metrics = MeanMetrics()
         self._said_waiting = False
         if saved:
@@ -128,7 +150,7 @@ class Trainer:
             sampler=config.replay.sampler,
             device=self._replay_device(),
             seed=config.seed,
-            extras={"prior": (action_dim,), "prior_mask": ()},
+            extras={"prior": (action_dim,), "prior_mask": (), "prior_version": ((), torch.int64)},
         )
 
     # ---- the loop ----------------------------------------------------------------------------------
@@ -145,7 +167,7 @@ class Trainer:
             self.clock = self.log.clock
             with self.clock("evaluation"):
                 evaluations = self._evaluate_before()
-            with _deferred_interrupt() as interrupted:
+            with _deferred_interrupt() as interrupted, self._background():
                 self._train(interrupted)
             if interrupted:
                 self._save(with_replay=True)
@@ -161,6 +183,16 @@ class Trainer:
         plot_curves(self.out)
         return summary
 
+    @contextmanager
+    def _background(self) -> Iterator[None]:
+        """Leaves no thread behind when the loop ends: a round that has not ended by then is dropped."""
+        try:
+            yield
+        finally:
+            self.tuner.stop()
+            if self._labeller is not None:
+                self._labeller.close()
+
     def _train(self, interrupted: list[int]) -> None:
         config = self.config
         obs = self.envs.reset()
@@ -173,8 +205,7 @@ class Trainer:
             self._store(rows)
             self._act(rows.obs, rows.env_ids)
             self._update_policy()
-            if self.schedule.due(self.step):
-                self._fine_tune()
+            self._fine_tune()
             if self.step // config.log_every > before // config.log_every:
                 self._log()
             if config.eval.every and self.step // config.eval.every > before // config.eval.every:
@@ -183,6 +214,8 @@ class Trainer:
             every = config.checkpoint_every
             if every and self.step // every > before // every:
                 self._save(with_replay=True)
+        if self._round is not None and not interrupted:
+            self._end_round(self._round, wait=True)
 
     def _act(self, obs: np.ndarray, ids: np.ndarray) -> None:
         """Sends the actor's decision for obs; while it simulates, the VLM gives its prior for them."""
@@ -195,12 +228,15 @@ class Trainer:
         doing = self._doing
         doing.obs[ids], doing.action[ids] = obs, action
         # All environments of a batch have made the same number of decisions, so they are due together.
-        if self._decisions[ids[0]] % self.config.vlm.every == 0:
+        due = self._decisions[ids[0]] % self.config.vlm.every == 0
+        doing.due[ids] = due and self._labeller is not None
+        if due and self._labeller is None:
             with self.clock("prior"):
                 answer = self.prior(
                     vlm_view(self.config, torch.from_numpy(obs)), temperature=self.config.vlm.temperature
                 )
             doing.prior[ids], doing.prior_mask[ids] = answer.action.cpu().numpy(), 1.0
+            doing.prior_version[ids] = answer.version
         elif self.config.vlm.between == "mask":
             doing.prior_mask[ids] = 0.0
         self._decisions[ids] += 1
@@ -208,7 +244,7 @@ class Trainer:
     def _store(self, rows: Rows) -> None:
         ids, doing = rows.env_ids, self._doing
         with self.clock("replay"):
-            self.buffer.add(
+            stored = self.buffer.add(
                 doing.obs[ids],
                 doing.action[ids],
                 rows.reward,
@@ -218,7 +254,12 @@ class Trainer:
                 env_ids=ids,
                 prior=doing.prior[ids],
                 prior_mask=doing.prior_mask[ids],
+                prior_version=doing.prior_version[ids],
             )
+        if self._labeller is not None:
+            with self.clock("prior"):
+                self._labeller.due(stored[torch.from_numpy(doing.due[ids])].tolist())
+                self._labeller.step()
         done = rows.terminated | rows.truncated
         doing.prior_mask[ids[done]] = 0.0  # a held prior ends with its episode
         self._running_return[ids] += rows.reward
@@ -251,7 +292,20 @@ class Trainer:
     # ---- the VLM learns from the agent ------------------------------------------------------------
 
     def _fine_tune(self) -> None:
-        """One round: EDDF on D_f, RALW fine-tuning, publish; waits while too few episodes have finished."""
+        """Begins a round that is due and publishes one that is done: in one step, unless it overlaps."""
+        if self._round is None and self.schedule.due(self.step):
+            self._begin_round()
+        if self._round is not None:
+            after = self.config.covr.publish_after
+            if after is None:
+                self._end_round(self._round, wait=False)
+            elif self.step >= self._round.step + after:
+                self._end_round(self._round, wait=True)
+            else:
+                self.tuner.check()
+
+    def _begin_round(self) -> None:
+        """EDDF on D_f, RALW fine-tuning on what it keeps; waits while too few episodes have finished."""
         covr = self.config.covr
         if len(self.finished) < covr.min_samples:
             if not self._said_waiting:
@@ -266,40 +320,52 @@ class Trainer:
             indices, returns = self.finished.indices, self.finished.returns
             entropy = self._policy_entropy(indices)
             kept = ops.exploration_filter(returns, entropy, threshold=covr.threshold)
-            report = self._tune_on(indices[kept.indices], returns[kept.indices])
-        figures: dict[str, float] = {
-            "round": self.schedule.rounds + 1,
-            "samples": len(returns),
-            "entropy": entropy,
-            "tau": kept.tau,
-            "cutoff": kept.cutoff,
-            "kept": len(kept.indices),
-            **self._kept_by_time(kept.indices),
-        }
-        if report:
-            figures |= {
-                "nonzero_share": report.nonzero_share,
-                "loss_before": report.loss_before,
-                "loss_after": report.loss_after,
-                "tuning_seconds": report.seconds,
+            figures = {
+                "round": self.schedule.rounds + 1,
+                "samples": len(returns),
+                "entropy": entropy,
+                "tau": kept.tau,
+                "cutoff": kept.cutoff,
+                "kept": len(kept.indices),
+                **self._kept_by_time(kept.indices),
             }
-        self.rounds.append({"step": self.step, **figures})
-        self.log.scalars(self.step, {f"round/{name}": value for name, value in figures.items()})
-        self.log.say(_round_line(self.rounds[-1]))
-        self.finished.clear()
-        self.schedule.advance()
+            self._round = _Round(self.step, figures, self.finished.state_dict(), self.tuner.rounds)
+            self.finished.clear()
+            if len(kept.indices) < 2:
+                self.log.say(
+                    f"the filter kept {len(kept.indices)} samples: nothing to fine-tune on in this round"
+                )
+                return
+            ids = indices[kept.indices]
+            # The images are copies, so the ring may overwrite its frames while the round runs.
+            self.tuner.start(self._vlm_images(ids), self.buffer.actions(ids), returns[kept.indices])
 
-    def _tune_on(self, indices: Tensor, returns: Tensor) -> RoundReport | None:
-        """Fine-tunes on the kept samples; None if the filter kept too few to train and to hold out."""
-        if len(indices) < 2:
-            self.log.say(f"the filter kept {len(indices)} samples: nothing to fine-tune on in this round")
-            return None
+    def _end_round(self, begun: _Round, *, wait: bool) -> None:
+        """Publishes and logs the round if it is done, or once it is with `wait`."""
+        with self.clock("fine-tuning"):
+            if self.tuner.running and not wait:
+                return
+            report = self.tuner.wait()
+            if report:
+                begun.figures |= {
+                    "nonzero_share": report.nonzero_share,
+                    "loss_before": report.loss_before,
+                    "loss_after": report.loss_after,
+                    "tuning_seconds": report.seconds,
+                }
+                self.tuner.publish()
+        self._round = None
+        self.rounds.append({"step": begun.step, "published": self.step, **begun.figures})
+        self.log.scalars(self.step, {f"round/{name}": value for name, value in begun.figures.items()})
+        self.log.say(_round_line(self.rounds[-1]))
+        self.schedule.advance()
+        if self._labeller is not None and self.config.vlm.refresh:
+            self._labeller.refresh()
+
+    def _vlm_images(self, ids: Tensor) -> Tensor:
+        """uint8[n, 3, H, W], what the VLM sees of these transitions; a copy."""
         stored = self.buffer.observations if self.config.vlm.motion else self.buffer.frames
-        frames = vlm_view(self.config, cast(Tensor, stored(indices)))
-        self.tuner.start(frames, self.buffer.actions(indices), returns)
-        report = self.tuner.poll()
-        self.tuner.publish()
-        return report
+        return vlm_view(self.config, cast(Tensor, stored(ids)))
 
     def _policy_entropy(self, indices: Tensor) -> float:
         """e_t: minus the mean log-probability of actions on the newest samples of D_f, in nats."""
@@ -383,9 +449,9 @@ class Trainer:
             "rounds": self.rounds,
             "returns": self.returns,
             "rounds_done": self.schedule.rounds,
-            "tuner_rounds": self.tuner.rounds,
+            "tuner_rounds": self._round.tuner_rounds if self._round else self.tuner.rounds,
             "rng": self.rng.bit_generator.state,
-            "finished": self.finished.state_dict(),
+            "finished": self._round.finished if self._round else self.finished.state_dict(),
         }
         with self.clock("checkpoint"):
             save_checkpoint(self.out, self.agent, self.prior, counters, self.buffer if with_replay else None)

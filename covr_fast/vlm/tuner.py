@@ -154,7 +154,7 @@ class VLMTuner:
         """
         if self.running:
             raise RuntimeError("a round is still running; wait until poll() returns its report")
-        self._raise_error()
+        self.check()
         self._check(frames, actions, returns)
         self.rounds += 1
         self._stop.clear()
@@ -176,7 +176,7 @@ class VLMTuner:
         """
         if self.running:
             return None
-        self._raise_error()
+        self.check()
         report, self._report = self._report, None
         return report
 
@@ -194,12 +194,18 @@ class VLMTuner:
         """
         if self.running:
             raise RuntimeError("a round is still running; publish after poll() returns its report")
-        self._raise_error()
+        self.check()
         with self.prior.lock:
             if self._stream is not None:
                 torch.cuda.current_stream(self._device).wait_stream(self._stream)
             copy_weights(self._backbone.model, self.prior.backbone.model)
             return self.prior.weights_changed()
+
+    def check(self) -> None:
+        """Raises what the tuner's thread raised since the last call, if it did."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
 
     def stop(self) -> None:
         """Ends a running round within one micro-batch and drops what it has trained so far."""
@@ -223,11 +229,6 @@ class VLMTuner:
                     self._stream.synchronize()
         except BaseException as error:  # handed to the caller of poll()
             self._error = error
-
-    def _raise_error(self) -> None:
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
 
     def _train(self, samples: Samples) -> RoundReport | None:
         """One round; None if it was stopped."""

@@ -1,0 +1,161 @@
+"""Priors that arrive after their step: on the right transitions, newest first, never waited for."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from covr_fast import ReplayBuffer
+from covr_fast.labeller import PriorLabeller
+from covr_fast.vlm import ActionPrior
+
+ENVS = 4
+
+
+@pytest.fixture(scope="module")
+def nano() -> ActionPrior:
+    return ActionPrior.from_pretrained("nano", action_dim=2, device="cpu", seed=0)
+
+
+def make_buffer(capacity: int = 64) -> ReplayBuffer:
+    extras = {"prior": (2,), "prior_mask": (), "prior_version": ((), torch.int64)}
+    return ReplayBuffer(
+        capacity, num_envs=ENVS, obs_shape=(3, 56, 56), action_shape=(2,), seed=0, extras=extras
+    )
+
+
+def fill(buffer: ReplayBuffer, steps: int, seed: int = 0) -> torch.Tensor:
+    """Adds `steps` one-step episodes per environment and returns their ids."""
+    rng = np.random.default_rng(seed)
+    ids = []
+    for _ in range(steps):
+        obs, after = rng.integers(0, 256, (2, ENVS, 3, 56, 56), dtype=np.uint8)
+        ended = np.ones(ENVS, bool)
+        ids.append(
+            buffer.add(
+                obs,
+                np.zeros((ENVS, 2), np.float32),
+                np.zeros(ENVS, np.float32),
+                after,
+                ended,
+                ~ended,
+                prior=np.zeros((ENVS, 2), np.float32),
+                prior_mask=np.zeros(ENVS, np.float32),
+                prior_version=np.full(ENVS, -1),
+            )
+        )
+    return torch.cat(ids)
+
+
+def drain(labeller: PriorLabeller) -> None:
+    """Steps until nothing is left to label."""
+    pause = threading.Event()
+    for _ in range(5000):
+        labeller.step()
+        if len(labeller) == 0:
+            return
+        pause.wait(0.002)
+    raise AssertionError("the labeller did not come to an end")
+
+
+class Watched:
+    """A prior whose calls are recorded, and wait for `gate`."""
+
+    def __init__(self, prior: ActionPrior) -> None:
+        self.prior = prior
+        self.calls: list[torch.Tensor] = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def __call__(self, images: torch.Tensor, *, temperature: float):
+        assert self.gate.wait(30)
+        self.calls.append(images)
+        return self.prior(images, temperature=temperature)
+
+
+def test_labels_equal_what_the_prior_says_of_the_frames(nano):
+    buffer = make_buffer()
+    ids = fill(buffer, 6)
+    wanted = ids[::3]
+    labeller = PriorLabeller(nano, buffer, buffer.observations, max_batch=3)
+    labeller.due(wanted.tolist())
+    drain(labeller)
+    labeller.close()
+    extras = buffer.extras(ids)
+    asked = torch.isin(ids, wanted)
+    assert torch.equal(extras["prior_mask"], asked.float())
+    assert torch.equal(extras["prior"][asked], nano(buffer.observations(wanted)).action)
+    assert not extras["prior"][~asked].any()
+    assert extras["prior_version"].tolist() == [0 if a else -1 for a in asked]
+
+
+def test_nothing_waits_for_the_vlm_and_the_newest_come_first(nano):
+    buffer = make_buffer()
+    ids = fill(buffer, 4)
+    prior = Watched(nano)
+    prior.gate.clear()
+    labeller = PriorLabeller(prior, buffer, buffer.observations, max_batch=5)
+    labeller.due(ids[:4].tolist())
+    assert labeller.step() == 0  # asked, not answered
+    labeller.due(ids[4:].tolist())
+    assert labeller.step() == 0
+    assert not buffer.extras(ids)["prior_mask"].any()
+    prior.gate.set()
+    drain(labeller)
+    labeller.close()
+    assert [len(images) for images in prior.calls] == [4, 5, 5, 2]
+    assert torch.equal(prior.calls[1], buffer.observations(ids[-5:]))
+    assert buffer.extras(ids)["prior_mask"].all()
+
+
+def test_what_the_ring_overwrites_is_dropped_and_its_heirs_stay_unlabelled(nano):
+    buffer = make_buffer(capacity=16)
+    old = fill(buffer, 4)
+    prior = Watched(nano)
+    prior.gate.clear()
+    labeller = PriorLabeller(prior, buffer, buffer.observations, max_batch=8)
+    labeller.due(old.tolist())
+    labeller.step()
+    new = fill(buffer, 4, seed=1)
+    assert not buffer.contains(old).any()
+    prior.gate.set()
+    drain(labeller)
+    labeller.close()
+    assert labeller.dropped == len(old)
+    assert not buffer.extras(new)["prior_mask"].any()
+
+
+def test_refresh_labels_again_with_the_new_weights():
+    prior = ActionPrior.from_pretrained("nano", action_dim=2, device="cpu", seed=0)
+    buffer = make_buffer()
+    ids = fill(buffer, 3)
+    labeller = PriorLabeller(prior, buffer, buffer.observations)
+    labeller.due(ids[:8].tolist())
+    drain(labeller)
+    with torch.no_grad():
+        for weight in prior.backbone.model.parameters():
+            weight.add_(0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+    prior.weights_changed()
+    before = buffer.extras(ids)["prior"]
+    labeller.refresh()
+    drain(labeller)
+    labeller.close()
+    after = buffer.extras(ids)
+    assert after["prior_version"].tolist() == [1] * 8 + [-1] * 4
+    assert torch.equal(after["prior"][:8], prior(buffer.observations(ids[:8])).action)
+    assert not torch.equal(after["prior"], before)
+
+
+def test_an_error_of_the_vlm_reaches_the_loop(nano):
+    buffer = make_buffer()
+    labeller = PriorLabeller(nano, buffer, lambda ids: torch.zeros(len(ids), 3, 56, 56))
+    labeller.due(fill(buffer, 1).tolist())
+    with pytest.raises(TypeError, match="images must be a uint8 tensor"):
+        drain(labeller)
+    labeller.close()
+
+
+def test_a_batch_of_nothing_is_refused(nano):
+    with pytest.raises(ValueError, match="max_batch is 0"):
+        PriorLabeller(nano, make_buffer(), lambda ids: ids, max_batch=0)

@@ -1,0 +1,215 @@
+"""The VLM beside the loop: rounds and priors that overlap with acting lose, repeat and delay nothing."""
+
+import json
+import os
+import signal
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from test_trainer import small_config
+
+from covr_fast import Trainer
+from covr_fast.errors import UserError
+from covr_fast.vlm import VLMTuner
+
+
+def overlapped(**changes):
+    config = small_config(**changes)
+    config.tuner = replace(config.tuner, overlap=True)
+    return config
+
+
+def test_publishing_at_a_fixed_step_makes_reruns_bit_identical(tmp_path):
+    runs = []
+    for name in ("first", "second"):
+        trainer = Trainer(overlapped(steps=120, covr__publish_after=20), tmp_path / name)
+        runs.append((trainer, trainer.run()))
+    (first, summary), (second, _) = runs
+    assert [(r["step"], r["published"]) for r in summary["rounds"]] == [(50, 70)]
+    for a, b in zip(first.agent.actor.parameters(), second.agent.actor.parameters(), strict=True):
+        assert torch.equal(a, b)
+    weights = [t.prior.backbone.model.state_dict() for t in (first, second)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert first.returns == second.returns
+
+
+def test_a_round_that_is_running_when_the_steps_end_is_still_published(tmp_path):
+    summary = Trainer(overlapped(steps=56), tmp_path).run()
+    assert [r["step"] for r in summary["rounds"]] == [50]
+    assert summary["rounds"][0]["loss_after"] > 0
+
+
+def test_the_loop_goes_on_while_a_round_runs(tmp_path, monkeypatch):
+    gate = threading.Event()
+    train = VLMTuner._train
+
+    def gated(tuner, samples):
+        assert gate.wait(60)
+        return train(tuner, samples)
+
+    monkeypatch.setattr(VLMTuner, "_train", gated)
+    trainer = Trainer(overlapped(steps=100), tmp_path)
+    store = trainer._store
+
+    def open_at_90(rows):
+        store(rows)
+        if trainer.step == 90:
+            gate.set()
+
+    trainer._store = open_at_90
+    (done,) = trainer.run()["rounds"]
+    assert done["step"] == 50
+    assert done["published"] >= 90
+
+
+def test_frames_that_the_ring_overwrites_during_a_round_are_still_those_it_trains_on(tmp_path, monkeypatch):
+    """A ring of 60 transitions is overwritten whole while the round of step 50 waits to begin."""
+    train = VLMTuner._train
+    weights = []
+    for delayed in (False, True):
+        gate = threading.Event()
+
+        def gated(tuner, samples, gate=gate):
+            assert gate.wait(60)
+            return train(tuner, samples)
+
+        monkeypatch.setattr(VLMTuner, "_train", gated)
+        # No guidance, so that the two runs collect the same data.
+        config = overlapped(steps=148, replay__capacity=60, covr__publish_after=90, covr__cold_start=9)
+        trainer = Trainer(config, tmp_path / str(delayed))
+        store = trainer._store
+
+        def opened(rows, trainer=trainer, store=store, gate=gate, at=130 if delayed else 50):
+            store(rows)
+            if trainer.step == at:
+                gate.set()
+
+        trainer._store = opened
+        (done,) = trainer.run()["rounds"]
+        assert (done["step"], done["published"]) == (50, 140)
+        weights.append({k: v.clone() for k, v in trainer.prior.backbone.model.state_dict().items()})
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_an_error_in_the_round_ends_the_run_within_a_step(tmp_path, monkeypatch):
+    def broken(tuner, samples):
+        raise FloatingPointError("the round broke")
+
+    monkeypatch.setattr(VLMTuner, "_train", broken)
+    trainer = Trainer(overlapped(steps=160, covr__publish_after=100), tmp_path)
+    fine_tune = trainer._fine_tune
+
+    def after_the_thread():
+        if trainer.tuner._thread is not None:
+            trainer.tuner._thread.join()
+        fine_tune()
+
+    trainer._fine_tune = after_the_thread
+    with pytest.raises(FloatingPointError, match="the round broke"):
+        trainer.run()
+    assert trainer.step <= 50 + 2 * trainer.config.env.batch_size
+
+
+def test_a_round_that_an_interrupt_cuts_off_is_done_again_by_the_resumed_run(tmp_path):
+    config = overlapped(steps=100, covr__publish_after=40)
+    first = Trainer(config, tmp_path)
+    store = first._store
+
+    def interrupt_at_60(rows):
+        store(rows)
+        if first.step == 60:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    first._store = interrupt_at_60
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    assert not first.tuner.running
+
+    second = Trainer(config, tmp_path, resume=True)
+    assert second.schedule.rounds == 0
+    assert second.tuner.rounds == 0
+    # The 40 samples of the round that was dropped, and the 20 of the episodes that were cut.
+    assert len(second.finished) == 60
+    (done,) = second.run()["rounds"]
+    assert done["samples"] == 60
+
+
+def test_background_labels_reach_every_due_transition(tmp_path):
+    trainer = Trainer(small_config(steps=120, covr__psi_0=1000, vlm__background=True), tmp_path)
+    labeller = trainer._labeller
+    close = labeller.close
+
+    def drain_and_close():
+        while len(labeller):
+            labeller.step()
+        close()
+
+    labeller.close = drain_and_close
+    trainer.run()
+    batch = trainer.buffer.sample(2000)
+    share = batch.extras["prior_mask"].mean().item()
+    # Asked at decisions 0, 5 of episodes of 10.
+    assert share == pytest.approx(0.2, abs=0.05)
+    asked = batch.extras["prior_mask"].bool()
+    ids = batch.index[asked]
+    assert torch.equal(batch.extras["prior"][asked], trainer.prior(trainer._vlm_images(ids)).action)
+    assert (batch.extras["prior_version"] == torch.where(asked, 0, -1)).all()
+    assert labeller.dropped == 0
+
+
+def test_the_simulation_never_waits_for_a_background_prior(tmp_path, monkeypatch):
+    gate = threading.Event()
+    trainer = Trainer(small_config(steps=100, covr__psi_0=1000, vlm__background=True), tmp_path)
+    call = type(trainer.prior).__call__
+
+    def gated(prior, images, **options):
+        assert gate.wait(60)
+        return call(prior, images, **options)
+
+    monkeypatch.setattr(type(trainer.prior), "__call__", gated)
+    act = trainer._act
+
+    def open_at_the_end(obs, ids):
+        act(obs, ids)
+        if trainer.step >= 98:
+            gate.set()
+
+    trainer._act = open_at_the_end
+    assert trainer.run()["steps"] == 100
+
+
+def test_refreshed_priors_are_of_the_published_version(tmp_path):
+    trainer = Trainer(small_config(steps=150, vlm__background=True, vlm__refresh=True), tmp_path)
+    labeller, close = trainer._labeller, trainer._labeller.close
+
+    def drain_and_close():
+        while len(labeller):
+            labeller.step()
+        close()
+
+    labeller.close = drain_and_close
+    trainer.run()
+    batch = trainer.buffer.sample(2000)
+    assert trainer.prior.version == 2
+    assert set(batch.extras["prior_version"].tolist()) == {-1, 2}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"vlm__background": True, "vlm__between": "hold"}, "vlm.between='hold' needs the answer"),
+        ({"vlm__refresh": True}, "set vlm.background too"),
+        ({"covr__publish_after": 5}, "set tuner.overlap too"),
+    ],
+)
+def test_settings_that_contradict_each_other(changes, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        Trainer(small_config(**changes), tmp_path)
+
+
+def test_the_run_folder_says_when_rounds_were_published(tmp_path):
+    Trainer(overlapped(steps=80, covr__publish_after=10), tmp_path).run()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["rounds"][0]["published"] == 60
