@@ -1,4 +1,4 @@
-"""The prior's throughput against `generate`, and how well fine-tuning hides behind other work.
+"""The prior's throughput against `generate`, and the tuner's.
 
     python benchmarks/bench_prior.py [--threads 1] [--rounds 11]
 
@@ -8,7 +8,6 @@ candidate's answers are compared before anything is timed.
 
 import argparse
 import statistics
-import threading
 import time
 from collections.abc import Callable
 
@@ -62,67 +61,19 @@ def bench_inference(rounds: int) -> None:
         print(f"  generate, batch 1  {1 / single:8.0f} actions/s  fast is {BATCH * single / fast:.1f}x")
 
 
-def bench_training(samples: int = 256) -> tuple[VLMTuner, Callable[[], None]]:
-    """Returns a tuner whose round has been timed, and a function that runs such a round again."""
+def bench_training(samples: int = 256) -> None:
+    """Samples per second of a round, backward passes and held-out evaluations included."""
     frames = torch.randint(0, 256, (samples, 3, 84, 84), dtype=torch.uint8)
     actions = torch.rand(samples, 2) * 2 - 1
-    returns = torch.ones(samples)
     for mode in ("lora", "full"):
         prior = ActionPrior.from_pretrained("nano", action_dim=2, device="cpu")
-        config = TunerConfig(mode=mode, lora_rank=32, epochs=2, micro_batch=64, overlap=mode == "full")
+        config = TunerConfig(mode=mode, lora_rank=32, epochs=2, micro_batch=64)
         tuner = VLMTuner(prior, config)
         for _ in range(2):  # the first round warms up
-            tuner.start(frames, actions, returns)
-            report = tuner.wait()
+            tuner.start(frames, actions, torch.ones(samples))
+            report = tuner.poll()
         rate = report.trained * config.epochs / report.seconds
         print(f"{mode}: {tuner.parameters / 1e6:.2f} M weights trained, {rate:.0f} samples/s")
-
-    def run() -> None:
-        tuner.start(frames, actions, returns)
-        tuner.wait()
-
-    return tuner, run
-
-
-def bench_overlap(tuner: VLMTuner, tune: Callable[[], None], rounds: int) -> None:
-    """A stand-in for policy updates (convolutions and their gradients, one thread) beside a round."""
-    net = torch.nn.Sequential(
-        torch.nn.Conv2d(9, 32, 3, 2), torch.nn.ReLU(), torch.nn.Conv2d(32, 32, 3), torch.nn.ReLU()
-    )
-    images = torch.rand(32, 9, 84, 84)
-
-    def update() -> None:
-        net(images).square().mean().backward()
-
-    began = time.perf_counter()
-    tune()
-    alone = time.perf_counter() - began
-    count = 0
-    began = time.perf_counter()
-    while time.perf_counter() - began < alone:
-        update()
-        count += 1
-
-    def policy() -> None:
-        for _ in range(count):
-            update()
-
-    def both() -> None:
-        thread = threading.Thread(target=policy)
-        thread.start()
-        tune()
-        thread.join()
-
-    def serial() -> None:
-        policy()
-        tune()
-
-    seconds = interleaved(
-        {"policy": policy, "tuner": tune, "serial": serial, "overlapped": both}, max(3, rounds // 3)
-    )
-    slowest = max(seconds["policy"], seconds["tuner"])
-    print("  ".join(f"{name} {value:.2f} s" for name, value in seconds.items()))
-    print(f"overlapped takes {seconds['overlapped'] / slowest:.2f}x the longer of the two alone")
 
 
 def main() -> None:
@@ -133,8 +84,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     bench_inference(arguments.rounds)
-    tuner, tune = bench_training()
-    bench_overlap(tuner, tune, arguments.rounds)
+    bench_training()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,186 @@
+"""How well the VLM hides behind the agent: rounds beside policy updates, priors beside the simulation.
+
+    python benchmarks/bench_overlap.py [--json FILE] [--repeats 5]
+
+Policy updates and rounds are those of the `carracing` preset with one torch thread each, so a machine needs
+two free cores to show anything. Every repetition times policy alone, tuner alone, one after the other, and both
+at once. For the simulation the whole loop runs without priors, with priors asked in the step, and with priors
+asked in the background, in turn. Medians are compared.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from covr_fast import ReplayBuffer, TrainConfig, Trainer
+from covr_fast.agents import SAC
+from covr_fast.view import agent_obs_shape
+from covr_fast.vlm import ActionPrior, TunerConfig, VLMTuner
+
+
+def medians(candidates: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
+    """The median of what each candidate returns, asked in turn."""
+    values: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(repeats):
+        for name, run in candidates.items():
+            values[name].append(run())
+    return {name: statistics.median(v) for name, v in values.items()}
+
+
+def policy_updates(config: TrainConfig, device: str) -> Callable[[int], None]:
+    """n -> n updates of the preset's agent from a replay buffer of noise."""
+    replay, shape = config.replay, config.env.obs_shape
+    extras = {"prior": (2,), "prior_mask": ()}
+    buffer = ReplayBuffer(
+        1024, num_envs=8, obs_shape=shape, action_shape=(2,), n_step=replay.n_step, extras=extras,
+        device=device, seed=0,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    for _ in range(128):
+        obs, after = rng.integers(0, 256, (2, 8, *shape), dtype=np.uint8)
+        action = rng.uniform(-1, 1, (8, 2)).astype(np.float32)
+        ended = np.ones(8, bool)
+        buffer.add(obs, action, ended, after, ended, ~ended, prior=action, prior_mask=np.ones(8))
+    agent = SAC(agent_obs_shape(config), (2,), config.agent, device=device)
+
+    def update(count: int) -> None:
+        for _ in range(count):
+            batch = buffer.sample(
+                replay.batch_size, augment="crop", pad=replay.pad, memory_format=torch.channels_last
+            )
+            agent.update(batch, guide=True)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return update
+
+
+def tuner_round(config: TrainConfig, device: str, samples: int = 256, epochs: int = 6) -> Callable[[], None]:
+    """A round of the preset's tuner on noise, overlapped: its own thread and, on a GPU, stream."""
+    prior = ActionPrior.from_pretrained("nano", action_dim=2, decimals=config.vlm.decimals, device=device)
+    tuner = VLMTuner(prior, TunerConfig(**(vars(config.tuner) | {"overlap": True, "epochs": epochs})))
+    frames = torch.randint(0, 256, (samples, 3, *config.env.obs_shape[1:]), dtype=torch.uint8)
+    actions, returns = torch.rand(samples, 2) * 2 - 1, torch.ones(samples)
+
+    def tune() -> None:
+        tuner.start(frames, actions, returns)
+        tuner.wait()
+
+    return tune
+
+
+def timed(run: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def overlap(repeats: int, device: str) -> dict[str, float]:
+    """Seconds of the same work alone, serial and overlapped, and the ratio to the longer of the two."""
+    config = TrainConfig.preset("carracing")
+    update, tune = policy_updates(config, device), tuner_round(config, device)
+    update(3)
+    tune()
+    alone = timed(tune)
+    count = max(1, round(alone / (timed(lambda: update(20)) / 20)))  # as long as the round
+
+    def both() -> None:
+        thread = threading.Thread(target=update, args=(count,))
+        thread.start()
+        tune()
+        thread.join()
+
+    def serial() -> None:
+        update(count)
+        tune()
+
+    result = medians(
+        {
+            "policy": lambda: timed(lambda: update(count)),
+            "tuner": lambda: timed(tune),
+            "serial": lambda: timed(serial),
+            "overlapped": lambda: timed(both),
+        },
+        repeats,
+    )
+    result["updates"] = count
+    result["ratio"] = result["overlapped"] / max(result["policy"], result["tuner"])
+    return result
+
+
+def simulation(repeats: int, device: str, steps: int) -> dict[str, float]:
+    """Environment steps per second of the loop, and their share of the speed without priors."""
+
+    def run(**vlm: object) -> float:
+        config = TrainConfig.preset("carracing")
+        config.device, config.steps, config.video = device, steps, False
+        config.covr.psi_0 = 10 * steps  # no rounds
+        config.eval.episodes, config.eval.vlm, config.env.max_episode_steps = 1, False, 40
+        for name, value in vlm.items():
+            setattr(config.vlm, name, value)
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = Trainer(config, Path(folder) / "run")
+            train, seconds = trainer._train, []
+            trainer._train = lambda interrupted: seconds.append(timed(lambda: train(interrupted)))
+            with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
+                trainer.run()
+        return steps / seconds[0]
+
+    result = medians(
+        {
+            "off": lambda: run(every=10**9),
+            "in the step": lambda: run(),
+            "background": lambda: run(background=True),
+        },
+        repeats,
+    )
+    for name in ("in the step", "background"):
+        result[f"{name}, share"] = result[name] / result["off"]
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4000, help="of a run of the simulation")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    beside = overlap(arguments.repeats, arguments.device)
+    print("  ".join(f"{name} {beside[name]:.2f} s" for name in ("policy", "tuner", "serial", "overlapped")))
+    print(f"overlapped takes {beside['ratio']:.2f}x the longer of the two alone")
+    loop = simulation(max(1, arguments.repeats // 2), arguments.device, arguments.steps)
+    print(
+        "steps/s:  " + "  ".join(f"{name} {loop[name]:.1f}" for name in ("off", "in the step", "background"))
+    )
+    print(
+        f"with priors in the step {loop['in the step, share']:.0%} of the speed without, in the background "
+        f"{loop['background, share']:.0%}"
+    )
+    if arguments.json:
+        facts = {
+            "device": torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor(),
+            "cores": os.cpu_count(),
+            "torch": torch.__version__,
+            "date": time.strftime("%Y-%m-%d"),
+        }
+        arguments.json.write_text(
+            json.dumps({**facts, "overlap": beside, "simulation": loop}, indent=2) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
