@@ -4,8 +4,8 @@
 
 Policy updates and rounds are those of the `carracing` preset with one torch thread each, so a machine needs
 two free cores to show anything. Every repetition times policy alone, tuner alone, one after the other, and
-both at once. For the simulation the whole loop runs without priors, with priors asked in the step, and with priors
-asked in the background, in turn. Medians are compared.
+both at once. For the simulation the whole loop runs without priors, with priors asked in the step, and with
+priors asked in the background, in turn. Medians are compared.
 """
 
 import argparse
