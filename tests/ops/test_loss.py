@@ -81,7 +81,7 @@ def test_logits_against_float64(vocabulary, smoothing, weights, backend):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("vocabulary, chunk_rows", [(2, 100), (1000, 100), (4099, 3)])
 def test_linear_against_float64(vocabulary, chunk_rows, smoothing, weights, backend, monkeypatch):
-    monkeypatch.setattr(loss_module, "_CHUNK_BYTES", chunk_rows * vocabulary * 4)
+    monkeypatch.setitem(loss_module._CHUNK_BYTES, "cpu", chunk_rows * vocabulary * 4)
     hidden, head, labels = batch(vocabulary)
     weights = torch.tensor(WEIGHTS[weights])
     expected = value_and_gradients(
@@ -104,7 +104,7 @@ def test_linear_against_float64(vocabulary, chunk_rows, smoothing, weights, back
 def test_error_is_not_larger_than_that_of_torch_in_the_same_dtype(dtype, smoothing, backend, monkeypatch):
     if backend == "triton" and dtype == torch.bfloat16:
         pytest.skip("the interpreter's bfloat16 stores truncate")
-    monkeypatch.setattr(loss_module, "_CHUNK_BYTES", 8 * 3001 * 4)
+    monkeypatch.setitem(loss_module._CHUNK_BYTES, "cpu", 8 * 3001 * 4)
     hidden, head, labels = batch(3001, steps=9, dtype=dtype)
     weights = torch.tensor(WEIGHTS["dense"])
     expected = value_and_gradients(
@@ -142,7 +142,7 @@ def test_head_gradient_with_and_without_products_added_in_float32(available, mon
 
     monkeypatch.setattr(torch, "addmm", addmm)
     monkeypatch.setattr(loss_module, "_adds_in_float32", loss_module._adds_in_float32.__wrapped__)
-    monkeypatch.setattr(loss_module, "_CHUNK_BYTES", 4 * 50 * 2)
+    monkeypatch.setitem(loss_module._CHUNK_BYTES, "cpu", 4 * 50 * 2)
     hidden, head, labels = batch(50, dtype=torch.bfloat16)
     weights = torch.tensor(WEIGHTS["dense"])
     expected = value_and_gradients(
@@ -407,7 +407,7 @@ def test_compiles_into_one_graph():
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("vocabulary", [2, 4099, 151_936])
 def test_cuda_error_is_not_larger_than_that_of_torch(vocabulary, smoothing, weights, dtype, monkeypatch):
-    monkeypatch.setattr(loss_module, "_CHUNK_BYTES", 7 * vocabulary * 4)
+    monkeypatch.setitem(loss_module._CHUNK_BYTES, "cuda", 7 * vocabulary * 4)
     hidden, head, labels = (x.cuda() for x in batch(vocabulary, steps=9, dim=64, dtype=dtype))
     weights = torch.tensor(WEIGHTS[weights], device="cuda")
     expected = value_and_gradients(
