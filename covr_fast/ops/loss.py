@@ -254,7 +254,7 @@ def _cross_entropy_backward(
     backend: str,
 ) -> Tensor:
     logits = logits.contiguous()
-    gradient = torch.empty_like(logits)
+    gradient = empty(logits.shape, logits.dtype, logits.device)
     _write_gradient(gradient, logits, labels.contiguous(), scale, smoothing, normaliser, upstream, backend)
     return gradient
 
