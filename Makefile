@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 NATIVE := setup.py CMakeLists.txt $(wildcard csrc/* kernels/cuda/*)
 CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp kernels/cuda/*.h kernels/cuda/*.cuh kernels/cuda/*.cu)
 
-.PHONY: demo test lint format gpu-check clean system
+.PHONY: demo test sanitize lint format gpu-check clean system
 
 demo: $(VENV)/train.stamp
 	$(VENV)/bin/covr-fast train carracing
@@ -18,9 +18,13 @@ test: $(VENV)/dev.stamp
 	TRITON_INTERPRET=1 $(PY) -m pytest -q tests/ops/test_loss.py
 	$(PY) -m pytest
 
-# On a machine with a CUDA device: build, tests, sanitizers and benchmarks into one JSON.
+# The C++ once more, under address, undefined-behaviour and thread sanitizers.
+sanitize: $(VENV)/dev.stamp
+	PYTHON=$(PY) tests/sanitize.sh
+
+# On a machine with a CUDA device: build, tests, benchmarks and sanitizers into one JSON. WHEELS=DIR without internet.
 gpu-check:
-	$(PYTHON) benchmarks/gpu_check.py
+	$(PYTHON) benchmarks/gpu_check.py $(if $(WHEELS),--wheels $(WHEELS))
 
 lint: $(VENV)/dev.stamp
 	$(VENV)/bin/ruff check .

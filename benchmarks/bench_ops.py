@@ -1,12 +1,15 @@
 """The operations against their peers, all in one run, as ratios.
 
-    pytest benchmarks/bench_ops.py --benchmark-json=benchmarks/results/ops_cpu.json
-    python benchmarks/bench_ops.py benchmarks/results/ops_cpu.json       # the table, as Markdown
+    python benchmarks/bench_ops.py benchmarks/results/ops_cpu.json
+
+measures everything and leaves the table beside it, as Markdown.
 
 Each row first checks that all contenders compute the same thing, then times them in turn, round by round, so
-that a busy machine is busy for all of them; medians are compared. `limit` is the time that the bytes which a
-perfect implementation moves take at the copy bandwidth measured in the same run. Peers that are not installed
-are named as such. CUDA rows appear where there is a device (`-m needs_cuda` runs only those).
+that a busy machine is busy for all of them; medians are compared. The limit is the time that the bytes that a
+perfect implementation moves take at the copy bandwidth measured in the same run; for the linear
+cross-entropy, the time of its matrix products alone, into memory at hand, in the same rounds. Peers that
+cannot run are named with the reason. CUDA rows appear where there is a device (`-m needs_cuda` runs only
+those).
 """
 
 import json
@@ -28,6 +31,7 @@ from covr_fast.ops import reference
 Contender = Callable[[], object]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.needs_cuda)]
 ENTROPY = 0.7
+LIMIT = "its matrix products alone"  # a contender that nobody can beat
 
 
 def seconds(function: Contender, device: str) -> float:
@@ -85,10 +89,10 @@ def race(
     benchmark.extra_info.update(
         device=torch.cuda.get_device_name()
         if device == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads",
+        else f"CPU, threads: {torch.get_num_threads()}",
         seconds=medians,
         unavailable={name: why for name, why in peers.items() if isinstance(why, str)},
-        limit=limit,
+        limit=medians.get(LIMIT, limit),
         **facts,
     )
 
@@ -162,6 +166,53 @@ def test_returns(benchmark, bandwidth, device, steps, columns):
     race(benchmark, device, ours, peers, rounds=9, limit=limit)
 
 
+# --- Weights
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_return_weights(benchmark, bandwidth, device):
+    returns = torch.randn(1_000_000, generator=torch.Generator().manual_seed(0)).to(device)
+    ours = lambda: ops.return_weights(returns)  # noqa: E731
+
+    def by_torch():
+        low, high = returns.aminmax()
+        return (2 * (returns - low) / (high - low) - 1).clamp_min(0)
+
+    torch.testing.assert_close(ours(), by_torch(), rtol=0, atol=1e-6)
+    limit = 3 * returns.nbytes / bandwidth(device)  # read for the extremes, read and written for the map
+    race(benchmark, device, ours, {"torch": by_torch}, rounds=15, limit=limit)
+
+
+# --- Cross-entropy from logits
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_cross_entropy(benchmark, bandwidth, device):
+    rows, dtype = (128, torch.float32) if device == "cpu" else (4096, torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(8, rows // 8, 151_936, generator=generator).to(device, dtype).requires_grad_()
+    labels = torch.randint(0, 151_936, logits.shape[:2], generator=generator).to(device)
+    weights = torch.rand(8, generator=generator).add(0.1).to(device)
+
+    def ours():
+        return backward(ops.return_weighted_cross_entropy(logits, labels, weights), logits)
+
+    def by_torch():
+        nll = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+        row_weights = weights.repeat_interleave(labels.shape[1])
+        return backward((nll * row_weights).sum() / labels.numel(), logits)
+
+    value = ours()
+    gradient = logits.grad.clone()
+    torch.testing.assert_close(
+        value, by_torch().float(), rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=0
+    )
+    error = (gradient.float() - logits.grad.float()).norm() / logits.grad.float().norm()
+    assert error < (1e-5 if dtype == torch.float32 else 2e-2)
+    limit = 3 * logits.nbytes / bandwidth(device)  # read to reduce, read and written for the gradient
+    race(benchmark, device, ours, {"torch": by_torch}, rounds=7, limit=limit)
+
+
 # --- Linear cross-entropy
 
 
@@ -187,14 +238,15 @@ def _resident(field: str) -> int:
 
 
 def liger(hidden, head, labels) -> Contender | str:
+    """Its fused loss knows no weights per row: it is timed without them."""
     if hidden.device.type == "cpu":
-        return "liger-kernel runs on GPUs only"
+        return "its kernels are Triton's and run on GPUs only"
     try:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
     except ImportError:
         return "liger-kernel is not installed"
     loss = LigerFusedLinearCrossEntropyLoss()
-    return lambda: backward(loss(head, hidden, labels), hidden, head)
+    return lambda: backward(loss(head, hidden.flatten(0, 1), labels.flatten()), hidden, head)
 
 
 def backward(loss: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
@@ -252,19 +304,29 @@ def test_linear_cross_entropy(benchmark, device, frozen, share):
         peers["ours, all rows"] = lambda: ours(dense)
     else:
         peers["full logits"] = full_logits
-        if hasattr(F, "linear_cross_entropy"):
+        if hasattr(torch.nn, "LinearCrossEntropyOptions"):
             peers["torch chunked"] = torch_chunked
         else:
-            peers["torch chunked"] = "this torch has no linear_cross_entropy"
-        peers["liger"] = liger(hidden.flatten(0, 1), head, labels.flatten())
-    operations = (4 if frozen else 6) * kept.numel() * dim * vocabulary
+            peers["torch chunked"] = f"torch {torch.__version__} has no chunked linear_cross_entropy"
+        peers["liger"] = liger(hidden, head, labels)
+    rows_kept, matrix = hidden.detach().flatten(0, 1)[kept], head.detach()
+    logits, row_gradient = rows_kept.new_empty(kept.numel(), vocabulary), torch.empty_like(rows_kept)
+    matrix_gradient = torch.empty_like(matrix)
+
+    def products():
+        torch.mm(rows_kept, matrix.T, out=logits)
+        torch.mm(logits, matrix, out=row_gradient)
+        if not frozen:
+            torch.mm(logits.T, rows_kept, out=matrix_gradient)
+
+    peers[LIMIT] = products
     race(
         benchmark,
         device,
         ours,
         peers,
-        rounds=2 if device == "cpu" else 10,
-        operations=operations,
+        rounds=3 if device == "cpu" else 10,
+        operations=(4 if frozen else 6) * kept.numel() * dim * vocabulary,
         peak_extra_bytes=peak_extra_bytes(device, ours),
         gradient_bytes=hidden.nbytes + (0 if frozen else head.nbytes),
     )
@@ -301,16 +363,26 @@ def test_random_shift(benchmark, bandwidth, device):
 
 
 def torchrl_tree(priorities: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> Contender | str:
+    device, count = priorities.device, priorities.numel()
     try:
-        from torchrl._torchrl import SumSegmentTreeFp32
-    except ImportError as error:
-        return f"torchrl is not installed or its extension does not load ({str(error).split(': ')[-1][:40]})"
-    tree = SumSegmentTreeFp32(priorities.numel())
-    tree[torch.arange(priorities.numel())] = priorities
+        import torchrl
+    except ImportError:
+        return "not installed"
+    try:
+        from torchrl import _torchrl as extension
+    except ImportError:
+        return f"the extension of {torchrl.__version__} does not load with torch {torch.__version__}"
+    if device.type == "cpu":
+        tree = extension.SumSegmentTreeFp32(count)
+    elif hasattr(extension, "CudaSumSegmentTreeFp32"):
+        tree = extension.CudaSumSegmentTreeFp32(count, device)
+    else:
+        return f"this build of {torchrl.__version__} has no CUDA tree"
+    tree[torch.arange(count, device=device)] = priorities
 
     def update_and_sample():
         tree[indices] = values
-        mass = torch.rand(indices.numel()) * tree.query(0, priorities.numel())
+        mass = torch.rand(indices.numel(), device=device) * tree.query(0, count)
         return tree.scan_lower_bound(mass)
 
     return update_and_sample
@@ -335,8 +407,8 @@ def test_sum_tree(benchmark, device):
         total = priorities.cumsum(0)
         return torch.searchsorted(total, torch.rand(256, device=device) * total[-1])
 
-    peer = torchrl_tree(priorities, indices, values) if device == "cpu" else "its CUDA tree is not public API"
-    race(benchmark, device, ours, {"cumsum + searchsorted": cumulative, "torchrl": peer}, rounds=50)
+    peers = {"cumsum + searchsorted": cumulative, "torchrl": torchrl_tree(priorities, indices, values)}
+    race(benchmark, device, ours, peers, rounds=50)
 
 
 # --- The table
@@ -354,7 +426,7 @@ def table(path: Path) -> str:
         ours = times.pop("ours")
         fraction = f"{info['limit'] / ours:.0%}" if info.get("limit") else "-"
         if info.get("operations"):
-            fraction = f"{info['operations'] / ours / 1e12:.3g} TFLOP/s"
+            fraction += f", {info['operations'] / ours / 1e12:.3g} TFLOP/s"
         if info.get("peak_extra_bytes"):
             extra = info["peak_extra_bytes"] - info["gradient_bytes"]
             fraction += f", {extra / 2**20:.0f} MiB beyond the gradients"
@@ -373,5 +445,13 @@ def _duration(value: float) -> str:
     return f"{value * 1e6:.1f} us" if value < 1e-3 else f"{value * 1e3:.2f} ms"
 
 
+def main() -> int:
+    path = Path(sys.argv[1])
+    status = pytest.main([__file__, "-q", "-p", "no:cacheprovider", f"--benchmark-json={path}"])
+    if status == 0:
+        path.with_suffix(".md").write_text(table(path) + "\n")
+    return int(status)
+
+
 if __name__ == "__main__":
-    print(table(Path(sys.argv[1])))
+    raise SystemExit(main())

@@ -84,6 +84,7 @@ COVR_HD RowSum reduce_row_of(const T* logits, int64_t n) {
 template <typename T>
 COVR_HD void softmax_row_of(T* out, const T* logits, int64_t n, float peak, float log_sum, float c,
                             float uniform) {
+#pragma GCC ivdep  // out is logits or apart from it; the compiler's own check would take in place for overlap
   for (int64_t i = 0; i < n; ++i) {
     const float x = to_float(logits[i]) - peak - log_sum;
     out[i] = from_float<T>(c * (exp_nonpositive(x) - uniform));

@@ -1,4 +1,4 @@
-"""Shared test set-up: the `needs_cuda` marker, and one torch thread where speed does not matter."""
+"""Shared test set-up: the `needs_cuda` marker, and one thread where speed does not matter."""
 
 import os
 import sys
@@ -10,6 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 _CUDA_REQUIRED = os.environ.get("COVR_REQUIRE_CUDA") == "1"
+_THREADS = int(os.environ.get("COVR_TEST_THREADS", "1"))  # more of them for a sanitizer that looks for races
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -21,9 +22,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
+def _few_threads():
     """Small tensors gain nothing from more threads, and tests that share a machine lose a lot by them."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(_THREADS)
     yield
     torch.set_num_threads(threads)

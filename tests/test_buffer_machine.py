@@ -1,5 +1,6 @@
 """Random programs of adds, cuts, saves and samples against the oracle that stores everything."""
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -160,5 +161,8 @@ class BufferMachine(RuleBasedStateMachine):
 
 TestBufferMachine = BufferMachine.TestCase
 TestBufferMachine.settings = settings(
-    max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=int(os.environ.get("COVR_EXAMPLES", "40")),
+    stateful_step_count=25,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
 )

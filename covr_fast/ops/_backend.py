@@ -88,6 +88,29 @@ def stream(tensor: Tensor) -> int:
     return torch.cuda.current_stream(tensor.device).cuda_stream
 
 
+def launch(kernel: str, *arguments: Tensor | float) -> None:
+    """Calls `_C.<kernel>`, or on a GPU `_C.<kernel>_cuda` with the caller's stream as one more argument.
+
+    Tensors are handed over as addresses: contiguous, and all on the device of the first argument.
+    """
+    raw = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
+    anchor = arguments[0]
+    assert isinstance(anchor, Tensor)
+    if anchor.is_cuda:
+        with torch.cuda.device(anchor.device):
+            getattr(_C, f"{kernel}_cuda")(*raw, stream(anchor))
+    else:
+        getattr(_C, kernel)(*raw)
+
+
+def check_floating(operation: str, name: str, tensor: Tensor, shape: str) -> None:
+    """Raises unless `tensor` is floating and has as many dimensions as `shape`, such as "[T, N]", names."""
+    if tensor.ndim != shape.count(",") + 1 or not tensor.is_floating_point():
+        raise ValueError(
+            f"{operation}: {name} must be floating {shape}, not {tensor.dtype} {list(tensor.shape)}"
+        )
+
+
 def check_same_device(operation: str, **tensors: Tensor) -> None:
     """Raises unless all tensors, given by argument name, are on one device."""
     (first, anchor), *others = tensors.items()

@@ -9,7 +9,7 @@ from torch import Tensor
 from covr_fast import _C
 
 from . import reference
-from ._backend import Backend, empty, library, select, stream
+from ._backend import Backend, check_floating, empty, launch, library, select
 
 _DTYPES = (torch.float32,)
 
@@ -99,8 +99,7 @@ _NOT_FINITE = "exploration_filter: returns hold a NaN or infinite value; drop or
 def _prepare(
     name: str, returns: Tensor, entropy: float, threshold: str, backend: str
 ) -> tuple[Tensor, float, str]:
-    if returns.ndim != 1 or not returns.is_floating_point():
-        raise ValueError(f"{name}: returns must be floating [M], not {returns.dtype} {list(returns.shape)}")
+    check_floating(name, "returns", returns, "[M]")
     if returns.numel() == 0:
         raise ValueError(f"{name}: returns are empty; there is nothing to take quartiles of")
     if not math.isfinite(entropy):
@@ -172,17 +171,7 @@ def _cuda_padded(returns: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]
     kept = indices.new_empty(())
     statistics = returns.new_empty(4, dtype=torch.float64)
     workspace = returns.new_zeros(_C.exploration_filter_workspace(returns.numel()), dtype=torch.uint8)
-    with torch.cuda.device(returns.device):
-        _C.exploration_filter_cuda(
-            returns.data_ptr(),
-            returns.numel(),
-            scale,
-            indices.data_ptr(),
-            kept.data_ptr(),
-            statistics.data_ptr(),
-            workspace.data_ptr(),
-            stream(returns),
-        )
+    launch("exploration_filter", returns, returns.numel(), scale, indices, kept, statistics, workspace)
     return indices, kept, statistics
 
 

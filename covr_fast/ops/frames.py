@@ -3,10 +3,8 @@
 import torch
 from torch import Tensor
 
-from covr_fast import _C
-
 from . import reference
-from ._backend import Backend, check_same_device, empty, library, select, stream
+from ._backend import Backend, check_same_device, empty, launch, library, select
 
 _OUTPUTS = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 
@@ -113,40 +111,13 @@ library.define(
 )
 
 
-@torch.library.impl(library, "window", "CPU")
-def _cpp(frames: Tensor, offsets: Tensor, pad: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
+@torch.library.impl("covr_fast::window", ("cpu", "cuda"), lib=library)
+def _run(frames: Tensor, offsets: Tensor, pad: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
     frames, offsets = frames.contiguous(), offsets.contiguous()
     result = empty((*frames.shape[:2], height, width), dtype, frames.device)
-    _C.window(
-        result.data_ptr(),
-        frames.data_ptr(),
-        offsets.data_ptr(),
-        *frames.shape,
-        height,
-        width,
-        pad,
-        _OUTPUTS.index(dtype),
-        torch.get_num_threads(),
-    )
-    return result
-
-
-@torch.library.impl(library, "window", "CUDA")
-def _cuda(frames: Tensor, offsets: Tensor, pad: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
-    frames, offsets = frames.contiguous(), offsets.contiguous()
-    result = frames.new_empty((*frames.shape[:2], height, width), dtype=dtype)
-    with torch.cuda.device(frames.device):
-        _C.window_cuda(
-            result.data_ptr(),
-            frames.data_ptr(),
-            offsets.data_ptr(),
-            *frames.shape,
-            height,
-            width,
-            pad,
-            _OUTPUTS.index(dtype),
-            stream(frames),
-        )
+    threads = () if frames.is_cuda else (torch.get_num_threads(),)
+    output = _OUTPUTS.index(dtype)
+    launch("window", result, frames, offsets, *frames.shape, height, width, pad, output, *threads)
     return result
 
 

@@ -1,17 +1,20 @@
 """Return-weighted cross-entropy: from logits, and fused with the projection that makes them."""
 
+import functools
+
 import torch
 from torch import Tensor
 
 from covr_fast import _C
 
 from . import reference
-from ._backend import Backend, check_same_device, empty, library, select
+from ._backend import Backend, check_floating, check_same_device, empty, library, select
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Memory for one chunk of logits in the fused loss. Larger chunks do not make the matrix products faster.
-_CHUNK_BYTES = 300 * 2**20
+# Memory for one chunk of logits in the fused loss. On the CPU its first touch costs more than larger products
+# gain; on a GPU every further chunk reads and writes the sum of the head's gradient once more.
+_CHUNK_BYTES = {"cpu": 160 * 2**20, "cuda": 300 * 2**20}
 
 # Probabilities of a large vocabulary are subnormal in float16 (1 / 151,936 = 6.6e-6, and N_v divides them
 # further), so there the gradient of the logits is kept at this multiple until after the matrix product.
@@ -49,10 +52,7 @@ def return_weighted_cross_entropy(
             device never reads out of bounds: such a label makes the loss NaN.
     """
     name = "return_weighted_cross_entropy"
-    if logits.ndim != 3 or not logits.is_floating_point():
-        raise ValueError(
-            f"{name}: logits must be floating [B, T, V], not {logits.dtype} {list(logits.shape)}"
-        )
+    check_floating(name, "logits", logits, "[B, T, V]")
     check_same_device(name, logits=logits, labels=labels)
     _check(name, labels, weights, logits.shape, label_smoothing)
     chosen = select(name, backend, logits, ("cpp", "triton"), _DTYPES)
@@ -79,8 +79,9 @@ def return_weighted_linear_cross_entropy(
     """`return_weighted_cross_entropy(F.linear(hidden, head), labels, weights)` without all logits in memory.
 
     Rows with an ignored label or a zero weight are dropped before the projection. The rest is projected in
-    chunks of at most 300 MB of logits; each chunk's gradient overwrites it and is multiplied out at once, so
-    nothing is recomputed in the backward pass. A frozen head (`requires_grad` false) skips its product.
+    chunks of at most 300 MB of logits (160 MB on the CPU); each chunk's gradient overwrites it and is
+    multiplied out at once, so nothing is recomputed in the backward pass. A frozen head (`requires_grad`
+    false) skips its product.
 
     Args:
         hidden: [B, T, D] of float32, bfloat16 or float16 (or float64, which runs the reference).
@@ -96,10 +97,7 @@ def return_weighted_linear_cross_entropy(
     captured, when all rows are kept instead.
     """
     name = "return_weighted_linear_cross_entropy"
-    if hidden.ndim != 3 or not hidden.is_floating_point():
-        raise ValueError(
-            f"{name}: hidden must be floating [B, T, D], not {hidden.dtype} {list(hidden.shape)}"
-        )
+    check_floating(name, "hidden", hidden, "[B, T, D]")
     if head.ndim != 2 or head.shape[1] != hidden.shape[2] or head.dtype != hidden.dtype:
         raise ValueError(
             f"{name}: head must be {hidden.dtype} [V, {hidden.shape[2]}] like hidden, "
@@ -237,6 +235,7 @@ library.define(
 )
 
 
+@torch.library.impl("covr_fast::cross_entropy", ("cpu", "cuda"), lib=library)
 def _cross_entropy(
     logits: Tensor, labels: Tensor, scale: Tensor, smoothing: float, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -244,6 +243,7 @@ def _cross_entropy(
     return losses.sum(), normaliser
 
 
+@torch.library.impl("covr_fast::cross_entropy_backward", ("cpu", "cuda"), lib=library)
 def _cross_entropy_backward(
     upstream: Tensor,
     logits: Tensor,
@@ -254,14 +254,9 @@ def _cross_entropy_backward(
     backend: str,
 ) -> Tensor:
     logits = logits.contiguous()
-    gradient = torch.empty_like(logits)
+    gradient = empty(logits.shape, logits.dtype, logits.device)
     _write_gradient(gradient, logits, labels.contiguous(), scale, smoothing, normaliser, upstream, backend)
     return gradient
-
-
-for _device in ("CPU", "CUDA"):
-    library.impl("cross_entropy", _cross_entropy, _device)
-    library.impl("cross_entropy_backward", _cross_entropy_backward, _device)
 
 
 @torch.library.register_fake("covr_fast::cross_entropy", lib=library)
@@ -314,6 +309,7 @@ library.define(
 )
 
 
+@torch.library.impl("covr_fast::linear_cross_entropy", ("cpu", "cuda"), lib=library)
 def _linear_cross_entropy(
     hidden: Tensor,
     head: Tensor,
@@ -332,11 +328,15 @@ def _linear_cross_entropy(
 
     losses = torch.zeros(max(1, rows.shape[0]), dtype=torch.float32, device=hidden.device)
     row_gradient = torch.empty_like(rows) if hidden_needs_gradient else None
-    head_sum: Tensor | None = None
     upstream = torch.ones((), dtype=torch.float32, device="cpu" if backend == "cpp" else hidden.device)
-    chunks = _chunks(rows.shape[0], head.shape[0] * head.element_size())
+    chunks = _chunks(rows.shape[0], head.shape[0] * head.element_size(), _CHUNK_BYTES[hidden.device.type])
     largest = max((end - begin for begin, end in chunks), default=0)
     buffer = empty((largest, head.shape[0]), head.dtype, head.device)
+    head_sum: Tensor | None = None
+    if head_needs_gradient and chunks:
+        # One product rounds once whatever it is kept in; only a sum of several needs the wider type.
+        dtype = head.dtype if len(chunks) == 1 and lift == 1.0 else torch.float32
+        head_sum = empty(head.shape, dtype, head.device)
     for begin, end in chunks:
         chunk, labels_, scale_ = rows[begin:end], kept_labels[begin:end], kept_scale[begin:end]
         logits = torch.mm(chunk, head.T, out=buffer[: end - begin])
@@ -346,8 +346,8 @@ def _linear_cross_entropy(
         _write_gradient(logits, logits, labels_, scale_ * lift, smoothing, normaliser, upstream, backend)
         if row_gradient is not None:
             torch.mm(logits, head, out=row_gradient[begin:end])
-        if head_needs_gradient:
-            head_sum = _accumulate(head_sum, logits, chunk)
+        if head_sum is not None:
+            _add_product(head_sum, logits.T, chunk, first=begin == 0)
 
     hidden_gradient = hidden.new_zeros(hidden.shape if hidden_needs_gradient else 0)
     if row_gradient is not None:
@@ -377,31 +377,41 @@ def _compact(labels: Tensor, scale: Tensor, device: torch.device) -> tuple[Tenso
     )
 
 
-def _chunks(rows: int, bytes_per_row: int) -> list[tuple[int, int]]:
-    """Equal pieces of at most `_CHUNK_BYTES` (and at least one row)."""
-    largest = max(1, _CHUNK_BYTES // bytes_per_row)
+def _chunks(rows: int, bytes_per_row: int, most_bytes: int) -> list[tuple[int, int]]:
+    """Equal pieces of at most `most_bytes` (and at least one row)."""
+    largest = max(1, most_bytes // bytes_per_row)
     pieces = -(-rows // largest)
     return [(rows * i // pieces, rows * (i + 1) // pieces) for i in range(pieces)]
 
 
-def _accumulate(total: Tensor | None, logit_gradient: Tensor, rows: Tensor) -> Tensor:
-    """total + logit_gradient.T @ rows in float32."""
-    transposed = logit_gradient.T
-    if rows.dtype == torch.float32:
-        if total is None:
-            total = empty((transposed.shape[0], rows.shape[1]), rows.dtype, rows.device)
-            return torch.mm(transposed, rows, out=total)
-        return total.addmm_(transposed, rows)
-    if rows.is_cuda:  # the product leaves the tensor cores in float32 without being rounded in between
-        if total is None:
-            return torch.mm(transposed, rows, out_dtype=torch.float32)
-        return torch.addmm(total, transposed, rows, out_dtype=torch.float32)
-    product = torch.mm(transposed, rows)
-    return product.float() if total is None else total.add_(product)
+def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """total = a @ b for the first chunk, total += a @ b after it; total may be float32 where they are not."""
+    if total.dtype != a.dtype and _adds_in_float32(a.dtype, a.device):
+        torch.addmm(total, a, b, beta=0 if first else 1, out_dtype=torch.float32, out=total)
+    elif total.dtype != a.dtype:  # each product is rounded before it is added
+        product = torch.mm(a, b)
+        total.copy_(product) if first else total.add_(product)
+    elif first:
+        torch.mm(a, b, out=total)
+    else:
+        total.addmm_(a, b)
 
 
-for _device in ("CPU", "CUDA"):
-    library.impl("linear_cross_entropy", _linear_cross_entropy, _device)
+@functools.cache
+def _adds_in_float32(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch adds a product of `dtype` to a float32 sum without rounding it in between.
+
+    It does on CUDA devices; torch 2.8 has the call, but wants the sum in the dtype of the factors.
+    """
+    a = torch.zeros(16, 16, dtype=dtype, device=device)
+    total = torch.zeros(16, 16, device=device)
+    try:
+        torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 @torch.library.register_fake("covr_fast::linear_cross_entropy", lib=library)
@@ -427,13 +437,10 @@ def _fake_linear_cross_entropy(
 library.define("scale_gradient(Tensor gradient, Tensor upstream) -> Tensor")
 
 
+@torch.library.impl("covr_fast::scale_gradient", ("cpu", "cuda"), lib=library)
 def _scale_gradient(gradient: Tensor, upstream: Tensor) -> Tensor:
     scaled = empty(gradient.shape, gradient.dtype, gradient.device)
     return torch.mul(gradient, upstream.to(gradient.dtype), out=scaled)
-
-
-for _device in ("CPU", "CUDA"):
-    library.impl("scale_gradient", _scale_gradient, _device)
 
 
 @torch.library.register_fake("covr_fast::scale_gradient", lib=library)

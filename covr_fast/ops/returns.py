@@ -8,7 +8,7 @@ from torch import Tensor
 from covr_fast import _C
 
 from . import reference
-from ._backend import Backend, check_same_device, empty, library, select, stream
+from ._backend import Backend, check_floating, check_same_device, empty, launch, library, select
 
 _DTYPES = (torch.float32, torch.float64)
 
@@ -30,10 +30,7 @@ def discounted_returns(rewards: Tensor, ends: Tensor, gamma: float, *, backend: 
         of threads.
     """
     name = "discounted_returns"
-    if rewards.ndim != 2 or not rewards.is_floating_point():
-        raise ValueError(
-            f"{name}: rewards must be floating [T, N], not {rewards.dtype} {list(rewards.shape)}"
-        )
+    check_floating(name, "rewards", rewards, "[T, N]")
     if ends.shape != rewards.shape or ends.dtype != torch.bool:
         raise ValueError(
             f"{name}: ends must be bool {list(rewards.shape)} like rewards, "
@@ -53,38 +50,16 @@ def discounted_returns(rewards: Tensor, ends: Tensor, gamma: float, *, backend: 
 library.define("discounted_returns(Tensor rewards, Tensor ends, float gamma) -> Tensor")
 
 
-@torch.library.impl(library, "discounted_returns", "CPU")
-def _cpp(rewards: Tensor, ends: Tensor, gamma: float) -> Tensor:
+@torch.library.impl("covr_fast::discounted_returns", ("cpu", "cuda"), lib=library)
+def _run(rewards: Tensor, ends: Tensor, gamma: float) -> Tensor:
     rewards, ends = rewards.contiguous(), ends.contiguous()
     result = empty(rewards.shape, rewards.dtype, rewards.device)
-    _C.discounted_returns(
-        result.data_ptr(),
-        rewards.data_ptr(),
-        ends.data_ptr(),
-        *rewards.shape,
-        gamma,
-        rewards.dtype == torch.float64,
-        torch.get_num_threads(),
-    )
-    return result
-
-
-@torch.library.impl(library, "discounted_returns", "CUDA")
-def _cuda(rewards: Tensor, ends: Tensor, gamma: float) -> Tensor:
-    rewards, ends = rewards.contiguous(), ends.contiguous()
-    result = torch.empty_like(rewards)
-    workspace = rewards.new_empty(_C.discounted_returns_workspace(*rewards.shape))
-    with torch.cuda.device(rewards.device):
-        _C.discounted_returns_cuda(
-            result.data_ptr(),
-            rewards.data_ptr(),
-            ends.data_ptr(),
-            *rewards.shape,
-            gamma,
-            rewards.dtype == torch.float64,
-            workspace.data_ptr(),
-            stream(rewards),
-        )
+    # The last argument is the number of threads on the CPU, and on a GPU where chunks leave their summaries.
+    extra: int | Tensor = torch.get_num_threads()
+    if rewards.is_cuda:
+        extra = rewards.new_empty(_C.discounted_returns_workspace(*rewards.shape))
+    wide = rewards.dtype == torch.float64
+    launch("discounted_returns", result, rewards, ends, *rewards.shape, gamma, wide, extra)
     return result
 
 

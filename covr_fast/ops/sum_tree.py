@@ -6,7 +6,7 @@ from torch import Tensor
 from covr_fast import _C
 
 from . import reference
-from ._backend import Backend, library, select, stream
+from ._backend import Backend, launch, library, select
 
 
 class SumTree:
@@ -107,66 +107,19 @@ library.define(
 library.define("sum_tree_sample(Tensor leaves, Tensor sums, Tensor jitter) -> (Tensor, Tensor)")
 
 
-@torch.library.impl(library, "sum_tree_update", "CPU")
-def _cpp_update(leaves: Tensor, sums: Tensor, claims: Tensor, indices: Tensor, priorities: Tensor) -> None:
+@torch.library.impl("covr_fast::sum_tree_update", ("cpu", "cuda"), lib=library)
+def _update(leaves: Tensor, sums: Tensor, claims: Tensor, indices: Tensor, priorities: Tensor) -> None:
     indices, priorities = indices.contiguous(), priorities.contiguous()
-    _C.sum_tree_update(
-        leaves.data_ptr(),
-        sums.data_ptr(),
-        leaves.numel(),
-        indices.data_ptr(),
-        priorities.data_ptr(),
-        indices.numel(),
-    )
+    tree = (leaves, sums, claims) if leaves.is_cuda else (leaves, sums)
+    launch("sum_tree_update", *tree, leaves.numel(), indices, priorities, indices.numel())
 
 
-@torch.library.impl(library, "sum_tree_sample", "CPU")
-def _cpp_sample(leaves: Tensor, sums: Tensor, jitter: Tensor) -> tuple[Tensor, Tensor]:
-    indices = torch.empty(jitter.shape, dtype=torch.int64)
-    probabilities = torch.empty_like(jitter)
-    _C.sum_tree_sample(
-        leaves.data_ptr(),
-        sums.data_ptr(),
-        leaves.numel(),
-        jitter.data_ptr(),
-        jitter.numel(),
-        indices.data_ptr(),
-        probabilities.data_ptr(),
-    )
-    return indices, probabilities
-
-
-@torch.library.impl(library, "sum_tree_update", "CUDA")
-def _cuda_update(leaves: Tensor, sums: Tensor, claims: Tensor, indices: Tensor, priorities: Tensor) -> None:
-    indices, priorities = indices.contiguous(), priorities.contiguous()
-    with torch.cuda.device(leaves.device):
-        _C.sum_tree_update_cuda(
-            leaves.data_ptr(),
-            sums.data_ptr(),
-            claims.data_ptr(),
-            leaves.numel(),
-            indices.data_ptr(),
-            priorities.data_ptr(),
-            indices.numel(),
-            stream(leaves),
-        )
-
-
-@torch.library.impl(library, "sum_tree_sample", "CUDA")
-def _cuda_sample(leaves: Tensor, sums: Tensor, jitter: Tensor) -> tuple[Tensor, Tensor]:
-    indices = torch.empty_like(jitter, dtype=torch.int64)
-    probabilities = torch.empty_like(jitter)
-    with torch.cuda.device(leaves.device):
-        _C.sum_tree_sample_cuda(
-            leaves.data_ptr(),
-            sums.data_ptr(),
-            leaves.numel(),
-            jitter.data_ptr(),
-            jitter.numel(),
-            indices.data_ptr(),
-            probabilities.data_ptr(),
-            stream(leaves),
-        )
+@torch.library.impl("covr_fast::sum_tree_sample", ("cpu", "cuda"), lib=library)
+def _sample(leaves: Tensor, sums: Tensor, jitter: Tensor) -> tuple[Tensor, Tensor]:
+    jitter = jitter.contiguous()
+    indices, probabilities = torch.empty_like(jitter, dtype=torch.int64), torch.empty_like(jitter)
+    count = jitter.numel()
+    launch("sum_tree_sample", leaves, sums, leaves.numel(), jitter, count, indices, probabilities)
     return indices, probabilities
 
 

@@ -3,10 +3,8 @@
 import torch
 from torch import Tensor
 
-from covr_fast import _C
-
 from . import reference
-from ._backend import Backend, library, select, stream
+from ._backend import Backend, check_floating, launch, library, select
 
 _DTYPES = (torch.float32,)
 
@@ -24,10 +22,7 @@ def return_weights(returns: Tensor, *, backend: Backend = "auto") -> Tensor:
     Returns:
         [K] in [0, 1] of the dtype of `returns`, detached: a weight is a constant of the loss.
     """
-    if returns.ndim != 1 or not returns.is_floating_point():
-        raise ValueError(
-            f"return_weights: returns must be floating [K], not {returns.dtype} {list(returns.shape)}"
-        )
+    check_floating("return_weights", "returns", returns, "[K]")
     returns = returns.detach()
     if select("return_weights", backend, returns, ("cpp", "cuda"), _DTYPES) == "reference":
         return reference.return_weights(returns)
@@ -41,7 +36,7 @@ library.define("return_weights(Tensor returns) -> Tensor")
 def _cpp(returns: Tensor) -> Tensor:
     returns = returns.contiguous()
     weights = torch.empty_like(returns)
-    _C.return_weights(weights.data_ptr(), returns.data_ptr(), returns.numel())
+    launch("return_weights", weights, returns, returns.numel())
     return weights
 
 
@@ -50,10 +45,7 @@ def _cuda(returns: Tensor) -> Tensor:
     returns = returns.contiguous()
     weights = torch.empty_like(returns)
     extremes = returns.new_zeros(2, dtype=torch.int32)
-    with torch.cuda.device(returns.device):
-        _C.return_weights_cuda(
-            weights.data_ptr(), returns.data_ptr(), returns.numel(), extremes.data_ptr(), stream(returns)
-        )
+    launch("return_weights", weights, returns, returns.numel(), extremes)
     return weights
 
 

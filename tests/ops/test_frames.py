@@ -133,8 +133,9 @@ def test_crop_larger_than_the_image_is_an_error():
 def test_operator_checks_and_compiles():
     frames, offsets = batch((2, 3, 8, 8), 2)
     torch.library.opcheck(torch.ops.covr_fast.window.default, (frames, offsets, 2, 8, 8, torch.bfloat16))
-    compiled = torch.compile(lambda f, o: random_shift(f, o, 2) + 1, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(frames, offsets), random_shift(frames, offsets, 2) + 1)
+    for window in (lambda f, o: random_shift(f, o, 2) + 1, lambda f, o: random_crop(f, o, 4) + 1):
+        compiled = torch.compile(window, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(frames, offsets), window(frames, offsets))
 
 
 @pytest.mark.needs_cuda

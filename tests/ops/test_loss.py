@@ -81,7 +81,7 @@ def test_logits_against_float64(vocabulary, smoothing, weights, backend):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("vocabulary, chunk_rows", [(2, 100), (1000, 100), (4099, 3)])
 def test_linear_against_float64(vocabulary, chunk_rows, smoothing, weights, backend, monkeypatch):
-    monkeypatch.setattr(loss_module, "_CHUNK_BYTES", chunk_rows * vocabulary * 4)
+    monkeypatch.setitem(loss_module._CHUNK_BYTES, "cpu", chunk_rows * vocabulary * 4)
     hidden, head, labels = batch(vocabulary)
     weights = torch.tensor(WEIGHTS[weights])
     expected = value_and_gradients(
@@ -104,7 +104,7 @@ def test_linear_against_float64(vocabulary, chunk_rows, smoothing, weights, back
 def test_error_is_not_larger_than_that_of_torch_in_the_same_dtype(dtype, smoothing, backend, monkeypatch):
     if backend == "triton" and dtype == torch.bfloat16:
         pytest.skip("the interpreter's bfloat16 stores truncate")
-    monkeypatch.setattr(loss_module, "_CHUNK_BYTES", 8 * 3001 * 4)
+    monkeypatch.setitem(loss_module._CHUNK_BYTES, "cpu", 8 * 3001 * 4)
     hidden, head, labels = batch(3001, steps=9, dtype=dtype)
     weights = torch.tensor(WEIGHTS["dense"])
     expected = value_and_gradients(
@@ -128,6 +128,32 @@ def test_error_is_not_larger_than_that_of_torch_in_the_same_dtype(dtype, smoothi
     for one, other, exact in zip(result, torch_result, expected, strict=True):
         error = (one.double() - exact).norm()
         assert error <= 1.2 * (other.double() - exact).norm() + 1e-6 * exact.norm()
+
+
+@pytest.mark.parametrize("available", [True, False])
+def test_head_gradient_with_and_without_products_added_in_float32(available, monkeypatch):
+    """torch adds a half-precision product to a float32 sum on CUDA alone, and not in every version."""
+
+    def addmm(total, a, b, *, beta=1, out_dtype, out):
+        if not available:
+            raise RuntimeError("self and mat2 must have the same dtype, but got Float and BFloat16")
+        assert out is total
+        return out.copy_(a.float() @ b.float() + (total if beta else 0))
+
+    monkeypatch.setattr(torch, "addmm", addmm)
+    monkeypatch.setattr(loss_module, "_adds_in_float32", loss_module._adds_in_float32.__wrapped__)
+    monkeypatch.setitem(loss_module._CHUNK_BYTES, "cpu", 4 * 50 * 2)
+    hidden, head, labels = batch(50, dtype=torch.bfloat16)
+    weights = torch.tensor(WEIGHTS["dense"])
+    expected = value_and_gradients(
+        lambda h, w: truth(F.linear(h, w), labels, weights), hidden.double(), head.double()
+    )
+    result = value_and_gradients(
+        lambda h, w: return_weighted_linear_cross_entropy(h, w, labels, weights), hidden, head
+    )
+    assert result[2].dtype == torch.bfloat16
+    for one, other in zip(result, expected, strict=True):
+        assert (one.double() - other).norm() <= 2**-7 * other.norm()
 
 
 @pytest.mark.parametrize("backend", ["reference", *KERNELS])
@@ -339,18 +365,24 @@ def test_errors_name_the_argument(change, message):
         return_weighted_linear_cross_entropy(**arguments)
 
 
-def test_operator_checks():
+@pytest.mark.parametrize("trained", [(True, True), (True, False), (False, True)])
+def test_operator_checks(trained):
     hidden, head, labels = batch(50)
-    scale = torch.rand(20)
+    labels, scale = labels.flatten().abs() % 50, torch.rand(20)
     operators = torch.ops.covr_fast
-    logits = F.linear(hidden, head).flatten(0, 1).requires_grad_()
+    logits = F.linear(hidden, head).flatten(0, 1)
+    _, normaliser = operators.cross_entropy(logits, labels, scale, 0.1, "cpp")
+    upstream = torch.tensor(2.0)
     torch.library.opcheck(
-        operators.cross_entropy.default, (logits, labels.flatten().abs() % 50, scale, 0.1, "cpp")
+        operators.cross_entropy_backward.default, (upstream, logits, labels, scale, 0.1, normaliser, "cpp")
     )
-    rows, head = hidden.flatten(0, 1).requires_grad_(), head.requires_grad_()
+    torch.library.opcheck(operators.scale_gradient.default, (head, upstream))
     torch.library.opcheck(
-        operators.linear_cross_entropy.default,
-        (rows, head, labels.flatten().abs() % 50, scale, 0.1, True, True, "cpp"),
+        operators.cross_entropy.default, (logits.requires_grad_(), labels, scale, 0.1, "cpp")
+    )
+    rows, head = hidden.flatten(0, 1).requires_grad_(trained[0]), head.requires_grad_(trained[1])
+    torch.library.opcheck(
+        operators.linear_cross_entropy.default, (rows, head, labels, scale, 0.1, *trained, "cpp")
     )
 
 
@@ -375,7 +407,7 @@ def test_compiles_into_one_graph():
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("vocabulary", [2, 4099, 151_936])
 def test_cuda_error_is_not_larger_than_that_of_torch(vocabulary, smoothing, weights, dtype, monkeypatch):
-    monkeypatch.setattr(loss_module, "_CHUNK_BYTES", 7 * vocabulary * 4)
+    monkeypatch.setitem(loss_module._CHUNK_BYTES, "cuda", 7 * vocabulary * 4)
     hidden, head, labels = (x.cuda() for x in batch(vocabulary, steps=9, dim=64, dtype=dtype))
     weights = torch.tensor(WEIGHTS[weights], device="cuda")
     expected = value_and_gradients(

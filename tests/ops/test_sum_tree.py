@@ -139,7 +139,25 @@ def test_operator_checks():
     leaves, sums = tree._leaves, tree._sums
     update = (leaves, sums, tree._claims, torch.tensor([1, 2]), torch.tensor([1.0, 2.0]))
     torch.library.opcheck(torch.ops.covr_fast.sum_tree_update.default, update)
-    torch.library.opcheck(torch.ops.covr_fast.sum_tree_sample.default, (leaves, sums, torch.rand(5).double()))
+    jitter = torch.rand(10).double()
+    torch.library.opcheck(torch.ops.covr_fast.sum_tree_sample.default, (leaves, sums, jitter))
+    torch.library.opcheck(torch.ops.covr_fast.sum_tree_sample.default, (leaves, sums, jitter[::2]))
+    draw = torch.ops.covr_fast.sum_tree_sample
+    assert torch.equal(draw(leaves, sums, jitter[::2])[0], draw(leaves, sums, jitter[::2].contiguous())[0])
+
+
+def test_operators_compile_into_one_graph():
+    def step(tree, indices, priorities, jitter):
+        tree.update(indices, priorities)
+        return torch.ops.covr_fast.sum_tree_sample(tree._leaves, tree._sums, jitter)
+
+    arguments = (torch.tensor([1, 5, 1]), torch.tensor([1.0, 2.0, 9.0]), torch.rand(8).double())
+    eager, traced = filled(100, "cpp")[0], filled(100, "cpp")[0]
+    expected = step(eager, *arguments)
+    result = torch.compile(step, fullgraph=True, backend="aot_eager")(traced, *arguments)
+    assert torch.equal(result[0], expected[0])
+    assert torch.equal(traced.priorities, eager.priorities)
+    assert traced.total == eager.total
 
 
 @pytest.mark.needs_cuda
