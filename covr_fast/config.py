@@ -236,7 +236,7 @@ def _car_racing() -> TrainConfig:
             shift=4,
         ),
         vlm=VLMConfig(decimals=1, motion=True),
-        covr=COVRConfig(psi_0=2500, cold_start=2, horizon=20),
+        covr=COVRConfig(psi_0=2500, cold_start=2, horizon=30),
     )
 
 
