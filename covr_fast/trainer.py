@@ -369,7 +369,9 @@ class Trainer:
 
     def _policy_entropy(self, indices: Tensor) -> float:
         """e_t: minus the mean log-probability of actions on the newest samples of D_f, in nats."""
-        obs = cast(Tensor, self.buffer.observations(indices[-256:]))
+        # Ids grow with time in every stream, so the largest are the newest of all environments.
+        newest = indices.topk(min(256, len(indices))).values
+        obs = cast(Tensor, self.buffer.observations(newest))
         return self.agent.entropy(agent_view(self.config, obs))
 
     def _kept_by_time(self, kept: Tensor) -> dict[str, float]:
