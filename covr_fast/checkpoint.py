@@ -104,7 +104,10 @@ def load_config(run: Path) -> TrainConfig:
     path = run / "config.json"
     if not path.is_file():
         raise UserError(f"{run} holds no config.json: is it the folder of a run?")
-    return TrainConfig.from_dict(json.loads(path.read_text()))
+    try:
+        return TrainConfig.from_dict(json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
 
 
 def load_actor(run: Path) -> tuple[Policy, TrainConfig]:

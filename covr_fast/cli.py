@@ -89,6 +89,8 @@ def _train(arguments: list[str]) -> int:
             args=rest,
         )
     config = parsed.config
+    if parsed.resume and parsed.out:
+        raise UserError("--resume continues in its own folder: leave out --out")
     out = parsed.resume or _new_run_folder(parsed.out, f"{name}-seed{config.seed}")
 
     from rich.console import Console

@@ -80,6 +80,9 @@ class COVRConfig:
     """Samples of finished episodes that a round needs; it waits until D_f holds them."""
     horizon: int | None = None
     """Steps that a return g_t looks ahead. None: to the end of the episode, as in the paper."""
+    bootstrap: bool = False
+    """Add the critic's value of the last state to the returns of truncated episodes. False: a truncated tail
+    counts as the end, as in the paper."""
     publish_after: int | None = None
     """With tuner.overlap, publish a round exactly this many steps after its start, waiting for it if need be,
     so that reruns are bit-identical. None: as soon as it is done."""
@@ -156,6 +159,15 @@ class TrainConfig:
                 value = getattr(value, part)
             if value < low:
                 raise UserError(f"{name}={value} must be at least {low}")
+        if self.vlm.temperature < 0:
+            raise UserError(f"vlm.temperature={self.vlm.temperature} must not be negative")
+        if (self.covr.publish_after or 0) < 0:
+            raise UserError(f"covr.publish_after={self.covr.publish_after} must not be negative")
+        if self.warmup < self.replay.n_step * self.env.num_envs:
+            raise UserError(
+                f"warmup={self.warmup} steps over env.num_envs={self.env.num_envs} environments hold no "
+                f"{self.replay.n_step}-step transition yet when updates begin: raise warmup"
+            )
         if self.warmup < self.replay.batch_size:
             raise UserError(
                 f"replay.batch_size={self.replay.batch_size} is larger than what is stored when "

@@ -19,7 +19,8 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
 
 @contextmanager
 def as_user_error() -> Iterator[None]:
-    """Turns the errors with which the library refuses arguments into UserErrors of one line.
+    """Turns the errors with which the library refuses arguments, or lacks what they need, into UserErrors of
+    one line.
 
     For places where the arguments are the user's settings; elsewhere such an error is a bug.
     """
@@ -27,5 +28,5 @@ def as_user_error() -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         raise UserError(" ".join(str(error).split())) from error

@@ -25,6 +25,7 @@ class PriorLabeller:
         images: ids int64[n] of held transitions -> uint8[n, 3, H, W], what the VLM is to see of them.
         max_batch: most images of one call.
         temperature: of sampling; 0 takes the likeliest answer.
+        generator: randomness of sampling; nothing else may use it meanwhile.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class PriorLabeller:
         *,
         max_batch: int = 64,
         temperature: float = 0.0,
+        generator: torch.Generator | None = None,
     ) -> None:
         if max_batch < 1:
             raise ValueError(f"max_batch is {max_batch}: it must be at least 1")
@@ -43,10 +45,13 @@ class PriorLabeller:
         self._images = images
         self._max_batch = max_batch
         self._temperature = temperature
+        self._generator = generator
+        self._wanted = 0  # labels of older versions are to be refreshed
         self._due: list[int] = []
         self._stale: list[int] = []
         self._labelled: deque[int] = deque(maxlen=buffer.capacity)
-        self._worker = ThreadPoolExecutor(1, "prior-labeller")
+        threads = torch.get_num_threads()  # a new thread would take what was set last, anywhere
+        self._worker = ThreadPoolExecutor(1, "prior-labeller", torch.set_num_threads, (threads,))
         self._asked: tuple[Tensor, Future[PriorBatch]] | None = None
         self.dropped = 0
         """Transitions that the ring overwrote before the VLM had answered."""
@@ -62,6 +67,7 @@ class PriorLabeller:
     def refresh(self) -> None:
         """Labels again, behind all that is due, what is labelled so far: after the prior's weights have
         changed."""
+        self._wanted = self._prior.version
         self._stale += self._labelled
         self._labelled.clear()
 
@@ -84,15 +90,25 @@ class PriorLabeller:
             self._asked = ids, self._worker.submit(self._ask, images)
         return written
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """What waits for a label, and what has one."""
+        asked = [] if self._asked is None else self._asked[0].tolist()
+        lists = {"due": asked + self._due, "stale": self._stale, "labelled": list(self._labelled)}
+        return {name: torch.tensor(ids, dtype=torch.int64) for name, ids in lists.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self._due = state["due"].tolist()
+        self._stale = state["stale"].tolist()
+        self._labelled.extend(state["labelled"].tolist())
+
     def close(self) -> None:
         """Waits for the call in progress, drops its answer and ends the thread."""
         self._worker.shutdown(wait=True, cancel_futures=True)
 
     def _ask(self, images: Tensor) -> PriorBatch:
-        answer = self._prior(images, temperature=self._temperature)
-        if answer.action.is_cuda:
-            # Here and not in `step`, which would make the thread that adds wait for the device.
-            torch.cuda.current_stream(answer.action.device).synchronize()
+        answer = self._prior(images, temperature=self._temperature, generator=self._generator)
+        # Here and not in `step`, which would make the thread that adds wait for the device.
+        answer.action = answer.action.cpu()
         return answer
 
     def _next_ids(self) -> Tensor:
@@ -106,11 +122,11 @@ class PriorLabeller:
         kept = self._held(ids)
         self._buffer.set_extras(
             kept,
-            prior=answer.action[held.to(answer.action.device)],
+            prior=answer.action[held],
             prior_mask=torch.ones(len(kept)),
             prior_version=torch.full((len(kept),), answer.version),
         )
-        self._labelled.extend(kept.tolist())
+        (self._labelled if answer.version >= self._wanted else self._stale).extend(kept.tolist())
         return len(kept)
 
     def _held(self, ids: Tensor) -> Tensor:

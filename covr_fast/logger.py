@@ -81,6 +81,8 @@ class RunLogger:
 
         self.console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self.clock = Clock()
+        if start:
+            _drop_lines_after(folder / "metrics.jsonl", start)
         self._file = (folder / "metrics.jsonl").open("a")
         self._events = SummaryWriter(str(folder))
         self._total = total
@@ -146,3 +148,11 @@ class RunLogger:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    """Forgets what a run logged after the checkpoint that it continues from."""
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step]
+    path.write_text("".join(kept))

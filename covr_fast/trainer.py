@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import ops
+from . import _C, ops
 from .agents import SAC
 from .agents.sac import TransitionBatch
 from .buffer import FineTuneView, ReplayBuffer
@@ -91,16 +91,21 @@ class Trainer:
         env_seed = config.env.seed + 10_000 * config.seed + self.step
         self.envs: PixelEnvs = make_env(replace(config.env, seed=env_seed))
         (action_dim,) = self.envs.action_shape
-        self.agent = SAC(
-            agent_obs_shape(config),
-            self.envs.action_shape,
-            config.agent,
-            device=self.device,
-            seed=config.seed,
-        )
         with as_user_error():
-            self.buffer = saved.buffer(self._replay_device()) if saved else self._new_buffer(action_dim)
-            self.finished = FineTuneView(self.buffer, gamma=config.replay.gamma, horizon=config.covr.horizon)
+            self.agent = SAC(
+                agent_obs_shape(config),
+                self.envs.action_shape,
+                config.agent,
+                device=self.device,
+                seed=config.seed,
+            )
+            self.buffer = self._saved_buffer(saved) if saved else self._new_buffer(action_dim)
+            self.finished = FineTuneView(
+                self.buffer,
+                gamma=config.replay.gamma,
+                horizon=config.covr.horizon,
+                bootstrap=self._values_after if config.covr.bootstrap else None,
+            )
             self.prior = load_prior(config, action_dim, self.device, saved.vlm if saved else config.vlm.model)
             self.tuner = VLMTuner(self.prior, config.tuner)
         self.schedule = FineTuneSchedule(config.covr.psi_0, config.covr.schedule)
@@ -120,11 +125,18 @@ class Trainer:
             np.full(n, -1),
             np.zeros(n, bool),
         )
+        self._prior_noise = torch.Generator().manual_seed(config.seed)
+        self._before: dict[str, Evaluation] = {}
+        self._earlier_seconds = 0.0
         self._round: _Round | None = None
         self._labeller: PriorLabeller | None = None
         if config.vlm.background:
             self._labeller = PriorLabeller(
-                self.prior, self.buffer, self._vlm_images, temperature=config.vlm.temperature
+                self.prior,
+                self.buffer,
+                self._vlm_images,
+                temperature=config.vlm.temperature,
+                generator=self._prior_noise,
             )
         self._metrics = MeanMetrics()
         self._said_waiting = False
@@ -135,7 +147,22 @@ class Trainer:
 
     def _replay_device(self) -> str:
         name = self.config.replay.device
-        return str(self.device) if name == "auto" else name
+        if name == "auto":  # without CUDA kernels the frames stay on the host, and batches are sent over
+            return "cuda" if self.device.type == "cuda" and _C.with_cuda else "cpu"
+        return name
+
+    def _saved_buffer(self, saved: Checkpoint) -> ReplayBuffer:
+        """The replay buffer of a checkpoint, if it is such as these settings would make."""
+        buffer, config = saved.buffer(self._replay_device()), self.config
+        for option, had, asked in (
+            ("env.num_envs", buffer.num_envs, config.env.num_envs),
+            ("replay.capacity", buffer.capacity, config.replay.capacity),
+            ("replay.n_step", buffer.n_step, config.replay.n_step),
+            ("replay.gamma", buffer.gamma, config.replay.gamma),
+        ):
+            if had != asked:
+                raise UserError(f"the run was begun with {option}={had}: it cannot go on with {asked}")
+        return buffer
 
     def _new_buffer(self, action_dim: int) -> ReplayBuffer:
         config = self.config
@@ -161,25 +188,33 @@ class Trainer:
         An interrupt (Ctrl-C) is honoured after the step in progress: the run is saved, to be resumed, and
         KeyboardInterrupt is raised.
         """
-        self.out.mkdir(parents=True, exist_ok=True)
+        with as_user_error():
+            self.out.mkdir(parents=True, exist_ok=True)
         (self.out / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
         with RunLogger(self.out, self.config.steps, start=self.step) as self.log, self.envs:
             self.clock = self.log.clock
-            with self.clock("evaluation"):
-                evaluations = self._evaluate_before()
-            with _deferred_interrupt() as interrupted, self._background():
-                self._train(interrupted)
-            if interrupted:
+            if not self._before:  # a resumed run keeps what was measured before any training
+                with self.clock("evaluation"):
+                    self._before = self._evaluate_before()
+            try:
+                with _deferred_interrupt() as interrupted, self._background():
+                    self._train(interrupted)
+            except Exception as error:
                 self._save(with_replay=True)
+                self.log.say(
+                    f"{type(error).__name__} at step {self.step}; saved, --resume {self.out} continues"
+                )
+                raise
+            self._save(with_replay=bool(interrupted) or self.config.save_replay)
+            if interrupted:
                 self.log.say(f"interrupted at step {self.step} and saved: --resume {self.out} continues")
                 raise KeyboardInterrupt
             with self.clock("evaluation"):
-                evaluations |= self._evaluate_after()
+                evaluations = self._before | self._evaluate_after()
             summary = self._summary(evaluations)
-            self._save(with_replay=self.config.save_replay)
+            (self.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
             if self.config.video:
                 self._record()
-        (self.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         plot_curves(self.out)
         return summary
 
@@ -233,7 +268,9 @@ class Trainer:
         if due and self._labeller is None:
             with self.clock("prior"):
                 answer = self.prior(
-                    vlm_view(self.config, torch.from_numpy(obs)), temperature=self.config.vlm.temperature
+                    vlm_view(self.config, torch.from_numpy(obs)),
+                    temperature=self.config.vlm.temperature,
+                    generator=self._prior_noise,
                 )
             doing.prior[ids], doing.prior_mask[ids] = answer.action.cpu().numpy(), 1.0
             doing.prior_version[ids] = answer.version
@@ -282,6 +319,8 @@ class Trainer:
                     pad=config.replay.pad,
                     memory_format=torch.channels_last,
                 )
+                if self.buffer.device.type != self.device.type:
+                    batch = batch.to(self.device)
             with self.clock("policy update"):
                 metrics = self.agent.update(cast(TransitionBatch, batch), guide=guide)
                 if config.replay.sampler == "prioritized":
@@ -327,6 +366,7 @@ class Trainer:
                 "tau": kept.tau,
                 "cutoff": kept.cutoff,
                 "kept": len(kept.indices),
+                "overwritten": self.finished.overwritten,
                 **self._kept_by_time(kept.indices),
             }
             self._round = _Round(self.step, figures, self.finished.state_dict(), self.tuner.rounds)
@@ -349,18 +389,23 @@ class Trainer:
             if report:
                 begun.figures |= {
                     "nonzero_share": report.nonzero_share,
-                    "loss_before": report.loss_before,
-                    "loss_after": report.loss_after,
                     "tuning_seconds": report.seconds,
                 }
+                if report.held_out:
+                    begun.figures |= {"loss_before": report.loss_before, "loss_after": report.loss_after}
                 self.tuner.publish()
+                if self._labeller is not None and self.config.vlm.refresh:
+                    self._labeller.refresh()
         self._round = None
         self.rounds.append({"step": begun.step, "published": self.step, **begun.figures})
         self.log.scalars(self.step, {f"round/{name}": value for name, value in begun.figures.items()})
         self.log.say(_round_line(self.rounds[-1]))
         self.schedule.advance()
-        if self._labeller is not None and self.config.vlm.refresh:
-            self._labeller.refresh()
+
+    def _values_after(self, ids: Tensor) -> Tensor:
+        """float32[n], the critic's value of the observations that followed these transitions."""
+        obs = cast(Tensor, self.buffer.get(ids, n_step=1, dtype=torch.uint8).next_obs)
+        return self.agent.value(agent_view(self.config, obs))
 
     def _vlm_images(self, ids: Tensor) -> Tensor:
         """uint8[n, 3, H, W], what the VLM sees of these transitions; a copy."""
@@ -453,13 +498,19 @@ class Trainer:
             "rounds_done": self.schedule.rounds,
             "tuner_rounds": self._round.tuner_rounds if self._round else self.tuner.rounds,
             "rng": self.rng.bit_generator.state,
+            "prior_noise": self._prior_noise.get_state(),
+            "prior_version": self.prior.version,
+            "labeller": self._labeller.state_dict() if self._labeller else None,
+            "before": {name: e.returns.tolist() for name, e in self._before.items()},
+            "seconds": self._earlier_seconds + self.clock.total,
             "finished": self._round.finished if self._round else self.finished.state_dict(),
         }
         with self.clock("checkpoint"):
             save_checkpoint(self.out, self.agent, self.prior, counters, self.buffer if with_replay else None)
 
     def _restore(self, saved: Checkpoint) -> None:
-        self.agent.load_state_dict(saved.agent_state())
+        with as_user_error():
+            self.agent.load_state_dict(saved.agent_state())
         counters = saved.counters
         self.frames, self.updates = counters["frames"], counters["updates"]
         self.rounds, self.returns = counters["rounds"], counters["returns"]
@@ -467,6 +518,12 @@ class Trainer:
         self.schedule = FineTuneSchedule(covr.psi_0, covr.schedule, rounds=counters["rounds_done"])
         self.tuner.rounds = counters["tuner_rounds"]
         self.rng.bit_generator.state = counters["rng"]
+        self._prior_noise.set_state(counters["prior_noise"])
+        self.prior.version = counters["prior_version"]
+        if self._labeller and counters["labeller"]:
+            self._labeller.load_state_dict(counters["labeller"])
+        self._before = {name: Evaluation(np.array(r)) for name, r in counters["before"].items()}
+        self._earlier_seconds = counters["seconds"]
         self.finished.load_state_dict(counters["finished"])
         self.buffer.cut()
 
@@ -479,7 +536,7 @@ class Trainer:
             "frames": self.frames,
             "updates": self.updates,
             "episodes": len(self.returns),
-            "seconds": self.clock.total,
+            "seconds": self._earlier_seconds + self.clock.total,
             "steps_per_second": (self.step - self._first_step) / self.clock.total,
             "time_shares": self.clock.shares(),
             "rounds": self.rounds,
@@ -540,9 +597,10 @@ def _round_line(r: dict[str, float]) -> str:
         f"round {r['round']:.0f} at {r['step']:.0f} steps: D_f {r['samples']:.0f}, "
         f"tau {r['tau']:.2f}, kept {r['kept']:.0f}"
     )
+    if "nonzero_share" in r:
+        line += f", non-zero weight {r['nonzero_share']:.0%}"
     if "loss_after" in r:
-        line += (
-            f", non-zero weight {r['nonzero_share']:.0%}, held-out loss {r['loss_before']:.3f} -> "
-            f"{r['loss_after']:.3f} in {r['tuning_seconds']:.1f} s"
-        )
+        line += f", held-out loss {r['loss_before']:.3f} -> {r['loss_after']:.3f}"
+    if "tuning_seconds" in r:
+        line += f", {r['tuning_seconds']:.1f} s"
     return line

@@ -542,3 +542,17 @@ def test_a_value_that_is_not_finite_is_refused_and_nothing_is_added(what):
     with pytest.raises(ValueError, match=rf"{what} is NaN or infinite in rows \[1\]"):
         buffer.add(**rows)
     assert len(buffer) == 0
+
+
+def test_a_batch_moves_to_another_device_and_its_ids_stay():
+    driver = make()
+    for _ in range(8):
+        driver.add()
+    batch = driver.buffer.sample(4, augment="shift")
+    moved = batch.to("meta")
+    for name in ("obs", "next_obs", "action", "reward", "discount", "terminated", "truncated", "weight"):
+        assert getattr(moved, name).device.type == "meta", name
+        assert getattr(moved, name).shape == getattr(batch, name).shape
+    assert moved.extras["prior"].device.type == "meta"
+    assert torch.equal(moved.index, batch.index)
+    assert torch.equal(moved.obs_offset, batch.obs_offset)

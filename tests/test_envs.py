@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
+import torch
 from simulators import SIZE, counting_envs
 
+from covr_fast import ReplayBuffer
 from covr_fast.envs import EnvConfig, PixelEnvs, make_env
 from covr_fast.errors import UserError
 
@@ -38,6 +40,32 @@ def test_reset_rows_are_no_transitions_and_none_is_lost():
         expected = [(k, s + 1) for k in range(20) for s in range((3, 5)[k % 2])]
         assert steps == expected[: len(steps)]
     assert sum(s.ignored_actions for s in simulators) > 0
+
+
+def test_no_reset_row_is_ever_sampled():
+    """Environment, driver, buffer and sample together: what comes out is what happened, n steps apart."""
+    envs, _ = counting_envs(lengths=(3, 5), frame_stack=2)
+    shapes = {"obs_shape": envs.obs_shape, "action_shape": (1,), "frame_stack": 2}
+    buffer = ReplayBuffer(200, num_envs=4, n_step=2, gamma=0.5, seed=0, **shapes)
+    with envs:
+        for obs, rows in drive(envs, 90):
+            action, ends = np.zeros((len(obs), 1)), (rows.terminated, rows.truncated)
+            buffer.add(obs, action, rows.reward, rows.next_obs, *ends, env_ids=rows.env_ids)
+    batch = buffer.sample(2000, dtype=torch.uint8)
+    before, after = (labels(o.numpy())[:, -1].astype(int) for o in (batch.obs, batch.next_obs))
+    assert (before[:, :2] == after[:, :2]).all(), "a transition crosses an episode"
+    episode, step = before[:, 1], before[:, 2]
+    length = np.where(episode % 2 == 0, 3, 5)
+    k = np.minimum(2, length - step)
+    assert (k > 0).all(), "the end of an episode was sampled as the beginning of a transition"
+    assert (after[:, 2] == step + k).all()
+    # The step that leads to s is rewarded with s; the second of two counts half.
+    np.testing.assert_allclose(batch.reward.numpy(), step + 1 + np.where(k == 2, 0.5 * (step + 2), 0))
+    ends = step + k == length
+    assert (batch.truncated.numpy() == (ends & (episode % 2 == 0))).all()
+    assert (batch.terminated.numpy() == (ends & (episode % 2 == 1))).all()
+    # The Bellman target goes on behind a truncation and stops behind a termination.
+    np.testing.assert_allclose(batch.discount.numpy(), np.where(ends & (episode % 2 == 1), 0, 0.5**k))
 
 
 def test_ends_are_told_apart_and_stacks_restart():

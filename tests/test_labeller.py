@@ -68,10 +68,14 @@ class Watched:
         self.gate = threading.Event()
         self.gate.set()
 
-    def __call__(self, images: torch.Tensor, *, temperature: float):
+    @property
+    def version(self) -> int:
+        return self.prior.version
+
+    def __call__(self, images: torch.Tensor, *, temperature: float, generator: torch.Generator | None):
         assert self.gate.wait(30)
         self.calls.append(images)
-        return self.prior(images, temperature=temperature)
+        return self.prior(images, temperature=temperature, generator=generator)
 
 
 def test_labels_equal_what_the_prior_says_of_the_frames(nano):
@@ -145,6 +149,61 @@ def test_refresh_labels_again_with_the_new_weights():
     assert after["prior_version"].tolist() == [1] * 8 + [-1] * 4
     assert torch.equal(after["prior"][:8], prior(buffer.observations(ids[:8])).action)
     assert not torch.equal(after["prior"], before)
+
+
+class Late(Watched):
+    """Its answers are made at once, and arrive when the gate opens."""
+
+    def __init__(self, prior: ActionPrior) -> None:
+        super().__init__(prior)
+        self.answered = threading.Event()
+
+    def __call__(self, images: torch.Tensor, *, temperature: float, generator: torch.Generator | None):
+        answer = self.prior(images, temperature=temperature, generator=generator)
+        self.answered.set()
+        assert self.gate.wait(30)
+        return answer
+
+
+def test_refresh_also_reaches_what_the_old_weights_were_being_asked_about():
+    prior = Late(ActionPrior.from_pretrained("nano", action_dim=2, device="cpu", seed=0))
+    prior.gate.clear()
+    buffer = make_buffer()
+    ids = fill(buffer, 2)
+    labeller = PriorLabeller(prior, buffer, buffer.observations)
+    labeller.due(ids.tolist())
+    labeller.step()
+    assert prior.answered.wait(30)
+    prior.prior.weights_changed()
+    labeller.refresh()
+    prior.gate.set()
+    drain(labeller)
+    labeller.close()
+    assert buffer.extras(ids)["prior_version"].tolist() == [1] * len(ids)
+
+
+def test_what_waits_and_what_is_labelled_survives_a_restart(nano):
+    buffer = make_buffer()
+    ids = fill(buffer, 4)
+    prior = Watched(nano)
+    first = PriorLabeller(prior, buffer, buffer.observations, max_batch=4)
+    first.due(ids[:4].tolist())
+    drain(first)
+    prior.gate.clear()
+    first.due(ids[4:].tolist())
+    first.step()
+    state = first.state_dict()
+    prior.gate.set()
+    first.close()
+
+    second = PriorLabeller(nano, buffer, buffer.observations)
+    second.load_state_dict(state)
+    assert len(second) == len(ids) - 4
+    second.refresh()
+    assert len(second) == len(ids)
+    drain(second)
+    second.close()
+    assert buffer.extras(ids)["prior_mask"].all()
 
 
 def test_an_error_of_the_vlm_reaches_the_loop(nano):

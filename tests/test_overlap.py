@@ -110,6 +110,9 @@ def test_an_error_in_the_round_ends_the_run_within_a_step(tmp_path, monkeypatch)
     with pytest.raises(FloatingPointError, match="the round broke"):
         trainer.run()
     assert trainer.step <= 50 + 2 * trainer.config.env.batch_size
+    resumed = Trainer(trainer.config, tmp_path, resume=True)  # and nothing is lost
+    assert (resumed.step, len(resumed.buffer)) == (trainer.step, len(trainer.buffer))
+    assert len(resumed.finished) >= 40
 
 
 def test_a_round_that_an_interrupt_cuts_off_is_done_again_by_the_resumed_run(tmp_path):

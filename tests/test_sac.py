@@ -110,6 +110,26 @@ def test_the_actor_update_leaves_encoder_and_critic_alone():
     assert all(p.requires_grad for p in agent.critic.parameters())
 
 
+def test_a_checkpoint_of_another_kind_of_device_loads():
+    agent = SAC((3, SIZE, SIZE), (2,), SMALL)
+    state = agent.state_dict()
+    state["generator"] = state["generator"][:16]  # the size of a CUDA generator's
+    other = SAC((3, SIZE, SIZE), (2,), SMALL, seed=1)
+    other.load_state_dict(state)
+    obs = torch.randint(0, 256, (4, 3, SIZE, SIZE), dtype=torch.uint8)
+    assert torch.equal(other.act(obs, explore=False), agent.act(obs, explore=False))
+
+
+def test_value_is_that_of_the_mean_action():
+    agent = SAC((3, SIZE, SIZE), (2,), SACConfig(**{**vars(SMALL), "reward_scale": 0.5}))
+    obs = torch.randint(0, 256, (4, 3, SIZE, SIZE), dtype=torch.uint8)
+    action = agent.act(obs, explore=False)
+    random_state = agent.generator.get_state()
+    expected = agent.critic(agent.encoder(obs.float() / 255), action).amin(0) * 2
+    torch.testing.assert_close(agent.value(obs), expected)
+    assert torch.equal(agent.generator.get_state(), random_state)  # it takes no randomness
+
+
 def test_target_follows_the_critic():
     agent = SAC((3, SIZE, SIZE), (2,), SACConfig(**{**vars(SMALL), "tau": 0.25}))
     old = [p.clone() for p in agent.critic_target.parameters()]

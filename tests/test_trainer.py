@@ -17,6 +17,7 @@ def small_config(**changes) -> TrainConfig:
     config.steps, config.warmup, config.steps_per_update, config.log_every = 160, 32, 8, 40
     config.video = False
     config.threads = 1
+    config.device = "cpu"
     config.env.num_envs, config.env.batch_size, config.env.max_episode_steps = 4, 2, 40
     config.env.height = config.env.width = 48
     config.agent.channels, config.agent.strides, config.agent.hidden = (8, 8), (4, 2), 32
@@ -185,6 +186,9 @@ def test_held_priors_cover_the_steps_between_and_end_with_the_episode(tmp_path):
         ({"replay__gamma": 1.5}, "replay.gamma=1.5"),
         ({"replay__pad": 24}, "replay.pad=24 crops away all"),
         ({"steps": 0}, "steps=0 must be at least 1"),
+        ({"vlm__temperature": -1.0}, "vlm.temperature=-1.0 must not be negative"),
+        ({"agent__lr": -1.0}, "Invalid learning rate: -1.0"),
+        ({"warmup": 8, "replay__batch_size": 8}, "warmup=8 steps over env.num_envs=4"),
         ({"env__grayscale": False}, "vlm.motion shows three grey frames"),
         ({"vlm__model": "/nowhere/at/all"}, "/nowhere/at/all"),
         ({"env__id": "CarRacer-v3"}, "did you mean CarRacing-v3"),
@@ -226,10 +230,68 @@ def test_an_interrupted_run_is_saved_and_continues(tmp_path):
     for a, b in zip(first.agent.actor.parameters(), second.agent.actor.parameters(), strict=True):
         assert (a == b).all()
     summary = second.run()
+    before = first._before["random"].returns.tolist()
+    assert summary["evaluations"]["random"]["returns"] == before, "what was before training changed"
+    assert summary["seconds"] > first.clock.total
     assert summary["steps"] == 100
     assert summary["updates"] == (100 - 32) // 8
     steps = [m["step"] for m in read_metrics(tmp_path)]
     assert steps == sorted(steps)
+
+
+def test_a_resumed_run_forgets_what_was_logged_after_its_checkpoint(tmp_path):
+    config = small_config(steps=90, covr__psi_0=1000, checkpoint_every=64, log_every=10)
+    first = Trainer(config, tmp_path)
+    log = first._log
+
+    def killed_at_80():
+        log()
+        if first.step >= 80:
+            raise SystemExit  # as little is tidied up as if the process had died
+
+    first._log = killed_at_80
+    with pytest.raises(SystemExit):
+        first.run()
+    assert read_metrics(tmp_path)[-1]["step"] >= 80
+    second = Trainer(config, tmp_path, resume=True)
+    assert second.step == 64
+    second.run()
+    steps = [m["step"] for m in read_metrics(tmp_path) if "updates" in m]
+    assert steps == sorted(set(steps))
+
+
+def test_a_run_does_not_go_on_with_another_replay_buffer(tmp_path):
+    config = small_config(steps=40, save_replay=True, covr__psi_0=1000)
+    Trainer(config, tmp_path).run()
+    config.replay.n_step = 1
+    with pytest.raises(UserError, match=r"begun with replay.n_step=3: it cannot go on with 1"):
+        Trainer(config, tmp_path, resume=True)
+
+
+def test_sampled_priors_depend_on_the_seed_alone(tmp_path):
+    priors = []
+    for name in ("a", "b"):
+        config = small_config(steps=40, covr__psi_0=1000, vlm__temperature=1.0)
+        trainer = Trainer(config, tmp_path / name)
+        torch.manual_seed(len(priors))  # nobody else's randomness enters
+        trainer.run()
+        priors.append(trainer.buffer.sample(200).extras["prior"])
+    assert torch.equal(*priors)
+
+
+def test_returns_of_truncated_episodes_can_be_bootstrapped(tmp_path):
+    plain = Trainer(small_config(steps=56, covr__psi_0=1000), tmp_path / "plain")
+    plain.run()
+    longer = Trainer(small_config(steps=56, covr__psi_0=1000, covr__bootstrap=True), tmp_path / "longer")
+    longer.run()
+    ids = longer.finished.indices
+    assert torch.equal(ids, plain.finished.indices)
+    # All episodes were truncated after 10 decisions.
+    time = longer.finished.time_in_episode
+    value = longer._values_after(ids[time == 9])
+    gain = longer.finished.returns - plain.finished.returns
+    expected = value.repeat_interleave(10) * longer.config.replay.gamma ** (10 - time)
+    torch.testing.assert_close(gain, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_resuming_nothing_is_an_error(tmp_path):

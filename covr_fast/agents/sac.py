@@ -115,6 +115,13 @@ class SAC:
         latent = self.encoder(obs.to(self.device).float() / 255)
         return -self.actor(latent, self._noise(len(obs))).log_prob.mean().item()
 
+    @torch.no_grad()
+    def value(self, obs: Tensor) -> Tensor:
+        """uint8[B, C, H, W] -> float32[B], the critic's min Q of the mean action, in units of reward."""
+        latent = self.encoder(obs.to(self.device).float() / 255)
+        mean = self.actor(latent, latent.new_zeros(len(obs), self.action_dim)).mean
+        return self.critic(latent, mean).amin(0) / self.config.reward_scale
+
     def update(self, batch: TransitionBatch, *, guide: bool) -> dict[str, Tensor]:
         """One step on critic and encoder, actor, temperature and target. Returns metrics left on the device.
 
@@ -216,4 +223,6 @@ class SAC:
         self.critic_optimizer.load_state_dict(state["critic_optimizer"])
         self.actor_optimizer.load_state_dict(state["actor_optimizer"])
         self.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
-        self.generator.set_state(state["generator"].cpu())
+        random_state = state["generator"].cpu()
+        if random_state.numel() == self.generator.get_state().numel():  # else it is of another kind of device
+            self.generator.set_state(random_state)

@@ -1,7 +1,9 @@
 """What `ReplayBuffer.sample` returns."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 Observation = Tensor | dict[str, Tensor]
@@ -38,3 +40,24 @@ class Batch:
     """int64 [B, 2]: the (y, x) offsets that the augmentation used for obs; None without one."""
     next_obs_offset: Tensor | None = None
     """int64 [B, 2]: likewise for next_obs."""
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch on another device; `index` and the offsets stay on the CPU, as everywhere."""
+
+        def moved(value: Observation) -> Observation:
+            if isinstance(value, Mapping):
+                return {name: tensor.to(device) for name, tensor in value.items()}
+            return value.to(device)
+
+        return replace(
+            self,
+            obs=moved(self.obs),
+            next_obs=moved(self.next_obs),
+            extras={name: tensor.to(device) for name, tensor in self.extras.items()},
+            action=self.action.to(device),
+            reward=self.reward.to(device),
+            discount=self.discount.to(device),
+            terminated=self.terminated.to(device),
+            truncated=self.truncated.to(device),
+            weight=self.weight.to(device),
+        )

@@ -42,16 +42,24 @@ class DeviceGather:
         self, request: Any, n: int, targets: list[Any], obs: list[Tensor], next_obs: list[Tensor]
     ) -> None:
         """Fills obs and, unless it is empty, next_obs, one tensor per key, for the drawn `request`."""
-        current = torch.cuda.current_stream(self._device)
-        current.wait_event(self._sent)
+        self.begin_read()
+        current = torch.cuda.current_stream(self._device).cuda_stream
         for k, target in enumerate(targets):
             halves = 2 if next_obs else 1
             plans = torch.empty(halves, n, _C.stack_plan_bytes, dtype=torch.uint8, pin_memory=True)
             self._core.plan(k, request, plans.data_ptr(), bool(next_obs))
             on_device = plans.to(self._device, non_blocking=True)
             for plan, out in zip(on_device, (obs[k], next_obs[k]) if next_obs else (obs[k],), strict=True):
-                self._core.gather_cuda(k, plan.data_ptr(), n, target, out.data_ptr(), current.cuda_stream)
-        self._read.record(current)
+                self._core.gather_cuda(k, plan.data_ptr(), n, target, out.data_ptr(), current)
+        self.end_read()
+
+    def begin_read(self) -> None:
+        """What the caller's current stream reads from here on has arrived."""
+        torch.cuda.current_stream(self._device).wait_event(self._sent)
+
+    def end_read(self) -> None:
+        """What the caller's current stream has been told to read must not be replaced before it was."""
+        self._read.record(torch.cuda.current_stream(self._device))
 
 
 def check_device(device: torch.device, pinned: bool) -> None:

@@ -25,6 +25,7 @@ ObservationRows = Rows | Mapping[str, Rows]
 Augment = Literal["shift", "crop"]
 
 _GOLDEN, _MASK = 0x9E3779B97F4A7C15, (1 << 63) - 1  # spread consecutive batch numbers over the seeds
+_TERMINATED = 1  # the flag of csrc/replay.h
 _OUT_TYPES = {torch.uint8: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -474,12 +475,17 @@ class ReplayBuffer:
 
     def frames(self, index: Rows) -> Observation:
         """The newest single frames, [n, C, H, W] in the stored dtype, of these transitions."""
-        rows = self._held_rows(index)
         out = []
-        for key in self._keys:
-            frames = self._storage.tensors[f"frames.{key.name}"]
-            slots = self._storage.tensors[f"newest.{key.name}"][rows] % frames.shape[1]
-            out.append(frames[rows // self._storage.rows_per_stream, slots].to(self.device))
+        with self._lock:
+            rows = self._held_rows(index)
+            if self._gpu:
+                self._gpu.begin_read()
+            for key in self._keys:
+                frames = self._storage.tensors[f"frames.{key.name}"]
+                slots = self._storage.tensors[f"newest.{key.name}"][rows] % frames.shape[1]
+                out.append(frames[rows // self._storage.rows_per_stream, slots].to(self.device))
+            if self._gpu:
+                self._gpu.end_read()
         return self._join(out)
 
     def actions(self, index: Rows) -> Tensor:
@@ -498,7 +504,8 @@ class ReplayBuffer:
         rows = self._held_rows(index)
         for name, value in values.items():
             column = self._storage.tensors[f"column.{name}"]
-            column[rows] = torch.as_tensor(value, dtype=column.dtype).reshape(len(rows), *column.shape[1:])
+            new = torch.as_tensor(value, dtype=column.dtype, device=column.device)
+            column[rows] = new.reshape(len(rows), *column.shape[1:])
 
     def contains(self, index: Rows) -> Tensor:
         """bool [n]: which of these transitions are still held."""
@@ -666,11 +673,13 @@ class ReplayBuffer:
 
     def stream_rows(self, env: int, start: int, stop: int) -> dict[str, np.ndarray]:
         """Transitions start .. stop - 1 of an environment, which must be held: reward float32, end bool (the
-        episode ended, or was cut, with this step) and time int32 (steps since the episode began)."""
+        episode ended, or was cut, with this step), terminated bool and time int32 (steps since the episode
+        began)."""
         rows = env * self._storage.rows_per_stream + np.arange(start, stop) % self._storage.limits[env]
         return {
             "reward": self._storage.tensors["reward"].numpy()[rows],
             "end": self._storage.tensors["flags"].numpy()[rows] != 0,
+            "terminated": (self._storage.tensors["flags"].numpy()[rows] & _TERMINATED) != 0,
             "time": self._storage.tensors["time"].numpy()[rows],
         }
 

@@ -1,5 +1,7 @@
 """D_f, the fine-tuning buffer of COVR, as a view of the replay buffer (Xia et al. 2026, Alg. 1)."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,11 +13,10 @@ class FineTuneView:
     """The transitions of trajectories that finished since the last `clear`, with their returns.
 
     Nothing is copied: the view remembers how far each environment's stream was consumed, and reads indices
-        and
-    rewards out of the buffer when asked. A trajectory is finished once it terminated, was truncated or was
-    cut; the truncated tail counts as the end, without a bootstrap. Steps of unfinished trajectories wait,
-    across a `clear`, until theirs ends. What the ring overwrote in the meantime is no longer in the view, but
-    counted.
+    and rewards out of the buffer when asked. A trajectory is finished once it terminated, was truncated or
+    was cut; unless there is a `bootstrap`, a truncated tail counts as the end. Steps of unfinished
+    trajectories wait, across a `clear`, until theirs ends. What the ring overwrote in the meantime is no
+    longer in the view, but counted.
 
     Args:
         buffer: the buffer to look at, from its present state on or, if it already holds transitions, from its
@@ -25,15 +26,25 @@ class FineTuneView:
             number h sums over at most h steps instead, and then a transition enters the view h steps after it
             was added (or at the end of its trajectory): with many parallel environments none may have ended
             when the first round is due.
+        bootstrap: values V(s_{t+1}), float[n], of what followed the transitions with these ids, int64[n]:
+            added as gamma * V to the last reward of a trajectory that was truncated or cut. None adds
+            nothing, as the paper.
     """
 
-    def __init__(self, buffer: ReplayBuffer, gamma: float, horizon: int | None = None) -> None:
+    def __init__(
+        self,
+        buffer: ReplayBuffer,
+        gamma: float,
+        horizon: int | None = None,
+        bootstrap: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         if not 0.0 <= gamma <= 1.0:
             raise ValueError(f"gamma is {gamma}: it must lie in [0, 1]")
         if horizon is not None and horizon < 1:
             raise ValueError(f"horizon is {horizon}: it must be at least 1, or None for whole trajectories")
         self.gamma = gamma
         self.horizon = horizon
+        self.bootstrap = bootstrap
         self._buffer = buffer
         self._consumed = buffer.stream_bounds()[0]
 
@@ -101,11 +112,22 @@ class FineTuneView:
 
     def _returns(self, env: int, start: int, stop: int) -> np.ndarray:
         if self.horizon is None:
-            rows = self._buffer.stream_rows(env, start, stop)
-            return _returns_to_go(rows["reward"], rows["end"], self.gamma)
+            reward, end = self._rewards(env, start, stop)
+            return _returns_to_go(reward, end, self.gamma)
         count = int(self._buffer.stream_bounds()[2][env])
-        rows = self._buffer.stream_rows(env, start, min(stop + self.horizon - 1, count))
-        return _horizon_returns(rows["reward"], rows["end"], self.gamma, self.horizon)[: stop - start]
+        reward, end = self._rewards(env, start, min(stop + self.horizon - 1, count))
+        return _horizon_returns(reward, end, self.gamma, self.horizon)[: stop - start]
+
+    def _rewards(self, env: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rewards and ends of transitions start .. stop - 1, bootstrapped if asked for."""
+        rows = self._buffer.stream_rows(env, start, stop)
+        reward = rows["reward"]
+        last = np.flatnonzero(rows["end"] & ~rows["terminated"])
+        if self.bootstrap is not None and len(last):
+            value = self.bootstrap(torch.from_numpy(self._ids(env, start, stop)[last]))
+            reward = reward.copy()
+            reward[last] += self.gamma * value.detach().cpu().numpy()
+        return reward, rows["end"]
 
 
 def _returns_to_go(reward: np.ndarray, end: np.ndarray, gamma: float) -> np.ndarray:

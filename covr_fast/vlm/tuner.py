@@ -165,7 +165,10 @@ class VLMTuner:
             return
         ready = torch.cuda.current_stream(self._device).record_event() if self._stream else None
         self._thread = threading.Thread(
-            target=self._run, args=(samples, ready), name="vlm-tuner", daemon=True
+            target=self._run,
+            args=(samples, ready, torch.get_num_threads()),
+            name="vlm-tuner",
+            daemon=True,
         )
         self._thread.start()
 
@@ -208,22 +211,28 @@ class VLMTuner:
             raise error
 
     def stop(self) -> None:
-        """Ends a running round within one micro-batch and drops what it has trained so far."""
+        """Ends a running round within one micro-batch (or one held-out evaluation) and drops what it has
+        trained so far; a round whose report was not asked for yet is dropped too."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
+        if self._report is not None:
+            copy_weights(self.prior.backbone.model, self._backbone.model)
         self._thread = None
         self._report = None
 
     # ------------------------------------------------------------------ the round
 
-    def _run(self, samples: Samples, ready: "torch.cuda.Event | None") -> None:
+    def _run(self, samples: Samples, ready: "torch.cuda.Event | None", threads: int) -> None:
         """The body of the thread."""
         try:
+            # The order of sums, and with it the result, depends on the count: that of the caller.
+            torch.set_num_threads(threads)
             with torch.cuda.stream(self._stream):
                 if ready is not None and self._stream is not None:
                     self._stream.wait_event(ready)
-                    samples.frames.record_stream(self._stream)
+                    if samples.frames.is_cuda:
+                        samples.frames.record_stream(self._stream)
                 self._report = self._train(samples)
                 if self._stream is not None:
                     self._stream.synchronize()

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import threading
 
 import pytest
 import torch
@@ -267,6 +268,34 @@ def test_stop_ends_the_round_and_undoes_it(nano):
 
 
 # ---------------------------------------------------------------------- LoRA
+
+
+def test_stop_undoes_the_steps_that_were_taken(nano, monkeypatch):
+    frames, actions = colours(32)
+    tuner = VLMTuner(nano, TunerConfig(**(vars(QUICK) | {"overlap": True, "epochs": 1000})))
+    before = [p.detach().clone() for p in nano.backbone.model.parameters()]
+    stepped = threading.Event()
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *a, **k: (step(*a, **k), stepped.set())[0])
+    tuner.start(frames, actions, torch.linspace(0, 1, 32))
+    assert stepped.wait(60)
+    tuner.stop()
+    tuner.publish()
+    after = list(nano.backbone.model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_stop_also_drops_a_round_that_had_just_ended(nano):
+    frames, actions = colours(12)
+    tuner = VLMTuner(nano, TunerConfig(**(vars(QUICK) | {"overlap": True})))
+    before = [p.detach().clone() for p in nano.backbone.model.parameters()]
+    tuner.start(frames, actions, torch.linspace(0, 1, 12))
+    tuner._thread.join()
+    tuner.stop()
+    assert tuner.poll() is None
+    tuner.publish()
+    after = list(nano.backbone.model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def test_lora_trains_adapters_only_and_saves_in_pefts_format(tmp_path):
