@@ -39,6 +39,9 @@ struct GatherTarget {
 void gather_observation(const FrameLayout& frames, const StackPlan& plan, const GatherTarget& target,
                         void* out, bool streaming);
 
+// A copy whose writes bypass the cache: for memory that is not read again soon.
+void copy_streaming(const uint8_t* in, uint8_t* out, int64_t bytes);
+
 // Tells the kernel that the `streaming` writes of this thread are to be visible to others.
 void finish_streaming();
 
