@@ -96,11 +96,6 @@ class Storage:
         first, ended, count = (self.tensors[name].numpy().copy() for name in ("first", "ended", "count"))
         return first, ended, count
 
-    def ready(self) -> tuple[np.ndarray, np.ndarray]:
-        """(first, ready) per stream: the transitions first .. ready - 1 have all their n steps."""
-        first, ended, count = self.bounds()
-        return first, np.maximum(np.maximum(first, ended), count - self.n_step + 1)
-
     def restore_recent(self) -> None:
         """After the frames were loaded: copies the latest of every stream back to where the CPU compares."""
         for name, recent in self._recent.items():
