@@ -19,6 +19,7 @@ from . import io
 from .batch import Batch, Observation
 from .device import DeviceGather, check_device
 from .form import Augment, Form
+from .prefetch import Prefetch
 from .samplers import Prioritized, PriorityTree, Recent, Sampler, Uniform, as_sampler
 from .spec import KeySpec, ShapeAndType, key_specs, numpy_dtype, shape_and_dtype
 from .storage import Storage
@@ -263,6 +264,29 @@ class ReplayBuffer:
         """
         form = self._form(augment, pad, dtype, memory_format)
         return self._sample(self._next_number(), batch_size, form)
+
+    def prefetch(
+        self,
+        batch_size: int,
+        *,
+        augment: Augment | None = None,
+        pad: int = 4,
+        dtype: torch.dtype = torch.float32,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> Prefetch:
+        """An endless iterator of `sample`'s batches, each made by a thread while the one before is in use.
+
+        Arguments as in `sample`. Batches are one behind what is added and what priorities become in the
+        meantime; see `Prefetch`. End it with `close()` or `with`.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
+        if self._gpu is not None:
+            raise ValueError(
+                f"prefetch() is for device='cpu': what sample() starts on {self.device} runs in the "
+                "background anyway"
+            )
+        return Prefetch(self, batch_size, self._form(augment, pad, dtype, memory_format))
 
     def _sample(self, number: int, batch_size: int, form: Form) -> Batch:
         """Batch `number` of the sequence that the seed determines."""
