@@ -144,7 +144,7 @@ void gather_pixels(const FrameLayout& frames, const StackPlan& plan, const Gathe
     } else {
       for (int64_t i = 0; i < out_plane; ++i)
         for (int64_t c = 0; c < frames.channels; ++c)
-          cast(pixels[c * out_plane + i], frame_out[i * out_channels + c]);
+          cast(pixels[c * out_plane + i], out[target.position(frames, j, c, i)]);
     }
   }
 }
@@ -164,7 +164,7 @@ void gather_items(const FrameLayout& frames, const StackPlan& plan, const Gather
     }
     for (int64_t i = 0; i < plane; ++i)
       for (int64_t c = 0; c < frames.channels; ++c) {
-        uint8_t* to = out + ((i * frames.stack + j) * frames.channels + c) * item;
+        uint8_t* to = out + target.position(frames, j, c, i) * item;
         source ? std::memcpy(to, source + (c * plane + i) * item, static_cast<size_t>(item))
                : std::memset(to, 0, static_cast<size_t>(item));
       }

@@ -27,6 +27,11 @@ struct GatherTarget {
   bool shifted = false;        // honour the plans' shifts; otherwise whole frames
   int64_t out_height = 1, out_width = 1;
 
+  // Where channel c of pixel i of the stack's j-th frame lies in its row, counted in items.
+  COVR_HD int64_t position(const FrameLayout& frames, int64_t j, int64_t c, int64_t i) const {
+    return channels_last ? (i * frames.stack + j) * frames.channels + c
+                         : (j * frames.channels + c) * out_height * out_width + i;
+  }
   int64_t item_bytes(const FrameLayout& frames) const {
     return type == OutType::kAsStored ? frames.item_bytes : (type == OutType::kFloat32 ? 4 : 2);
   }
