@@ -13,7 +13,7 @@ from .spec import KeySpec, Shape
 Augment = Literal["shift", "crop"]
 
 _OUT_TYPES = {torch.uint8: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-_POOLED = 1 << 20  # bytes from which fresh pages cost more than taking used ones from the pool
+_POOLED = 1 << 17  # bytes; from about here on malloc asks for fresh pages, which cost more than used ones
 
 
 class Form:

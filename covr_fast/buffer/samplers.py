@@ -71,6 +71,8 @@ class PriorityTree:
         self._sums = torch.zeros(_C.sum_tree_inner_nodes(rows), dtype=torch.float64)
         self._largest = torch.ones(1, dtype=torch.float64)
         self._bounds = torch.zeros(2, num_envs, dtype=torch.int64)
+        for tensor in (self._leaves, self._sums):
+            _C.prefer_huge_pages(tensor.data_ptr(), tensor.nbytes)
         memory = (self._leaves, self._sums, self._largest, self._bounds)
         core.prioritize(*(tensor.data_ptr() for tensor in memory), rows, alpha)
 

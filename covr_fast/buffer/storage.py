@@ -54,6 +54,10 @@ class Storage:
             self.tensors[f"written.{key.name}"] = torch.zeros(num_envs, dtype=torch.int64)
             self.tensors[f"newest.{key.name}"] = torch.zeros(self.rows, dtype=torch.int64)
             self.tensors[f"depth.{key.name}"] = torch.zeros(self.rows, dtype=torch.uint8)
+        for tensor in self.tensors.values():
+            if tensor.device.type == "cpu" and not tensor.is_pinned():
+                # Before anything is written: random rows of large buffers are bound by address translation.
+                _C.prefer_huge_pages(tensor.data_ptr(), tensor.nbytes)
         self.core = self._connect(capacity, columns, gamma)
 
     def _connect(self, capacity: int, columns: Columns, gamma: float) -> Any:
@@ -137,8 +141,4 @@ def _frame_ring(
     if pinned:
         return torch.empty(shape, dtype=key.dtype, pin_memory=True)
     check_room(num_envs * slots * key.frame_bytes, device)
-    frames = torch.empty(shape, dtype=key.dtype, device=device)
-    if frames.is_cuda:
-        return frames
-    _C.prefer_huge_pages(frames.data_ptr(), frames.nbytes)
-    return frames
+    return torch.empty(shape, dtype=key.dtype, device=device)
