@@ -61,9 +61,10 @@ void Priorities::set(const Replay& replay, const int64_t* ids, const double* pri
   touched_.clear();
   values_.clear();
   for (int64_t i = 0; i < n; ++i) {
-    if (!replay.ready(ids[i])) continue;
+    const int64_t row = replay.find_ready(ids[i]);
+    if (row < 0) continue;
     const auto leaf = static_cast<float>(std::pow(priority[i] + kEpsilon, alpha_));
-    touched_.push_back(replay.find(ids[i]));
+    touched_.push_back(row);
     values_.push_back(leaf);
     *largest_ = std::max(*largest_, static_cast<double>(leaf));
   }

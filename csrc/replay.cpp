@@ -104,10 +104,11 @@ constexpr const char* kContractRemedy =
 
 Replay::Replay(int64_t capacity, int64_t num_envs, int64_t n_step, double gamma, int64_t* count,
                int64_t* first, int64_t* ended, float* reward, uint8_t* flags, int32_t* time)
-    : capacity_(capacity),
-      num_envs_(num_envs),
+    : num_envs_(num_envs),
       n_step_(n_step),
       rows_per_stream_((capacity + num_envs - 1) / num_envs),
+      limit_(capacity / num_envs),
+      longer_streams_(capacity % num_envs),
       gamma_(gamma),
       count_(count),
       first_(first),
@@ -145,13 +146,18 @@ int64_t Replay::find(int64_t id) const {
   return t >= first_[env] && t < count_[env] ? row(env, t) : -1;
 }
 
-bool Replay::ready(int64_t id) const { return find(id) >= 0 && id / num_envs_ < ready_end(id % num_envs_); }
+int64_t Replay::find_ready(int64_t id) const {
+  if (id < 0) return -1;
+  const int64_t env = id % num_envs_, t = id / num_envs_;
+  return t >= first_[env] && t < ready_end(env) ? row(env, t) : -1;
+}
 
 int64_t Replay::id_in_row(int64_t row) const {
   const int64_t env = row / rows_per_stream_, position = row % rows_per_stream_, size = limit(env);
   const int64_t last = count_[env] - 1;
   if (position >= size || last < 0) return -1;
-  const int64_t t = last - ((last - position) % size + size) % size;
+  const int64_t in_last = last % size;  // the ring's newest position
+  const int64_t t = last - in_last + position - (position > in_last ? size : 0);
   return t >= first_[env] ? t * num_envs_ + env : -1;
 }
 

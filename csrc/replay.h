@@ -92,13 +92,13 @@ class Replay {
   const FrameLayout& frames(int64_t key) const;
 
   int64_t rows_per_stream() const { return rows_per_stream_; }
-  int64_t limit(int64_t env) const { return capacity_ / num_envs_ + (env < capacity_ % num_envs_); }
+  int64_t limit(int64_t env) const { return limit_ + (env < longer_streams_); }
   int64_t size() const;       // transitions held
   int64_t samplable() const;  // transitions whose n steps are complete
   int64_t row(int64_t env, int64_t t) const { return env * rows_per_stream_ + t % limit(env); }
   // The row of an id, or -1 if that transition is not held (any more).
   int64_t find(int64_t id) const;
-  bool ready(int64_t id) const;          // held, and its n steps are complete
+  int64_t find_ready(int64_t id) const;  // the same, or -1 if its n steps are not complete
   int64_t id_in_row(int64_t row) const;  // the id of the transition in a row, or -1
 
   // Draws ids: uniform for recency >= 1, else each row from the most recent part of every stream, the part's
@@ -139,7 +139,8 @@ class Replay {
   void write_frame(size_t key, int64_t env, const uint8_t* observation, int64_t position);
   void evict(int64_t env);
 
-  const int64_t capacity_, num_envs_, n_step_, rows_per_stream_;
+  const int64_t num_envs_, n_step_, rows_per_stream_;
+  const int64_t limit_, longer_streams_;  // these first streams hold one transition more
   const double gamma_;
   int64_t *count_, *first_, *ended_;
   float* reward_;
