@@ -24,6 +24,8 @@ from .samplers import Prioritized, PriorityTree, Recent, Sampler, Uniform, as_sa
 from .spec import KeySpec, ShapeAndType, key_specs, numpy_dtype, shape_and_dtype
 from .storage import Storage
 
+_TERMINATED, _END = np.uint8(1), np.uint8(3)  # flags of csrc/replay.h; kEnd without kCut
+
 Rows = np.ndarray | Tensor | Sequence
 ObservationRows = Rows | Mapping[str, Rows]
 
@@ -190,10 +192,10 @@ class ReplayBuffer:
 
         Raises:
             ValueError: rows of the wrong shape or dtype; a reward, action or observation that is NaN or
-                infinite; or an observation that contradicts its stream, in
-                which case nothing was added. Stacks are compared in full where frames are small (at most 4
-                KiB) and at episode starts and ends, and by one stretch of 256 bytes in eight in between,
-                other ones each step.
+                infinite; or an observation that contradicts its stream, in which case nothing was added.
+                Stacks are compared in full where frames are small (at most 4 KiB) and at episode starts and
+                ends; in between by one stretch of 256 bytes in sixteen of `obs` and another one in sixteen
+                of `next_obs`, other ones each step.
         """
         if extras.keys() != self._extras.keys():
             raise ValueError(f"add() got the extras {sorted(extras)}, declared are {sorted(self._extras)}")
@@ -466,6 +468,14 @@ class ReplayBuffer:
         for name, value in values.items():
             column = self._storage.tensors[f"column.{name}"]
             column[rows] = torch.as_tensor(value, dtype=column.dtype).reshape(len(rows), *column.shape[1:])
+
+    def set_terminated(self, index: Rows, terminated: Rows) -> None:
+        """Corrects afterwards which of these transitions [n] ended their episode: True terminates those that
+        did not end, False takes back any end. What follows in the stream stays as it was added."""
+        rows = self._held_rows(index).numpy()
+        flags = self._storage.tensors["flags"].numpy()
+        ended, end = flags[rows] & _END, np.asarray(terminated, bool)
+        flags[rows] = np.where(end, np.where(ended, ended, _TERMINATED), 0) | flags[rows] & ~_END
 
     def contains(self, index: Rows) -> Tensor:
         """bool [n]: which of these transitions are still held."""
