@@ -381,22 +381,7 @@ int64_t Replay::steps(int64_t env, int64_t t, int64_t n_step) const {
   return k;
 }
 
-// Random rows of a large buffer are cache misses: asking for all of them at once overlaps their latencies.
-void Replay::prefetch(const BatchOut& out) const {
-  for (int64_t i = 0; i < out.rows; ++i) {
-    const int64_t at = row(out.ids[i] % num_envs_, out.ids[i] / num_envs_);
-    __builtin_prefetch(reward_ + at);
-    __builtin_prefetch(flags_ + at);
-    for (const Column& column : columns_) __builtin_prefetch(column.data + at * column.bytes);
-    for (const ObservationKey& key : keys_) {
-      __builtin_prefetch(key.newest + at);
-      __builtin_prefetch(key.depth + at);
-    }
-  }
-}
-
 void Replay::gather_rows(const BatchOut& out, uint64_t seed, uint64_t batch) const {
-  prefetch(out);
   for (int64_t i = 0; i < out.rows; ++i) {
     const int64_t env = out.ids[i] % num_envs_, t = out.ids[i] / num_envs_;
     const int64_t k = steps(env, t, out.n_step), at = row(env, t);

@@ -125,7 +125,6 @@ class Replay {
   struct Segment {  // what add() decided about a row before writing anything
     bool fresh, cuts_previous;
   };
-  void prefetch(const BatchOut& out) const;
   int64_t steps(int64_t env, int64_t t, int64_t n_step) const;
   StackPlan stack_after(int64_t key, int64_t env) const;
   Segment check(const RowsIn& in, int64_t row, int64_t env) const;
