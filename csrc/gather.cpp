@@ -79,11 +79,8 @@ COVR_CLONES void cast_span(const uint8_t* in, BFloat16* out, int64_t n, bool str
 COVR_CLONES void cast_span(const uint8_t* in, Float16* out, int64_t n, bool streaming) {
   cast_span_body(in, out, n, streaming);
 }
-COVR_CLONES void copy_span_streaming(const uint8_t* in, uint8_t* out, int64_t n) {
-  cast_span_body(in, out, n, true);
-}
 void cast_span(const uint8_t* in, uint8_t* out, int64_t n, bool streaming) {
-  if (streaming) return copy_span_streaming(in, out, n);
+  if (streaming) return copy_streaming(in, out, n);
   std::memcpy(out, in, static_cast<size_t>(n));
 }
 
@@ -147,7 +144,7 @@ void gather_pixels(const FrameLayout& frames, const StackPlan& plan, const Gathe
     } else {
       for (int64_t i = 0; i < out_plane; ++i)
         for (int64_t c = 0; c < frames.channels; ++c)
-          cast(pixels[c * out_plane + i], frame_out[i * out_channels + c]);
+          cast(pixels[c * out_plane + i], out[target.position(frames, j, c, i)]);
     }
   }
 }
@@ -167,7 +164,7 @@ void gather_items(const FrameLayout& frames, const StackPlan& plan, const Gather
     }
     for (int64_t i = 0; i < plane; ++i)
       for (int64_t c = 0; c < frames.channels; ++c) {
-        uint8_t* to = out + ((i * frames.stack + j) * frames.channels + c) * item;
+        uint8_t* to = out + target.position(frames, j, c, i) * item;
         source ? std::memcpy(to, source + (c * plane + i) * item, static_cast<size_t>(item))
                : std::memset(to, 0, static_cast<size_t>(item));
       }
@@ -175,6 +172,19 @@ void gather_items(const FrameLayout& frames, const StackPlan& plan, const Gather
 }
 
 }  // namespace
+
+// The machine's own prefetcher stops at page ends, and a frame is a few pages.
+void copy_streaming(const uint8_t* in, uint8_t* out, int64_t n) {
+  constexpr int64_t kAhead = 1024, kLine = 64;
+  int64_t i = std::min<int64_t>(n, static_cast<int64_t>(-reinterpret_cast<uintptr_t>(out) & 15));
+  std::memcpy(out, in, static_cast<size_t>(i));
+  for (; i + kLine <= n; i += kLine) {
+    __builtin_prefetch(in + i + kAhead);
+    for (int64_t j = 0; j < kLine; j += 16) stream16(out + i + j, in + i + j);
+  }
+  for (; i + 16 <= n; i += 16) stream16(out + i, in + i);
+  std::memcpy(out + i, in + i, static_cast<size_t>(n - i));
+}
 
 void gather_observation(const FrameLayout& frames, const StackPlan& plan, const GatherTarget& target,
                         void* out, bool streaming) {

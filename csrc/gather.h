@@ -27,6 +27,11 @@ struct GatherTarget {
   bool shifted = false;        // honour the plans' shifts; otherwise whole frames
   int64_t out_height = 1, out_width = 1;
 
+  // Where channel c of pixel i of the stack's j-th frame lies in its row, counted in items.
+  COVR_HD int64_t position(const FrameLayout& frames, int64_t j, int64_t c, int64_t i) const {
+    return channels_last ? (i * frames.stack + j) * frames.channels + c
+                         : (j * frames.channels + c) * out_height * out_width + i;
+  }
   int64_t item_bytes(const FrameLayout& frames) const {
     return type == OutType::kAsStored ? frames.item_bytes : (type == OutType::kFloat32 ? 4 : 2);
   }
@@ -38,6 +43,9 @@ struct GatherTarget {
 // One observation into `out`. `streaming`: bypass the cache, for batches larger than it.
 void gather_observation(const FrameLayout& frames, const StackPlan& plan, const GatherTarget& target,
                         void* out, bool streaming);
+
+// A copy whose writes bypass the cache: for memory that is not read again soon.
+void copy_streaming(const uint8_t* in, uint8_t* out, int64_t bytes);
 
 // Tells the kernel that the `streaming` writes of this thread are to be visible to others.
 void finish_streaming();

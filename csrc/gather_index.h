@@ -80,6 +80,11 @@ COVR_HD uint32_t below(uint32_t draw, uint32_t n) {
   return static_cast<uint32_t>((uint64_t{draw} * n) >> 32);
 }
 
+// A number in [0, 1) with 53 bits, exact in float64.
+COVR_HD double unit(uint32_t high, uint32_t low) {
+  return static_cast<double>((uint64_t{high} << 32 | low) >> 11) * 0x1p-53;
+}
+
 // A number in [0, 1) with 24 bits, exact in float32.
 COVR_HD float unit(uint32_t draw) { return static_cast<float>(draw >> 8) * 0x1p-24f; }
 

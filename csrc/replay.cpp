@@ -12,14 +12,22 @@ namespace covr {
 namespace {
 
 // Comparing every byte of every stack would cost more than storing the one new frame. Ordinary steps compare
-// 256 bytes in every 2 KiB, other ones each step; episode ends and starts are compared in full.
-constexpr int64_t kProbe = 256, kProbeEvery = 8;
+// 256 bytes in every 4 KiB of obs, and as much half a period away of next_obs; other ones each step. So bytes
+// that differ in both are found within eight steps. Episode ends and starts are compared in full.
+constexpr int64_t kProbe = 256, kProbeEvery = 16;
 
 bool equal_bytes(const uint8_t* a, const uint8_t* b, int64_t n, int64_t phase) {
   if (phase < 0) return std::memcmp(a, b, static_cast<size_t>(n)) == 0;
-  for (int64_t i = phase * kProbe; i < n; i += kProbe * kProbeEvery)
+  constexpr int64_t kStride = kProbe * kProbeEvery;
+  for (int64_t i = phase * kProbe; i < n; i += kStride)
     if (std::memcmp(a + i, b + i, static_cast<size_t>(std::min(kProbe, n - i))) != 0) return false;
   return true;
+}
+
+// What equal_bytes is about to read: scattered lines, whose latencies overlap if all are asked for at once.
+void prefetch_probes(const uint8_t* data, int64_t n, int64_t phase) {
+  for (int64_t i = phase * kProbe; i < n; i += kProbe * kProbeEvery)
+    for (int64_t j = i; j < std::min(i + kProbe, n); j += 64) __builtin_prefetch(data + j);
 }
 
 // A frame of an input observation, whatever its layout: `runs` pieces of `bytes`, `stride` apart.
@@ -68,7 +76,11 @@ bool equal_stored(const ObservationKey& key, const FrameView& in, const uint8_t*
 void store_frame(const ObservationKey& key, const FrameView& in, uint8_t* stored) {
   const FrameLayout& f = key.frames;
   if (in.runs == 1) {
-    std::memcpy(stored, in.data, static_cast<size_t>(in.bytes));
+    // A large frame is read again much later, if at all.
+    if (in.bytes > kProbe * kProbeEvery)
+      copy_streaming(in.data, stored, in.bytes);
+    else
+      std::memcpy(stored, in.data, static_cast<size_t>(in.bytes));
   } else if (f.item_bytes == 1) {
     for (int64_t c = 0; c < f.channels; ++c)
       for (int64_t i = 0; i < in.runs; ++i) stored[c * in.runs + i] = in.data[i * in.stride + c];
@@ -92,10 +104,11 @@ constexpr const char* kContractRemedy =
 
 Replay::Replay(int64_t capacity, int64_t num_envs, int64_t n_step, double gamma, int64_t* count,
                int64_t* first, int64_t* ended, float* reward, uint8_t* flags, int32_t* time)
-    : capacity_(capacity),
-      num_envs_(num_envs),
+    : num_envs_(num_envs),
       n_step_(n_step),
       rows_per_stream_((capacity + num_envs - 1) / num_envs),
+      limit_(capacity / num_envs),
+      longer_streams_(capacity % num_envs),
       gamma_(gamma),
       count_(count),
       first_(first),
@@ -133,13 +146,18 @@ int64_t Replay::find(int64_t id) const {
   return t >= first_[env] && t < count_[env] ? row(env, t) : -1;
 }
 
-bool Replay::ready(int64_t id) const { return find(id) >= 0 && id / num_envs_ < ready_end(id % num_envs_); }
+int64_t Replay::find_ready(int64_t id) const {
+  if (id < 0) return -1;
+  const int64_t env = id % num_envs_, t = id / num_envs_;
+  return t >= first_[env] && t < ready_end(env) ? row(env, t) : -1;
+}
 
 int64_t Replay::id_in_row(int64_t row) const {
   const int64_t env = row / rows_per_stream_, position = row % rows_per_stream_, size = limit(env);
   const int64_t last = count_[env] - 1;
   if (position >= size || last < 0) return -1;
-  const int64_t t = last - ((last - position) % size + size) % size;
+  const int64_t in_last = last % size;  // the ring's newest position
+  const int64_t t = last - in_last + position - (position > in_last ? size : 0);
   return t >= first_[env] ? t * num_envs_ + env : -1;
 }
 
@@ -154,15 +172,35 @@ StackPlan Replay::stack_after(int64_t key, int64_t env) const {
   return plan;
 }
 
-// Which part of older frames to compare: all of it (-1) where the contract usually breaks, else 256 bytes in
-// every 2 KiB, other ones each step.
+// Which part of older frames to compare: all of it (-1) where the contract usually breaks, else one probe in
+// kProbeEvery, another one each step.
 int64_t Replay::probe_phase(const RowsIn& in, int64_t r, int64_t env, size_t k) const {
   const FrameLayout& frames = keys_[k].frames;
-  const bool small = frames.frame_bytes() <= 2 * kProbe * kProbeEvery;
+  const bool small = frames.frame_bytes() <= kProbe * kProbeEvery;
   const StackPlan expected = stack_after(static_cast<int64_t>(k), env);
   const bool all = thorough || jumps || small || frames.stack == 1 || expected.depth < frames.stack - 1 ||
                    in.terminated[r] || in.truncated[r];
   return all ? -1 : count_[env] % kProbeEvery;
+}
+
+int64_t Replay::next_phase(int64_t phase) {
+  return phase < 0 ? phase : (phase + kProbeEvery / 2) % kProbeEvery;
+}
+
+// Asks for the memory that check() is about to compare.
+void Replay::prefetch_check(const RowsIn& in, int64_t r, int64_t env) const {
+  for (size_t k = 0; k < keys_.size() && count_[env] != ended_[env]; ++k) {
+    const int64_t phase = probe_phase(in, r, env, k), bytes = keys_[k].frames.frame_bytes();
+    if (phase < 0 || keys_[k].input_channels_last) continue;
+    for (int64_t j = 0; j < keys_[k].frames.stack; ++j) {
+      const uint8_t* stored = expected_frame(k, env, j);
+      prefetch_probes(in.obs[k] + r * in.obs_stride[k] + j * bytes, bytes, phase);
+      prefetch_probes(stored, bytes, phase);
+      if (j == 0) continue;
+      prefetch_probes(in.next_obs[k] + r * in.next_obs_stride[k] + (j - 1) * bytes, bytes, next_phase(phase));
+      prefetch_probes(stored, bytes, next_phase(phase));
+    }
+  }
 }
 
 // The stored frame that must be at `position` of the stream's next obs; nullptr is the blank frame.
@@ -186,7 +224,7 @@ bool Replay::slides(const RowsIn& in, int64_t r, int64_t env, size_t k, bool fre
   const ObservationKey& key = keys_[k];
   const uint8_t* obs = in.obs[k] + r * in.obs_stride[k];
   const uint8_t* next = in.next_obs[k] + r * in.next_obs_stride[k];
-  const int64_t phase = fresh ? -1 : probe_phase(in, r, env, k);
+  const int64_t phase = fresh ? -1 : next_phase(probe_phase(in, r, env, k));
   for (int64_t j = 0; j + 1 < key.frames.stack; ++j) {
     const FrameView older = frame_of(key, next, j);
     if (fresh ? !equal_frames(older, frame_of(key, obs, j + 1))
@@ -283,13 +321,17 @@ void Replay::evict(int64_t env) {
 
 void Replay::add(const RowsIn& in, int64_t* ids) {
   segments_.resize(static_cast<size_t>(in.rows));
-  for (int64_t r = 0; r < in.rows; ++r)
-    segments_[static_cast<size_t>(r)] = check(in, r, in.env_ids ? in.env_ids[r] : r);
+  const auto env_of = [&](int64_t r) { return in.env_ids ? in.env_ids[r] : r; };
+  if (in.rows > 0) prefetch_check(in, 0, env_of(0));
   for (int64_t r = 0; r < in.rows; ++r) {
-    const int64_t env = in.env_ids ? in.env_ids[r] : r;
-    ids[r] = count_[env] * num_envs_ + env;
-    append(in, r, env, segments_[static_cast<size_t>(r)]);
+    if (r + 1 < in.rows) prefetch_check(in, r + 1, env_of(r + 1));
+    segments_[static_cast<size_t>(r)] = check(in, r, env_of(r));
   }
+  for (int64_t r = 0; r < in.rows; ++r) {
+    ids[r] = count_[env_of(r)] * num_envs_ + env_of(r);
+    append(in, r, env_of(r), segments_[static_cast<size_t>(r)]);
+  }
+  finish_streaming();
 }
 
 void Replay::cut(const int64_t* env_ids, int64_t n) {
@@ -312,9 +354,7 @@ void Replay::draw(uint64_t seed, uint64_t batch, double recency, int64_t recency
   for (int64_t e = 0; e < num_envs_; ++e)
     before[static_cast<size_t>(e) + 1] = before[static_cast<size_t>(e)] + ready_end(e) - first_[e];
   const int64_t total = before.back();
-  if (total == 0)
-    throw std::out_of_range(
-        "nothing to sample: no transition with all its n steps is stored yet; add() some first");
+  if (total == 0) throw std::out_of_range(kNothingToSample);
   for (int64_t i = 0; i < n; ++i) {
     const Random128 random = philox(seed, batch, static_cast<uint32_t>(i), kDrawIndex);
     const int64_t pick =
@@ -341,22 +381,7 @@ int64_t Replay::steps(int64_t env, int64_t t, int64_t n_step) const {
   return k;
 }
 
-// Random rows of a large buffer are cache misses: asking for all of them at once overlaps their latencies.
-void Replay::prefetch(const BatchOut& out) const {
-  for (int64_t i = 0; i < out.rows; ++i) {
-    const int64_t at = row(out.ids[i] % num_envs_, out.ids[i] / num_envs_);
-    __builtin_prefetch(reward_ + at);
-    __builtin_prefetch(flags_ + at);
-    for (const Column& column : columns_) __builtin_prefetch(column.data + at * column.bytes);
-    for (const ObservationKey& key : keys_) {
-      __builtin_prefetch(key.newest + at);
-      __builtin_prefetch(key.depth + at);
-    }
-  }
-}
-
 void Replay::gather_rows(const BatchOut& out, uint64_t seed, uint64_t batch) const {
-  prefetch(out);
   for (int64_t i = 0; i < out.rows; ++i) {
     const int64_t env = out.ids[i] % num_envs_, t = out.ids[i] / num_envs_;
     const int64_t k = steps(env, t, out.n_step), at = row(env, t);

@@ -32,6 +32,9 @@ struct ObservationKey {
 };
 constexpr uint8_t kZeroPadding = 0x80;
 
+constexpr const char* kNothingToSample =
+    "nothing to sample: no transition with all its n steps is stored yet; add() some first";
+
 struct Column {
   uint8_t* data;
   int64_t bytes;  // per transition
@@ -58,6 +61,7 @@ struct BatchOut {
   int64_t* ids;
   float *reward, *discount;
   uint8_t *terminated, *truncated;
+  float* weight;
   std::vector<uint8_t*> columns;
   std::vector<KeyOut> keys;
   int64_t* offsets;      // [2, rows, 2] of obs and next_obs, y before x; null without augmentation
@@ -88,13 +92,13 @@ class Replay {
   const FrameLayout& frames(int64_t key) const;
 
   int64_t rows_per_stream() const { return rows_per_stream_; }
-  int64_t limit(int64_t env) const { return capacity_ / num_envs_ + (env < capacity_ % num_envs_); }
+  int64_t limit(int64_t env) const { return limit_ + (env < longer_streams_); }
   int64_t size() const;       // transitions held
   int64_t samplable() const;  // transitions whose n steps are complete
   int64_t row(int64_t env, int64_t t) const { return env * rows_per_stream_ + t % limit(env); }
   // The row of an id, or -1 if that transition is not held (any more).
   int64_t find(int64_t id) const;
-  bool ready(int64_t id) const;          // held, and its n steps are complete
+  int64_t find_ready(int64_t id) const;  // the same, or -1 if its n steps are not complete
   int64_t id_in_row(int64_t row) const;  // the id of the transition in a row, or -1
 
   // Draws ids: uniform for recency >= 1, else each row from the most recent part of every stream, the part's
@@ -112,16 +116,21 @@ class Replay {
   bool jumps =
       false;  // an obs that does not continue its stream begins a new segment instead of being refused
 
+  // The transitions of a stream that may be sampled are those from first(env) up to ready_end(env).
+  int64_t first(int64_t env) const { return first_[env]; }
+  int64_t ready_end(int64_t env) const;
+  int64_t num_envs() const { return num_envs_; }
+
  private:
   struct Segment {  // what add() decided about a row before writing anything
     bool fresh, cuts_previous;
   };
-  int64_t ready_end(int64_t env) const;
-  void prefetch(const BatchOut& out) const;
   int64_t steps(int64_t env, int64_t t, int64_t n_step) const;
   StackPlan stack_after(int64_t key, int64_t env) const;
   Segment check(const RowsIn& in, int64_t row, int64_t env) const;
   int64_t probe_phase(const RowsIn& in, int64_t row, int64_t env, size_t key) const;
+  static int64_t next_phase(int64_t phase);  // what next_obs is compared in while obs is in `phase`
+  void prefetch_check(const RowsIn& in, int64_t row, int64_t env) const;
   const uint8_t* expected_frame(size_t key, int64_t env, int64_t position) const;
   bool continues(const RowsIn& in, int64_t row, int64_t env, size_t key) const;
   bool slides(const RowsIn& in, int64_t row, int64_t env, size_t key, bool fresh) const;
@@ -129,7 +138,8 @@ class Replay {
   void write_frame(size_t key, int64_t env, const uint8_t* observation, int64_t position);
   void evict(int64_t env);
 
-  const int64_t capacity_, num_envs_, n_step_, rows_per_stream_;
+  const int64_t num_envs_, n_step_, rows_per_stream_;
+  const int64_t limit_, longer_streams_;  // these first streams hold one transition more
   const double gamma_;
   int64_t *count_, *first_, *ended_;
   float* reward_;

@@ -4,11 +4,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <shared_mutex>
 #include <stdexcept>
 
+#include "priorities.h"
 #include "replay.h"
 #ifdef COVR_WITH_CUDA
 #include "gather_cuda.h"
@@ -112,6 +115,7 @@ class PyReplay : public Replay {
     py::gil_scoped_release release;
     std::lock_guard guard(lock);
     add(in, to);
+    if (priorities_) priorities_->follow(*this);
     return ids;
   }
 
@@ -122,9 +126,71 @@ class PyReplay : public Replay {
     py::gil_scoped_release release;
     std::lock_guard guard(lock);
     cut(ids, n);
+    if (priorities_) priorities_->follow(*this);
+  }
+
+  void prioritize(uintptr_t leaves, uintptr_t sums, uintptr_t largest, uintptr_t bounds, int64_t rows,
+                  double alpha) {
+    priorities_ = std::make_unique<Priorities>(at<float>(leaves), at<double>(sums), at<double>(largest),
+                                               at<int64_t>(bounds), rows, alpha);
+  }
+
+  void set_priorities(const Ids& ids, const py::array_t<double, py::array::c_style>& priority) {
+    if (priority.size() != ids.size())
+      throw std::invalid_argument("priority has " + std::to_string(priority.size()) + " values for " +
+                                  std::to_string(ids.size()) + " transitions");
+    const int64_t n = ids.size();
+    const int64_t* at_ids = ids.data();
+    const double* values = priority.data();
+    py::gil_scoped_release release;
+    std::lock_guard guard(lock);
+    priorities_->set(*this, at_ids, values, n);
+  }
+
+  void sample(const BatchOut& out, uint64_t seed, uint64_t batch, double recency, int64_t recency_floor,
+              int threads) {
+    std::shared_lock guard(lock);
+    draw(seed, batch, recency, recency_floor, out.ids, out.rows);
+    std::fill_n(out.weight, out.rows, 1.0f);
+    fill(out, seed, batch, threads);
+  }
+
+  void sample_prioritized(const BatchOut& out, uint64_t seed, uint64_t batch, double beta, int threads) {
+    std::shared_lock guard(lock);
+    priorities_->draw(*this, seed, batch, beta, out.ids, out.weight, out.rows);
+    fill(out, seed, batch, threads);
+  }
+
+  void get(const BatchOut& out, uint64_t seed, uint64_t batch, int threads) {
+    std::shared_lock guard(lock);
+    check_held(out);
+    std::fill_n(out.weight, out.rows, 1.0f);
+    fill(out, seed, batch, threads);
+  }
+
+  void observe(const BatchOut& out, int threads) {
+    std::shared_lock guard(lock);
+    check_held(out);
+    gather_keys(out, threads);
   }
 
  private:
+  void check_held(const BatchOut& out) const {
+    for (int64_t i = 0; i < out.rows; ++i)
+      if (find(out.ids[i]) < 0)
+        throw std::out_of_range("transition " + std::to_string(out.ids[i]) +
+                                " is not in the buffer: it was overwritten or never added");
+  }
+
+  void fill(const BatchOut& out, uint64_t seed, uint64_t batch, int threads) const {
+    gather_rows(out, seed, batch);
+    gather_keys(out, threads);
+  }
+
+  void gather_keys(const BatchOut& out, int threads) const {
+    for (size_t k = 0; k < out.keys.size(); ++k) gather_key(static_cast<int64_t>(k), out, threads);
+  }
+
   static const uint8_t* one_per_row(const Flags& flags, int64_t rows, const char* what) {
     if (flags.ndim() != 1 || flags.shape(0) != rows)
       throw std::invalid_argument(std::string(what) + " must have one bool per row of reward");
@@ -150,14 +216,8 @@ class PyReplay : public Replay {
   std::vector<std::string> names_, column_names_;
   std::vector<int64_t> observation_bytes_, column_bytes_;
   std::vector<bool> seen_;
+  std::unique_ptr<Priorities> priorities_;
 };
-
-void check_held(const Replay& replay, const int64_t* ids, int64_t n) {
-  for (int64_t i = 0; i < n; ++i)
-    if (replay.find(ids[i]) < 0)
-      throw std::out_of_range("transition " + std::to_string(ids[i]) +
-                              " is not in the buffer: it was overwritten or never added");
-}
 
 struct Reading {
   SharedLock& lock;
@@ -176,6 +236,7 @@ Ids map_ids(PyReplay& self, const Ids& in, int64_t (Replay::*function)(int64_t) 
 }  // namespace
 
 void bind_replay(py::module_& m) {
+  const auto kWithoutGil = py::call_guard<py::gil_scoped_release>();
   m.attr("stack_plan_bytes") = sizeof(StackPlan);
   py::class_<GatherTarget>(m, "GatherTarget")
       .def(py::init([](int type, bool channels_last, bool shifted, int64_t height, int64_t width) {
@@ -186,8 +247,9 @@ void bind_replay(py::module_& m) {
 
   py::class_<BatchOut>(m, "BatchOut")
       .def(py::init([](int64_t rows, int64_t n_step, uintptr_t ids, uintptr_t reward, uintptr_t discount,
-                       uintptr_t terminated, uintptr_t truncated, const std::vector<uintptr_t>& columns,
-                       uintptr_t offsets, int64_t offset_range, int64_t shift_origin) {
+                       uintptr_t terminated, uintptr_t truncated, uintptr_t weight,
+                       const std::vector<uintptr_t>& columns, uintptr_t offsets, int64_t offset_range,
+                       int64_t shift_origin) {
              BatchOut out{rows,
                           n_step,
                           at<int64_t>(ids),
@@ -195,6 +257,7 @@ void bind_replay(py::module_& m) {
                           at<float>(discount),
                           at<uint8_t>(terminated),
                           at<uint8_t>(truncated),
+                          at<float>(weight),
                           {},
                           {},
                           at<int64_t>(offsets),
@@ -204,8 +267,8 @@ void bind_replay(py::module_& m) {
              return out;
            }),
            py::arg("rows"), py::arg("n_step"), py::arg("ids"), py::arg("reward"), py::arg("discount"),
-           py::arg("terminated"), py::arg("truncated"), py::arg("columns"), py::arg("offsets"),
-           py::arg("offset_range"), py::arg("shift_origin"))
+           py::arg("terminated"), py::arg("truncated"), py::arg("weight"), py::arg("columns"),
+           py::arg("offsets"), py::arg("offset_range"), py::arg("shift_origin"))
       .def("add_key", [](BatchOut& out, const GatherTarget& target, uintptr_t obs, uintptr_t next_obs) {
         out.keys.push_back({target, at<uint8_t>(obs), at<uint8_t>(next_obs)});
       });
@@ -264,41 +327,17 @@ void bind_replay(py::module_& m) {
           "reading", [](PyReplay& self) { return Reading{self.lock}; }, py::keep_alive<0, 1>())
       .def("size", &PyReplay::size)
       .def("samplable", &PyReplay::samplable)
-      .def(
-          "draw",
-          [](PyReplay& self, uint64_t seed, uint64_t batch, double recency, int64_t recency_floor,
-             uintptr_t ids, int64_t n) {
-            std::shared_lock guard(self.lock);
-            self.draw(seed, batch, recency, recency_floor, at<int64_t>(ids), n);
-          },
-          py::arg("seed"), py::arg("batch"), py::arg("recency"), py::arg("recency_floor"), py::arg("ids"),
-          py::arg("n"), py::call_guard<py::gil_scoped_release>())
-      // Draws (unless ids are given: recency < 0), then fills the whole batch under one lock.
-      .def(
-          "sample",
-          [](PyReplay& self, const BatchOut& out, uint64_t seed, uint64_t batch, double recency,
-             int64_t recency_floor, int threads) {
-            std::shared_lock guard(self.lock);
-            if (recency >= 0)
-              self.draw(seed, batch, recency, recency_floor, out.ids, out.rows);
-            else
-              check_held(self, out.ids, out.rows);
-            self.gather_rows(out, seed, batch);
-            for (size_t k = 0; k < out.keys.size(); ++k)
-              self.gather_key(static_cast<int64_t>(k), out, threads);
-          },
-          py::arg("out"), py::arg("seed"), py::arg("batch"), py::arg("recency"), py::arg("recency_floor"),
-          py::arg("threads"), py::call_guard<py::gil_scoped_release>())
-      // Observations alone, of transitions that are held.
-      .def(
-          "observe",
-          [](PyReplay& self, const BatchOut& out, int threads) {
-            std::shared_lock guard(self.lock);
-            check_held(self, out.ids, out.rows);
-            for (size_t k = 0; k < out.keys.size(); ++k)
-              if (out.keys[k].obs) self.gather_key(static_cast<int64_t>(k), out, threads);
-          },
-          py::arg("out"), py::arg("threads"), py::call_guard<py::gil_scoped_release>())
+      .def("prioritize", &PyReplay::prioritize, py::arg("leaves"), py::arg("sums"), py::arg("largest"),
+           py::arg("bounds"), py::arg("rows"), py::arg("alpha"))
+      .def("set_priorities", &PyReplay::set_priorities, py::arg("ids"), py::arg("priority"))
+      // Each makes a whole batch under one lock. `get` takes the ids that `out` holds, the others draw them.
+      .def("sample", &PyReplay::sample, py::arg("out"), py::arg("seed"), py::arg("batch"), py::arg("recency"),
+           py::arg("recency_floor"), py::arg("threads"), kWithoutGil)
+      .def("sample_prioritized", &PyReplay::sample_prioritized, py::arg("out"), py::arg("seed"),
+           py::arg("batch"), py::arg("beta"), py::arg("threads"), kWithoutGil)
+      .def("get", &PyReplay::get, py::arg("out"), py::arg("seed"), py::arg("batch"), py::arg("threads"),
+           kWithoutGil)
+      .def("observe", &PyReplay::observe, py::arg("out"), py::arg("threads"), kWithoutGil)
       .def("rows", [](PyReplay& self, const Ids& ids) { return map_ids(self, ids, &Replay::find); })
       .def("ids_in_rows",
            [](PyReplay& self, const Ids& rows) { return map_ids(self, rows, &Replay::id_in_row); });

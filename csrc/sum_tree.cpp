@@ -35,8 +35,32 @@ void to_parents(std::vector<int64_t>& nodes) {
   nodes.resize(kept);
 }
 
-COVR_CLONES void update(float* leaves, double* sums, int64_t capacity, const int64_t* indices,
-                        const float* priorities, int64_t n) {
+void sum_tree_update(uintptr_t leaves, uintptr_t sums, int64_t capacity, uintptr_t indices_,
+                     uintptr_t priorities_, int64_t n) {
+  const auto* indices = reinterpret_cast<const int64_t*>(indices_);
+  const auto* priorities = reinterpret_cast<const float*>(priorities_);
+  check(indices, priorities, n, capacity);
+  sum_tree_set(reinterpret_cast<float*>(leaves), reinterpret_cast<double*>(sums), capacity, indices,
+               priorities, n);
+}
+
+void sum_tree_sample(uintptr_t leaves_, uintptr_t sums_, int64_t capacity, uintptr_t jitter_, int64_t n,
+                     uintptr_t indices_, uintptr_t probabilities_) {
+  sum_tree_draw(reinterpret_cast<const float*>(leaves_), reinterpret_cast<const double*>(sums_), capacity,
+                reinterpret_cast<const double*>(jitter_), n, reinterpret_cast<int64_t*>(indices_),
+                reinterpret_cast<double*>(probabilities_));
+}
+
+template <typename T>
+void prefetch_children(const T* entries, int64_t parent) {
+  for (int64_t i = 0; i < kFanOut; i += 64 / static_cast<int64_t>(sizeof(T)))
+    __builtin_prefetch(entries + parent * kFanOut + i);
+}
+
+}  // namespace
+
+COVR_CLONES void sum_tree_set(float* leaves, double* sums, int64_t capacity, const int64_t* indices,
+                              const float* priorities, int64_t n) {
   const SumTreeLayout layout(capacity);
   std::vector<int64_t> touched(indices, indices + n);
   for (int64_t i = 0; i < n; ++i) leaves[indices[i]] = priorities[i];
@@ -50,30 +74,31 @@ COVR_CLONES void update(float* leaves, double* sums, int64_t capacity, const int
   }
 }
 
-void sum_tree_update(uintptr_t leaves, uintptr_t sums, int64_t capacity, uintptr_t indices_,
-                     uintptr_t priorities_, int64_t n) {
-  const auto* indices = reinterpret_cast<const int64_t*>(indices_);
-  const auto* priorities = reinterpret_cast<const float*>(priorities_);
-  check(indices, priorities, n, capacity);
-  update(reinterpret_cast<float*>(leaves), reinterpret_cast<double*>(sums), capacity, indices, priorities, n);
-}
-
-void sum_tree_sample(uintptr_t leaves_, uintptr_t sums_, int64_t capacity, uintptr_t jitter_, int64_t n,
-                     uintptr_t indices_, uintptr_t probabilities_) {
-  const auto* leaves = reinterpret_cast<const float*>(leaves_);
-  const auto* sums = reinterpret_cast<const double*>(sums_);
-  const auto* jitter = reinterpret_cast<const double*>(jitter_);
-  auto* indices = reinterpret_cast<int64_t*>(indices_);
-  auto* probabilities = reinterpret_cast<double*>(probabilities_);
+// Level by level for the whole batch: the cache misses of one level's nodes overlap.
+COVR_CLONES void sum_tree_draw(const float* leaves, const double* sums, int64_t capacity,
+                               const double* jitter, int64_t n, int64_t* indices, double* probabilities) {
   const SumTreeLayout layout(capacity);
   const double total = sums[layout.inner_nodes() - 1];
+  double* target = probabilities;  // what is left of each draw's point until its leaf is known
   for (int64_t i = 0; i < n; ++i) {
-    indices[i] = descend(leaves, sums, layout, stratum(i, n, jitter[i], total));
+    indices[i] = 0;
+    target[i] = stratum(i, n, jitter[i], total);
+  }
+  for (int level = layout.levels - 2; level >= 0; --level) {
+    const double* entries = sums + layout.offset[level];
+    for (int64_t i = 0; i < n; ++i) {
+      indices[i] = choose_child(entries, layout.size[level], indices[i], target[i]);
+      if (level > 0)
+        prefetch_children(sums + layout.offset[level - 1], indices[i]);
+      else
+        prefetch_children(leaves, indices[i]);
+    }
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    indices[i] = choose_child(leaves, capacity, indices[i], target[i]);
     probabilities[i] = total > 0 ? leaves[indices[i]] / total : 0.0;
   }
 }
-
-}  // namespace
 
 void bind_sum_tree(py::module_& m) {
   m.def("sum_tree_inner_nodes", &inner_nodes);

@@ -1,6 +1,6 @@
 """SAC on CarRacing pixels with Stable-Baselines3, each frame stored once.
 
-pip install covr-fast[sb3] gymnasium box2d pygame
+pip install covr-fast[sb3] gymnasium[box2d]
 """
 
 import sys

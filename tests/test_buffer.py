@@ -163,6 +163,32 @@ def test_channels_last_memory_holds_the_same_pixels():
     driver.check_batch(batch)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.needs_cuda)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int16, torch.uint16])
+def test_channels_last_memory_of_images_of_other_types(dtype, device):
+    shape = (6, 5, 4)
+    buffer = ReplayBuffer(
+        50,
+        num_envs=1,
+        obs_shape=shape,
+        action_shape=(),
+        frame_stack=3,
+        obs_dtype=dtype,
+        device=device,
+        seed=0,
+    )
+    rng, no, numpy_type = np.random.default_rng(0), np.zeros(1, bool), buffer._keys[0].numpy_dtype
+    frames = rng.integers(0, 30_000, (33, 1, 2, 5, 4)).astype(numpy_type)
+    stacks = [np.concatenate(frames[t : t + 3], axis=1) for t in range(31)]
+    for t in range(30):
+        buffer.add(stacks[t], np.zeros(1), np.full(1, t), stacks[t + 1], no, no)
+    batch = buffer.sample(64, memory_format=torch.channels_last)
+    assert batch.obs.is_contiguous(memory_format=torch.channels_last)
+    for i, t in enumerate(batch.reward.int().tolist()):
+        np.testing.assert_array_equal(batch.obs[i].cpu(), stacks[t][0])
+        np.testing.assert_array_equal(batch.next_obs[i].cpu(), stacks[t + 1][0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_floats_are_bytes_over_255(dtype):
     driver = make(capacity=3000, frame=(3, 16, 9))
@@ -357,6 +383,20 @@ class TestContract:
         with pytest.raises(ValueError, match="older frames of next_obs"):
             self.add_all(buffer, zip(stacks, broken[1:], strict=False))
         assert 3 <= len(buffer) < 11
+
+    @pytest.mark.parametrize("which", ["obs", "next_obs"])
+    @pytest.mark.parametrize("frame, y, x", [(0, 0, 0), (0, 83, 83), (1, 41, 7)])
+    def test_a_pixel_changed_in_one_of_the_two_is_found_within_sixteen_steps(self, which, frame, y, x):
+        frames = np.random.default_rng(0).integers(0, 256, (40, 1, 3, 84, 84), dtype=np.uint8)
+        stacks = [np.concatenate(frames[t : t + 3], axis=1) for t in range(36)]
+        buffer = ReplayBuffer(50, num_envs=1, obs_shape=(9, 84, 84), action_shape=(1,), frame_stack=3)
+        changed = [stack.copy() for stack in stacks]
+        for stack in changed[5:]:
+            stack[0, 3 * frame, y, x] ^= 1
+        obs, next_obs = (changed, stacks) if which == "obs" else (stacks, changed)
+        with pytest.raises(ValueError, match="oldest first"):
+            self.add_all(buffer, zip(obs, next_obs[1:], strict=False))
+        assert 4 <= len(buffer) <= 20
 
     def test_newest_first_stacks(self):
         buffer, stacks = self.buffer(), self.stacks()

@@ -1,11 +1,13 @@
 """The replay buffer."""
 
+import math
 import os
 import secrets
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -16,17 +18,16 @@ from .. import _C
 from . import io
 from .batch import Batch, Observation
 from .device import DeviceGather, check_device
+from .form import Augment, Form
+from .prefetch import Prefetch
 from .samplers import Prioritized, PriorityTree, Recent, Sampler, Uniform, as_sampler
-from .spec import KeySpec, ShapeAndType, key_specs, shape_and_dtype
+from .spec import KeySpec, ShapeAndType, key_specs, numpy_dtype, shape_and_dtype
 from .storage import Storage
+
+_TERMINATED, _END = np.uint8(1), np.uint8(3)  # flags of csrc/replay.h; kEnd without kCut
 
 Rows = np.ndarray | Tensor | Sequence
 ObservationRows = Rows | Mapping[str, Rows]
-Augment = Literal["shift", "crop"]
-
-_GOLDEN, _MASK = 0x9E3779B97F4A7C15, (1 << 63) - 1  # spread consecutive batch numbers over the seeds
-_TERMINATED = 1  # the flag of csrc/replay.h
-_OUT_TYPES = {torch.uint8: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 class ReplayBuffer:
@@ -115,12 +116,14 @@ class ReplayBuffer:
         self._placement = storage
         self.seed = secrets.randbits(63) if seed is None else int(seed)
         self._batches_drawn = 0
+        self._counting = threading.Lock()
         self._keys = key_specs(obs_shape, obs_dtype, frame_stack, channels_last)
         self._single = not isinstance(obs_shape, Mapping)
         self._extras = {name: shape_and_dtype(spec) for name, spec in (extras or {}).items()}
         self._columns = {"action": (tuple(action_shape), action_dtype), **self._extras}
-        self._numpy_types = {name: _numpy_dtype(dtype) for name, (_, dtype) in self._columns.items()}
+        self._numpy_types = {name: numpy_dtype(dtype) for name, (_, dtype) in self._columns.items()}
         self._pool = _C.OutputPool()
+        self._forms: dict[tuple, Form] = {}
         pinned = storage == "pinned"
         self._storage = Storage(
             capacity, num_envs, self._keys, self._columns, n_step, gamma, self.device, pinned
@@ -132,10 +135,9 @@ class ReplayBuffer:
             self._gpu = DeviceGather(self.device, self._storage, self._keys, pinned)
         self._priorities: PriorityTree | None = None
         if isinstance(self.sampler, Prioritized):
-            self._priorities = PriorityTree(self._storage.rows, self._storage.limits, self.sampler.alpha)
-        # The C++ core locks by itself; what belongs together with it on this side needs one more.
-        alone = self._gpu is None and self._priorities is None
-        self._lock: AbstractContextManager = nullcontext() if alone else threading.RLock()
+            self._priorities = PriorityTree(self._core, self._storage.rows, num_envs, self.sampler.alpha)
+        # The C++ core locks by itself; kernel launches that belong together with it need one more.
+        self._lock: AbstractContextManager = nullcontext() if self._gpu is None else threading.Lock()
 
     def __len__(self) -> int:
         """Transitions held."""
@@ -190,10 +192,10 @@ class ReplayBuffer:
 
         Raises:
             ValueError: rows of the wrong shape or dtype; a reward, action or observation that is NaN or
-                infinite; or an observation that contradicts its stream, in
-                which case nothing was added. Stacks are compared in full where frames are small (at most 4
-                KiB) and at episode starts and ends, and by one stretch of 256 bytes in eight in between,
-                other ones each step.
+                infinite; or an observation that contradicts its stream, in which case nothing was added.
+                Stacks are compared in full where frames are small (at most 4 KiB) and at episode starts and
+                ends; in between by one stretch of 256 bytes in sixteen of `obs` and another one in sixteen
+                of `next_obs`, other ones each step.
         """
         if extras.keys() != self._extras.keys():
             raise ValueError(f"add() got the extras {sorted(extras)}, declared are {sorted(self._extras)}")
@@ -216,8 +218,6 @@ class ReplayBuffer:
             ids = self._core.add(*rows)
             if self._gpu:
                 self._gpu.after_add()
-            if self._priorities:
-                self._priorities.follow(*self._storage.ready())
         return torch.from_numpy(ids)
 
     def _observation_rows(self, observation: ObservationRows, what: str) -> list[np.ndarray]:
@@ -236,10 +236,7 @@ class ReplayBuffer:
         Their next row begins a new segment. The last one ends as a truncated episode would: n-step returns
         stop there and bootstrap.
         """
-        with self._lock:
-            self._core.cut(None if env_ids is None else _rows(env_ids, np.int64), self.num_envs)
-            if self._priorities:
-                self._priorities.follow(*self._storage.ready())
+        self._core.cut(None if env_ids is None else _rows(env_ids, np.int64), self.num_envs)
 
     # ---- sampling ----
 
@@ -267,25 +264,52 @@ class ReplayBuffer:
         Raises:
             IndexError: nothing can be sampled yet.
         """
+        form = self._form(augment, pad, dtype, memory_format)
+        return self._sample(self._next_number(), batch_size, form)
+
+    def prefetch(
+        self,
+        batch_size: int,
+        *,
+        augment: Augment | None = None,
+        pad: int = 4,
+        dtype: torch.dtype = torch.float32,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> Prefetch:
+        """An endless iterator of `sample`'s batches, each made by a thread while the one before is in use.
+
+        Arguments as in `sample`. Batches are one behind what is added and what priorities become in the
+        meantime; see `Prefetch`. End it with `close()` or `with`.
+        """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
-        batch = self._batches_drawn
-        self._batches_drawn += 1
-        if self._priorities is None:
-            index = torch.empty(batch_size, dtype=torch.int64)
-            eta, floor = 1.0, 1
-            if isinstance(self.sampler, Recent):
-                eta, floor = self.sampler.eta**1000, self.sampler.floor
-            return self._gather(index, batch, (eta, floor), self.n_step, augment, pad, dtype, memory_format)
-        with self._lock:
-            if not self._core.samplable():
-                raise IndexError("nothing to sample: no transition with all its n steps is stored yet")
-            rows, probability = self._priorities.draw(batch_size, (self.seed ^ batch * _GOLDEN) & _MASK)
-            index = torch.from_numpy(self._core.ids_in_rows(rows.numpy()))
-            result = self._gather(index, batch, None, self.n_step, augment, pad, dtype, memory_format)
-            weight = (self._core.samplable() * probability) ** -self.beta
-        result.weight = (weight / weight.max()).to(self.device, torch.float32)
-        return result
+        if self._gpu is not None:
+            raise ValueError(
+                f"prefetch() is for device='cpu': what sample() starts on {self.device} runs in the "
+                "background anyway"
+            )
+        return Prefetch(self, batch_size, self._form(augment, pad, dtype, memory_format))
+
+    def _sample(self, number: int, batch_size: int, form: Form) -> Batch:
+        """Batch `number` of the sequence that the seed determines."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
+        index = torch.empty(batch_size, dtype=torch.int64)
+        return self._gather(index, partial(self._draw, number), self.n_step, form)
+
+    def _draw(self, number: int, request: Any, threads: int) -> None:
+        if self._priorities is not None:
+            self._core.sample_prioritized(request, self.seed, number, self.beta, threads)
+        elif isinstance(self.sampler, Recent):
+            recency, floor = self.sampler.eta**1000, self.sampler.floor
+            self._core.sample(request, self.seed, number, recency, floor, threads)
+        else:
+            self._core.sample(request, self.seed, number, 1.0, 1, threads)
+
+    def _next_number(self) -> int:
+        with self._counting:
+            self._batches_drawn += 1
+            return self._batches_drawn - 1
 
     def get(
         self,
@@ -305,146 +329,91 @@ class ReplayBuffer:
         Raises:
             IndexError: a transition was overwritten or never added.
         """
-        batch = self._batches_drawn
-        self._batches_drawn += 1
         n_step = self.n_step if n_step is None else n_step
         if n_step < 1:
             raise ValueError(f"n_step is {n_step}: it must be at least 1")
-        return self._gather(_index(index).clone(), batch, None, n_step, augment, pad, dtype, memory_format)
+        form = self._form(augment, pad, dtype, memory_format)
+        number = self._next_number()
+        return self._gather(
+            _index(index).clone(),
+            lambda request, threads: self._core.get(request, self.seed, number, threads),
+            n_step,
+            form,
+        )
 
     def update_priorities(self, index: Rows, priority: Rows) -> None:
         """Sets the priorities [n], e.g. absolute TD errors, of these transitions; overwritten ones are
         skipped."""
         if self._priorities is None:
             raise ValueError('update_priorities() needs sampler="prioritized"')
-        ids = _index(index).numpy()
-        values = _rows(priority, np.float64).reshape(-1)
-        if len(values) != len(ids):
-            raise ValueError(f"priority has {len(values)} values for {len(ids)} transitions")
-        if len(values) and not (values.min() >= 0 and values.max() < np.inf):
-            raise ValueError("priority must be finite and not negative: pass absolute TD errors")
-        with self._lock:
-            self._priorities.set(ids, self._core.rows(ids), values)
+        self._core.set_priorities(_index(index).numpy(), _rows(priority, np.float64).reshape(-1))
 
-    def _gather(
-        self,
-        index: Tensor,
-        batch: int,
-        draw: tuple[float, int] | None,
-        n_step: int,
-        augment: Augment | None,
-        pad: int,
-        dtype: torch.dtype,
-        memory_format: torch.memory_format,
-    ) -> Batch:
-        """Draws ids into `index` with (recency, floor), or takes those it holds if `draw` is None."""
-        n = index.numel()
-        shifted, crop = self._augmentation(augment, pad)
+    def _form(
+        self, augment: Augment | None, pad: int, dtype: torch.dtype, memory_format: torch.memory_format
+    ) -> Form:
+        options = (augment, pad, dtype, memory_format)
+        form = self._forms.get(options)
+        if form is None:
+            form = self._forms[options] = Form(self._keys, *options)
+        return form
+
+    def _gather(self, index: Tensor, draw: Callable[[Any, int], None], n_step: int, form: Form) -> Batch:
+        """The batch of the ids that `draw(request, threads)` puts into `index`, or finds there."""
+        n = len(index)
         pin = self._gpu is not None
-
-        def column(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.empty(n, *shape, dtype=dtype, pin_memory=pin)
-
-        reward, discount = column(), column()
-        terminated, truncated = column(dtype=torch.bool), column(dtype=torch.bool)
-        columns = {name: column(*shape, dtype=kind) for name, (shape, kind) in self._columns.items()}
-        offsets = torch.empty(2, n, 2, dtype=torch.int64) if shifted else None
+        reward, discount, weight = (torch.empty(n, pin_memory=pin) for _ in range(3))
+        terminated, truncated = (torch.empty(n, dtype=torch.bool, pin_memory=pin) for _ in range(2))
+        columns = {
+            name: torch.empty((n, *shape), dtype=kind, pin_memory=pin)
+            for name, (shape, kind) in self._columns.items()
+        }
+        offsets = torch.empty(2, n, 2, dtype=torch.int64) if form.offset_range else None
         request = _C.BatchOut(
-            rows=n,
-            n_step=n_step,
-            ids=index.data_ptr(),
-            reward=reward.data_ptr(),
-            discount=discount.data_ptr(),
-            terminated=terminated.data_ptr(),
-            truncated=truncated.data_ptr(),
-            columns=[values.data_ptr() for values in columns.values()],
-            offsets=0 if offsets is None else offsets.data_ptr(),
-            offset_range=2 * pad + 1,
-            shift_origin=pad if augment == "shift" else 0,
+            n,
+            n_step,
+            index.data_ptr(),
+            reward.data_ptr(),
+            discount.data_ptr(),
+            terminated.data_ptr(),
+            truncated.data_ptr(),
+            weight.data_ptr(),
+            [values.data_ptr() for values in columns.values()],
+            0 if offsets is None else offsets.data_ptr(),
+            form.offset_range,
+            form.shift_origin,
         )
-        targets = [self._target(key, dtype, shifted, crop, memory_format) for key in self._keys]
-        obs, next_obs = (
-            [self._output(key, n, dtype, shifted, crop, memory_format) for key in self._keys]
-            for _ in range(2)
-        )
+        obs, next_obs = self._allocate(form, n), self._allocate(form, n)
         if self._gpu is None:
-            for target, one, other in zip(targets, obs, next_obs, strict=True):
+            for target, one, other in zip(form.targets, obs, next_obs, strict=True):
                 request.add_key(target, one.data_ptr(), other.data_ptr())
-        recency, floor = (-1.0, 0) if draw is None else draw
         with self._lock:
-            self._core.sample(request, self.seed, batch, recency, floor, torch.get_num_threads())
+            draw(request, torch.get_num_threads())
             if self._gpu:
-                self._gpu.gather(request, n, targets, obs, next_obs)
-        columns = {name: self._arrive(values) for name, values in columns.items()}
+                self._gpu.gather(request, n, form.targets, obs, next_obs)
+        if self._gpu:
+            columns = {name: self._arrive(values) for name, values in columns.items()}
+            reward, discount, weight = map(self._arrive, (reward, discount, weight))
+            terminated, truncated = self._arrive(terminated), self._arrive(truncated)
         return Batch(
             obs=self._join(obs),
             action=columns.pop("action"),
-            reward=self._arrive(reward),
+            reward=reward,
             next_obs=self._join(next_obs),
-            discount=self._arrive(discount),
-            terminated=self._arrive(terminated),
-            truncated=self._arrive(truncated),
+            discount=discount,
+            terminated=terminated,
+            truncated=truncated,
             index=index,
-            weight=torch.ones(n, device=self.device),
+            weight=weight,
             extras=columns,
             obs_offset=None if offsets is None else offsets[0],
             next_obs_offset=None if offsets is None else offsets[1],
         )
 
     def _arrive(self, values: Tensor) -> Tensor:
-        return values if self._gpu is None else values.to(self.device, non_blocking=True)
+        return values.to(self.device, non_blocking=True)
 
-    def _augmentation(self, augment: Augment | None, pad: int) -> tuple[bool, int]:
-        """Whether pictures are shifted at all, and how many pixels are cropped from every edge."""
-        if augment is None:
-            return False, 0
-        if augment not in ("shift", "crop"):
-            raise ValueError(f"augment is {augment!r}: it must be None, 'shift' or 'crop'")
-        images = [key for key in self._keys if key.is_image]
-        if not images:
-            raise ValueError(f"augment={augment!r} needs an image observation (uint8, three dimensions)")
-        if pad < 0 or pad > 1024:
-            raise ValueError(f"pad is {pad}: it must lie in [0, 1024]")
-        if augment == "crop" and any(2 * pad >= min(key.height, key.width) for key in images):
-            raise ValueError(f"pad is {pad}: a crop by {2 * pad} pixels leaves nothing of the images")
-        return True, pad if augment == "crop" else 0
-
-    def _target(
-        self, key: KeySpec, dtype: torch.dtype, shifted: bool, crop: int, memory_format: torch.memory_format
-    ) -> Any:
-        if memory_format not in (torch.contiguous_format, torch.channels_last):
-            raise ValueError(f"memory_format is {memory_format}: use contiguous_format or channels_last")
-        if dtype not in _OUT_TYPES:
-            raise ValueError(f"dtype is {dtype}: observations come as uint8, float32, bfloat16 or float16")
-        channels_last = memory_format == torch.channels_last and len(key.shape) == 3
-        if not key.is_image:
-            return _C.GatherTarget(0, channels_last, False, key.height, key.width)
-        return _C.GatherTarget(
-            _OUT_TYPES[dtype], channels_last, shifted, key.height - 2 * crop, key.width - 2 * crop
-        )
-
-    def _output(
-        self,
-        key: KeySpec,
-        n: int,
-        dtype: torch.dtype,
-        shifted: bool,
-        crop: int,
-        memory_format: torch.memory_format,
-    ) -> Tensor:
-        """Memory for n observations of a key: used again when the last tensor that shares it is gone."""
-        dtype = dtype if key.is_image else key.dtype
-        shape = (n, *key.out_shape(crop if shifted and key.is_image else 0))
-        if self._gpu:
-            return torch.empty(
-                shape, dtype=dtype, device=self.device, memory_format=_format(key, memory_format)
-            )
-        items = int(np.prod(shape, dtype=np.int64))
-        flat = torch.from_numpy(self._pool.take(items * dtype.itemsize)).view(dtype)
-        if memory_format == torch.channels_last and len(key.shape) == 3:
-            n, c, h, w = shape
-            return flat.view(n, h, w, c).permute(0, 3, 1, 2)
-        return flat.view(shape)
+    def _allocate(self, form: Form, n: int) -> list[Tensor]:
+        return form.allocate(n, self._pool) if self._gpu is None else form.allocate_on(self.device, n)
 
     def _join(self, observation: Sequence[Tensor]) -> Observation:
         if self._single:
@@ -460,17 +429,16 @@ class ReplayBuffer:
             IndexError: a transition was overwritten (or never added). `contains` tells beforehand.
         """
         ids = _index(index)
-        plain = torch.contiguous_format
-        out = [self._output(key, len(ids), dtype, False, 0, plain) for key in self._keys]
-        targets = [self._target(key, dtype, False, 0, plain) for key in self._keys]
-        request = _C.BatchOut(len(ids), 1, ids.data_ptr(), 0, 0, 0, 0, [], 0, 0, 0)
+        form = self._form(None, 0, dtype, torch.contiguous_format)
+        out = self._allocate(form, len(ids))
+        request = _C.BatchOut(len(ids), 1, ids.data_ptr(), 0, 0, 0, 0, 0, [], 0, 0, 0)
         if self._gpu is None:
-            for target, values in zip(targets, out, strict=True):
+            for target, values in zip(form.targets, out, strict=True):
                 request.add_key(target, values.data_ptr(), 0)
         with self._lock:
             self._core.observe(request, torch.get_num_threads())
             if self._gpu:
-                self._gpu.gather(request, len(ids), targets, out, [])
+                self._gpu.gather(request, len(ids), form.targets, out, [])
         return self._join(out)
 
     def frames(self, index: Rows) -> Observation:
@@ -506,6 +474,14 @@ class ReplayBuffer:
             column = self._storage.tensors[f"column.{name}"]
             new = torch.as_tensor(value, dtype=column.dtype, device=column.device)
             column[rows] = new.reshape(len(rows), *column.shape[1:])
+
+    def set_terminated(self, index: Rows, terminated: Rows) -> None:
+        """Corrects afterwards which of these transitions [n] ended their episode: True terminates those that
+        did not end, False takes back any end. What follows in the stream stays as it was added."""
+        rows = self._held_rows(index).numpy()
+        flags = self._storage.tensors["flags"].numpy()
+        ended, end = flags[rows] & _END, np.asarray(terminated, bool)
+        flags[rows] = np.where(end, np.where(ended, ended, _TERMINATED), 0) | flags[rows] & ~_END
 
     def contains(self, index: Rows) -> Tensor:
         """bool [n]: which of these transitions are still held."""
@@ -715,7 +691,7 @@ def _checked_rows(value: Rows, key: KeySpec, what: str) -> np.ndarray:
         raise ValueError(
             f"{what} has shape {array.shape}: it must be [rows, {', '.join(map(str, key.shape))}]"
         )
-    expected = _numpy_dtype(key.dtype)
+    expected = key.numpy_dtype
     if array.dtype != expected:
         if key.dtype == torch.uint8 or array.dtype.kind not in "fiub":
             raise ValueError(f"{what} has dtype {array.dtype}: it must be {expected} (see obs_dtype)")
@@ -726,7 +702,11 @@ def _checked_rows(value: Rows, key: KeySpec, what: str) -> np.ndarray:
 
 def _finite(array: np.ndarray, what: str) -> np.ndarray:
     """The array, if all of it is finite: one NaN in the buffer would end in every network."""
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
+    if array.dtype.kind != "f" or math.isfinite(
+        np.vdot(array, array)
+    ):  # the sum of squares, or it overflowed
+        return array
+    if not np.isfinite(array).all():
         rows = np.unique(np.argwhere(~np.isfinite(array))[:, 0])[:5].tolist()
         raise ValueError(f"{what} is NaN or infinite in rows {rows}: nothing was added; mend the environment")
     return array
@@ -736,13 +716,5 @@ def _index(index: Rows) -> Tensor:
     return torch.as_tensor(index, dtype=torch.int64, device="cpu").reshape(-1).contiguous()
 
 
-def _format(key: KeySpec, memory_format: torch.memory_format) -> torch.memory_format:
-    return memory_format if len(key.shape) == 3 else torch.contiguous_format
-
-
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _numpy_dtype(dtype: torch.dtype) -> np.dtype:
-    return torch.empty(0, dtype=dtype).numpy().dtype

@@ -1,11 +1,12 @@
 """Which transitions a batch is drawn from."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from .. import _C
 
 
 @dataclass(frozen=True)
@@ -63,61 +64,26 @@ def as_sampler(sampler: Sampler) -> Uniform | Recent | Prioritized:
 
 
 class PriorityTree:
-    """Priorities by row of the buffer, zero wherever nothing can be sampled."""
+    """The memory of the priorities by row of the buffer; csrc/priorities.h works on it."""
 
-    _EPSILON = 1e-6
-
-    def __init__(self, rows: int, limits: np.ndarray, alpha: float) -> None:
-        from ..ops import SumTree
-
-        self._tree = SumTree(rows, "cpu")
-        self._alpha = alpha
-        self._limits = limits
-        self._rows_per_stream = rows // len(limits)
-        self._largest = 1.0
-        self._first = np.zeros(len(limits), np.int64)
-        self._ready = np.zeros(len(limits), np.int64)
-
-    def follow(self, first: np.ndarray, ready: np.ndarray) -> None:
-        """The transitions that can be sampled are now first .. ready - 1 of every stream."""
-        gone = self._rows(self._first, np.minimum(first, self._ready))
-        new = self._rows(np.maximum(first, self._ready), ready)
-        self._first, self._ready = first.copy(), ready.copy()
-        rows = np.concatenate([gone, new])  # in this order: a new transition may lie where the old one was
-        priorities = np.zeros(len(rows), np.float32)
-        priorities[len(gone) :] = self._largest
-        self._tree.update(torch.from_numpy(rows), torch.from_numpy(priorities))
-
-    def _rows(self, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
-        """Rows of the transitions start .. stop - 1 of every stream, stream after stream."""
-        length = np.maximum(stop - start, 0)
-        stream = np.repeat(np.arange(len(length)), length)
-        t = np.arange(length.sum()) + np.repeat(start - np.cumsum(length) + length, length)
-        return stream * self._rows_per_stream + t % self._limits[stream]
-
-    def draw(self, n: int, seed: int) -> tuple[Tensor, Tensor]:
-        """(rows int64 [n], their probabilities float64 [n])."""
-        return self._tree.sample(n, torch.Generator().manual_seed(seed))
-
-    def set(self, ids: np.ndarray, rows: np.ndarray, priority: np.ndarray) -> None:
-        """New priorities. Rows < 0, and transitions that cannot be sampled yet, are skipped."""
-        time, stream = np.divmod(ids, len(self._limits))
-        keep = (rows >= 0) & (time < self._ready[stream])
-        if not keep.any():
-            return
-        leaves = ((priority[keep] + self._EPSILON) ** self._alpha).astype(np.float32)
-        self._largest = max(self._largest, float(leaves.max()))
-        self._tree.update(torch.from_numpy(rows[keep]), torch.from_numpy(leaves))
+    def __init__(self, core: Any, rows: int, num_envs: int, alpha: float) -> None:
+        self._leaves = torch.zeros(rows)
+        self._sums = torch.zeros(_C.sum_tree_inner_nodes(rows), dtype=torch.float64)
+        self._largest = torch.ones(1, dtype=torch.float64)
+        self._bounds = torch.zeros(2, num_envs, dtype=torch.int64)
+        for tensor in (self._leaves, self._sums):
+            _C.prefer_huge_pages(tensor.data_ptr(), tensor.nbytes)
+        memory = (self._leaves, self._sums, self._largest, self._bounds)
+        core.prioritize(*(tensor.data_ptr() for tensor in memory), rows, alpha)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {
-            "priorities": self._tree.priorities,
-            "largest": torch.tensor([self._largest], dtype=torch.float64),
-            "bounds": torch.from_numpy(np.stack([self._first, self._ready])),
-        }
+        return {"priorities": self._leaves, "largest": self._largest, "bounds": self._bounds}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        priorities = state["priorities"]
-        self._tree.update(torch.arange(len(priorities)), priorities)
-        self._largest = float(state["largest"])
-        self._first, self._ready = state["bounds"].numpy().copy()
+        self._largest.copy_(state["largest"])
+        self._bounds.copy_(state["bounds"])
+        priorities = state["priorities"].contiguous()
+        rows, n = torch.arange(len(self._leaves)), len(self._leaves)
+        _C.sum_tree_update(
+            self._leaves.data_ptr(), self._sums.data_ptr(), n, rows.data_ptr(), priorities.data_ptr(), n
+        )

@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 
 Shape = tuple[int, ...]
@@ -21,6 +23,10 @@ class KeySpec:
     height: int
     width: int
     channels_last: bool
+
+    @cached_property
+    def numpy_dtype(self) -> np.dtype:
+        return numpy_dtype(self.dtype)
 
     @property
     def is_image(self) -> bool:
@@ -110,3 +116,7 @@ def shape_and_dtype(spec: ShapeAndType, default: torch.dtype = torch.float32) ->
         shape, dtype = spec
         return tuple(shape), dtype
     return tuple(spec), default
+
+
+def numpy_dtype(dtype: torch.dtype) -> np.dtype:
+    return torch.empty(0, dtype=dtype).numpy().dtype

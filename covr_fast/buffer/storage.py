@@ -54,6 +54,10 @@ class Storage:
             self.tensors[f"written.{key.name}"] = torch.zeros(num_envs, dtype=torch.int64)
             self.tensors[f"newest.{key.name}"] = torch.zeros(self.rows, dtype=torch.int64)
             self.tensors[f"depth.{key.name}"] = torch.zeros(self.rows, dtype=torch.uint8)
+        for tensor in self.tensors.values():
+            if tensor.device.type == "cpu" and not tensor.is_pinned():
+                # Before anything is written: random rows of large buffers are bound by address translation.
+                _C.prefer_huge_pages(tensor.data_ptr(), tensor.nbytes)
         self.core = self._connect(capacity, columns, gamma)
 
     def _connect(self, capacity: int, columns: Columns, gamma: float) -> Any:
@@ -96,11 +100,6 @@ class Storage:
         first, ended, count = (self.tensors[name].numpy().copy() for name in ("first", "ended", "count"))
         return first, ended, count
 
-    def ready(self) -> tuple[np.ndarray, np.ndarray]:
-        """(first, ready) per stream: the transitions first .. ready - 1 have all their n steps."""
-        first, ended, count = self.bounds()
-        return first, np.maximum(np.maximum(first, ended), count - self.n_step + 1)
-
     def restore_recent(self) -> None:
         """After the frames were loaded: copies the latest of every stream back to where the CPU compares."""
         for name, recent in self._recent.items():
@@ -142,8 +141,4 @@ def _frame_ring(
     if pinned:
         return torch.empty(shape, dtype=key.dtype, pin_memory=True)
     check_room(num_envs * slots * key.frame_bytes, device)
-    frames = torch.empty(shape, dtype=key.dtype, device=device)
-    if frames.is_cuda:
-        return frames
-    _C.prefer_huge_pages(frames.data_ptr(), frames.nbytes)
-    return frames
+    return torch.empty(shape, dtype=key.dtype, device=device)

@@ -197,6 +197,8 @@ class FastReplayBuffer(SB3ReplayBuffer):
     ) -> ReplayBufferSamples | DictReplayBufferSamples:
         """Uniform over what is stored; the same rows as SB3 draws from the same numpy random state."""
         upper = self.buffer_size if self.full else self.pos
+        if self._buffer is None and upper > 0:
+            return self._zeros().sample(batch_size, env)
         ids = self._ids(*self._draw(upper, batch_size))
         while (lost := ids < 0).any():
             n = int(lost.sum())
@@ -246,8 +248,9 @@ class FastReplayBuffer(SB3ReplayBuffer):
 
     def _to_given(self, observations: Observation) -> dict[str, Tensor]:
         """Sampled observations in the layout that the environments give them."""
+        last = {name for name, stack in self._stacks.items() if stack.channels_last}
         return {
-            name: value.permute(0, 2, 3, 1) if self._stacks[name].channels_last else value
+            name: value.permute(0, 2, 3, 1) if name in last else value
             for name, value in observations.items()  # type: ignore[union-attr]
         }
 
@@ -272,8 +275,31 @@ class FastReplayBuffer(SB3ReplayBuffer):
 
     # ---- SB3's arrays, for those who look at them: copies, rebuilt on every access ----
 
+    def _zeros(self) -> "FastReplayBuffer":
+        """One step of zeros: what SB3's arrays hold before anything is added."""
+        blank = FastReplayBuffer(
+            self.n_envs,
+            self.observation_space,
+            self.action_space,
+            self.device,
+            self.n_envs,
+            frame_stack=1,
+            n_steps=self.n_steps,
+            gamma=self.gamma,
+        )
+        given = {
+            name: np.zeros((self.n_envs, *shape), self._space(name).dtype)
+            for name, shape in self._shapes.items()
+        }
+        obs, zero = given["obs"] if self._single else given, np.zeros(self.n_envs)
+        blank.add(obs, obs, np.zeros((self.n_envs, self.action_dim)), zero, zero, [{}] * self.n_envs)
+        return blank
+
     def _column(self, part: Callable[[Batch], Tensor]) -> np.ndarray:
         """[buffer_size, n_envs, ...], zeros where nothing is stored."""
+        if self._buffer is None:
+            row = self._zeros()._column(part)
+            return np.zeros((self.buffer_size, *row.shape[1:]), row.dtype)
         positions, envs = np.divmod(np.arange(self.buffer_size * self.n_envs), self.n_envs)
         ids = self._ids(positions, envs)
         held = part(self._batch(ids[ids >= 0], 1)).numpy()
@@ -306,11 +332,34 @@ class FastReplayBuffer(SB3ReplayBuffer):
 
     @property
     def dones(self) -> np.ndarray:  # type: ignore[override]
-        return self._column(lambda batch: (batch.terminated | batch.truncated).float())
+        """Setting elements of this array terminates those transitions, or takes back their end."""
+        dones = self._column(lambda batch: (batch.terminated | batch.truncated).float()).view(_Dones)
+        dones.owner = self
+        return dones
+
+    def _set_done(self, which: np.ndarray, done: np.ndarray) -> None:
+        """which: flat indices into [buffer_size, n_envs]."""
+        positions, envs = np.divmod(which, self.n_envs)
+        ids = self._ids(positions, envs)
+        self.buffer.set_terminated(ids[ids >= 0], done[ids >= 0])
 
     @property
     def timeouts(self) -> np.ndarray:  # type: ignore[override]
         return self._column(lambda batch: batch.truncated.float())
+
+
+class _Dones(np.ndarray):
+    """SB3's array of ends: what is written to it reaches the buffer."""
+
+    owner: FastReplayBuffer | None = None  # of the whole array, not of its slices
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        before = np.array(self)
+        super().__setitem__(key, value)
+        if self.owner is not None:
+            after = np.asarray(self)
+            which = np.flatnonzero(before != after)
+            self.owner._set_done(which, after.reshape(-1)[which] != 0)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ __global__ void gather_kernel(FrameLayout frames, const StackPlan* plans, Gather
   const int64_t slot = stack_slot(plan, frames.slots, frames.stack - 1 - j);
   const uint8_t* frame = slot == kBlankFrame ? nullptr : frames.data + slot * frames.frame_bytes();
   const int64_t plane = target.out_height * target.out_width;
-  const int64_t items = frames.channels * plane, out_channels = frames.stack * frames.channels;
+  const int64_t items = frames.channels * plane;
   Out* row_out = out + row * frames.stack * items;
   Out* frame_out = row_out + j * items;
   // Then every frame starts at a multiple of the group.
@@ -55,7 +55,7 @@ __global__ void gather_kernel(FrameLayout frames, const StackPlan* plans, Gather
       }
       cast(pixel, group.item[i]);
       if (target.channels_last)
-        row_out[(y * target.out_width + x) * out_channels + j * frames.channels + c] = group.item[i];
+        row_out[target.position(frames, j, c, y * target.out_width + x)] = group.item[i];
       else if (!vector_stores)
         frame_out[first + i] = group.item[i];
       if (++x == target.out_width) {
@@ -70,14 +70,19 @@ __global__ void gather_kernel(FrameLayout frames, const StackPlan* plans, Gather
   }
 }
 
-// Frames of other types: bytes, copied as they are, channels first.
-__global__ void copy_kernel(FrameLayout frames, const StackPlan* plans, uint8_t* out) {
+// Frames of other types: bytes, copied as they are.
+__global__ void copy_kernel(FrameLayout frames, const StackPlan* plans, GatherTarget target, uint8_t* out) {
   const int64_t row = blockIdx.x / frames.stack, j = blockIdx.x % frames.stack;
   const int64_t slot = stack_slot(plans[row], frames.slots, frames.stack - 1 - j);
-  const int64_t bytes = frames.frame_bytes();
-  uint8_t* to = out + (row * frames.stack + j) * bytes;
-  for (int64_t i = threadIdx.x; i < bytes; i += kThreads)
-    to[i] = slot == kBlankFrame ? uint8_t{0} : frames.data[slot * bytes + i];
+  const int64_t bytes = frames.frame_bytes(), plane = frames.plane_items(), item = frames.item_bytes;
+  uint8_t* row_out = out + row * frames.stack * bytes;
+  const uint8_t* frame = frames.data + (slot == kBlankFrame ? 0 : slot * bytes);
+  for (int64_t n = threadIdx.x; n < bytes; n += kThreads) {
+    const int64_t c = n / item / plane, i = n / item % plane;
+    const int64_t to =
+        target.channels_last ? target.position(frames, j, c, i) * item + n % item : j * bytes + n;
+    row_out[to] = slot == kBlankFrame ? uint8_t{0} : frame[n];
+  }
 }
 
 void check(cudaError_t error, const char* what) {
@@ -93,7 +98,7 @@ void gather_cuda(const FrameLayout& frames, const StackPlan* plans, int64_t rows
   const auto s = static_cast<cudaStream_t>(stream);
   const auto launch = [&](auto* to) { gather_kernel<<<blocks, kThreads, 0, s>>>(frames, plans, target, to); };
   if (frames.item_bytes != 1) {
-    copy_kernel<<<blocks, kThreads, 0, s>>>(frames, plans, static_cast<uint8_t*>(out));
+    copy_kernel<<<blocks, kThreads, 0, s>>>(frames, plans, target, static_cast<uint8_t*>(out));
   } else {
     switch (target.type) {
       case OutType::kAsStored:

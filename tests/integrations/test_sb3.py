@@ -270,6 +270,36 @@ def test_empty_and_reset():
     assert buffer.size() == 0
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int64, np.float16, np.float64])
+def test_arrays_before_anything_was_added(dtype):
+    spaces_ = spaces.Box(0, 100, (3,), dtype=dtype), spaces.Discrete(4)
+    ours, theirs = (kind(20, *spaces_, "cpu", 2) for kind in (FastReplayBuffer, SB3ReplayBuffer))
+    for name in ("observations", "next_observations", "actions", "rewards", "dones", "timeouts"):
+        a, b = getattr(ours, name), getattr(theirs, name)
+        assert a.dtype == b.dtype, name
+        np.testing.assert_array_equal(a, b)
+    ours.full = theirs.full = True
+    a, b = ours.sample(7), theirs.sample(7)
+    assert a.observations.dtype == b.observations.dtype
+    assert torch.equal(a.observations, b.observations)
+    assert torch.equal(a.actions, b.actions)
+
+
+def test_ends_can_be_corrected():
+    env = vec_env(length=30)
+    buffer = FastReplayBuffer(10, env.observation_space, env.action_space, "cpu", 2, n_steps=3)
+    rollout(env, [buffer], 5)
+    dones = buffer.dones
+    for end in (1, 0, 1):
+        dones[1:3, 1] = end
+        assert buffer.dones[1:3, 1].tolist() == [end, end]
+        np.testing.assert_array_equal(buffer.dones, dones)
+    rollout(env, [buffer], 2)
+    now = np.array(buffer.dones)
+    dones[0, 0] = now[0, 0] = 1 - now[0, 0]  # what was added since stays as it is
+    np.testing.assert_array_equal(buffer.dones, now)
+
+
 def test_sac_from_pixels():
     env = vec_env(1, 2, shape=(36, 36, 1))
     policy = {"net_arch": [8], "features_extractor_kwargs": {"features_dim": 8}}

@@ -1,0 +1,74 @@
+#include "priorities.h"
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+
+#include "replay.h"
+#include "sum_tree.h"
+
+namespace covr {
+
+constexpr double kEpsilon = 1e-6;  // so that a priority of zero can still be drawn
+
+Priorities::Priorities(float* leaves, double* sums, double* largest, int64_t* bounds, int64_t rows,
+                       double alpha)
+    : leaves_(leaves), sums_(sums), largest_(largest), bounds_(bounds), rows_(rows), alpha_(alpha) {}
+
+void Priorities::follow(const Replay& replay) {
+  touched_.clear();
+  values_.clear();
+  const auto mark = [&](int64_t env, int64_t begin, int64_t end, float value) {
+    for (int64_t t = begin; t < end; ++t) {
+      touched_.push_back(replay.row(env, t));
+      values_.push_back(value);
+    }
+  };
+  for (int64_t env = 0; env < replay.num_envs(); ++env) {
+    int64_t& first = bounds_[env];
+    int64_t& ready = bounds_[replay.num_envs() + env];
+    const int64_t new_first = replay.first(env), new_ready = replay.ready_end(env);
+    // In this order: a new transition may lie where an old one was.
+    mark(env, first, std::min(new_first, ready), 0.0f);
+    mark(env, std::max(new_first, ready), new_ready, static_cast<float>(*largest_));
+    first = new_first;
+    ready = new_ready;
+  }
+  sum_tree_set(leaves_, sums_, rows_, touched_.data(), values_.data(), static_cast<int64_t>(touched_.size()));
+}
+
+void Priorities::draw(const Replay& replay, uint64_t seed, uint64_t batch, double beta, int64_t* ids,
+                      float* weight, int64_t n) const {
+  const int64_t samplable = replay.samplable();
+  if (samplable == 0) throw std::out_of_range(kNothingToSample);
+  std::vector<double> jitter(static_cast<size_t>(n)), probability(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; ++i) {
+    const Random128 random = philox(seed, batch, static_cast<uint32_t>(i), kDrawIndex);
+    jitter[static_cast<size_t>(i)] = unit(random.word[0], random.word[1]);
+  }
+  sum_tree_draw(leaves_, sums_, rows_, jitter.data(), n, ids, probability.data());
+  const double rarest = *std::min_element(probability.begin(), probability.end());
+  for (int64_t i = 0; i < n; ++i) {
+    ids[i] = replay.id_in_row(ids[i]);
+    // The factor N cancels: the rarest draw of the batch has the largest weight.
+    weight[i] = static_cast<float>(std::pow(rarest / probability[static_cast<size_t>(i)], beta));
+  }
+}
+
+void Priorities::set(const Replay& replay, const int64_t* ids, const double* priority, int64_t n) {
+  if (!std::all_of(priority, priority + n, [](double p) { return p >= 0 && std::isfinite(p); }))
+    throw std::invalid_argument("priority must be finite and not negative: pass absolute TD errors");
+  touched_.clear();
+  values_.clear();
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t row = replay.find_ready(ids[i]);
+    if (row < 0) continue;
+    const auto leaf = static_cast<float>(std::pow(priority[i] + kEpsilon, alpha_));
+    touched_.push_back(row);
+    values_.push_back(leaf);
+    *largest_ = std::max(*largest_, static_cast<double>(leaf));
+  }
+  sum_tree_set(leaves_, sums_, rows_, touched_.data(), values_.data(), static_cast<int64_t>(touched_.size()));
+}
+
+}  // namespace covr
