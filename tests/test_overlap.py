@@ -1,14 +1,12 @@
 """The VLM beside the loop: rounds and priors that overlap with acting lose, repeat and delay nothing."""
 
 import json
-import os
-import signal
 import threading
 from dataclasses import replace
 
 import pytest
 import torch
-from test_trainer import small_config
+from test_trainer import interrupt_at, small_config
 
 from covr_fast import Trainer
 from covr_fast.errors import UserError
@@ -19,6 +17,18 @@ def overlapped(**changes):
     config = small_config(**changes)
     config.tuner = replace(config.tuner, overlap=True)
     return config
+
+
+def label_all_before_the_end(trainer: Trainer) -> None:
+    """Lets the labeller come to its end before the run closes it."""
+    labeller, close = trainer._labeller, trainer._labeller.close
+
+    def drain_and_close():
+        while len(labeller):
+            labeller.step()
+        close()
+
+    labeller.close = drain_and_close
 
 
 def test_publishing_at_a_fixed_step_makes_reruns_bit_identical(tmp_path):
@@ -118,14 +128,7 @@ def test_an_error_in_the_round_ends_the_run_within_a_step(tmp_path, monkeypatch)
 def test_a_round_that_an_interrupt_cuts_off_is_done_again_by_the_resumed_run(tmp_path):
     config = overlapped(steps=100, covr__publish_after=40)
     first = Trainer(config, tmp_path)
-    store = first._store
-
-    def interrupt_at_60(rows):
-        store(rows)
-        if first.step == 60:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    first._store = interrupt_at_60
+    interrupt_at(first, 60)
     with pytest.raises(KeyboardInterrupt):
         first.run()
     assert not first.tuner.running
@@ -141,15 +144,7 @@ def test_a_round_that_an_interrupt_cuts_off_is_done_again_by_the_resumed_run(tmp
 
 def test_background_labels_reach_every_due_transition(tmp_path):
     trainer = Trainer(small_config(steps=120, covr__psi_0=1000, vlm__background=True), tmp_path)
-    labeller = trainer._labeller
-    close = labeller.close
-
-    def drain_and_close():
-        while len(labeller):
-            labeller.step()
-        close()
-
-    labeller.close = drain_and_close
+    label_all_before_the_end(trainer)
     trainer.run()
     batch = trainer.buffer.sample(2000)
     share = batch.extras["prior_mask"].mean().item()
@@ -159,7 +154,7 @@ def test_background_labels_reach_every_due_transition(tmp_path):
     ids = batch.index[asked]
     assert torch.equal(batch.extras["prior"][asked], trainer.prior(trainer._vlm_images(ids)).action)
     assert (batch.extras["prior_version"] == torch.where(asked, 0, -1)).all()
-    assert labeller.dropped == 0
+    assert trainer._labeller.dropped == 0
 
 
 def test_the_simulation_never_waits_for_a_background_prior(tmp_path, monkeypatch):
@@ -185,14 +180,7 @@ def test_the_simulation_never_waits_for_a_background_prior(tmp_path, monkeypatch
 
 def test_refreshed_priors_are_of_the_published_version(tmp_path):
     trainer = Trainer(small_config(steps=150, vlm__background=True, vlm__refresh=True), tmp_path)
-    labeller, close = trainer._labeller, trainer._labeller.close
-
-    def drain_and_close():
-        while len(labeller):
-            labeller.step()
-        close()
-
-    labeller.close = drain_and_close
+    label_all_before_the_end(trainer)
     trainer.run()
     batch = trainer.buffer.sample(2000)
     assert trainer.prior.version == 2

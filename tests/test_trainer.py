@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -31,6 +33,18 @@ def small_config(**changes) -> TrainConfig:
         part, _, leaf = name.rpartition("__")
         setattr(getattr(config, part) if part else config, leaf, value)
     return config
+
+
+def interrupt_at(trainer: Trainer, step: int) -> None:
+    """Lets the run receive Ctrl-C when it has stored `step` transitions."""
+    store = trainer._store
+
+    def store_and_interrupt(rows):
+        store(rows)
+        if trainer.step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    trainer._store = store_and_interrupt
 
 
 @pytest.fixture(scope="module")
@@ -202,19 +216,9 @@ def test_bad_settings_are_one_line_errors(changes, message, tmp_path):
 
 
 def test_an_interrupted_run_is_saved_and_continues(tmp_path):
-    import os
-    import signal
-
     config = small_config(steps=100, covr__psi_0=50)
     first = Trainer(config, tmp_path)
-    store = first._store
-
-    def interrupt_at_60(rows):
-        store(rows)
-        if first.step == 60:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    first._store = interrupt_at_60
+    interrupt_at(first, 60)
     with pytest.raises(KeyboardInterrupt):
         first.run()
     assert first.step == 60
