@@ -204,6 +204,8 @@ class Trainer:
                 self.log.say(
                     f"{type(error).__name__} at step {self.step}; saved, --resume {self.out} continues"
                 )
+                if isinstance(error, MemoryError):
+                    raise UserError(str(error)) from error
                 raise
             self._save(with_replay=bool(interrupted) or self.config.save_replay)
             if interrupted:

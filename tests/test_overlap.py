@@ -125,6 +125,17 @@ def test_an_error_in_the_round_ends_the_run_within_a_step(tmp_path, monkeypatch)
     assert len(resumed.finished) >= 40
 
 
+def test_a_full_gpu_is_a_message_and_the_run_is_saved(tmp_path, monkeypatch):
+    def full(tuner, samples):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(VLMTuner, "_train", full)
+    trainer = Trainer(small_config(steps=60), tmp_path)
+    with pytest.raises(UserError, match="out of GPU memory while fine-tuning: lower micro_batch"):
+        trainer.run()
+    assert Trainer(trainer.config, tmp_path, resume=True).step == 50
+
+
 def test_a_round_that_an_interrupt_cuts_off_is_done_again_by_the_resumed_run(tmp_path):
     config = overlapped(steps=100, covr__publish_after=40)
     first = Trainer(config, tmp_path)

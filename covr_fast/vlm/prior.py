@@ -12,6 +12,7 @@ from .backbones import Backbone
 from .decode import Decoder, Layout, make_layout
 from .grammar import ActionGrammar
 from .loading import Settings, load_backbone
+from .memory import out_of_memory
 from .prompt import default_prompt
 
 
@@ -125,10 +126,12 @@ class ActionPrior:
 
         Raises:
             TypeError, ValueError: images of another dtype or layout, or a negative temperature.
+            MemoryError: the GPU's memory is full.
         """
         self.check_images(images)
         noise = self._noise(len(images), temperature, generator)
-        with self.lock, torch.no_grad():
+        remedy = "ask about fewer at a time, or load a smaller or a quantized model"
+        with self.lock, torch.no_grad(), out_of_memory(f"answering for {len(images)} frames", remedy):
             size = (images.shape[2], images.shape[3])
             pixels = self.backbone.pixels(images)
             features = self.backbone.image_features(pixels, len(images), size)

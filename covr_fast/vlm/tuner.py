@@ -3,12 +3,14 @@
 import math
 import threading
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from .memory import out_of_memory
 from .objective import AnswerModel, RoundImages, Samples, mean_nll, weighted_loss
 from .prior import ActionPrior
 from .replica import add_lora, copy_weights, make_replica, trainable
@@ -161,7 +163,8 @@ class VLMTuner:
         self._report = None
         samples = Samples.build(self.prior.grammar, frames, actions, returns)
         if not self.config.overlap:
-            self._report = self._train(samples)
+            with self._enough_memory():
+                self._report = self._train(samples)
             return
         ready = torch.cuda.current_stream(self._device).record_event() if self._stream else None
         self._thread = threading.Thread(
@@ -228,7 +231,7 @@ class VLMTuner:
         try:
             # The order of sums, and with it the result, depends on the count: that of the caller.
             torch.set_num_threads(threads)
-            with torch.cuda.stream(self._stream):
+            with torch.cuda.stream(self._stream), self._enough_memory():
                 if ready is not None and self._stream is not None:
                     self._stream.wait_event(ready)
                     if samples.frames.is_cuda:
@@ -238,6 +241,10 @@ class VLMTuner:
                     self._stream.synchronize()
         except BaseException as error:  # handed to the caller of poll()
             self._error = error
+
+    def _enough_memory(self) -> AbstractContextManager[None]:
+        remedy = f"lower micro_batch (it is {self.config.micro_batch}) or set gradient_checkpointing"
+        return out_of_memory("fine-tuning", remedy)
 
     def _train(self, samples: Samples) -> RoundReport | None:
         """One round; None if it was stopped."""

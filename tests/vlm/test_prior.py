@@ -120,6 +120,15 @@ def test_saved_and_opened_again(tmp_path, frames):
     assert torch.equal(opened.reference(frames).token_ids, prior(frames).token_ids)
 
 
+def test_a_full_gpu_says_what_to_do(nano, frames, monkeypatch):
+    def full(*_args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(type(nano.backbone), "pixels", full)
+    with pytest.raises(MemoryError, match="answering for 5 frames: ask about fewer at a time"):
+        nano(frames)
+
+
 def test_importing_the_package_does_not_import_transformers():
     code = "import sys, covr_fast.vlm; sys.exit('transformers' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -243,6 +243,22 @@ def test_one_sample_is_enough(nano):
     assert report.loss_before != report.loss_before
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_full_gpu_says_what_to_lower(nano, monkeypatch, overlap):
+    def full(*_args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(AnswerModel, "image", full)
+    tuner = VLMTuner(nano, TunerConfig(**(vars(QUICK) | {"overlap": overlap})))
+
+    def tune():
+        tuner.start(*colours(8), torch.linspace(0, 1, 8))
+        tuner.wait()
+
+    with pytest.raises(MemoryError, match=r"while fine-tuning: lower micro_batch \(it is 8\)"):
+        tune()
+
+
 def test_an_exception_in_the_thread_reaches_poll(nano, monkeypatch):
     frames, actions = colours(8)
     tuner = VLMTuner(nano, TunerConfig(**(vars(QUICK) | {"overlap": True})))
