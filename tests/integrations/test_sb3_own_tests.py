@@ -5,9 +5,9 @@ out are tests of what does not use these buffers (on-policy algorithms) and of h
 """
 
 import os
+import shutil
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -28,8 +28,7 @@ def tests(tmp_path_factory) -> Path:
     archives = list(folder.glob("*.tar.gz"))
     if not archives:
         pytest.skip(f"SB3's source distribution cannot be downloaded: {done.stderr.strip()[-200:]}")
-    with tarfile.open(archives[0]) as archive:
-        archive.extractall(folder, filter="data")
+    shutil.unpack_archive(archives[0], folder)
     return next(folder.glob("stable_baselines3-*/tests"))
 
 
