@@ -125,6 +125,7 @@ def simulation(repeats: int, device: str, steps: int) -> dict[str, float]:
     def run(**vlm: object) -> float:
         config = TrainConfig.preset("carracing")
         config.device, config.steps, config.video = device, steps, False
+        config.warmup = 256  # updates nearly from the start
         config.covr.psi_0 = 10 * steps  # no rounds
         config.eval.episodes, config.eval.vlm, config.env.max_episode_steps = 1, False, 40
         for name, value in vlm.items():
@@ -154,7 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=4000, help="of a run of the simulation")
+    parser.add_argument("--steps", type=int, default=1500, help="of a run of the simulation")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -162,7 +163,7 @@ def main() -> None:
     beside = overlap(arguments.repeats, arguments.device)
     print("  ".join(f"{name} {beside[name]:.2f} s" for name in ("policy", "tuner", "serial", "overlapped")))
     print(f"overlapped takes {beside['ratio']:.2f}x the longer of the two alone")
-    loop = simulation(max(1, arguments.repeats // 2), arguments.device, arguments.steps)
+    loop = simulation(arguments.repeats, arguments.device, arguments.steps)
     print(
         "steps/s:  " + "  ".join(f"{name} {loop[name]:.1f}" for name in ("off", "in the step", "background"))
     )
@@ -172,7 +173,7 @@ def main() -> None:
     )
     if arguments.json:
         facts = {
-            "device": torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor(),
+            "device": torch.cuda.get_device_name() if arguments.device == "cuda" else f"{platform.machine()} CPU",
             "cores": os.cpu_count(),
             "torch": torch.__version__,
             "date": time.strftime("%Y-%m-%d"),
