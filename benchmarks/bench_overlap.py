@@ -173,7 +173,9 @@ def main() -> None:
     )
     if arguments.json:
         facts = {
-            "device": torch.cuda.get_device_name() if arguments.device == "cuda" else f"{platform.machine()} CPU",
+            "device": torch.cuda.get_device_name()
+            if arguments.device == "cuda"
+            else f"{platform.machine()} CPU",
             "cores": os.cpu_count(),
             "torch": torch.__version__,
             "date": time.strftime("%Y-%m-%d"),
