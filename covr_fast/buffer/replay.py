@@ -512,6 +512,8 @@ class ReplayBuffer:
 
         The tensors share the buffer's memory: copy them, or serialize them, before adding more.
         """
+        if self._gpu:
+            self._gpu.begin_read()  # frames may still be on their way
         tensors = self._storage.used()
         tensors["sampling"] = torch.tensor([self.seed, self._batches_drawn], dtype=torch.int64)
         tensors["beta"] = torch.tensor([self.beta], dtype=torch.float64)
@@ -702,9 +704,8 @@ def _checked_rows(value: Rows, key: KeySpec, what: str) -> np.ndarray:
 
 def _finite(array: np.ndarray, what: str) -> np.ndarray:
     """The array, if all of it is finite: one NaN in the buffer would end in every network."""
-    if array.dtype.kind != "f" or math.isfinite(
-        np.vdot(array, array)
-    ):  # the sum of squares, or it overflowed
+    # The sum of squares is finite only if all are; it may also overflow, so that is not the last word.
+    if array.dtype.kind != "f" or math.isfinite(np.vdot(array, array)):
         return array
     if not np.isfinite(array).all():
         rows = np.unique(np.argwhere(~np.isfinite(array))[:, 0])[:5].tolist()
