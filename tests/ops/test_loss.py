@@ -22,6 +22,15 @@ WEIGHTS = {
 }
 
 
+if INTERPRETED:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def store_as(target, source):
+        tl.store(target, tl.load(source).to(target.dtype.element_ty))
+
+
 def batch(vocabulary: int, steps: int = 5, dim: int = 16, seed: int = 0, dtype=torch.float32):
     """hidden, head, labels (one ignored in each sample), all of four samples."""
     generator = torch.Generator().manual_seed(seed)
@@ -98,12 +107,21 @@ def test_linear_against_float64(vocabulary, chunk_rows, smoothing, weights, back
         torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+def test_the_interpreter_truncates_bfloat16():
+    """Why bfloat16 is skipped below: when this fails, remove both."""
+    source, target = torch.tensor([1 + 0.75 * 2**-7]), torch.empty(1, dtype=torch.bfloat16)
+    store_as[(1,)](target, source)
+    assert source.bfloat16().item() == 1 + 2**-7
+    assert target.item() == 1
+
+
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_error_is_not_larger_than_that_of_torch_in_the_same_dtype(dtype, smoothing, backend, monkeypatch):
     if backend == "triton" and dtype == torch.bfloat16:
-        pytest.skip("the interpreter's bfloat16 stores truncate")
+        pytest.skip("the interpreter's bfloat16 stores truncate (test_the_interpreter_truncates_bfloat16)")
     monkeypatch.setitem(loss_module._CHUNK_BYTES, "cpu", 8 * 3001 * 4)
     hidden, head, labels = batch(3001, steps=9, dtype=dtype)
     weights = torch.tensor(WEIGHTS["dense"])
