@@ -240,7 +240,8 @@ def _car_racing() -> TrainConfig:
         replay=ReplayConfig(capacity=28_000, batch_size=128, n_step=3, gamma=0.98),
         tuner=TunerConfig(
             mode="full",
-            learning_rate=3e-3,
+            learning_rate=2e-3,
+            average=0.98,
             epochs=40,
             max_steps=400,
             batch_size=128,

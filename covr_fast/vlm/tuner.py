@@ -3,7 +3,8 @@
 import math
 import threading
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,6 +37,9 @@ class TunerConfig:
     """Gradients longer than this are scaled down to it."""
     epochs: int = 3
     """Passes over the round's samples."""
+    average: float = 0.0
+    """Decay per step of a moving average of the weights, which is then what is evaluated and published: noise
+    of small batches cancels in it. It starts with the round's first weights. 0 for the weights themselves."""
     max_steps: int | None = None
     """Upper limit of optimizer steps in a round; None for none."""
     batch_size: int = 64
@@ -43,8 +47,8 @@ class TunerConfig:
     micro_batch: int = 16
     """Samples per forward; lower it when memory runs out, the result is the same."""
     held_out: float = 0.1
-    """Share of the samples with non-zero weight that is not trained on and gives the reported losses. At
-    least one where there are two."""
+    """Share of the kept samples that is not trained on and gives the reported losses. At least one where
+    there are two; never the sample of the highest return."""
     label_smoothing: float = 0.1
     """Probability mass spread over the vocabulary in the training loss (the reported losses have none)."""
     shift: int = 0
@@ -67,7 +71,7 @@ class TunerConfig:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"max_steps must be at least 1 or None, not {self.max_steps}")
-        for name in ("held_out", "label_smoothing", "warmup"):
+        for name in ("held_out", "label_smoothing", "warmup", "average"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
         if self.shift < 0:
@@ -87,12 +91,11 @@ class RoundReport:
     trained: int
     """Samples of non-zero weight that were trained on."""
     held_out: int
-    """Samples of non-zero weight that were not, and gave the losses."""
+    """Samples that were held out, whatever their weight, and gave the losses."""
     nonzero_share: float
     """Share of the samples with a non-zero return weight."""
     loss_before: float
-    """Held-out -log p per answer token in nats, weighted by return, before the round. NaN without held-out
-    samples."""
+    """Mean -log p per answer token of the held-out samples in nats, before the round. NaN without such."""
     loss_after: float
     """The same with the weights that the round ends with: those of its best epoch."""
     steps: int
@@ -264,9 +267,11 @@ class VLMTuner:
         total = min(per_epoch * config.epochs, config.max_steps or per_epoch * config.epochs)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._curve(step, total))
 
+        trained = training[samples.weights[training] > 0]
         images = RoundImages(
             model,
             samples,
+            torch.cat((trained, held)),
             cached=config.cache_image_features and config.mode == "lora" and config.shift == 0,
             micro_batch=config.micro_batch,
             shift=config.shift,
@@ -274,6 +279,7 @@ class VLMTuner:
         )
         before = best = mean_nll(model, samples, held, images, config.micro_batch)
         start = best_weights = [w.detach().clone() for w in weights]
+        average = [w.clone() for w in start] if config.average else None
         steps = 0
         while steps < total:
             order = training[torch.randperm(len(training), generator=generator)]
@@ -285,18 +291,20 @@ class VLMTuner:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 schedule.step()
+                if average is not None:
+                    torch._foreach_lerp_(average, [w.detach() for w in weights], 1 - config.average)
                 steps += 1
-            loss = mean_nll(model, samples, held, images, config.micro_batch)
-            if loss < best or len(held) == 0:
-                best, best_weights = loss, [w.detach().clone() for w in weights]
+            with self._holding(weights, average):
+                loss = mean_nll(model, samples, held, images, config.micro_batch)
+                if loss < best or len(held) == 0:
+                    best, best_weights = loss, [w.detach().clone() for w in weights]
         self._restore(weights, best_weights)
-        nonzero = int((samples.weights > 0).sum())
         return RoundReport(
             round=self.rounds,
             samples=len(samples.weights),
-            trained=nonzero - len(held),
+            trained=len(trained),
             held_out=len(held),
-            nonzero_share=nonzero / len(samples.weights),
+            nonzero_share=float((samples.weights > 0).float().mean()),
             loss_before=before,
             loss_after=best,
             steps=steps,
@@ -304,12 +312,13 @@ class VLMTuner:
         )
 
     def _split(self, samples: Samples, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Rows held out, drawn from those with non-zero weight, and all other rows."""
-        nonzero = (samples.weights > 0).nonzero()[:, 0]
+        """Rows held out, and all others. The best sample stays: with it there is something to train on."""
+        count = len(samples.weights)
+        candidates = torch.arange(count)[torch.arange(count) != samples.weights.argmax()]
         share = self.config.held_out
-        count = max(1, round(share * len(nonzero))) if share > 0 and len(nonzero) > 1 else 0
-        held = nonzero[torch.randperm(len(nonzero), generator=generator)[:count]].sort().values
-        training = torch.ones(len(samples.weights), dtype=torch.bool)
+        number = min(max(1, round(share * count)), len(candidates)) if share > 0 else 0
+        held = candidates[torch.randperm(len(candidates), generator=generator)[:number]].sort().values
+        training = torch.ones(count, dtype=torch.bool)
         training[held] = False
         return held, training.nonzero()[:, 0]
 
@@ -329,6 +338,17 @@ class VLMTuner:
         if step < warm:
             return (step + 1) / warm
         return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+
+    @contextmanager
+    def _holding(self, weights: list[Tensor], values: list[Tensor] | None) -> Iterator[None]:
+        """`weights` hold `values`, unless those are None, until the block ends."""
+        if values is None:
+            yield
+            return
+        own = [w.detach().clone() for w in weights]
+        self._restore(weights, values)
+        yield
+        self._restore(weights, own)
 
     @staticmethod
     @torch.no_grad()
