@@ -12,9 +12,9 @@ namespace covr {
 namespace {
 
 // Comparing every byte of every stack would cost more than storing the one new frame. Ordinary steps compare
-// 256 bytes in every 4 KiB of obs, and as much half a period away of next_obs; other ones each step. So bytes
-// that differ in both are found within eight steps. Episode ends and starts are compared in full.
-constexpr int64_t kProbe = 256, kProbeEvery = 16;
+// 256 bytes in every 8 KiB of each frame of obs, other places in each, and as much half a period away of
+// next_obs; the places move on each step. Small frames, episode ends and starts are compared in full.
+constexpr int64_t kProbe = 256, kProbeEvery = 32, kSmallFrame = 4096;
 
 bool equal_bytes(const uint8_t* a, const uint8_t* b, int64_t n, int64_t phase) {
   if (phase < 0) return std::memcmp(a, b, static_cast<size_t>(n)) == 0;
@@ -77,7 +77,7 @@ void store_frame(const ObservationKey& key, const FrameView& in, uint8_t* stored
   const FrameLayout& f = key.frames;
   if (in.runs == 1) {
     // A large frame is read again much later, if at all.
-    if (in.bytes > kProbe * kProbeEvery)
+    if (in.bytes > kSmallFrame)
       copy_streaming(in.data, stored, in.bytes);
     else
       std::memcpy(stored, in.data, static_cast<size_t>(in.bytes));
@@ -176,15 +176,17 @@ StackPlan Replay::stack_after(int64_t key, int64_t env) const {
 // kProbeEvery, another one each step.
 int64_t Replay::probe_phase(const RowsIn& in, int64_t r, int64_t env, size_t k) const {
   const FrameLayout& frames = keys_[k].frames;
-  const bool small = frames.frame_bytes() <= kProbe * kProbeEvery;
+  const bool small = frames.frame_bytes() <= kSmallFrame;
   const StackPlan expected = stack_after(static_cast<int64_t>(k), env);
   const bool all = thorough || jumps || small || frames.stack == 1 || expected.depth < frames.stack - 1 ||
                    in.terminated[r] || in.truncated[r];
   return all ? -1 : count_[env] % kProbeEvery;
 }
 
-int64_t Replay::next_phase(int64_t phase) {
-  return phase < 0 ? phase : (phase + kProbeEvery / 2) % kProbeEvery;
+// The phase in which frame `position` of obs is compared, or with `next` that of next_obs.
+int64_t Replay::frame_phase(int64_t phase, int64_t position, bool next) {
+  constexpr int64_t kApart = 5;  // coprime with the period, so that no two frames of a stack share a place
+  return phase < 0 ? phase : (phase + kApart * position + (next ? kProbeEvery / 2 : 0)) % kProbeEvery;
 }
 
 // Asks for the memory that check() is about to compare.
@@ -194,11 +196,12 @@ void Replay::prefetch_check(const RowsIn& in, int64_t r, int64_t env) const {
     if (phase < 0 || keys_[k].input_channels_last) continue;
     for (int64_t j = 0; j < keys_[k].frames.stack; ++j) {
       const uint8_t* stored = expected_frame(k, env, j);
-      prefetch_probes(in.obs[k] + r * in.obs_stride[k] + j * bytes, bytes, phase);
-      prefetch_probes(stored, bytes, phase);
+      const int64_t in_obs = frame_phase(phase, j, false), in_next = frame_phase(phase, j - 1, true);
+      prefetch_probes(in.obs[k] + r * in.obs_stride[k] + j * bytes, bytes, in_obs);
+      prefetch_probes(stored, bytes, in_obs);
       if (j == 0) continue;
-      prefetch_probes(in.next_obs[k] + r * in.next_obs_stride[k] + (j - 1) * bytes, bytes, next_phase(phase));
-      prefetch_probes(stored, bytes, next_phase(phase));
+      prefetch_probes(in.next_obs[k] + r * in.next_obs_stride[k] + (j - 1) * bytes, bytes, in_next);
+      prefetch_probes(stored, bytes, in_next);
     }
   }
 }
@@ -216,7 +219,9 @@ bool Replay::continues(const RowsIn& in, int64_t r, int64_t env, size_t k) const
   const uint8_t* obs = in.obs[k] + r * in.obs_stride[k];
   const int64_t phase = probe_phase(in, r, env, k);
   for (int64_t j = 0; j < keys_[k].frames.stack; ++j)
-    if (!equal_stored(keys_[k], frame_of(keys_[k], obs, j), expected_frame(k, env, j), phase)) return false;
+    if (!equal_stored(keys_[k], frame_of(keys_[k], obs, j), expected_frame(k, env, j),
+                      frame_phase(phase, j, false)))
+      return false;
   return true;
 }
 
@@ -224,11 +229,11 @@ bool Replay::slides(const RowsIn& in, int64_t r, int64_t env, size_t k, bool fre
   const ObservationKey& key = keys_[k];
   const uint8_t* obs = in.obs[k] + r * in.obs_stride[k];
   const uint8_t* next = in.next_obs[k] + r * in.next_obs_stride[k];
-  const int64_t phase = fresh ? -1 : next_phase(probe_phase(in, r, env, k));
+  const int64_t phase = fresh ? -1 : probe_phase(in, r, env, k);
   for (int64_t j = 0; j + 1 < key.frames.stack; ++j) {
     const FrameView older = frame_of(key, next, j);
     if (fresh ? !equal_frames(older, frame_of(key, obs, j + 1))
-              : !equal_stored(key, older, expected_frame(k, env, j + 1), phase))
+              : !equal_stored(key, older, expected_frame(k, env, j + 1), frame_phase(phase, j, true)))
       return false;
   }
   return true;

@@ -129,7 +129,7 @@ class Replay {
   StackPlan stack_after(int64_t key, int64_t env) const;
   Segment check(const RowsIn& in, int64_t row, int64_t env) const;
   int64_t probe_phase(const RowsIn& in, int64_t row, int64_t env, size_t key) const;
-  static int64_t next_phase(int64_t phase);  // what next_obs is compared in while obs is in `phase`
+  static int64_t frame_phase(int64_t phase, int64_t position, bool next);
   void prefetch_check(const RowsIn& in, int64_t row, int64_t env) const;
   const uint8_t* expected_frame(size_t key, int64_t env, int64_t position) const;
   bool continues(const RowsIn& in, int64_t row, int64_t env, size_t key) const;

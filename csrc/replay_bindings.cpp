@@ -46,7 +46,7 @@ const uint8_t* rows_of(const py::array& array, int64_t rows, int64_t row_bytes, 
   return static_cast<const uint8_t*>(array.data());
 }
 
-using Flags = py::array_t<uint8_t, py::array::c_style>;
+using Flags = py::array_t<bool, py::array::c_style>;
 using Ids = py::array_t<int64_t, py::array::c_style>;
 
 class PyReplay : public Replay {
@@ -194,7 +194,7 @@ class PyReplay : public Replay {
   static const uint8_t* one_per_row(const Flags& flags, int64_t rows, const char* what) {
     if (flags.ndim() != 1 || flags.shape(0) != rows)
       throw std::invalid_argument(std::string(what) + " must have one bool per row of reward");
-    return flags.data();
+    return reinterpret_cast<const uint8_t*>(flags.data());
   }
 
   void check_streams(const Ids& env_ids, int64_t rows, int64_t num_envs) {

@@ -375,20 +375,20 @@ class TestContract:
         buffer.cut()
         self.add(buffer, stacks[8], stacks[9])
 
-    def test_one_changed_pixel_is_found_within_eight_steps(self):
+    def test_one_changed_pixel_of_a_small_frame_is_found_at_once(self):
         buffer, stacks = self.buffer(), self.stacks()
         broken = [stacks[0], *(stack.copy() for stack in stacks[1:])]
         for stack in broken[4:]:
             stack[0, 1, 17, 3] ^= 1
         with pytest.raises(ValueError, match="older frames of next_obs"):
             self.add_all(buffer, zip(stacks, broken[1:], strict=False))
-        assert 3 <= len(buffer) < 11
+        assert len(buffer) == 3
 
     @pytest.mark.parametrize("which", ["obs", "next_obs"])
     @pytest.mark.parametrize("frame, y, x", [(0, 0, 0), (0, 83, 83), (1, 41, 7)])
-    def test_a_pixel_changed_in_one_of_the_two_is_found_within_sixteen_steps(self, which, frame, y, x):
-        frames = np.random.default_rng(0).integers(0, 256, (40, 1, 3, 84, 84), dtype=np.uint8)
-        stacks = [np.concatenate(frames[t : t + 3], axis=1) for t in range(36)]
+    def test_a_pixel_changed_in_one_of_the_two_is_found_within_thirty_two_steps(self, which, frame, y, x):
+        frames = np.random.default_rng(0).integers(0, 256, (60, 1, 3, 84, 84), dtype=np.uint8)
+        stacks = [np.concatenate(frames[t : t + 3], axis=1) for t in range(57)]
         buffer = ReplayBuffer(50, num_envs=1, obs_shape=(9, 84, 84), action_shape=(1,), frame_stack=3)
         changed = [stack.copy() for stack in stacks]
         for stack in changed[5:]:
@@ -396,7 +396,7 @@ class TestContract:
         obs, next_obs = (changed, stacks) if which == "obs" else (stacks, changed)
         with pytest.raises(ValueError, match="oldest first"):
             self.add_all(buffer, zip(obs, next_obs[1:], strict=False))
-        assert 4 <= len(buffer) <= 20
+        assert 4 <= len(buffer) <= 36
 
     def test_newest_first_stacks(self):
         buffer, stacks = self.buffer(), self.stacks()

@@ -1,6 +1,5 @@
 """The replay buffer."""
 
-import math
 import os
 import secrets
 import threading
@@ -194,8 +193,8 @@ class ReplayBuffer:
             ValueError: rows of the wrong shape or dtype; a reward, action or observation that is NaN or
                 infinite; or an observation that contradicts its stream, in which case nothing was added.
                 Stacks are compared in full where frames are small (at most 4 KiB) and at episode starts and
-                ends; in between by one stretch of 256 bytes in sixteen of `obs` and another one in sixteen
-                of `next_obs`, other ones each step.
+                ends; in between by 256 bytes in every 8 KiB of `obs` and as much of `next_obs`, at other
+                places in each frame and on each step.
         """
         if extras.keys() != self._extras.keys():
             raise ValueError(f"add() got the extras {sorted(extras)}, declared are {sorted(self._extras)}")
@@ -677,14 +676,14 @@ def _rows(value: Rows, dtype: Any) -> np.ndarray:
     """As a contiguous numpy array of that dtype, without a copy where it already is one."""
     if isinstance(value, Tensor):
         value = value.detach().cpu().numpy()
-    return np.ascontiguousarray(value, dtype)
+    return np.asarray(value, dtype, order="C")
 
 
 def _flags(value: Rows, what: str) -> np.ndarray:
     array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
     if array.dtype != np.bool_:
         raise ValueError(f"{what} has dtype {array.dtype}: it must be bool")
-    return np.ascontiguousarray(array).view(np.uint8)
+    return array
 
 
 def _checked_rows(value: Rows, key: KeySpec, what: str) -> np.ndarray:
@@ -704,10 +703,7 @@ def _checked_rows(value: Rows, key: KeySpec, what: str) -> np.ndarray:
 
 def _finite(array: np.ndarray, what: str) -> np.ndarray:
     """The array, if all of it is finite: one NaN in the buffer would end in every network."""
-    # The sum of squares is finite only if all are; it may also overflow, so that is not the last word.
-    if array.dtype.kind != "f" or math.isfinite(np.vdot(array, array)):
-        return array
-    if not np.isfinite(array).all():
+    if array.dtype.kind == "f" and not _C.all_finite(array):
         rows = np.unique(np.argwhere(~np.isfinite(array))[:, 0])[:5].tolist()
         raise ValueError(f"{what} is NaN or infinite in rows {rows}: nothing was added; mend the environment")
     return array
