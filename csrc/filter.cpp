@@ -69,8 +69,13 @@ struct Query {
 void select_keys(std::vector<uint32_t>& keys, int shift, std::vector<Query> queries, uint32_t* found) {
   const auto n = static_cast<int64_t>(keys.size());
   if (n <= kSortBelow || shift == 0) {
-    std::sort(keys.begin(), keys.end());
-    for (const Query& query : queries) found[query.slot] = keys[query.rank];
+    auto rest = keys.begin();             // all before it are in their places
+    for (const Query& query : queries) {  // their ranks ascend
+      const auto at = keys.begin() + query.rank;
+      if (at >= rest) std::nth_element(rest, at, keys.end());
+      rest = std::max(rest, at + 1);
+      found[query.slot] = *at;
+    }
     return;
   }
   constexpr int kBits = 8;
@@ -159,15 +164,18 @@ bool ranked_values(const float* values, int64_t n, int threads, double* ranked, 
         const float low = value_of_key(bin.digit << kShift);
         const float high = value_of_key((bin.digit << kShift) + ((1u << kShift) - 1));
         auto& members = bin.members[piece];
-        members.reserve(counts[piece][bin.digit]);
+        members.resize(counts[piece][bin.digit] + 1);  // every key is written, and only a member stays
+        uint32_t* member = members.data();
         for (int64_t strip = piece_begin(piece) * kTile; strip < last; strip += kStrip) {
           const int64_t size = std::min(kStrip, last - strip);
           if (!any_within(values + strip, size, low, high)) continue;
           for (int64_t i = strip; i < strip + size; ++i) {
             const uint32_t key = ordered_key(values[i]);
-            if (key >> kShift == bin.digit) members.push_back(key);
+            *member = key;
+            member += key >> kShift == bin.digit;
           }
         }
+        members.pop_back();
       }
     }
   });

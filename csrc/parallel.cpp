@@ -13,6 +13,10 @@
 namespace covr {
 namespace {
 
+// More than one, because cores are rarely idle: those of torch's OpenMP threads are not for about 10 ms after
+// each of its parallel loops, in which they spin. Whoever is faster takes more.
+constexpr int64_t kPiecesPerThread = 4;
+
 struct Job {
   const std::function<void(int64_t, int64_t)>* body;
   int64_t n, pieces;
@@ -93,10 +97,12 @@ void parallel_for(int64_t n, int64_t grain, int threads, const std::function<voi
   if (n <= 0) return;
   static const int registered = pthread_atfork(nullptr, nullptr, [] { g_pool = new Pool; });
   (void)registered;
-  int64_t pieces = std::min<int64_t>(std::max(threads, 1), (n + grain - 1) / std::max<int64_t>(grain, 1));
-  if (pieces <= 1) return body(0, n);
+  const int64_t most = (n + grain - 1) / std::max<int64_t>(grain, 1);
+  const int64_t used = std::min<int64_t>(threads, most);
+  if (used <= 1) return body(0, n);
+  const int64_t pieces = std::min(used * kPiecesPerThread, most);
   Job job{&body, n, pieces, {}, pieces, nullptr};
-  g_pool->run(job, static_cast<int>(pieces) - 1);
+  g_pool->run(job, static_cast<int>(used) - 1);
   if (job.error) std::rethrow_exception(job.error);
 }
 

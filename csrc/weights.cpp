@@ -11,11 +11,19 @@ namespace covr {
 namespace {
 
 COVR_CLONES void weigh(float* out, const float* values, int64_t n) {
-  float low = values[0], high = values[0];
-  for (int64_t i = 1; i < n; ++i) {
-    low = values[i] < low ? values[i] : low;
-    high = values[i] > high ? values[i] : high;
+  constexpr int kLanes = 32;  // independent extremes, for the compiler to keep in vectors
+  float lows[kLanes], highs[kLanes];
+  std::fill_n(lows, kLanes, values[0]);
+  std::fill_n(highs, kLanes, values[0]);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const float* block = values + std::max<int64_t>(std::min(i, n - kLanes), 0);  // the last one may overlap
+    const int lanes = static_cast<int>(std::min<int64_t>(n, kLanes));
+    for (int lane = 0; lane < lanes; ++lane) {
+      lows[lane] = block[lane] < lows[lane] ? block[lane] : lows[lane];
+      highs[lane] = block[lane] > highs[lane] ? block[lane] : highs[lane];
+    }
   }
+  const float low = *std::min_element(lows, lows + kLanes), high = *std::max_element(highs, highs + kLanes);
   for (int64_t i = 0; i < n; ++i) out[i] = return_weight(values[i], low, high);
 }
 

@@ -5,7 +5,8 @@
 
 namespace covr {
 
-// max(minmax(value) to [-1, 1], 0). In double: the range of floats overflows a float.
+// max(minmax(value) to [-1, 1], 0). In double: the range of floats overflows a float. A quotient, not a
+// product with the range's inverse: the middle of the range must weigh exactly 0.
 COVR_HD float return_weight(float value, float low, float high) {
   if (!(high > low)) return 1.0f;
   const double scaled = 2.0 * (static_cast<double>(value) - low) / (static_cast<double>(high) - low) - 1.0;
