@@ -19,10 +19,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from covr_fast import ReplayBuffer
@@ -330,20 +332,24 @@ def check_shift(buffer: ReplayBuffer) -> None:
 
 
 def adding(name: str) -> tuple[str, Callable[[], object]]:
-    """100 vector steps per call."""
+    """1000 vector steps per call: 100 different ones, ten times."""
     buffer, episodes = filled(PEERS[name]), Episodes()
     rows = [(*episodes.row(t), np.zeros(ENVS, np.float32)) for t in range(2 * LENGTH)]
 
     def run():
-        for obs, next_obs, truncated, reward in rows:
+        for obs, next_obs, truncated, reward in 10 * rows:
             buffer.add(obs, next_obs, reward, truncated)
 
     return name, run
 
 
-def threads(count: str) -> tuple[str, Callable[[], object]]:
+def threads(count: str, dtype: torch.dtype) -> tuple[str, Callable[[], object]]:
     torch.set_num_threads(1 if count == "1 thread" else 2)
-    return count, filled(Ours).sample_shifted
+    if count == "fill_ of as many bytes":
+        out = [torch.empty(BATCH, *SHAPE, dtype=dtype) for _ in range(2)]
+        return count, lambda: [tensor.fill_(1) for tensor in out]
+    buffer = filled(Ours).buffer
+    return count, lambda: buffer.sample(BATCH, augment="shift", pad=PAD, dtype=dtype)
 
 
 def prioritized(name: str) -> tuple[str, Callable[[], object]]:
@@ -484,12 +490,15 @@ def test_sample_float32_with_shift(benchmark):
     race(benchmark, jobs, rounds=7, rows=BATCH)
 
 
-def test_two_threads(benchmark):
-    race(benchmark, dict.fromkeys(["2 threads", "1 thread"], threads), rounds=20, rows=BATCH)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_two_threads(benchmark, dtype):
+    fill = "fill_ of as many bytes"
+    jobs = dict.fromkeys(["2 threads", "1 thread", fill], partial(threads, dtype=dtype))
+    race(benchmark, jobs, rounds=20, rows=BATCH, limit=fill)
 
 
-def test_add_100_steps_of_8(benchmark):
-    race(benchmark, dict.fromkeys(PEERS, adding), rounds=7, rows=100 * ENVS)
+def test_add_1000_steps_of_8(benchmark):
+    race(benchmark, dict.fromkeys(PEERS, adding), rounds=5, rows=1000 * ENVS)
 
 
 def test_prioritized_1e6_entries_100_times(benchmark):
