@@ -5,9 +5,9 @@ namespace py = pybind11;
 
 namespace covr {
 void bind_filter(py::module_& m);
+void bind_finite(py::module_& m);
 void bind_frames(py::module_& m);
 void bind_loss(py::module_& m);
-void bind_memory(py::module_& m);
 void bind_output_pool(py::module_& m);
 void bind_replay(py::module_& m);
 void bind_returns(py::module_& m);
@@ -23,9 +23,9 @@ PYBIND11_MODULE(_C, m) {
   m.attr("with_cuda") = false;
 #endif
   covr::bind_filter(m);
+  covr::bind_finite(m);
   covr::bind_frames(m);
   covr::bind_loss(m);
-  covr::bind_memory(m);
   covr::bind_output_pool(m);
   covr::bind_replay(m);
   covr::bind_returns(m);

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <limits>
 #include <new>
 
 namespace py = pybind11;
@@ -15,7 +16,8 @@ namespace py = pybind11;
 namespace covr {
 namespace {
 
-constexpr size_t kKept = 8;  // obs and next_obs of four batches
+constexpr size_t kKept = 8;    // obs and next_obs of four batches
+constexpr int64_t kSlack = 4;  // a block may be larger than what it is used for by a quarter of that
 constexpr int64_t kHugePage = 2 << 20;
 
 // Asks for 2 MiB pages: random 21 KB frames out of gigabytes are bound by address translation otherwise.
@@ -43,49 +45,70 @@ uint8_t* allocate(int64_t bytes) {
 py::array_t<uint8_t> take_array(const std::shared_ptr<OutputPool>& pool, int64_t bytes) {
   struct Owner {
     std::shared_ptr<OutputPool> pool;
-    uint8_t* data;
-    int64_t bytes;
+    OutputPool::Block block;
   };
-  auto* owner = new Owner{pool, pool->take(bytes), bytes};
+  auto* owner = new Owner{pool, pool->take(bytes)};
   py::capsule capsule(owner, [](void* pointer) {
     auto* owner = static_cast<Owner*>(pointer);
-    owner->pool->give_back(owner->data, owner->bytes);
+    owner->pool->give_back(owner->block);
     delete owner;
   });
-  return py::array_t<uint8_t>(bytes, owner->data, capsule);
+  return py::array_t<uint8_t>(bytes, owner->block.data, capsule);
 }
 
 }  // namespace
 
-OutputPool::~OutputPool() {
-  for (const Block& block : free_) std::free(block.data);
-}
+OutputPool::~OutputPool() { release(); }
 
-uint8_t* OutputPool::take(int64_t bytes) {
+OutputPool::Block OutputPool::take(int64_t bytes) {
   {
     std::lock_guard guard(mutex_);
-    for (size_t i = free_.size(); i-- > 0;) {
-      if (free_[i].bytes != bytes) continue;
-      uint8_t* data = free_[i].data;
-      free_.erase(free_.begin() + static_cast<std::ptrdiff_t>(i));
-      return data;
+    auto best = free_.end();
+    for (auto block = free_.begin(); block != free_.end(); ++block)
+      if (block->bytes >= bytes && block->bytes - bytes <= bytes / kSlack &&
+          (best == free_.end() || block->bytes <= best->bytes))
+        best = block;
+    if (best != free_.end()) {
+      const Block block = *best;
+      free_.erase(best);
+      return block;
     }
   }
-  return allocate(bytes);
+  return {allocate(bytes), bytes};
 }
 
-void OutputPool::give_back(uint8_t* data, int64_t bytes) {
+void OutputPool::give_back(Block block) {
   std::lock_guard guard(mutex_);
-  free_.push_back({data, bytes});
-  if (free_.size() <= kKept) return;
-  std::free(free_.front().data);
-  free_.erase(free_.begin());
+  free_.push_back(block);
+  int64_t idle = 0;
+  size_t kept = 0;
+  while (kept < std::min(free_.size(), kKept) && idle + free_[free_.size() - 1 - kept].bytes <= idle_bytes_)
+    idle += free_[free_.size() - 1 - kept++].bytes;
+  const auto first_kept = free_.end() - static_cast<std::ptrdiff_t>(kept);
+  for (auto old = free_.begin(); old != first_kept; ++old) std::free(old->data);
+  free_.erase(free_.begin(), first_kept);
+}
+
+void OutputPool::release() {
+  std::lock_guard guard(mutex_);
+  for (const Block& block : free_) std::free(block.data);
+  free_.clear();
+}
+
+int64_t OutputPool::idle() const {
+  std::lock_guard guard(mutex_);
+  int64_t total = 0;
+  for (const Block& block : free_) total += block.bytes;
+  return total;
 }
 
 void bind_output_pool(py::module_& m) {
   py::class_<OutputPool, std::shared_ptr<OutputPool>>(m, "OutputPool")
-      .def(py::init([] { return std::make_shared<OutputPool>(); }))
-      .def("take", &take_array, py::arg("bytes"));
+      .def(py::init([](int64_t idle_bytes) { return std::make_shared<OutputPool>(idle_bytes); }),
+           py::arg("idle_bytes") = std::numeric_limits<int64_t>::max())
+      .def("take", &take_array, py::arg("bytes"))
+      .def("release", &OutputPool::release)
+      .def_property_readonly("idle", &OutputPool::idle);
   m.def(
       "prefer_huge_pages",
       [](uintptr_t data, int64_t bytes) { prefer_huge_pages(reinterpret_cast<uint8_t*>(data), bytes); },

@@ -1,5 +1,5 @@
-// Memory for sampled batches that is used again once nobody looks at it: touching fresh pages for a 65 MB
-// batch costs more than filling it.
+// Memory for large results that is used again once nobody looks at it: touching fresh pages for a 65 MB batch
+// costs more than filling it.
 #pragma once
 
 #include <cstdint>
@@ -11,21 +11,26 @@ namespace covr {
 
 class OutputPool : public std::enable_shared_from_this<OutputPool> {
  public:
-  OutputPool() = default;
+  // Unused memory beyond `idle_bytes` goes back to the system.
+  explicit OutputPool(int64_t idle_bytes) : idle_bytes_(idle_bytes) {}
   OutputPool(const OutputPool&) = delete;
   OutputPool& operator=(const OutputPool&) = delete;
   ~OutputPool();
 
-  uint8_t* take(int64_t bytes);                  // 64-byte aligned
-  void give_back(uint8_t* data, int64_t bytes);  // keeps the most recently used few, frees the rest
-
- private:
   struct Block {
-    uint8_t* data;
+    uint8_t* data;  // 64-byte aligned
     int64_t bytes;
   };
-  std::mutex mutex_;
-  std::vector<Block> free_;
+
+  Block take(int64_t bytes);    // a block of at least so many
+  void give_back(Block block);  // keeps the most recently used few, frees the rest
+  void release();               // frees what nobody uses
+  int64_t idle() const;         // bytes that nobody uses
+
+ private:
+  const int64_t idle_bytes_;
+  mutable std::mutex mutex_;
+  std::vector<Block> free_;  // the one given back last is last
 };
 
 }  // namespace covr

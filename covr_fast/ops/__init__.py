@@ -4,6 +4,7 @@ Each takes `backend="auto"`, which runs the fastest implementation for the tenso
 the plain-torch truth in `covr_fast.ops.reference`. See docs/kernels.md for formulas and floors.
 """
 
+from ._memory import release_memory
 from .filter import (
     ExplorationFilter,
     PaddedExplorationFilter,
@@ -25,6 +26,7 @@ __all__ = [
     "exploration_filter_padded",
     "random_crop",
     "random_shift",
+    "release_memory",
     "return_weighted_cross_entropy",
     "return_weighted_linear_cross_entropy",
     "return_weights",

@@ -72,17 +72,6 @@ def select(
     return backend
 
 
-_HUGE = 4 * 2**20
-
-
-def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """torch.empty; large CPU results ask for huge pages: page faults would outlast the kernels."""
-    result = torch.empty(shape, dtype=dtype, device=device)
-    if device.type == "cpu" and result.nbytes >= _HUGE:
-        _C.advise_huge_pages(result.data_ptr(), result.nbytes)
-    return result
-
-
 def stream(tensor: Tensor) -> int:
     """The handle of the stream that the caller's work on this tensor's device is queued on."""
     return torch.cuda.current_stream(tensor.device).cuda_stream

@@ -9,7 +9,8 @@ from torch import Tensor
 from covr_fast import _C
 
 from . import reference
-from ._backend import Backend, check_floating, empty, launch, library, select
+from ._backend import Backend, check_floating, launch, library, select
+from ._memory import empty
 
 _DTYPES = (torch.float32,)
 

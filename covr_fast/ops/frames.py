@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._backend import Backend, check_same_device, empty, launch, library, select
+from ._backend import Backend, check_same_device, launch, library, select
+from ._memory import empty
 
 _OUTPUTS = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 

@@ -8,7 +8,8 @@ from torch import Tensor
 from covr_fast import _C
 
 from . import reference
-from ._backend import Backend, check_floating, check_same_device, empty, library, select
+from ._backend import Backend, check_floating, check_same_device, library, select
+from ._memory import empty
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -457,10 +458,22 @@ def _save_linear_cross_entropy(ctx, inputs, output):
 def _differentiate_linear_cross_entropy(ctx, upstream, *_):
     hidden_gradient, head_gradient = ctx.saved_tensors
     return (
-        torch.ops.covr_fast.scale_gradient(hidden_gradient, upstream) if ctx.hidden_needs_gradient else None,
-        torch.ops.covr_fast.scale_gradient(head_gradient, upstream) if ctx.head_needs_gradient else None,
+        _times(hidden_gradient, upstream) if ctx.hidden_needs_gradient else None,
+        _times(head_gradient, upstream) if ctx.head_needs_gradient else None,
         *(None,) * 6,
     )
+
+
+def _times(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """gradient * upstream; `gradient` itself where that is certain to be the same and nobody needs it again.
+
+    `loss.backward()` begins with 1, and a head's gradient is large. Only a plain CPU tensor may be looked at:
+    a traced one has no value, and one on a GPU would have to be waited for.
+    """
+    plain = type(upstream) is Tensor and upstream.device.type == "cpu"
+    if plain and float(upstream) == 1.0 and not torch._C._autograd._get_current_graph_task_keep_graph():
+        return gradient
+    return torch.ops.covr_fast.scale_gradient(gradient, upstream)
 
 
 torch.library.register_autograd(

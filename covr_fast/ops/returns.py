@@ -8,7 +8,8 @@ from torch import Tensor
 from covr_fast import _C
 
 from . import reference
-from ._backend import Backend, check_floating, check_same_device, empty, launch, library, select
+from ._backend import Backend, check_floating, check_same_device, launch, library, select
+from ._memory import empty
 
 _DTYPES = (torch.float32, torch.float64)
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from . import reference
 from ._backend import Backend, check_floating, launch, library, select
+from ._memory import empty
 
 _DTYPES = (torch.float32,)
 
@@ -35,7 +36,7 @@ library.define("return_weights(Tensor returns) -> Tensor")
 @torch.library.impl(library, "return_weights", "CPU")
 def _cpp(returns: Tensor) -> Tensor:
     returns = returns.contiguous()
-    weights = torch.empty_like(returns)
+    weights = empty(returns.shape, returns.dtype, returns.device)
     launch("return_weights", weights, returns, returns.numel())
     return weights
 

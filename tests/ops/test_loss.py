@@ -297,6 +297,29 @@ def test_backward_twice_and_no_grad():
         assert not return_weighted_linear_cross_entropy(hidden, head, labels, weights).requires_grad
 
 
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_a_gradient_belongs_to_its_reader(scale):
+    hidden, head, labels = batch(50)
+    head.requires_grad_()
+    loss = scale * return_weighted_linear_cross_entropy(hidden, head, labels, torch.tensor(WEIGHTS["dense"]))
+    (first,) = torch.autograd.grad(loss, head, retain_graph=True)
+    expected = first.clone()
+    loss.backward(retain_graph=True)
+    head.grad.mul_(5)
+    torch.testing.assert_close(torch.autograd.grad(loss, head, retain_graph=True)[0], expected)
+    first.mul_(5)
+    torch.testing.assert_close(torch.autograd.grad(loss, head)[0], expected)
+
+
+def test_a_gradient_that_is_only_passed_on_is_not_copied():
+    hidden, head, labels = batch(50)
+    head.requires_grad_()
+    loss = return_weighted_linear_cross_entropy(hidden, head, labels, torch.tensor(WEIGHTS["dense"]))
+    made = loss.grad_fn.saved_tensors[1].data_ptr()
+    loss.backward()
+    assert head.grad.data_ptr() == made
+
+
 def test_tied_head_collects_both_gradients():
     """The output projection may be the input embedding: its gradient arrives from two sides."""
     _, head, labels = batch(50)
