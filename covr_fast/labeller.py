@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .buffer import ReplayBuffer
+from .streams import follow, mark
 from .vlm import ActionPrior, PriorBatch
 
 
@@ -17,7 +18,8 @@ class PriorLabeller:
     The prior never acts, it only enters the actor loss (Xia et al. 2026, Eq. 4), so nothing has to wait for
     it: a transition that is sampled before its label arrives is masked. The buffer is read and written by
     `step` alone, in the thread that calls it; the worker sees copies of frames. One batch is with the VLM at
-    a time, of all that is due up to `max_batch`, newest first: the slower the VLM, the larger its batches.
+    a time, of all that is due up to `max_batch`, newest first: the slower the VLM, the larger its batches. On
+    a GPU the worker's stream waits for the frames, and the VLM answers on its own (see `streams`).
 
     Args:
         prior: the VLM.
@@ -87,7 +89,8 @@ class PriorLabeller:
         ids = self._next_ids()
         if len(ids):
             images = self._images(ids)
-            self._asked = ids, self._worker.submit(self._ask, images)
+            ready = mark(self._prior.device)
+            self._asked = ids, self._worker.submit(self._ask, images, ready)
         return written
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -105,7 +108,8 @@ class PriorLabeller:
         """Waits for the call in progress, drops its answer and ends the thread."""
         self._worker.shutdown(wait=True, cancel_futures=True)
 
-    def _ask(self, images: Tensor) -> PriorBatch:
+    def _ask(self, images: Tensor, ready: "torch.cuda.Event | None") -> PriorBatch:
+        follow(ready, self._prior.device)
         answer = self._prior(images, temperature=self._temperature, generator=self._generator)
         # Here and not in `step`, which would make the thread that adds wait for the device.
         answer.action = answer.action.cpu()

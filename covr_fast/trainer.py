@@ -29,6 +29,7 @@ from .labeller import PriorLabeller
 from .logger import MeanMetrics, RunLogger
 from .report import plot_curves
 from .schedule import FineTuneSchedule
+from .streams import Lane
 from .view import agent_obs_shape, agent_view, newest_frame, vlm_view
 from .vlm import ActionPrior, VLMTuner
 
@@ -108,6 +109,7 @@ class Trainer:
             )
             self.prior = load_prior(config, action_dim, self.device, saved.vlm if saved else config.vlm.model)
             self.tuner = VLMTuner(self.prior, config.tuner)
+        self._lane = Lane(self.device, urgent=True)
         self.schedule = FineTuneSchedule(config.covr.psi_0, config.covr.schedule)
         self.rng = np.random.default_rng(config.seed)
         self.frames = 0
@@ -191,7 +193,11 @@ class Trainer:
         with as_user_error():
             self.out.mkdir(parents=True, exist_ok=True)
         (self.out / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
-        with RunLogger(self.out, self.config.steps, start=self.step) as self.log, self.envs:
+        with (
+            RunLogger(self.out, self.config.steps, start=self.step) as self.log,
+            self.envs,
+            self._lane.work(),
+        ):
             self.clock = self.log.clock
             if not self._before:  # a resumed run keeps what was measured before any training
                 with self.clock("evaluation"):

@@ -72,6 +72,10 @@ class Watched:
     def version(self) -> int:
         return self.prior.version
 
+    @property
+    def device(self) -> torch.device:
+        return self.prior.device
+
     def __call__(self, images: torch.Tensor, *, temperature: float, generator: torch.Generator | None):
         assert self.gate.wait(30)
         self.calls.append(images)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..streams import Lane, receive
 from .backbones import Backbone
 from .decode import Decoder, Layout, make_layout
 from .grammar import ActionGrammar
@@ -45,6 +46,7 @@ class ActionPrior:
 
     `prior(images)` decodes fast (see `decode.Decoder`); `prior.reference(images)` gets the same answers from
     transformers' `generate`. Calls and `publish` exclude each other, so a tuner may run in another thread.
+    On a GPU both are queued on a stream of the prior's own (see `streams`), whichever thread they come from.
     """
 
     def __init__(self, backbone: Backbone, settings: Settings) -> None:
@@ -63,6 +65,7 @@ class ActionPrior:
         self._layouts: dict[tuple[int, int], Layout] = {}
         self._decoders: dict[tuple[int, int], Decoder] = {}
         self.lock = threading.RLock()
+        self.lane = Lane(backbone.device)
 
     @classmethod
     def from_pretrained(
@@ -132,12 +135,14 @@ class ActionPrior:
         noise = self._noise(len(images), temperature, generator)
         remedy = "ask about fewer at a time, or load a smaller or a quantized model"
         with self.lock, torch.no_grad(), out_of_memory(f"answering for {len(images)} frames", remedy):
-            size = (images.shape[2], images.shape[3])
-            pixels = self.backbone.pixels(images)
-            features = self.backbone.image_features(pixels, len(images), size)
-            if size not in self._decoders:
-                self._decoders[size] = Decoder(self.backbone, self.layout(size), self.grammar)
-            action, tokens = self._decoders[size](features, temperature, noise)
+            with self.lane.work(images, noise):
+                size = (images.shape[2], images.shape[3])
+                pixels = self.backbone.pixels(images)
+                features = self.backbone.image_features(pixels, len(images), size)
+                if size not in self._decoders:
+                    self._decoders[size] = Decoder(self.backbone, self.layout(size), self.grammar)
+                action, tokens = self._decoders[size](features, temperature, noise)
+            receive(action, tokens)
             return PriorBatch(action, tokens, self.version, self.grammar)
 
     def reference(
@@ -152,8 +157,10 @@ class ActionPrior:
         self.check_images(images)
         noise = self._noise(len(images), temperature, generator)
         with self.lock, torch.no_grad():
-            tokens = generate_answers(self.backbone, self.text, self.grammar, images, temperature, noise)
-            action = self.grammar.actions(tokens)
+            with self.lane.work(images, noise):
+                tokens = generate_answers(self.backbone, self.text, self.grammar, images, temperature, noise)
+                action = self.grammar.actions(tokens)
+            receive(action, tokens)
             return PriorBatch(action, tokens, self.version, self.grammar)
 
     def layout(self, size: tuple[int, int]) -> Layout:

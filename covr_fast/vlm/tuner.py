@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..streams import Lane, mark
 from .memory import out_of_memory
 from .objective import AnswerModel, RoundImages, Samples, mean_nll, weighted_loss
 from .prior import ActionPrior
@@ -59,7 +60,7 @@ class TunerConfig:
     """Run the vision tower once per frame and round where it is frozen (mode "lora") and frames are not
     shifted, which changes nothing in the result; costs memory for the features."""
     overlap: bool = False
-    """Train in a thread of its own (and a CUDA stream), while the prior goes on answering."""
+    """Train in a thread of its own, while the prior goes on answering and the agent on learning."""
     seed: int = 0
     """Of the held-out choice, the order of samples and the adapters' initial weights."""
 
@@ -109,7 +110,8 @@ class VLMTuner:
 
     What waits for what: `start` returns at once with `overlap=True`, else when the round is done. The prior's
     weights change only inside `publish`, which waits for a running prior call to end. A round trains on from
-    the tuner's own weights, whether they were published or not.
+    the tuner's own weights, whether they were published or not. On a GPU a round is queued on a stream of its
+    own, behind what the caller of `start` had queued; `publish` on the prior's (see `streams`).
 
     Args:
         prior: mode "lora" adds adapters to its model if it has none.
@@ -128,9 +130,7 @@ class VLMTuner:
             self._backbone.base.gradient_checkpointing_enable({"use_reentrant": False})
             self._backbone.model.train()
         self._device = self._backbone.device
-        self._stream = (
-            torch.cuda.Stream(self._device) if config.overlap and self._device.type == "cuda" else None
-        )
+        self._lane = Lane(self._device)
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self._report: RoundReport | None = None
@@ -166,13 +166,12 @@ class VLMTuner:
         self._report = None
         samples = Samples.build(self.prior.grammar, frames, actions, returns)
         if not self.config.overlap:
-            with self._enough_memory():
+            with self._enough_memory(), self._lane.work(frames):
                 self._report = self._train(samples)
             return
-        ready = torch.cuda.current_stream(self._device).record_event() if self._stream else None
         self._thread = threading.Thread(
             target=self._run,
-            args=(samples, ready, torch.get_num_threads()),
+            args=(samples, mark(self._device), torch.get_num_threads()),
             name="vlm-tuner",
             daemon=True,
         )
@@ -204,9 +203,7 @@ class VLMTuner:
         if self.running:
             raise RuntimeError("a round is still running; publish after poll() returns its report")
         self.check()
-        with self.prior.lock:
-            if self._stream is not None:
-                torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        with self.prior.lock, self.prior.lane.work():
             copy_weights(self._backbone.model, self.prior.backbone.model)
             return self.prior.weights_changed()
 
@@ -223,7 +220,8 @@ class VLMTuner:
         if self._thread is not None:
             self._thread.join()
         if self._report is not None:
-            copy_weights(self.prior.backbone.model, self._backbone.model)
+            with self._lane.work():
+                copy_weights(self.prior.backbone.model, self._backbone.model)
         self._thread = None
         self._report = None
 
@@ -234,14 +232,9 @@ class VLMTuner:
         try:
             # The order of sums, and with it the result, depends on the count: that of the caller.
             torch.set_num_threads(threads)
-            with torch.cuda.stream(self._stream), self._enough_memory():
-                if ready is not None and self._stream is not None:
-                    self._stream.wait_event(ready)
-                    if samples.frames.is_cuda:
-                        samples.frames.record_stream(self._stream)
+            with self._enough_memory(), self._lane.work(samples.frames, after=ready):
                 self._report = self._train(samples)
-                if self._stream is not None:
-                    self._stream.synchronize()
+            self._lane.synchronize()  # the report means that the weights are there
         except BaseException as error:  # handed to the caller of poll()
             self._error = error
 

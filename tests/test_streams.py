@@ -1,0 +1,218 @@
+"""Hand-overs between CUDA streams: their order, and the same results when every producer is late."""
+
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+
+from covr_fast import ReplayBuffer, streams
+from covr_fast.labeller import PriorLabeller
+from covr_fast.streams import Lane
+from covr_fast.vlm import ActionPrior, TunerConfig, VLMTuner
+
+CPU = torch.device("cpu")
+
+
+def test_on_a_cpu_a_lane_does_nothing():
+    lane = Lane(CPU, urgent=True)
+    with lane.work(torch.zeros(3), None, after=streams.mark(CPU)):
+        pass
+    lane.synchronize()
+    streams.follow(streams.mark(CPU), CPU)
+    streams.receive(torch.zeros(3))
+
+
+class FakeStream:
+    """Writes down what would happen on it."""
+
+    def __init__(self, name: str, log: list[tuple[str, str, str]]) -> None:
+        self.name, self.log = name, log
+
+    def wait_stream(self, other: "FakeStream") -> None:
+        self.log.append((self.name, "waits for", other.name))
+
+    def wait_event(self, event: str) -> None:
+        self.log.append((self.name, "waits for", event))
+
+
+class FakeTensor:
+    is_cuda = True
+
+    def __init__(self, log: list[tuple[str, str, str]]) -> None:
+        self.log = log
+
+    def record_stream(self, stream: FakeStream) -> None:
+        self.log.append((stream.name, "reads", "tensor"))
+
+
+@pytest.fixture
+def log(monkeypatch) -> list[tuple[str, str, str]]:
+    """torch.cuda's streams replaced by ones that write a log."""
+    log: list[tuple[str, str, str]] = []
+    current = [FakeStream("caller", log)]
+
+    @contextmanager
+    def enter(stream):
+        current.append(stream)
+        yield
+        current.pop()
+
+    def make(device, *, priority):
+        return FakeStream({-1: "urgent", 0: "lane"}[priority], log)
+
+    monkeypatch.setattr(torch.cuda, "Stream", make)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1])
+    monkeypatch.setattr(torch.cuda, "stream", enter)
+    return log
+
+
+def test_a_lane_waits_for_its_caller_and_the_caller_for_the_lane(log):
+    with Lane(torch.device("cuda")).work(FakeTensor(log)):
+        log.append((torch.cuda.current_stream(None).name, "does", "the work"))
+    assert log == [
+        ("lane", "waits for", "caller"),
+        ("lane", "reads", "tensor"),
+        ("lane", "does", "the work"),
+        ("caller", "waits for", "lane"),
+    ]
+
+
+def test_a_lane_inside_a_lane_waits_for_that_one(log):
+    with Lane(torch.device("cuda"), urgent=True).work(), Lane(torch.device("cuda")).work(after="a mark"):
+        log.append((torch.cuda.current_stream(None).name, "does", "the work"))
+    assert log == [
+        ("urgent", "waits for", "caller"),
+        ("lane", "waits for", "a mark"),
+        ("lane", "does", "the work"),
+        ("urgent", "waits for", "lane"),
+        ("caller", "waits for", "urgent"),
+    ]
+
+
+# ---- on a device: the same results when whoever hands something over is late ----
+
+LATE = 50_000_000  # clock cycles: some 30 ms
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """Every lane's work begins late, and so does what its caller does before it."""
+    work = Lane.work
+
+    @contextmanager
+    def slow(self, *inputs, after=None):
+        torch.cuda._sleep(LATE)
+        with work(self, *inputs, after=after):
+            torch.cuda._sleep(LATE)
+            yield
+
+    monkeypatch.setattr(Lane, "work", slow)
+
+
+def nano() -> ActionPrior:
+    return ActionPrior.from_pretrained("nano", action_dim=2, device="cuda", dtype=torch.float32, seed=0)
+
+
+def frames_of(seed: int, count: int = 16) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 3, 56, 56), dtype=torch.uint8, generator=generator)
+
+
+def late_copy(values: torch.Tensor) -> torch.Tensor:
+    """On the device, written only after a while."""
+    values = values.cuda()
+    result = torch.zeros_like(values)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(LATE)
+    result.copy_(values, non_blocking=True)
+    return result
+
+
+@pytest.mark.needs_cuda
+def test_answers_wait_for_their_frames_and_their_readers_for_them(late):
+    prior = nano()
+    expected = [prior(frames_of(seed)).action.cpu() for seed in range(3)]
+    with Lane(torch.device("cuda"), urgent=True).work():
+        answers = []
+        for seed in range(3):
+            answer = prior(late_copy(frames_of(seed))).action  # the frames are dropped at once
+            answers.append(answer * 2)
+            del answer
+            torch.full((16, 3, 56, 56), 255, dtype=torch.uint8, device="cuda")  # would take their memory
+        for answer, truth in zip(answers, expected, strict=True):
+            torch.testing.assert_close(answer.cpu(), 2 * truth)
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_round_waits_for_its_frames_and_answers_for_what_is_published(overlap, monkeypatch, request):
+    frames, actions, returns = frames_of(0, 48), torch.rand(48, 2) * 2 - 1, torch.linspace(0, 1, 48)
+    config = TunerConfig(mode="full", learning_rate=1e-3, epochs=2, overlap=overlap, batch_size=16)
+
+    def run(hand_over) -> tuple[list[float], torch.Tensor]:
+        prior = nano()
+        tuner = VLMTuner(prior, config)
+        losses = []
+        with Lane(torch.device("cuda"), urgent=True).work():
+            for _ in range(2):
+                given = hand_over(frames)
+                tuner.start(given, actions, returns)
+                del given
+                report = tuner.wait()
+                tuner.publish()
+                losses += [report.loss_before, report.loss_after]
+            return losses, prior(frames).action.cpu()
+
+    losses, action = run(torch.Tensor.cuda)
+    request.getfixturevalue("late")
+    late_losses, late_action = run(late_copy)
+    assert late_losses == pytest.approx(losses, rel=1e-3)
+    torch.testing.assert_close(late_action, action)
+
+
+@pytest.mark.needs_cuda
+def test_background_labels_are_those_of_late_frames(late):
+    prior = nano()
+    extras = {"prior": (2,), "prior_mask": (), "prior_version": ((), torch.int64)}
+    buffer = ReplayBuffer(
+        32, num_envs=4, obs_shape=(3, 56, 56), action_shape=(2,), seed=0, extras=extras, device="cuda"
+    )
+    with Lane(torch.device("cuda"), urgent=True).work():
+        ids = torch.cat([_add(buffer, seed) for seed in range(4)])
+        expected = prior(buffer.frames(ids)).action.cpu()
+        labeller = PriorLabeller(prior, buffer, lambda ids: late_copy(buffer.frames(ids)), max_batch=4)
+        labeller.due(ids.tolist())
+        while len(labeller):
+            labeller.step()
+        labeller.close()
+        torch.testing.assert_close(buffer.extras(ids)["prior"].cpu(), expected)
+
+
+def _add(buffer: ReplayBuffer, seed: int) -> torch.Tensor:
+    obs, after = np.random.default_rng(seed).integers(0, 256, (2, 4, 3, 56, 56), dtype=np.uint8)
+    ended, zeros = np.ones(4, bool), np.zeros((4, 2), np.float32)
+    return buffer.add(
+        obs, zeros, zeros[:, 0], after, ended, ~ended,
+        prior=zeros, prior_mask=zeros[:, 0], prior_version=np.full(4, -1),
+    )  # fmt: skip
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("storage", ["device", "pinned"])
+def test_frames_are_not_replaced_before_a_late_gather_has_read_them(storage):
+    buffer = ReplayBuffer(
+        8, num_envs=4, obs_shape=(3, 64, 64), action_shape=(2,), seed=0, device="cuda", storage=storage
+    )
+    rng = np.random.default_rng(0)
+    ended, zeros = np.ones(4, bool), np.zeros((4, 2), np.float32)
+    batches = []
+    for _ in range(20):
+        obs, after = rng.integers(0, 256, (2, 4, 3, 64, 64), dtype=np.uint8)
+        ids = buffer.add(obs, zeros, zeros[:, 0], after, ended, ~ended)
+        torch.cuda._sleep(LATE)  # the gather comes late; the adds after it must not
+        batch = buffer.get(ids, dtype=torch.uint8)
+        batches.append((batch.obs, batch.next_obs, obs, after))
+    for got_obs, got_after, obs, after in batches:
+        assert torch.equal(got_obs.cpu(), torch.from_numpy(obs))
+        assert torch.equal(got_after.cpu(), torch.from_numpy(after))
