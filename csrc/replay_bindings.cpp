@@ -238,6 +238,7 @@ Ids map_ids(PyReplay& self, const Ids& in, int64_t (Replay::*function)(int64_t) 
 void bind_replay(py::module_& m) {
   const auto kWithoutGil = py::call_guard<py::gil_scoped_release>();
   m.attr("stack_plan_bytes") = sizeof(StackPlan);
+  py::register_exception<FrameStackError>(m, "FrameStackError", PyExc_ValueError);
   py::class_<GatherTarget>(m, "GatherTarget")
       .def(py::init([](int type, bool channels_last, bool shifted, int64_t height, int64_t width) {
              return GatherTarget{static_cast<OutType>(type), channels_last, shifted, height, width};
@@ -321,7 +322,6 @@ void bind_replay(py::module_& m) {
              }
            })
 #endif
-      .def_readwrite("thorough", &PyReplay::thorough)
       .def_readwrite("jumps", &PyReplay::jumps)
       .def(
           "reading", [](PyReplay& self) { return Reading{self.lock}; }, py::keep_alive<0, 1>())

@@ -100,6 +100,11 @@ class Storage:
         first, ended, count = (self.tensors[name].numpy().copy() for name in ("first", "ended", "count"))
         return first, ended, count
 
+    def start_at(self, t: np.ndarray) -> None:
+        """Of an empty buffer: the first transition of stream e, int64 [num_envs], will be number t[e]."""
+        for name in ("count", "first", "ended"):
+            self.tensors[name].copy_(torch.from_numpy(t))
+
     def restore_recent(self) -> None:
         """After the frames were loaded: copies the latest of every stream back to where the CPU compares."""
         for name, recent in self._recent.items():
