@@ -1,5 +1,6 @@
 """The replay buffer."""
 
+import math
 import os
 import secrets
 import threading
@@ -20,9 +21,10 @@ from .device import DeviceGather, check_device
 from .form import Augment, Form
 from .prefetch import Prefetch
 from .samplers import Prioritized, PriorityTree, Recent, Sampler, Uniform, as_sampler
-from .spec import KeySpec, ShapeAndType, key_specs, numpy_dtype, shape_and_dtype
+from .spec import KeySpec, ShapeAndType, as_shape, key_specs, numpy_dtype, shape_and_dtype
 from .storage import Storage
 
+_ARGUMENTS_OF_ADD = {"obs", "action", "reward", "next_obs", "terminated", "truncated", "env_ids", "self"}
 _TERMINATED, _END = np.uint8(1), np.uint8(3)  # flags of csrc/replay.h; kEnd without kCut
 
 Rows = np.ndarray | Tensor | Sequence
@@ -89,6 +91,9 @@ class ReplayBuffer:
         on_jump: Literal["error", "cut"] = "error",
         storage: Literal["device", "pinned"] = "device",
     ) -> None:
+        for name, value in (("capacity", capacity), ("num_envs", num_envs), ("n_step", n_step)):
+            if not isinstance(value, int | np.integer):
+                raise TypeError(f"{name} is {value!r}: it must be an integer")
         if num_envs < 1:
             raise ValueError(f"num_envs is {num_envs}: it must be at least 1")
         if capacity < num_envs:
@@ -102,9 +107,11 @@ class ReplayBuffer:
             raise ValueError(f"gamma is {gamma}: it must lie in [0, 1]")
         if on_jump not in ("error", "cut"):
             raise ValueError(f"on_jump is {on_jump!r}: it must be 'error' or 'cut'")
-        self.capacity = capacity
-        self.num_envs = num_envs
-        self.n_step = n_step
+        if seed is not None and not 0 <= seed < 2**63:
+            raise ValueError(f"seed is {seed}: it must lie in [0, 2**63)")
+        self.capacity = int(capacity)
+        self.num_envs = int(num_envs)
+        self.n_step = int(n_step)
         self.gamma = gamma
         self.sampler = as_sampler(sampler)
         self.beta = self.sampler.beta if isinstance(self.sampler, Prioritized) else 0.0
@@ -118,9 +125,16 @@ class ReplayBuffer:
         self._counting = threading.Lock()
         self._keys = key_specs(obs_shape, obs_dtype, frame_stack, channels_last)
         self._single = not isinstance(obs_shape, Mapping)
-        self._extras = {name: shape_and_dtype(spec) for name, spec in (extras or {}).items()}
-        self._columns = {"action": (tuple(action_shape), action_dtype), **self._extras}
-        self._numpy_types = {name: numpy_dtype(dtype) for name, (_, dtype) in self._columns.items()}
+        self._extras = {
+            name: shape_and_dtype(spec, f"extras[{name!r}]") for name, spec in (extras or {}).items()
+        }
+        if taken := self._extras.keys() & _ARGUMENTS_OF_ADD:
+            raise ValueError(f"extras has {sorted(taken)}: add() has arguments of that name, choose others")
+        self._columns = {"action": (as_shape(action_shape, "action_shape"), action_dtype), **self._extras}
+        self._numpy_types = {
+            name: numpy_dtype(dtype, "action_dtype" if name == "action" else f"the dtype of extras[{name!r}]")
+            for name, (_, dtype) in self._columns.items()
+        }
         self._pool = _C.OutputPool()
         self._forms: dict[tuple, Form] = {}
         pinned = storage == "pinned"
@@ -201,14 +215,14 @@ class ReplayBuffer:
         rows = (
             self._observation_rows(obs, "obs"),
             self._observation_rows(next_obs, "next_obs"),
-            _finite(_rows(reward, np.float32), "reward"),
+            _finite(_rows(reward, np.float32, "reward"), "reward"),
             _flags(terminated, "terminated"),
             _flags(truncated, "truncated"),
             [
-                _finite(_rows(action, self._numpy_types["action"]), "action"),
-                *(_rows(extras[name], self._numpy_types[name]) for name in self._extras),
+                _finite(_rows(action, self._numpy_types["action"], "action"), "action"),
+                *(_rows(extras[name], self._numpy_types[name], name) for name in self._extras),
             ],
-            None if env_ids is None else _rows(env_ids, np.int64),
+            None if env_ids is None else _integers(env_ids, "env_ids"),
             self.num_envs,
         )
         with self._lock:
@@ -235,7 +249,7 @@ class ReplayBuffer:
         Their next row begins a new segment. The last one ends as a truncated episode would: n-step returns
         stop there and bootstrap.
         """
-        self._core.cut(None if env_ids is None else _rows(env_ids, np.int64), self.num_envs)
+        self._core.cut(None if env_ids is None else _integers(env_ids, "env_ids"), self.num_envs)
 
     # ---- sampling ----
 
@@ -345,7 +359,7 @@ class ReplayBuffer:
         skipped."""
         if self._priorities is None:
             raise ValueError('update_priorities() needs sampler="prioritized"')
-        self._core.set_priorities(_index(index).numpy(), _rows(priority, np.float64).reshape(-1))
+        self._core.set_priorities(_index(index).numpy(), _rows(priority, np.float64, "priority").reshape(-1))
 
     def _form(
         self, augment: Augment | None, pad: int, dtype: torch.dtype, memory_format: torch.memory_format
@@ -468,11 +482,11 @@ class ReplayBuffer:
         """Overwrites extras of these transitions, e.g. with a prior that arrives after its step."""
         if unknown := values.keys() - self._extras.keys():
             raise ValueError(f"set_extras() got {sorted(unknown)}, declared are {sorted(self._extras)}")
-        rows = self._held_rows(index)
+        rows = self._held_rows(index).numpy()
         for name, value in values.items():
-            column = self._storage.tensors[f"column.{name}"]
-            new = torch.as_tensor(value, dtype=column.dtype, device=column.device)
-            column[rows] = new.reshape(len(rows), *column.shape[1:])
+            new = _rows(value, self._numpy_types[name], name)
+            shaped = _shaped(new, (len(rows), *self._extras[name][0]), name)
+            self._storage.tensors[f"column.{name}"].numpy()[rows] = shaped
 
     def set_terminated(self, index: Rows, terminated: Rows) -> None:
         """Corrects afterwards which of these transitions [n] ended their episode: True terminates those that
@@ -672,29 +686,56 @@ class ReplayBuffer:
         return rows
 
 
-def _rows(value: Rows, dtype: Any) -> np.ndarray:
-    """As a contiguous numpy array of that dtype, without a copy where it already is one."""
+def _array(value: Rows) -> np.ndarray:
     if isinstance(value, Tensor):
-        value = value.detach().cpu().numpy()
-    return np.asarray(value, dtype, order="C")
+        value = value.detach().cpu()
+        # numpy has no bfloat16, as networks under autocast give it; float32 holds all of its values.
+        return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+    return np.asarray(value)
+
+
+def _rows(value: Rows, dtype: Any, what: str) -> np.ndarray:
+    """As a contiguous numpy array of that dtype, without a copy where it already is one."""
+    array = _array(value)
+    if array.dtype.kind == "f" and np.dtype(dtype).kind != "f":
+        raise ValueError(
+            f"{what} has dtype {array.dtype}, the buffer stores {np.dtype(dtype)}: cast it first"
+        )
+    return np.asarray(array, dtype, order="C")
+
+
+def _integers(value: Rows, what: str) -> np.ndarray:
+    """int64 [n]. A mask would pass for the numbers 0 and 1."""
+    array = _array(value)
+    if array.dtype.kind not in "iu" and array.size:
+        raise ValueError(
+            f"{what} has dtype {array.dtype}: it must be integers; of a mask take np.flatnonzero"
+        )
+    return np.asarray(array, np.int64, order="C")
+
+
+def _shaped(array: np.ndarray, shape: tuple[int, ...], what: str) -> np.ndarray:
+    if array.size != math.prod(shape):
+        raise ValueError(f"{what} has shape {array.shape}: it must be {shape}")
+    return array.reshape(shape)
 
 
 def _flags(value: Rows, what: str) -> np.ndarray:
-    array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    array = _array(value)
     if array.dtype != np.bool_:
         raise ValueError(f"{what} has dtype {array.dtype}: it must be bool")
     return array
 
 
 def _checked_rows(value: Rows, key: KeySpec, what: str) -> np.ndarray:
-    array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    array = _array(value)
     if array.shape[1:] != key.shape:
         raise ValueError(
             f"{what} has shape {array.shape}: it must be [rows, {', '.join(map(str, key.shape))}]"
         )
     expected = key.numpy_dtype
     if array.dtype != expected:
-        if key.dtype == torch.uint8 or array.dtype.kind not in "fiub":
+        if key.dtype == torch.uint8 or not np.can_cast(array.dtype, expected, "same_kind"):
             raise ValueError(f"{what} has dtype {array.dtype}: it must be {expected} (see obs_dtype)")
         array = array.astype(expected)
     _finite(array, what)
@@ -710,7 +751,7 @@ def _finite(array: np.ndarray, what: str) -> np.ndarray:
 
 
 def _index(index: Rows) -> Tensor:
-    return torch.as_tensor(index, dtype=torch.int64, device="cpu").reshape(-1).contiguous()
+    return torch.from_numpy(_integers(index, "index").reshape(-1))
 
 
 def _name(dtype: torch.dtype) -> str:
