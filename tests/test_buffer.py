@@ -8,6 +8,7 @@ import torch
 from buffer_oracle import Oracle, StackedEnv, Step
 
 from covr_fast import ReplayBuffer
+from covr_fast.buffer import storage
 
 
 class Driver:
@@ -640,6 +641,34 @@ class TestDtypesOfRows:
         index = buffer.add(**self.rows(), prior=np.zeros((2, 2)))
         with pytest.raises(ValueError, match=r"prior has shape \(2, 3\): it must be \(2, 2\)"):
             buffer.set_extras(index, prior=np.zeros((2, 3)))
+
+
+class TestRoom:
+    def test_the_representation_says_what_lies_where(self):
+        buffer = ReplayBuffer(1000, num_envs=1, obs_shape=(3, 64, 64), action_shape=(1,))
+        frames = buffer.state_dict()["tensors"]["frames.obs"]
+        frames_bytes = buffer._storage.tensors["frames.obs"].nbytes
+        assert frames.shape[1] == 0
+        text = f"frames {frames_bytes / 2**20:.1f} MiB on cpu, the rest "
+        assert text in repr(buffer)
+        assert f"{(buffer.nbytes - frames_bytes) / 2**20:.1f} MiB on cpu)" in repr(buffer)
+
+    def test_what_will_not_fit_is_a_warning_with_what_would(self, monkeypatch):
+        monkeypatch.setattr(storage, "_host_memory", lambda: (50 << 10, 100 << 10))
+        with pytest.warns(UserWarning, match=r"capacity=1000 .* free: lower the capacity to about \d+"):
+            ReplayBuffer(1000, num_envs=1, obs_shape=(3, 8, 8), action_shape=(1,))
+
+    def test_what_cannot_be_allocated_is_an_error_with_what_would(self):
+        with pytest.raises(MemoryError, match=r"the host has .* lower the capacity to about \d+"):
+            ReplayBuffer(10**10, num_envs=1, obs_shape=(3, 84, 84), action_shape=(1,))
+
+    def test_priorities_count_as_memory(self):
+        options = {"num_envs": 1, "obs_shape": (3,), "action_shape": (1,)}
+        plain, prioritized = (
+            ReplayBuffer(1000, **options),
+            ReplayBuffer(1000, sampler="prioritized", **options),
+        )
+        assert prioritized.nbytes >= plain.nbytes + 1000 * 4
 
 
 @pytest.mark.parametrize("what", ["reward", "action", "obs", "next_obs"])

@@ -22,7 +22,7 @@ from .form import Augment, Form
 from .prefetch import Prefetch
 from .samplers import Prioritized, PriorityTree, Recent, Sampler, Uniform, as_sampler
 from .spec import KeySpec, ShapeAndType, as_shape, key_specs, numpy_dtype, shape_and_dtype
-from .storage import Storage
+from .storage import Storage, size_text
 
 _ARGUMENTS_OF_ADD = {"obs", "action", "reward", "next_obs", "terminated", "truncated", "env_ids", "self"}
 _TERMINATED, _END = np.uint8(1), np.uint8(3)  # flags of csrc/replay.h; kEnd without kCut
@@ -159,22 +159,16 @@ class ReplayBuffer:
     @property
     def nbytes(self) -> int:
         """Bytes allocated for storage, frames and bookkeeping together."""
-        return self._storage.nbytes
+        return self._storage.nbytes + (0 if self._priorities is None else self._priorities.nbytes)
 
     def __repr__(self) -> str:
+        frames = self._storage.frame_bytes
+        where = f"on {self.device}" if self._placement == "device" else f"pinned on cpu for {self.device}"
         shapes = ", ".join(f"{key.name} {key.shape} {str(key.dtype)[6:]} x{key.stack}" for key in self._keys)
         return (
             f"ReplayBuffer({len(self)}/{self.capacity} transitions of {self.num_envs} environments; "
             f"{shapes}; {type(self.sampler).__name__.lower()}, n_step={self.n_step}; "
-            f"{self.nbytes / 2**20:.1f} MiB, {self._where})"
-        )
-
-    @property
-    def _where(self) -> str:
-        return (
-            f"on {self.device}"
-            if self._placement == "device"
-            else f"frames pinned on the host for {self.device}"
+            f"frames {size_text(frames)} {where}, the rest {size_text(self.nbytes - frames)} on cpu)"
         )
 
     # ---- adding ----
