@@ -68,7 +68,7 @@ class ReplayBuffer:
         storage: "pinned", with device="cuda", keeps frames that are too many for the GPU in pinned host
             memory; the kernel that makes a batch reads them over the bus.
 
-    Adding and sampling may happen in different threads; each call is atomic.
+    Adding, sampling and access by id may happen in different threads; each call is atomic.
     """
 
     def __init__(
@@ -451,8 +451,8 @@ class ReplayBuffer:
     def frames(self, index: Rows) -> Observation:
         """The newest single frames, [n, C, H, W] in the stored dtype, of these transitions."""
         out = []
-        with self._lock:
-            rows = self._held_rows(index)
+        with self._lock, self._core.reading() as held:
+            rows = _held_rows(held, index)
             if self._gpu:
                 self._gpu.begin_read()
             for key in self._keys:
@@ -465,30 +465,39 @@ class ReplayBuffer:
 
     def actions(self, index: Rows) -> Tensor:
         """The actions [n, *action_shape] of these transitions."""
-        return self._storage.tensors["column.action"][self._held_rows(index)]
+        with self._core.reading() as held:
+            return self._storage.tensors["column.action"][_held_rows(held, index)]
 
     def extras(self, index: Rows) -> dict[str, Tensor]:
         """The extras, each [n, *shape], of these transitions."""
-        rows = self._held_rows(index)
-        return {name: self._storage.tensors[f"column.{name}"][rows] for name in self._extras}
+        with self._core.reading() as held:
+            rows = _held_rows(held, index)
+            return {name: self._storage.tensors[f"column.{name}"][rows] for name in self._extras}
 
     def set_extras(self, index: Rows, **values: Rows) -> None:
         """Overwrites extras of these transitions, e.g. with a prior that arrives after its step."""
         if unknown := values.keys() - self._extras.keys():
             raise ValueError(f"set_extras() got {sorted(unknown)}, declared are {sorted(self._extras)}")
-        rows = self._held_rows(index).numpy()
-        for name, value in values.items():
-            new = _rows(value, self._numpy_types[name], name)
-            shaped = _shaped(new, (len(rows), *self._extras[name][0]), name)
-            self._storage.tensors[f"column.{name}"].numpy()[rows] = shaped
+        ids = _index(index)
+        new = {
+            name: _shaped(
+                _rows(value, self._numpy_types[name], name), (len(ids), *self._extras[name][0]), name
+            )
+            for name, value in values.items()
+        }
+        with self._core.writing() as held:
+            rows = _held_rows(held, ids).numpy()
+            for name, value in new.items():
+                self._storage.tensors[f"column.{name}"].numpy()[rows] = value
 
     def set_terminated(self, index: Rows, terminated: Rows) -> None:
         """Corrects afterwards which of these transitions [n] ended their episode: True terminates those that
         did not end, False takes back any end. What follows in the stream stays as it was added."""
-        rows = self._held_rows(index).numpy()
-        flags = self._storage.tensors["flags"].numpy()
-        ended, end = flags[rows] & _END, np.asarray(terminated, bool)
-        flags[rows] = np.where(end, np.where(ended, ended, _TERMINATED), 0) | flags[rows] & ~_END
+        flags, end = self._storage.tensors["flags"].numpy(), np.asarray(terminated, bool)
+        with self._core.writing() as held:
+            rows = _held_rows(held, index).numpy()
+            ended = flags[rows] & _END
+            flags[rows] = np.where(end, np.where(ended, ended, _TERMINATED), 0) | flags[rows] & ~_END
 
     def contains(self, index: Rows) -> Tensor:
         """bool [n]: which of these transitions are still held."""
@@ -497,19 +506,20 @@ class ReplayBuffer:
     def windows(self, index: Rows, n: int) -> tuple[np.ndarray, np.ndarray]:
         """(reward float32 [B, n], alive bool [B, n]): the n steps from each transition on, and which of them
         belong to its episode and were added already. Rewards of those that do not are zero."""
-        first = self._held_rows(index)
         ids = _index(index).numpy()
         stream, t = ids % self.num_envs, ids // self.num_envs
         reward = np.zeros((len(ids), n), np.float32)
         alive = np.zeros((len(ids), n), bool)
-        still = np.ones(len(first), bool)
-        count = self._storage.tensors["count"].numpy()[stream]
-        for k in range(n):
-            still = still & (t + k < count)
-            rows = stream * self._storage.rows_per_stream + (t + k) % self._storage.limits[stream]
-            alive[:, k] = still
-            reward[:, k] = np.where(still, self._storage.tensors["reward"].numpy()[rows], 0)
-            still = still & (self._storage.tensors["flags"].numpy()[rows] == 0)
+        still = np.ones(len(ids), bool)
+        with self._core.reading() as held:
+            _held_rows(held, ids)
+            count = self._storage.tensors["count"].numpy()[stream]
+            for k in range(n):
+                still = still & (t + k < count)
+                rows = stream * self._storage.rows_per_stream + (t + k) % self._storage.limits[stream]
+                alive[:, k] = still
+                reward[:, k] = np.where(still, self._storage.tensors["reward"].numpy()[rows], 0)
+                still = still & (self._storage.tensors["flags"].numpy()[rows] == 0)
         return reward, alive
 
     # ---- saving ----
@@ -551,7 +561,7 @@ class ReplayBuffer:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes everything, with checksums. `path` appears, or is replaced, once the file is complete."""
-        with self._core.reading():
+        with self._lock, self._core.reading():
             state = self.state_dict()
             io.write(path, state["config"], state["tensors"])
 
@@ -636,13 +646,10 @@ class ReplayBuffer:
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.state_dict()
-        return {
-            **state,
-            "tensors": {name: tensor.clone() for name, tensor in state["tensors"].items()},
-            "device": str(self.device),
-            "storage": self._placement,
-        }
+        with self._lock, self._core.reading():
+            state = self.state_dict()
+            tensors = {name: tensor.clone() for name, tensor in state["tensors"].items()}
+        return {**state, "tensors": tensors, "device": str(self.device), "storage": self._placement}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(self._from_config(state["config"], state["device"], state["storage"]).__dict__)
@@ -668,16 +675,18 @@ class ReplayBuffer:
             "time": self._storage.tensors["time"].numpy()[rows],
         }
 
-    def _held_rows(self, index: Rows) -> Tensor:
-        ids = _index(index)
-        rows = torch.from_numpy(self._core.rows(ids.numpy()))
-        if (rows < 0).any():
-            gone = ids[rows < 0]
-            raise IndexError(
-                f"{len(gone)} of {len(ids)} transitions, first {int(gone[0])}, are not in the buffer: they "
-                "were overwritten or never added (contains() tells which are held)"
-            )
-        return rows
+
+def _held_rows(held: Any, index: Rows) -> Tensor:
+    """The rows of these ids while the lock is `held`, as `reading()` and `writing()` of the core do."""
+    ids = _index(index)
+    rows = torch.from_numpy(held.rows(ids.numpy()))
+    if (rows < 0).any():
+        gone = ids[rows < 0]
+        raise IndexError(
+            f"{len(gone)} of {len(ids)} transitions, first {int(gone[0])}, are not in the buffer: they "
+            "were overwritten or never added (contains() tells which are held)"
+        )
+    return rows
 
 
 def _array(value: Rows) -> np.ndarray:
