@@ -569,6 +569,7 @@ def test_memory_is_about_one_frame_per_transition():
         ({"action_dtype": torch.bfloat16}, "action_dtype is torch.bfloat16"),
         ({"obs_dtype": torch.bfloat16}, "obs_dtype of 'obs' is torch.bfloat16"),
         ({"obs_shape": {"a": (9, 4, 4)}, "frame_stack": {"b": 3}}, "frame_stack names ['b']"),
+        ({"obs_shape": (4, 8, 8, 3), "frame_stack": 4}, "images have three dimensions"),
         ({"obs_shape": {"a": (3,)}, "obs_dtype": {"b": torch.int8}}, "obs_dtype names ['b']"),
     ],
 )

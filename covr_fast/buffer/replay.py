@@ -58,7 +58,7 @@ class ReplayBuffer:
             offsets of a batch stay on the CPU.
         seed: of all sampling. None draws one.
         extras: further values per transition, name -> shape, or name -> (shape, dtype); float32 unless given.
-        obs_dtype: uint8 for images and float32 for the rest unless given.
+        obs_dtype: uint8 for images, which have three dimensions, and float32 for the rest unless given.
         action_dtype: dtype that actions are stored in.
         channels_last: images arrive as [H, W, C * stack] (a dict says it per key). They are sampled channels
             first all the same.

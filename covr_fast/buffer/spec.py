@@ -60,6 +60,13 @@ def key_spec(
         raise ValueError(f"obs_shape of {name!r} is {shape}: every size must be at least 1")
     if not 1 <= stack <= 64:
         raise ValueError(f"frame_stack is {stack}: it must lie between 1 and 64")
+    if dtype is None and len(shape) > 3:
+        # gymnasium's FrameStackObservation gives [stack, H, W, C]: taken for floats, it would fill four times
+        # the memory.
+        raise ValueError(
+            f"obs_shape of {name!r} is {shape}: images have three dimensions, frames stacked along the "
+            "channels as by np.concatenate; to store something else as it is, give its obs_dtype"
+        )
     if dtype is None:
         dtype = torch.uint8 if len(shape) == 3 else torch.float32
     numpy_dtype(dtype, f"obs_dtype of {name!r}")
