@@ -60,14 +60,18 @@ void Priorities::set(const Replay& replay, const int64_t* ids, const double* pri
     throw std::invalid_argument("priority must be finite and not negative: pass absolute TD errors");
   touched_.clear();
   values_.clear();
+  double largest = *largest_;
   for (int64_t i = 0; i < n; ++i) {
     const int64_t row = replay.find_ready(ids[i]);
     if (row < 0) continue;
     const auto leaf = static_cast<float>(std::pow(priority[i] + kEpsilon, alpha_));
+    if (!std::isfinite(leaf))
+      throw std::invalid_argument("priority is too large: to the power of alpha it must fit into float32");
     touched_.push_back(row);
     values_.push_back(leaf);
-    *largest_ = std::max(*largest_, static_cast<double>(leaf));
+    largest = std::max(largest, static_cast<double>(leaf));
   }
+  *largest_ = largest;
   sum_tree_set(leaves_, sums_, rows_, touched_.data(), values_.data(), static_cast<int64_t>(touched_.size()));
 }
 

@@ -178,7 +178,7 @@ int64_t Replay::probe_phase(const RowsIn& in, int64_t r, int64_t env, size_t k) 
   const FrameLayout& frames = keys_[k].frames;
   const bool small = frames.frame_bytes() <= kSmallFrame;
   const StackPlan expected = stack_after(static_cast<int64_t>(k), env);
-  const bool all = thorough || jumps || small || frames.stack == 1 || expected.depth < frames.stack - 1 ||
+  const bool all = jumps || small || frames.stack == 1 || expected.depth < frames.stack - 1 ||
                    in.terminated[r] || in.truncated[r];
   return all ? -1 : count_[env] % kProbeEvery;
 }
@@ -241,8 +241,8 @@ bool Replay::slides(const RowsIn& in, int64_t r, int64_t env, size_t k, bool fre
 
 Replay::Segment Replay::check(const RowsIn& in, int64_t r, int64_t env) const {
   const auto fail = [&](size_t k, const char* what) {
-    throw std::invalid_argument("observation '" + keys_[k].name + "' of row " + std::to_string(r) +
-                                " (environment " + std::to_string(env) + "): " + what + kContractRemedy);
+    throw FrameStackError("observation '" + keys_[k].name + "' of row " + std::to_string(r) +
+                          " (environment " + std::to_string(env) + "): " + what + kContractRemedy);
   };
   Segment segment{count_[env] == ended_[env], false};
   // A single frame cannot contradict a stream: a jump is stored as the start of a new segment.

@@ -8,6 +8,7 @@
 // slightly longer ring per stream: an episode of n transitions has n + 1 frames.
 #pragma once
 
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -31,6 +32,12 @@ struct ObservationKey {
   uint8_t* depth = nullptr;    // [rows] older frames stored for obs; kZeroPadding on top
 };
 constexpr uint8_t kZeroPadding = 0x80;
+
+// An observation contradicts its stream.
+class FrameStackError : public std::invalid_argument {
+ public:
+  using std::invalid_argument::invalid_argument;
+};
 
 constexpr const char* kNothingToSample =
     "nothing to sample: no transition with all its n steps is stored yet; add() some first";
@@ -83,7 +90,7 @@ class Replay {
   int64_t add_key(ObservationKey key);
   void add_column(Column column) { columns_.push_back(column); }
 
-  // Appends the rows; their ids go to `ids`. Throws std::invalid_argument, with nothing written, where an
+  // Appends the rows; their ids go to `ids`. Throws FrameStackError, with nothing written, where an
   // observation contradicts its stream.
   void add(const RowsIn& in, int64_t* ids);
   // The next row of these streams (all, if null) begins a new segment.
@@ -112,9 +119,8 @@ class Replay {
   void gather_key(int64_t key, const BatchOut& out, int threads) const;
 
   SharedLock lock;
-  bool thorough = false;  // compare every byte of every stack that is added
-  bool jumps =
-      false;  // an obs that does not continue its stream begins a new segment instead of being refused
+  // An obs that does not continue its stream begins a new segment instead of being refused.
+  bool jumps = false;
 
   // The transitions of a stream that may be sampled are those from first(env) up to ready_end(env).
   int64_t first(int64_t env) const { return first_[env]; }

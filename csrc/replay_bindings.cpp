@@ -219,18 +219,32 @@ class PyReplay : public Replay {
   std::unique_ptr<Priorities> priorities_;
 };
 
-struct Reading {
-  SharedLock& lock;
+// A lock held across several accesses from Python.
+struct Hold {
+  PyReplay& replay;
+  bool exclusive;
+
+  void enter() { exclusive ? replay.lock.lock() : replay.lock.lock_shared(); }
+  void exit() { exclusive ? replay.lock.unlock() : replay.lock.unlock_shared(); }
 };
 
-Ids map_ids(PyReplay& self, const Ids& in, int64_t (Replay::*function)(int64_t) const) {
+using IdMap = int64_t (Replay::*)(int64_t) const;
+
+// For callers that hold the lock.
+Ids map_ids(const Replay& replay, const Ids& in, IdMap function) {
   Ids out(in.size());
-  const int64_t* from = in.data();
-  int64_t* to = out.mutable_data();
-  py::gil_scoped_release release;
-  std::shared_lock guard(self.lock);
-  for (int64_t i = 0; i < in.size(); ++i) to[i] = (self.*function)(from[i]);
+  std::transform(in.data(), in.data() + in.size(), out.mutable_data(),
+                 [&](int64_t id) { return (replay.*function)(id); });
   return out;
+}
+
+Ids lock_and_map_ids(PyReplay& replay, const Ids& in, IdMap function) {
+  std::shared_lock guard(replay.lock, std::defer_lock);
+  {
+    py::gil_scoped_release release;
+    guard.lock();
+  }
+  return map_ids(replay, in, function);
 }
 
 }  // namespace
@@ -238,6 +252,7 @@ Ids map_ids(PyReplay& self, const Ids& in, int64_t (Replay::*function)(int64_t) 
 void bind_replay(py::module_& m) {
   const auto kWithoutGil = py::call_guard<py::gil_scoped_release>();
   m.attr("stack_plan_bytes") = sizeof(StackPlan);
+  py::register_exception<FrameStackError>(m, "FrameStackError", PyExc_ValueError);
   py::class_<GatherTarget>(m, "GatherTarget")
       .def(py::init([](int type, bool channels_last, bool shifted, int64_t height, int64_t width) {
              return GatherTarget{static_cast<OutType>(type), channels_last, shifted, height, width};
@@ -273,12 +288,20 @@ void bind_replay(py::module_& m) {
         out.keys.push_back({target, at<uint8_t>(obs), at<uint8_t>(next_obs)});
       });
 
-  // Holds writers off: `with replay.reading(): ...`
-  py::class_<Reading>(m, "Reading")
-      .def(
-          "__enter__", [](Reading& self) { self.lock.lock_shared(); },
-          py::call_guard<py::gil_scoped_release>())
-      .def("__exit__", [](Reading& self, const py::args&) { self.lock.unlock_shared(); });
+  // `with replay.reading() as held: ...` holds writers off, `writing()` everyone. What takes the lock by
+  // itself must not be called inside.
+  py::class_<Hold>(m, "Hold")
+      .def("__enter__",
+           [](const py::object& self) {
+             auto& hold = self.cast<Hold&>();
+             {
+               py::gil_scoped_release release;
+               hold.enter();
+             }
+             return self;
+           })
+      .def("__exit__", [](Hold& self, const py::args&) { self.exit(); })
+      .def("rows", [](Hold& self, const Ids& ids) { return map_ids(self.replay, ids, &Replay::find); });
 
   py::class_<PyReplay>(m, "Replay")
       .def(py::init([](int64_t capacity, int64_t num_envs, int64_t n_step, double gamma, uintptr_t count,
@@ -321,10 +344,11 @@ void bind_replay(py::module_& m) {
              }
            })
 #endif
-      .def_readwrite("thorough", &PyReplay::thorough)
       .def_readwrite("jumps", &PyReplay::jumps)
       .def(
-          "reading", [](PyReplay& self) { return Reading{self.lock}; }, py::keep_alive<0, 1>())
+          "reading", [](PyReplay& self) { return Hold{self, false}; }, py::keep_alive<0, 1>())
+      .def(
+          "writing", [](PyReplay& self) { return Hold{self, true}; }, py::keep_alive<0, 1>())
       .def("size", &PyReplay::size)
       .def("samplable", &PyReplay::samplable)
       .def("prioritize", &PyReplay::prioritize, py::arg("leaves"), py::arg("sums"), py::arg("largest"),
@@ -338,9 +362,9 @@ void bind_replay(py::module_& m) {
       .def("get", &PyReplay::get, py::arg("out"), py::arg("seed"), py::arg("batch"), py::arg("threads"),
            kWithoutGil)
       .def("observe", &PyReplay::observe, py::arg("out"), py::arg("threads"), kWithoutGil)
-      .def("rows", [](PyReplay& self, const Ids& ids) { return map_ids(self, ids, &Replay::find); })
+      .def("rows", [](PyReplay& self, const Ids& ids) { return lock_and_map_ids(self, ids, &Replay::find); })
       .def("ids_in_rows",
-           [](PyReplay& self, const Ids& rows) { return map_ids(self, rows, &Replay::id_in_row); });
+           [](PyReplay& self, const Ids& rows) { return lock_and_map_ids(self, rows, &Replay::id_in_row); });
 }
 
 }  // namespace covr

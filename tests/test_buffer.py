@@ -1,11 +1,14 @@
 """ReplayBuffer against an oracle that stores everything."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from buffer_oracle import Oracle, StackedEnv, Step
 
 from covr_fast import ReplayBuffer
+from covr_fast.buffer import storage
 
 
 class Driver:
@@ -559,12 +562,114 @@ def test_memory_is_about_one_frame_per_transition():
         ({"n_step": 0}, "n_step is 0"),
         ({"n_step": 11, "capacity": 10}, "n_step is 11"),
         ({"gamma": 1.5}, "gamma is 1.5"),
+        ({"seed": -1}, "seed is -1: it must lie in"),
+        ({"seed": 2**63}, "seed is 9223372036854775808"),
+        ({"extras": {"reward": ()}}, "extras has ['reward']: add() has arguments of that name"),
+        ({"extras": {"x": ((), torch.bfloat16)}}, "the dtype of extras['x'] is torch.bfloat16"),
+        ({"action_dtype": torch.bfloat16}, "action_dtype is torch.bfloat16"),
+        ({"obs_dtype": torch.bfloat16}, "obs_dtype of 'obs' is torch.bfloat16"),
+        ({"obs_shape": {"a": (9, 4, 4)}, "frame_stack": {"b": 3}}, "frame_stack names ['b']"),
+        ({"obs_shape": (4, 8, 8, 3), "frame_stack": 4}, "images have three dimensions"),
+        ({"obs_shape": {"a": (3,)}, "obs_dtype": {"b": torch.int8}}, "obs_dtype names ['b']"),
     ],
 )
 def test_constructor_errors(options, message):
     given = {"capacity": 10, "num_envs": 1, "obs_shape": (9, 4, 4), "action_shape": (1,)} | options
-    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+    with pytest.raises(ValueError, match=re.escape(message)):
         ReplayBuffer(given.pop("capacity"), **given)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"capacity": 1e3}, "capacity is 1000.0: it must be an integer"),
+        ({"obs_shape": 3}, "obs_shape of 'obs' is 3: it must be a tuple"),
+        ({"action_shape": 3}, "action_shape is 3: it must be a tuple"),
+        ({"extras": {"prior": 3}}, "extras['prior'] is 3: it must be a tuple"),
+    ],
+)
+def test_constructor_type_errors(options, message):
+    given = {"capacity": 10, "num_envs": 1, "obs_shape": (3,), "action_shape": (1,)} | options
+    with pytest.raises(TypeError, match=re.escape(message)):
+        ReplayBuffer(given.pop("capacity"), **given)
+
+
+class TestDtypesOfRows:
+    def rows(self, **changed):
+        zero, no = np.zeros((2, 3), np.float32), np.zeros(2, bool)
+        rows = {"obs": zero, "action": np.zeros(2), "reward": np.zeros(2), "next_obs": zero}
+        return rows | {"terminated": no, "truncated": no} | changed
+
+    def buffer(self, **options):
+        return ReplayBuffer(20, num_envs=2, obs_shape=(3,), action_shape=(), seed=0, **options)
+
+    @pytest.mark.parametrize("name", ["obs", "action", "reward", "next_obs"])
+    def test_bfloat16_as_autocast_gives_it(self, name):
+        rows = self.rows()
+        rows[name] = torch.full(rows[name].shape, 1.5, dtype=torch.bfloat16)
+        buffer = self.buffer()
+        assert (getattr(buffer.get(buffer.add(**rows)), name) == 1.5).all()
+
+    def test_bfloat16_priorities(self):
+        buffer = self.buffer(sampler="prioritized")
+        buffer.update_priorities(buffer.add(**self.rows()), torch.ones(2, dtype=torch.bfloat16))
+
+    def test_fractions_are_not_rounded_to_integers(self):
+        half = np.full((2, 3), 0.5, np.float32)
+        with pytest.raises(ValueError, match="action has dtype float64, the buffer stores int64"):
+            self.buffer(action_dtype=torch.int64).add(**self.rows(action=np.full(2, 0.5)))
+        with pytest.raises(ValueError, match="obs has dtype float32: it must be int64"):
+            self.buffer(obs_dtype=torch.int64).add(**self.rows(obs=half, next_obs=half))
+        buffer = self.buffer(extras={"tokens": ((), torch.int32)})
+        index = buffer.add(**self.rows(), tokens=[1, 2])
+        with pytest.raises(ValueError, match="tokens has dtype float64, the buffer stores int32"):
+            buffer.set_extras(index, tokens=[0.5, 0.5])
+
+    def test_a_mask_is_no_list_of_ids(self):
+        buffer, mask = self.buffer(), np.array([True, False])
+        with pytest.raises(ValueError, match=r"env_ids has dtype bool.*np\.flatnonzero"):
+            buffer.add(**self.rows(), env_ids=mask)
+        with pytest.raises(ValueError, match="env_ids has dtype bool"):
+            buffer.cut(mask)
+        index = buffer.add(**self.rows())
+        with pytest.raises(ValueError, match="index has dtype bool"):
+            buffer.get(torch.from_numpy(mask))
+        assert len(buffer.get(index[mask]).index) == 1
+        assert len(buffer.get([]).index) == 0
+
+    def test_extras_of_the_wrong_shape(self):
+        buffer = self.buffer(extras={"prior": (2,)})
+        index = buffer.add(**self.rows(), prior=np.zeros((2, 2)))
+        with pytest.raises(ValueError, match=r"prior has shape \(2, 3\): it must be \(2, 2\)"):
+            buffer.set_extras(index, prior=np.zeros((2, 3)))
+
+
+class TestRoom:
+    def test_the_representation_says_what_lies_where(self):
+        buffer = ReplayBuffer(1000, num_envs=1, obs_shape=(3, 64, 64), action_shape=(1,))
+        frames = buffer.state_dict()["tensors"]["frames.obs"]
+        frames_bytes = buffer._storage.tensors["frames.obs"].nbytes
+        assert frames.shape[1] == 0
+        text = f"frames {frames_bytes / 2**20:.1f} MiB on cpu, the rest "
+        assert text in repr(buffer)
+        assert f"{(buffer.nbytes - frames_bytes) / 2**20:.1f} MiB on cpu)" in repr(buffer)
+
+    def test_what_will_not_fit_is_a_warning_with_what_would(self, monkeypatch):
+        monkeypatch.setattr(storage, "_host_memory", lambda: (50 << 10, 100 << 10))
+        with pytest.warns(UserWarning, match=r"capacity=1000 .* free: lower the capacity to about \d+"):
+            ReplayBuffer(1000, num_envs=1, obs_shape=(3, 8, 8), action_shape=(1,))
+
+    def test_what_cannot_be_allocated_is_an_error_with_what_would(self):
+        with pytest.raises(MemoryError, match=r"the host has .* lower the capacity to about \d+"):
+            ReplayBuffer(10**10, num_envs=1, obs_shape=(3, 84, 84), action_shape=(1,))
+
+    def test_priorities_count_as_memory(self):
+        options = {"num_envs": 1, "obs_shape": (3,), "action_shape": (1,)}
+        plain, prioritized = (
+            ReplayBuffer(1000, **options),
+            ReplayBuffer(1000, sampler="prioritized", **options),
+        )
+        assert prioritized.nbytes >= plain.nbytes + 1000 * 4
 
 
 @pytest.mark.parametrize("what", ["reward", "action", "obs", "next_obs"])

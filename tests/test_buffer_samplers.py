@@ -126,3 +126,5 @@ def test_errors():
     for bad in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="finite and not negative"):
             buffer.update_priorities([0], [bad])
+    with pytest.raises(ValueError, match="too large"):
+        fill(5, sampler=Prioritized(alpha=1.0)).update_priorities([0, 2], [1.0, 1e39])

@@ -47,3 +47,46 @@ def test_rows_stay_whole_while_the_ring_turns():
     for thread in threads:
         thread.join()
     assert not errors
+
+
+def test_access_by_id_is_whole_while_the_ring_turns():
+    """What is read belongs to the ids asked for, and what is set goes to them, however fast they are lost."""
+    buffer = ReplayBuffer(8, num_envs=1, obs_shape=(1,), action_shape=(), seed=0, extras={"a": (), "b": ()})
+    stop, errors = threading.Event(), []
+
+    def add(step: int) -> None:
+        number, no = np.full(1, step, np.float32), np.zeros(1, bool)
+        buffer.add(number[None], number, number, number[None] + 1, no, no, a=number, b=number)
+
+    def watch() -> None:
+        try:
+            while not stop.is_set():
+                index = buffer.sample(4).index
+                try:
+                    assert torch.equal(buffer.actions(index), index.float())
+                    buffer.set_extras(index, a=-index.float(), b=-index.float())
+                    np.testing.assert_array_equal(buffer.windows(index, 1)[0][:, 0], index)
+                except IndexError:
+                    continue  # overwritten in the meantime, and said so
+        except BaseException as error:
+            errors.append(error)
+
+    def sample() -> None:
+        try:
+            while not stop.is_set():
+                batch = buffer.sample(8)
+                assert torch.equal(batch.extras["a"], batch.extras["b"])
+                assert torch.equal(batch.extras["a"].abs(), batch.index.float())
+        except BaseException as error:
+            errors.append(error)
+
+    add(0)
+    threads = [threading.Thread(target=run) for run in (watch, watch, sample)]
+    for thread in threads:
+        thread.start()
+    for step in range(1, 3000):
+        add(step)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not errors

@@ -1,5 +1,6 @@
 """The replay buffer."""
 
+import math
 import os
 import secrets
 import threading
@@ -20,9 +21,10 @@ from .device import DeviceGather, check_device
 from .form import Augment, Form
 from .prefetch import Prefetch
 from .samplers import Prioritized, PriorityTree, Recent, Sampler, Uniform, as_sampler
-from .spec import KeySpec, ShapeAndType, key_specs, numpy_dtype, shape_and_dtype
-from .storage import Storage
+from .spec import KeySpec, ShapeAndType, as_shape, key_specs, numpy_dtype, shape_and_dtype
+from .storage import Storage, size_text
 
+_ARGUMENTS_OF_ADD = {"obs", "action", "reward", "next_obs", "terminated", "truncated", "env_ids", "self"}
 _TERMINATED, _END = np.uint8(1), np.uint8(3)  # flags of csrc/replay.h; kEnd without kCut
 
 Rows = np.ndarray | Tensor | Sequence
@@ -56,7 +58,7 @@ class ReplayBuffer:
             offsets of a batch stay on the CPU.
         seed: of all sampling. None draws one.
         extras: further values per transition, name -> shape, or name -> (shape, dtype); float32 unless given.
-        obs_dtype: uint8 for images and float32 for the rest unless given.
+        obs_dtype: uint8 for images, which have three dimensions, and float32 for the rest unless given.
         action_dtype: dtype that actions are stored in.
         channels_last: images arrive as [H, W, C * stack] (a dict says it per key). They are sampled channels
             first all the same.
@@ -66,7 +68,7 @@ class ReplayBuffer:
         storage: "pinned", with device="cuda", keeps frames that are too many for the GPU in pinned host
             memory; the kernel that makes a batch reads them over the bus.
 
-    Adding and sampling may happen in different threads; each call is atomic.
+    Adding, sampling and access by id may happen in different threads; each call is atomic.
     """
 
     def __init__(
@@ -89,6 +91,9 @@ class ReplayBuffer:
         on_jump: Literal["error", "cut"] = "error",
         storage: Literal["device", "pinned"] = "device",
     ) -> None:
+        for name, value in (("capacity", capacity), ("num_envs", num_envs), ("n_step", n_step)):
+            if not isinstance(value, int | np.integer):
+                raise TypeError(f"{name} is {value!r}: it must be an integer")
         if num_envs < 1:
             raise ValueError(f"num_envs is {num_envs}: it must be at least 1")
         if capacity < num_envs:
@@ -102,9 +107,11 @@ class ReplayBuffer:
             raise ValueError(f"gamma is {gamma}: it must lie in [0, 1]")
         if on_jump not in ("error", "cut"):
             raise ValueError(f"on_jump is {on_jump!r}: it must be 'error' or 'cut'")
-        self.capacity = capacity
-        self.num_envs = num_envs
-        self.n_step = n_step
+        if seed is not None and not 0 <= seed < 2**63:
+            raise ValueError(f"seed is {seed}: it must lie in [0, 2**63)")
+        self.capacity = int(capacity)
+        self.num_envs = int(num_envs)
+        self.n_step = int(n_step)
         self.gamma = gamma
         self.sampler = as_sampler(sampler)
         self.beta = self.sampler.beta if isinstance(self.sampler, Prioritized) else 0.0
@@ -118,9 +125,16 @@ class ReplayBuffer:
         self._counting = threading.Lock()
         self._keys = key_specs(obs_shape, obs_dtype, frame_stack, channels_last)
         self._single = not isinstance(obs_shape, Mapping)
-        self._extras = {name: shape_and_dtype(spec) for name, spec in (extras or {}).items()}
-        self._columns = {"action": (tuple(action_shape), action_dtype), **self._extras}
-        self._numpy_types = {name: numpy_dtype(dtype) for name, (_, dtype) in self._columns.items()}
+        self._extras = {
+            name: shape_and_dtype(spec, f"extras[{name!r}]") for name, spec in (extras or {}).items()
+        }
+        if taken := self._extras.keys() & _ARGUMENTS_OF_ADD:
+            raise ValueError(f"extras has {sorted(taken)}: add() has arguments of that name, choose others")
+        self._columns = {"action": (as_shape(action_shape, "action_shape"), action_dtype), **self._extras}
+        self._numpy_types = {
+            name: numpy_dtype(dtype, "action_dtype" if name == "action" else f"the dtype of extras[{name!r}]")
+            for name, (_, dtype) in self._columns.items()
+        }
         self._pool = _C.OutputPool()
         self._forms: dict[tuple, Form] = {}
         pinned = storage == "pinned"
@@ -145,22 +159,16 @@ class ReplayBuffer:
     @property
     def nbytes(self) -> int:
         """Bytes allocated for storage, frames and bookkeeping together."""
-        return self._storage.nbytes
+        return self._storage.nbytes + (0 if self._priorities is None else self._priorities.nbytes)
 
     def __repr__(self) -> str:
+        frames = self._storage.frame_bytes
+        where = f"on {self.device}" if self._placement == "device" else f"pinned on cpu for {self.device}"
         shapes = ", ".join(f"{key.name} {key.shape} {str(key.dtype)[6:]} x{key.stack}" for key in self._keys)
         return (
             f"ReplayBuffer({len(self)}/{self.capacity} transitions of {self.num_envs} environments; "
             f"{shapes}; {type(self.sampler).__name__.lower()}, n_step={self.n_step}; "
-            f"{self.nbytes / 2**20:.1f} MiB, {self._where})"
-        )
-
-    @property
-    def _where(self) -> str:
-        return (
-            f"on {self.device}"
-            if self._placement == "device"
-            else f"frames pinned on the host for {self.device}"
+            f"frames {size_text(frames)} {where}, the rest {size_text(self.nbytes - frames)} on cpu)"
         )
 
     # ---- adding ----
@@ -201,14 +209,14 @@ class ReplayBuffer:
         rows = (
             self._observation_rows(obs, "obs"),
             self._observation_rows(next_obs, "next_obs"),
-            _finite(_rows(reward, np.float32), "reward"),
+            _finite(_rows(reward, np.float32, "reward"), "reward"),
             _flags(terminated, "terminated"),
             _flags(truncated, "truncated"),
             [
-                _finite(_rows(action, self._numpy_types["action"]), "action"),
-                *(_rows(extras[name], self._numpy_types[name]) for name in self._extras),
+                _finite(_rows(action, self._numpy_types["action"], "action"), "action"),
+                *(_rows(extras[name], self._numpy_types[name], name) for name in self._extras),
             ],
-            None if env_ids is None else _rows(env_ids, np.int64),
+            None if env_ids is None else _integers(env_ids, "env_ids"),
             self.num_envs,
         )
         with self._lock:
@@ -235,7 +243,7 @@ class ReplayBuffer:
         Their next row begins a new segment. The last one ends as a truncated episode would: n-step returns
         stop there and bootstrap.
         """
-        self._core.cut(None if env_ids is None else _rows(env_ids, np.int64), self.num_envs)
+        self._core.cut(None if env_ids is None else _integers(env_ids, "env_ids"), self.num_envs)
 
     # ---- sampling ----
 
@@ -345,7 +353,7 @@ class ReplayBuffer:
         skipped."""
         if self._priorities is None:
             raise ValueError('update_priorities() needs sampler="prioritized"')
-        self._core.set_priorities(_index(index).numpy(), _rows(priority, np.float64).reshape(-1))
+        self._core.set_priorities(_index(index).numpy(), _rows(priority, np.float64, "priority").reshape(-1))
 
     def _form(
         self, augment: Augment | None, pad: int, dtype: torch.dtype, memory_format: torch.memory_format
@@ -443,8 +451,8 @@ class ReplayBuffer:
     def frames(self, index: Rows) -> Observation:
         """The newest single frames, [n, C, H, W] in the stored dtype, of these transitions."""
         out = []
-        with self._lock:
-            rows = self._held_rows(index)
+        with self._lock, self._core.reading() as held:
+            rows = _held_rows(held, index)
             if self._gpu:
                 self._gpu.begin_read()
             for key in self._keys:
@@ -457,30 +465,39 @@ class ReplayBuffer:
 
     def actions(self, index: Rows) -> Tensor:
         """The actions [n, *action_shape] of these transitions."""
-        return self._storage.tensors["column.action"][self._held_rows(index)]
+        with self._core.reading() as held:
+            return self._storage.tensors["column.action"][_held_rows(held, index)]
 
     def extras(self, index: Rows) -> dict[str, Tensor]:
         """The extras, each [n, *shape], of these transitions."""
-        rows = self._held_rows(index)
-        return {name: self._storage.tensors[f"column.{name}"][rows] for name in self._extras}
+        with self._core.reading() as held:
+            rows = _held_rows(held, index)
+            return {name: self._storage.tensors[f"column.{name}"][rows] for name in self._extras}
 
     def set_extras(self, index: Rows, **values: Rows) -> None:
         """Overwrites extras of these transitions, e.g. with a prior that arrives after its step."""
         if unknown := values.keys() - self._extras.keys():
             raise ValueError(f"set_extras() got {sorted(unknown)}, declared are {sorted(self._extras)}")
-        rows = self._held_rows(index)
-        for name, value in values.items():
-            column = self._storage.tensors[f"column.{name}"]
-            new = torch.as_tensor(value, dtype=column.dtype, device=column.device)
-            column[rows] = new.reshape(len(rows), *column.shape[1:])
+        ids = _index(index)
+        new = {
+            name: _shaped(
+                _rows(value, self._numpy_types[name], name), (len(ids), *self._extras[name][0]), name
+            )
+            for name, value in values.items()
+        }
+        with self._core.writing() as held:
+            rows = _held_rows(held, ids).numpy()
+            for name, value in new.items():
+                self._storage.tensors[f"column.{name}"].numpy()[rows] = value
 
     def set_terminated(self, index: Rows, terminated: Rows) -> None:
         """Corrects afterwards which of these transitions [n] ended their episode: True terminates those that
         did not end, False takes back any end. What follows in the stream stays as it was added."""
-        rows = self._held_rows(index).numpy()
-        flags = self._storage.tensors["flags"].numpy()
-        ended, end = flags[rows] & _END, np.asarray(terminated, bool)
-        flags[rows] = np.where(end, np.where(ended, ended, _TERMINATED), 0) | flags[rows] & ~_END
+        flags, end = self._storage.tensors["flags"].numpy(), np.asarray(terminated, bool)
+        with self._core.writing() as held:
+            rows = _held_rows(held, index).numpy()
+            ended = flags[rows] & _END
+            flags[rows] = np.where(end, np.where(ended, ended, _TERMINATED), 0) | flags[rows] & ~_END
 
     def contains(self, index: Rows) -> Tensor:
         """bool [n]: which of these transitions are still held."""
@@ -489,19 +506,20 @@ class ReplayBuffer:
     def windows(self, index: Rows, n: int) -> tuple[np.ndarray, np.ndarray]:
         """(reward float32 [B, n], alive bool [B, n]): the n steps from each transition on, and which of them
         belong to its episode and were added already. Rewards of those that do not are zero."""
-        first = self._held_rows(index)
         ids = _index(index).numpy()
         stream, t = ids % self.num_envs, ids // self.num_envs
         reward = np.zeros((len(ids), n), np.float32)
         alive = np.zeros((len(ids), n), bool)
-        still = np.ones(len(first), bool)
-        count = self._storage.tensors["count"].numpy()[stream]
-        for k in range(n):
-            still = still & (t + k < count)
-            rows = stream * self._storage.rows_per_stream + (t + k) % self._storage.limits[stream]
-            alive[:, k] = still
-            reward[:, k] = np.where(still, self._storage.tensors["reward"].numpy()[rows], 0)
-            still = still & (self._storage.tensors["flags"].numpy()[rows] == 0)
+        still = np.ones(len(ids), bool)
+        with self._core.reading() as held:
+            _held_rows(held, ids)
+            count = self._storage.tensors["count"].numpy()[stream]
+            for k in range(n):
+                still = still & (t + k < count)
+                rows = stream * self._storage.rows_per_stream + (t + k) % self._storage.limits[stream]
+                alive[:, k] = still
+                reward[:, k] = np.where(still, self._storage.tensors["reward"].numpy()[rows], 0)
+                still = still & (self._storage.tensors["flags"].numpy()[rows] == 0)
         return reward, alive
 
     # ---- saving ----
@@ -543,7 +561,7 @@ class ReplayBuffer:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes everything, with checksums. `path` appears, or is replaced, once the file is complete."""
-        with self._core.reading():
+        with self._lock, self._core.reading():
             state = self.state_dict()
             io.write(path, state["config"], state["tensors"])
 
@@ -628,13 +646,10 @@ class ReplayBuffer:
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.state_dict()
-        return {
-            **state,
-            "tensors": {name: tensor.clone() for name, tensor in state["tensors"].items()},
-            "device": str(self.device),
-            "storage": self._placement,
-        }
+        with self._lock, self._core.reading():
+            state = self.state_dict()
+            tensors = {name: tensor.clone() for name, tensor in state["tensors"].items()}
+        return {**state, "tensors": tensors, "device": str(self.device), "storage": self._placement}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(self._from_config(state["config"], state["device"], state["storage"]).__dict__)
@@ -660,41 +675,70 @@ class ReplayBuffer:
             "time": self._storage.tensors["time"].numpy()[rows],
         }
 
-    def _held_rows(self, index: Rows) -> Tensor:
-        ids = _index(index)
-        rows = torch.from_numpy(self._core.rows(ids.numpy()))
-        if (rows < 0).any():
-            gone = ids[rows < 0]
-            raise IndexError(
-                f"{len(gone)} of {len(ids)} transitions, first {int(gone[0])}, are not in the buffer: they "
-                "were overwritten or never added (contains() tells which are held)"
-            )
-        return rows
+
+def _held_rows(held: Any, index: Rows) -> Tensor:
+    """The rows of these ids while the lock is `held`, as `reading()` and `writing()` of the core do."""
+    ids = _index(index)
+    rows = torch.from_numpy(held.rows(ids.numpy()))
+    if (rows < 0).any():
+        gone = ids[rows < 0]
+        raise IndexError(
+            f"{len(gone)} of {len(ids)} transitions, first {int(gone[0])}, are not in the buffer: they "
+            "were overwritten or never added (contains() tells which are held)"
+        )
+    return rows
 
 
-def _rows(value: Rows, dtype: Any) -> np.ndarray:
-    """As a contiguous numpy array of that dtype, without a copy where it already is one."""
+def _array(value: Rows) -> np.ndarray:
     if isinstance(value, Tensor):
-        value = value.detach().cpu().numpy()
-    return np.asarray(value, dtype, order="C")
+        value = value.detach().cpu()
+        # numpy has no bfloat16, as networks under autocast give it; float32 holds all of its values.
+        return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+    return np.asarray(value)
+
+
+def _rows(value: Rows, dtype: Any, what: str) -> np.ndarray:
+    """As a contiguous numpy array of that dtype, without a copy where it already is one."""
+    array = _array(value)
+    if array.dtype.kind == "f" and np.dtype(dtype).kind != "f":
+        raise ValueError(
+            f"{what} has dtype {array.dtype}, the buffer stores {np.dtype(dtype)}: cast it first"
+        )
+    return np.asarray(array, dtype, order="C")
+
+
+def _integers(value: Rows, what: str) -> np.ndarray:
+    """int64 [n]. A mask would pass for the numbers 0 and 1."""
+    array = _array(value)
+    if array.dtype.kind not in "iu" and array.size:
+        raise ValueError(
+            f"{what} has dtype {array.dtype}: it must be integers; of a mask take np.flatnonzero"
+        )
+    return np.asarray(array, np.int64, order="C")
+
+
+def _shaped(array: np.ndarray, shape: tuple[int, ...], what: str) -> np.ndarray:
+    if array.size != math.prod(shape):
+        raise ValueError(f"{what} has shape {array.shape}: it must be {shape}")
+    return array.reshape(shape)
 
 
 def _flags(value: Rows, what: str) -> np.ndarray:
-    array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    array = _array(value)
     if array.dtype != np.bool_:
         raise ValueError(f"{what} has dtype {array.dtype}: it must be bool")
     return array
 
 
 def _checked_rows(value: Rows, key: KeySpec, what: str) -> np.ndarray:
-    array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    array = _array(value)
     if array.shape[1:] != key.shape:
         raise ValueError(
             f"{what} has shape {array.shape}: it must be [rows, {', '.join(map(str, key.shape))}]"
         )
     expected = key.numpy_dtype
     if array.dtype != expected:
-        if key.dtype == torch.uint8 or array.dtype.kind not in "fiub":
+        if key.dtype == torch.uint8 or not np.can_cast(array.dtype, expected, "same_kind"):
             raise ValueError(f"{what} has dtype {array.dtype}: it must be {expected} (see obs_dtype)")
         array = array.astype(expected)
     _finite(array, what)
@@ -710,7 +754,7 @@ def _finite(array: np.ndarray, what: str) -> np.ndarray:
 
 
 def _index(index: Rows) -> Tensor:
-    return torch.as_tensor(index, dtype=torch.int64, device="cpu").reshape(-1).contiguous()
+    return torch.from_numpy(_integers(index, "index").reshape(-1))
 
 
 def _name(dtype: torch.dtype) -> str:

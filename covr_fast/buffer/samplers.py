@@ -76,6 +76,10 @@ class PriorityTree:
         memory = (self._leaves, self._sums, self._largest, self._bounds)
         core.prioritize(*(tensor.data_ptr() for tensor in memory), rows, alpha)
 
+    @property
+    def nbytes(self) -> int:
+        return self._leaves.nbytes + self._sums.nbytes
+
     def state_dict(self) -> dict[str, Tensor]:
         return {"priorities": self._leaves, "largest": self._largest, "bounds": self._bounds}
 

@@ -26,7 +26,7 @@ class KeySpec:
 
     @cached_property
     def numpy_dtype(self) -> np.dtype:
-        return numpy_dtype(self.dtype)
+        return numpy_dtype(self.dtype, f"obs_dtype of {self.name!r}")
 
     @property
     def is_image(self) -> bool:
@@ -55,13 +55,21 @@ def key_spec(
     name: str, shape: Sequence[int], dtype: torch.dtype | None, stack: int, channels_last: bool
 ) -> KeySpec:
     """Splits a stacked shape into frames; says how to fix one that cannot be split."""
-    shape = tuple(int(n) for n in shape)
+    shape = as_shape(shape, f"obs_shape of {name!r}")
     if any(n < 1 for n in shape):
         raise ValueError(f"obs_shape of {name!r} is {shape}: every size must be at least 1")
     if not 1 <= stack <= 64:
         raise ValueError(f"frame_stack is {stack}: it must lie between 1 and 64")
+    if dtype is None and len(shape) > 3:
+        # gymnasium's FrameStackObservation gives [stack, H, W, C]: taken for floats, it would fill four times
+        # the memory.
+        raise ValueError(
+            f"obs_shape of {name!r} is {shape}: images have three dimensions, frames stacked along the "
+            "channels as by np.concatenate; to store something else as it is, give its obs_dtype"
+        )
     if dtype is None:
         dtype = torch.uint8 if len(shape) == 3 else torch.float32
+    numpy_dtype(dtype, f"obs_dtype of {name!r}")
     channels_last = channels_last and len(shape) == 3
     stacked = shape[-1 if channels_last else 0] if shape else 1
     if stacked % stack:
@@ -98,6 +106,13 @@ def key_specs(
         return [key_spec("obs", obs_shape, obs_dtype, frame_stack, channels_last)]
     if not obs_shape:
         raise ValueError("obs_shape is an empty dict: a buffer needs at least one observation key")
+    for option, given in (
+        ("obs_dtype", obs_dtype),
+        ("frame_stack", frame_stack),
+        ("channels_last", channels_last),
+    ):
+        if isinstance(given, Mapping) and (unknown := given.keys() - obs_shape.keys()):
+            raise ValueError(f"{option} names {sorted(unknown)}, obs_shape has the keys {sorted(obs_shape)}")
     specs = []
     for name, shape in obs_shape.items():
         dtype = obs_dtype.get(name) if isinstance(obs_dtype, Mapping) else obs_dtype
@@ -110,13 +125,23 @@ def key_specs(
     return specs
 
 
-def shape_and_dtype(spec: ShapeAndType, default: torch.dtype = torch.float32) -> tuple[Shape, torch.dtype]:
-    """`(2,)` is a shape, `((2,), torch.int64)` a shape with its dtype."""
-    if len(spec) == 2 and isinstance(spec[1], torch.dtype):
+def as_shape(sizes: Sequence[int], what: str) -> Shape:
+    try:
+        return tuple(int(n) for n in sizes)
+    except TypeError:
+        raise TypeError(f"{what} is {sizes!r}: it must be a tuple of integers, such as (3,) or ()") from None
+
+
+def shape_and_dtype(spec: ShapeAndType, what: str) -> tuple[Shape, torch.dtype]:
+    """`(2,)` is a shape, `((2,), torch.int64)` a shape with its dtype; float32 unless given."""
+    if isinstance(spec, Sequence) and len(spec) == 2 and isinstance(spec[1], torch.dtype):
         shape, dtype = spec
-        return tuple(shape), dtype
-    return tuple(spec), default
+        return as_shape(shape, what), dtype
+    return as_shape(spec, what), torch.float32
 
 
-def numpy_dtype(dtype: torch.dtype) -> np.dtype:
-    return torch.empty(0, dtype=dtype).numpy().dtype
+def numpy_dtype(dtype: torch.dtype, what: str) -> np.dtype:
+    try:
+        return torch.empty(0, dtype=dtype).numpy().dtype
+    except TypeError:
+        raise ValueError(f"{what} is {dtype}, which numpy lacks: store it as torch.float32") from None

@@ -1,5 +1,8 @@
 """The buffer's memory: every tensor it owns, by name, and the C++ object that works on their addresses."""
 
+import math
+import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +39,9 @@ class Storage:
         self.rows = num_envs * self.rows_per_stream
         self.limits = capacity // num_envs + (np.arange(num_envs) < capacity % num_envs).astype(np.int64)
         self.n_step = n_step
+        shapes = [_ring_shape(key, num_envs, self.rows_per_stream) for key in keys]
+        rings = _frame_rings(keys, shapes, capacity, device, pinned)
+        self.frame_bytes = sum(ring.nbytes for ring in rings)
         self.tensors: dict[str, Tensor] = {
             name: torch.zeros(num_envs, dtype=torch.int64) for name in ("count", "first", "ended")
         }
@@ -45,8 +51,7 @@ class Storage:
         for name, (shape, dtype) in columns.items():
             self.tensors[f"column.{name}"] = torch.zeros(self.rows, *shape, dtype=dtype)
         self._recent: dict[str, Tensor] = {}  # the latest frames again, where the CPU can compare with them
-        for key in keys:
-            frames = _frame_ring(key, num_envs, self.rows_per_stream, device, pinned)
+        for key, frames in zip(keys, rings, strict=True):
             self.tensors[f"frames.{key.name}"] = frames
             if frames.is_cuda:
                 shape = (num_envs, key.stack + 1, *key.frame_shape)
@@ -93,12 +98,17 @@ class Storage:
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        return sum(tensor.nbytes for tensor in (*self.tensors.values(), *self._recent.values()))
 
     def bounds(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(first, ended, count) per stream."""
         first, ended, count = (self.tensors[name].numpy().copy() for name in ("first", "ended", "count"))
         return first, ended, count
+
+    def start_at(self, t: np.ndarray) -> None:
+        """Of an empty buffer: the first transition of stream e, int64 [num_envs], will be number t[e]."""
+        for name in ("count", "first", "ended"):
+            self.tensors[name].copy_(torch.from_numpy(t))
 
     def restore_recent(self) -> None:
         """After the frames were loaded: copies the latest of every stream back to where the CPU compares."""
@@ -117,28 +127,66 @@ class Storage:
         return used
 
 
-def check_room(nbytes: int, device: torch.device) -> None:
-    """Says what would fit, before the allocation fails."""
-    if device.type != "cuda":
-        return
-    free, total = torch.cuda.mem_get_info(device)
-    if nbytes > free:
-        raise MemoryError(
-            f"the frames take {nbytes / 2**30:.1f} GiB, {device} has {free / 2**30:.1f} of "
-            f"{total / 2**30:.1f} GiB free: lower the capacity, or keep them in host memory with "
-            "storage='pinned'"
-        )
+def size_text(nbytes: float) -> str:
+    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"
 
 
-def _frame_ring(
-    key: KeySpec, num_envs: int, rows_per_stream: int, device: torch.device, pinned: bool
-) -> Tensor:
+def shortage(nbytes: int, capacity: int, device: torch.device, pinned: bool) -> str | None:
+    """What would fit where the frames of `capacity` transitions, nbytes in all, do not; None if they do."""
+    on_gpu = device.type == "cuda" and not pinned
+    memory = torch.cuda.mem_get_info(device) if on_gpu else _host_memory()
+    if memory is None or nbytes <= memory[0]:
+        return None
+    free, total = memory
+    where = device if on_gpu else "the host"
+    remedy = ", or keep frames in host memory with storage='pinned'" if on_gpu else ""
+    return (
+        f"the frames of capacity={capacity} transitions take {size_text(nbytes)}, {where} has "
+        f"{size_text(free)} of {size_text(total)} free: lower the capacity to about "
+        f"{int(capacity * free / nbytes)}{remedy}"
+    )
+
+
+def _host_memory() -> tuple[int, int] | None:
+    """(free, total) bytes; None where there is no /proc."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    kilobytes = {name: int(rest.split()[0]) for name, rest in (line.split(":") for line in lines)}
+    return kilobytes["MemAvailable"] << 10, kilobytes["MemTotal"] << 10
+
+
+def _ring_shape(key: KeySpec, num_envs: int, rows_per_stream: int) -> Shape:
     """An episode of n transitions has n + 1 frames: room for the extra ones of episodes from 32 steps on, and
     of any where 64 KiB per stream suffice; and the stack that the oldest transition needs."""
     spare = max(-(-rows_per_stream // 32), (64 << 10) // key.frame_bytes)
     slots = rows_per_stream + min(rows_per_stream, spare) + key.stack + 1
-    shape = (num_envs, slots, *key.frame_shape)
-    if pinned:
-        return torch.empty(shape, dtype=key.dtype, pin_memory=True)
-    check_room(num_envs * slots * key.frame_bytes, device)
-    return torch.empty(shape, dtype=key.dtype, device=device)
+    return (num_envs, slots, *key.frame_shape)
+
+
+def _frame_rings(
+    keys: list[KeySpec],
+    shapes: list[Shape],
+    capacity: int,
+    device: torch.device,
+    pinned: bool,
+) -> list[Tensor]:
+    """Raises MemoryError where the frames cannot fit. The host's memory is taken as it is used, so a buffer
+    that may never be full only warns."""
+    nbytes = sum(math.prod(shape) * key.dtype.itemsize for key, shape in zip(keys, shapes, strict=True))
+    short = shortage(nbytes, capacity, device, pinned)
+    if short and device.type == "cuda":
+        raise MemoryError(short)
+    try:
+        rings = [
+            torch.empty(shape, dtype=key.dtype, device="cpu" if pinned else device, pin_memory=pinned)
+            for key, shape in zip(keys, shapes, strict=True)
+        ]
+    except RuntimeError as error:
+        if short is None:
+            raise
+        raise MemoryError(short) from error
+    if short:
+        warnings.warn(short, stacklevel=4)
+    return rings

@@ -13,11 +13,11 @@ from stable_baselines3.common.type_aliases import DictReplayBufferSamples, Repla
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor
 
+from covr_fast import _C
 from covr_fast.buffer import Batch, ReplayBuffer
 from covr_fast.buffer.batch import Observation
 
 Infos = Sequence[Mapping[str, Any]] | Mapping[str, Any]
-_CONFIDENT = 1000  # transitions that are compared byte by byte before a recognised frame stack is believed
 
 
 class FastReplayBuffer(SB3ReplayBuffer):
@@ -63,6 +63,7 @@ class FastReplayBuffer(SB3ReplayBuffer):
         )
         self._single = not isinstance(self.obs_shape, dict)
         self._dtypes = {name: _torch_dtype(self._space(name).dtype) for name in self._shapes}
+        self._action_dtype = self._maybe_cast_dtype(action_space.dtype)
         self._frame_stack = frame_stack
         self._stacks: dict[str, _Stack] = {}
         self._buffer: ReplayBuffer | None = None
@@ -94,7 +95,7 @@ class FastReplayBuffer(SB3ReplayBuffer):
             timeouts = _timeouts(infos, self.n_envs)
         rows = (
             self._rows(obs),
-            np.asarray(action).reshape(self.n_envs, self.action_dim),
+            np.asarray(action, self._action_dtype).reshape(self.n_envs, self.action_dim),
             np.asarray(reward, np.float32).reshape(self.n_envs),
             self._rows(next_obs),
             np.asarray(done).astype(bool).reshape(self.n_envs) & ~timeouts,
@@ -107,10 +108,9 @@ class FastReplayBuffer(SB3ReplayBuffer):
             self._buffer = self._build()
         while True:
             try:
-                self._buffer._core.thorough = self._frame_stack == "auto" and len(self._buffer) < _CONFIDENT
                 self._buffer.add(*rows)
                 break
-            except ValueError:
+            except _C.FrameStackError:
                 coarser = {name: stack.coarser() for name, stack in self._stacks.items()}
                 if self._frame_stack != "auto" or coarser == self._stacks:
                     raise
@@ -123,14 +123,15 @@ class FastReplayBuffer(SB3ReplayBuffer):
 
     def _rebuild(self) -> None:
         old = self.buffer
+        first, _, count = old.stream_bounds()
         while True:
             self._buffer = self._build()
-            first, _, count = old.stream_bounds()
+            self._buffer._storage.start_at(first)  # or positions would change their transitions
             try:
                 for t in range(int(first.min()), int(count.max())):
                     self._copy_step(old, t)
                 return
-            except ValueError:
+            except _C.FrameStackError:
                 self._stacks = {name: stack.coarser() for name, stack in self._stacks.items()}
 
     def _copy_step(self, old: ReplayBuffer, t: int) -> None:
@@ -154,8 +155,9 @@ class FastReplayBuffer(SB3ReplayBuffer):
 
     def _rows(self, obs: np.ndarray | dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         given = {"obs": obs} if self._single else obs
-        return {
-            name: np.asarray(given[name]).reshape(self.n_envs, *shape) for name, shape in self._shapes.items()
+        return {  # cast to the space's dtype, as SB3 does where environments do not keep to it
+            name: np.asarray(given[name], self._space(name).dtype).reshape(self.n_envs, *shape)
+            for name, shape in self._shapes.items()
         }
 
     # ---- frame stacks ----
@@ -184,7 +186,7 @@ class FastReplayBuffer(SB3ReplayBuffer):
             obs_shape=self._shapes,
             obs_dtype=self._dtypes,
             action_shape=(self.action_dim,),
-            action_dtype=_torch_dtype(self._maybe_cast_dtype(self.action_space.dtype)),
+            action_dtype=_torch_dtype(self._action_dtype),
             frame_stack={name: stack.frames for name, stack in self._stacks.items()},
             channels_last={name: stack.channels_last for name, stack in self._stacks.items()},
             on_jump="cut",  # learn() resets the environments without telling the buffer

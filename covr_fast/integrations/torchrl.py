@@ -21,9 +21,9 @@ class FastReplayBuffer:
     """The part of TensorDictReplayBuffer that training uses, with every frame stored once.
 
     What `extend` gets comes back from `sample`: observations (stacked ones cost one frame each), actions, and
-    ("next", ...) with reward, done, terminated and truncated; every other root entry is stored as it is,
-    other ("next", ...) entries are dropped. "index" and, with a prioritized sampler, "priority_weight" are
-    added, with n_step > 1 also "steps_to_next_obs", which TorchRL's losses understand.
+    ("next", ...) with reward, done, terminated and truncated; every other root entry that the first `extend`
+    has is stored as it is, other ("next", ...) entries are dropped. "index" and, with a prioritized sampler,
+    "priority_weight" are added, with n_step > 1 also "steps_to_next_obs", which TorchRL's losses understand.
 
     A tensordict may be [environments, time], as collectors give it, or flat. In a flat one, rows belong
     together that have the same ("collector", "traj_ids"); without those, num_envs rows are one step of every
@@ -96,7 +96,7 @@ class FastReplayBuffer:
         streams = self._streams(tensordict, flat, done)
         if self._buffer is None:
             self._buffer = self._build(flat)
-        columns = {"/".join(key): flat[key].numpy() for key in self._extras}
+        columns = {_column(key): flat[key].numpy() for key in self._extras}
         terminated = _flag(flat, _TERMINATED, done)
         rows: dict[str, Any] = {
             "obs": {key: flat[key].numpy() for key in self._obs_keys},
@@ -136,7 +136,7 @@ class FastReplayBuffer:
             obs_dtype={key: flat[key].dtype for key in self._obs_keys},
             action_shape=flat["action"].shape[1:],
             action_dtype=flat["action"].dtype,
-            extras={"/".join(key): (tuple(flat[key].shape[1:]), flat[key].dtype) for key in self._extras},
+            extras={_column(key): (tuple(flat[key].shape[1:]), flat[key].dtype) for key in self._extras},
             on_jump="cut",
         )
 
@@ -193,7 +193,7 @@ class FastReplayBuffer:
             entries[key] = batch.obs[key]  # type: ignore[index]
             entries["next", key] = batch.next_obs[key]  # type: ignore[index]
         for path in self._extras:
-            entries[path] = batch.extras["/".join(path)]
+            entries[path] = batch.extras[_column(path)]
         if isinstance(self.buffer.sampler, Prioritized):
             entries["priority_weight"] = batch.weight
         if self.buffer.n_step > 1:
@@ -235,6 +235,11 @@ class FastReplayBuffer:
 
 
 _ADDED = {"index", "priority_weight", "steps_to_next_obs", "done", "terminated", "truncated"}
+
+
+def _column(key: Key) -> str:
+    """The buffer's name for a root entry; with the slash no argument of `ReplayBuffer.add` has it."""
+    return "/" + "/".join(key)
 
 
 def _flag(flat: TensorDictBase, key: Key, default: np.ndarray) -> np.ndarray:

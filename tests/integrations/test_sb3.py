@@ -1,5 +1,7 @@
 """The Stable-Baselines3 drop-in: the same rows as SB3's own buffers, and real agents."""
 
+import itertools
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -133,6 +135,44 @@ def test_a_still_picture_does_not_decide_the_stack():
             buffer.add(stacks[i], stacks[i + 1], np.zeros((1, 1)), np.array([i]), np.array([i == 6]), [{}])
     assert ours._stacks["obs"].frames == 4
     assert_same(theirs._get_samples(np.arange(29)), ours._get_samples(np.arange(29)))
+
+
+def test_a_picture_that_stood_still_until_the_ring_was_full():
+    """The guess is mended late, and every position still holds the transition that SB3 has there."""
+    space, action = spaces.Box(0, 255, (12, 16, 16), np.uint8), spaces.Box(-1, 1, (1,))
+    theirs, ours = (cls(20, space, action, "cpu", 1) for cls in (SB3ReplayBuffer, FastReplayBuffer))
+    rng = np.random.default_rng(0)
+    moving = rng.integers(0, 256, (25, 3, 16, 16), dtype=np.uint8)
+    frames = [*[np.full((3, 16, 16), 7, np.uint8)] * 34, *moving]
+    stacks = [np.concatenate(frames[i : i + 4])[None] for i in range(len(frames) - 3)]
+    no = np.zeros(1, bool)
+    for i, (obs, next_obs) in enumerate(itertools.pairwise(stacks)):
+        for buffer in (theirs, ours):
+            buffer.add(obs, next_obs, np.zeros((1, 1)), np.array([i]), no, [{}])
+        if i >= 20:
+            assert_same(theirs._get_samples(np.arange(20)), ours._get_samples(np.arange(20)))
+    assert ours._stacks["obs"].frames == 4
+
+
+def test_a_row_that_is_refused_says_nothing_about_the_stack():
+    env = vec_env(2, 3)
+    buffer = FastReplayBuffer(100, env.observation_space, env.action_space, "cpu", 2)
+    rollout(env, [buffer], 10)
+    obs, no = env.reset(), np.zeros(2, bool)
+    with pytest.raises(ValueError, match="reward is NaN"):
+        buffer.add(obs, obs, np.zeros((2, 2)), np.array([np.nan, 0.0]), no, [{}, {}])
+    assert buffer._stacks["obs"].frames == 3
+
+
+def test_environments_that_do_not_keep_to_their_dtypes():
+    space, action = spaces.Box(0, 255, (3, 8, 8), np.uint8), spaces.Discrete(4)
+    theirs, ours = (cls(20, space, action, "cpu", 2) for cls in (SB3ReplayBuffer, FastReplayBuffer))
+    obs, next_obs = np.random.default_rng(0).integers(0, 256, (2, 2, 3, 8, 8))
+    for buffer in (theirs, ours):
+        buffer.add(obs, next_obs, np.array([1.0, 3.0]), np.zeros(2), np.zeros(2, bool), [{}, {}])
+    np.testing.assert_array_equal(ours.observations[0], theirs.observations[0])
+    np.testing.assert_array_equal(ours.next_observations[0], theirs.next_observations[0])
+    np.testing.assert_array_equal(ours.actions[0], theirs.actions[0])
 
 
 def test_observations_that_are_no_stack():

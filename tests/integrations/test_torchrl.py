@@ -135,3 +135,15 @@ def test_errors():
     buffer.batch_size = None
     with pytest.raises(ValueError, match="batch_size is needed"):
         buffer.sample()
+
+
+@pytest.mark.parametrize("name", ["obs", "reward", "env_ids"])
+def test_root_entries_may_have_any_name(name):
+    envs, buffer = make()
+    batch = collect(envs, 5)
+    batch[name] = torch.randn(3, 5, 2)
+    index = buffer.extend(batch)
+    stored = dict(zip(index.tolist(), batch[name].reshape(-1, 2), strict=True))
+    sample = buffer.sample()
+    for i, value in zip(sample["index"].tolist(), sample[name], strict=True):
+        assert torch.equal(value, stored[i])
