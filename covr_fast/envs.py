@@ -46,7 +46,8 @@ class EnvConfig:
     max_episode_steps: int = 1000
     """Simulator frames after which an episode is truncated."""
     seed: int = 0
-    """Seed of the first environment; the others count on from it. Training adds 10,000 per run seed."""
+    """Seed of the first environment; the others count on from it. Training adds 10,000 per run seed,
+    and leaps over the seeds of evaluations."""
 
     @property
     def channels(self) -> int:

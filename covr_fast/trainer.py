@@ -29,6 +29,7 @@ from .labeller import PriorLabeller
 from .logger import MeanMetrics, RunLogger
 from .report import plot_curves
 from .schedule import FineTuneSchedule
+from .seeds import training_seed
 from .view import agent_obs_shape, agent_view, newest_frame, vlm_view
 from .vlm import ActionPrior, VLMTuner
 
@@ -87,8 +88,7 @@ class Trainer:
         torch.set_num_threads(self.threads)
         saved = load_checkpoint(self.out) if resume else None
         self.step = saved.counters["step"] if saved else 0
-        # A resumed run goes on with new episodes, so it must not repeat the ones it began with.
-        env_seed = config.env.seed + 10_000 * config.seed + self.step
+        env_seed = training_seed(config.env.seed, config.seed, self.step, config.env.num_envs)
         self.envs: PixelEnvs = make_env(replace(config.env, seed=env_seed))
         (action_dim,) = self.envs.action_shape
         with as_user_error():

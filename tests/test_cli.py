@@ -141,3 +141,4 @@ def test_importing_the_package_is_light():
         "heavy = {'transformers', 'envpool', 'peft', 'gymnasium'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+        (["train", "carracing", "--seed", "-1", "--out", "OUT"], "seed=-1 must be at least 0"),

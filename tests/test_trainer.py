@@ -200,6 +200,8 @@ def test_held_priors_cover_the_steps_between_and_end_with_the_episode(tmp_path):
         ({"replay__gamma": 1.5}, "replay.gamma=1.5"),
         ({"replay__pad": 24}, "replay.pad=24 crops away all"),
         ({"steps": 0}, "steps=0 must be at least 1"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
+        ({"vlm__decimals": 0}, "vlm.decimals=0 must be at least 1"),
         ({"vlm__temperature": -1.0}, "vlm.temperature=-1.0 must not be negative"),
         ({"agent__lr": -1.0}, "Invalid learning rate: -1.0"),
         ({"warmup": 8, "replay__batch_size": 8}, "warmup=8 steps over env.num_envs=4"),
