@@ -384,6 +384,11 @@ class Trainer:
 
     def _end_round(self, begun: _Round, *, wait: bool) -> None:
         """Publishes and logs the round if it is done, or once it is with `wait`."""
+            if overwritten := self.finished.overwritten:
+                self.log.say(
+                    f"round {self.schedule.rounds + 1}: {overwritten} steps were overwritten in the replay "
+                    f"buffer before D_f was read: raise replay.capacity={self.config.replay.capacity}"
+                )
         with self.clock("fine-tuning"):
             if self.tuner.running and not wait:
                 return
