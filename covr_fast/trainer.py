@@ -26,7 +26,7 @@ from .envs import PixelEnvs, Rows, action_labels, make_env
 from .errors import UserError, as_user_error
 from .evaluate import Evaluation, Policy, actor_policy, evaluate, random_policy, vlm_policy
 from .labeller import PriorLabeller
-from .logger import MeanMetrics, RunLogger
+from .logger import Clock, MeanMetrics, RunLogger
 from .report import plot_curves
 from .schedule import FineTuneSchedule
 from .seeds import training_seed
@@ -55,6 +55,10 @@ class _Round:
     figures: dict[str, float]
     finished: dict[str, Tensor]
     tuner_rounds: int
+
+
+class _Diverged(UserError):
+    """The networks hold NaN, so nothing of the run's present state is worth saving."""
 
 
 class Trainer:
@@ -127,7 +131,7 @@ class Trainer:
         )
         self._prior_noise = torch.Generator().manual_seed(config.seed)
         self._before: dict[str, Evaluation] = {}
-        self._earlier_seconds = 0.0
+        self._earlier: tuple[dict[str, float], float] = ({}, 0.0)  # seconds by activity, and in all
         self._round: _Round | None = None
         self._labeller: PriorLabeller | None = None
         if config.vlm.background:
@@ -142,7 +146,6 @@ class Trainer:
         self._said_waiting = False
         if saved:
             self._restore(saved)
-        self._first_step = self.step
         self._logged_returns = len(self.returns)
 
     def _replay_device(self) -> str:
@@ -191,27 +194,17 @@ class Trainer:
         with as_user_error():
             self.out.mkdir(parents=True, exist_ok=True)
         (self.out / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
-        with RunLogger(self.out, self.config.steps, start=self.step) as self.log, self.envs:
-            self.clock = self.log.clock
-            if not self._before:  # a resumed run keeps what was measured before any training
-                with self.clock("evaluation"):
-                    self._before = self._evaluate_before()
-            try:
-                with _deferred_interrupt() as interrupted, self._background():
-                    self._train(interrupted)
-            except Exception as error:
-                self._save(with_replay=True)
-                self.log.say(
-                    f"{type(error).__name__} at step {self.step}; saved, --resume {self.out} continues"
-                )
-                if isinstance(error, MemoryError):
-                    raise UserError(str(error)) from error
-                raise
+        self.clock = Clock(*self._earlier)
+        with RunLogger(self.out, self.config.steps, self.clock, start=self.step) as self.log, self.envs:
+            with self._kept(Exception, KeyboardInterrupt), self.clock("evaluation"):
+                self._evaluate_before()
+            with self._kept(Exception), _deferred_interrupt() as interrupted, self._background():
+                self._train(interrupted)
             self._save(with_replay=bool(interrupted) or self.config.save_replay)
             if interrupted:
                 self.log.say(f"interrupted at step {self.step} and saved: --resume {self.out} continues")
                 raise KeyboardInterrupt
-            with self.clock("evaluation"):
+            with self._kept(Exception, KeyboardInterrupt), self.clock("evaluation"):
                 evaluations = self._before | self._evaluate_after()
             summary = self._summary(evaluations)
             (self.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -219,6 +212,21 @@ class Trainer:
                 self._record()
         plot_curves(self.out)
         return summary
+
+    @contextmanager
+    def _kept(self, *endings: type[BaseException]) -> Iterator[None]:
+        """Saves the run, to be resumed, if the block ends with one of these."""
+        try:
+            yield
+        except _Diverged:
+            raise  # an earlier checkpoint is worth more than one of NaN
+        except endings as error:
+            self._save(with_replay=True)
+            what = "interrupted" if isinstance(error, KeyboardInterrupt) else type(error).__name__
+            self.log.say(f"{what} at step {self.step} and saved: --resume {self.out} continues")
+            if isinstance(error, MemoryError):
+                raise UserError(str(error)) from error
+            raise
 
     @contextmanager
     def _background(self) -> Iterator[None]:
@@ -261,6 +269,11 @@ class Trainer:
                 action = self.rng.uniform(-1, 1, (len(ids), *self.envs.action_shape)).astype(np.float32)
             else:
                 action = self.agent.act(agent_view(self.config, torch.from_numpy(obs))).cpu().numpy()
+                if not np.isfinite(action).all():
+                    raise _Diverged(
+                        f"the actor's actions are NaN at step {self.step}: training diverged; lower "
+                        "agent.lr, or look at the settings that were changed"
+                    )
             self.envs.send(action, ids)
         doing = self._doing
         doing.obs[ids], doing.action[ids] = obs, action
@@ -371,6 +384,11 @@ class Trainer:
                 "overwritten": self.finished.overwritten,
                 **self._kept_by_time(kept.indices),
             }
+            if overwritten := self.finished.overwritten:
+                self.log.say(
+                    f"round {self.schedule.rounds + 1}: {overwritten} steps were overwritten in the replay "
+                    f"buffer before D_f was read: raise replay.capacity={self.config.replay.capacity}"
+                )
             self._round = _Round(self.step, figures, self.finished.state_dict(), self.tuner.rounds)
             self.finished.clear()
             if len(kept.indices) < 2:
@@ -384,11 +402,6 @@ class Trainer:
 
     def _end_round(self, begun: _Round, *, wait: bool) -> None:
         """Publishes and logs the round if it is done, or once it is with `wait`."""
-            if overwritten := self.finished.overwritten:
-                self.log.say(
-                    f"round {self.schedule.rounds + 1}: {overwritten} steps were overwritten in the replay "
-                    f"buffer before D_f was read: raise replay.capacity={self.config.replay.capacity}"
-                )
         with self.clock("fine-tuning"):
             if self.tuner.running and not wait:
                 return
@@ -443,7 +456,7 @@ class Trainer:
         figures |= {
             "frames": self.frames,
             "updates": self.updates,
-            "steps_per_second": (self.step - self._first_step) / self.clock.total,
+            "steps_per_second": self.step / self.clock.total,
             "guided": float(self.schedule.rounds >= self.config.covr.cold_start),
         }
         if new:
@@ -455,8 +468,8 @@ class Trainer:
             {
                 "return": f"{np.mean(recent):.0f}" if recent else "-",
                 "rounds": str(self.schedule.rounds),
-                "updates": str(self.updates),
                 "steps/s": f"{figures['steps_per_second']:.0f}",
+                "updates": str(self.updates),
             },
         )
 
@@ -466,13 +479,14 @@ class Trainer:
         self.log.say(f"{name}: {result.mean:.0f} ± {result.std:.0f} over {len(result.returns)} episodes")
         return result
 
-    def _evaluate_before(self) -> dict[str, Evaluation]:
-        results = {
-            "random": self._evaluate("random", random_policy(self.agent.action_dim, self.config.seed)),
-        }
+    def _evaluate_before(self) -> None:
+        """Measures what was there before any training, where an earlier part of the run has not."""
+        policies = {"random": random_policy(self.agent.action_dim, self.config.seed)}
         if self.config.eval.vlm:
-            results["vlm_before"] = self._evaluate("vlm_before", vlm_policy(self.prior, self.config))
-        return results
+            policies["vlm_before"] = vlm_policy(self.prior, self.config)
+        for name, policy in policies.items():
+            if name not in self._before:
+                self._before[name] = self._evaluate(name, policy)
 
     def _evaluate_after(self) -> dict[str, Evaluation]:
         results = {"actor": self._evaluate("actor", actor_policy(self.agent, self.config))}
@@ -509,7 +523,8 @@ class Trainer:
             "prior_version": self.prior.version,
             "labeller": self._labeller.state_dict() if self._labeller else None,
             "before": {name: e.returns.tolist() for name, e in self._before.items()},
-            "seconds": self._earlier_seconds + self.clock.total,
+            "seconds": self.clock.seconds,
+            "total_seconds": self.clock.total,
             "finished": self._round.finished if self._round else self.finished.state_dict(),
         }
         with self.clock("checkpoint"):
@@ -530,11 +545,12 @@ class Trainer:
         if self._labeller and counters["labeller"]:
             self._labeller.load_state_dict(counters["labeller"])
         self._before = {name: Evaluation(np.array(r)) for name, r in counters["before"].items()}
-        self._earlier_seconds = counters["seconds"]
+        self._earlier = counters["seconds"], counters["total_seconds"]
         self.finished.load_state_dict(counters["finished"])
         self.buffer.cut()
 
     def _summary(self, evaluations: dict[str, Evaluation]) -> dict[str, Any]:
+        seconds = self.clock.total
         return {
             "environment": self.config.env.id,
             "seed": self.config.seed,
@@ -543,8 +559,8 @@ class Trainer:
             "frames": self.frames,
             "updates": self.updates,
             "episodes": len(self.returns),
-            "seconds": self._earlier_seconds + self.clock.total,
-            "steps_per_second": (self.step - self._first_step) / self.clock.total,
+            "seconds": seconds,
+            "steps_per_second": self.step / seconds,
             "time_shares": self.clock.shares(),
             "rounds": self.rounds,
             "evaluations": {
