@@ -1,5 +1,6 @@
 """The command line: covr-fast train | evaluate | report | doctor."""
 
+import argparse
 import json
 import os
 import sys
@@ -188,16 +189,12 @@ def _report(arguments: list[str]) -> int:
 
 
 def _doctor(arguments: list[str]) -> int:
-    import tyro
-
-    @dataclass
-    class Arguments:
-        json: bool = False
-        """Print JSON instead of a table."""
-
-    parsed = tyro.cli(
-        Arguments, prog="covr-fast doctor", description="Say what this machine can do.", args=arguments
+    # Not tyro, which may be among what is missing.
+    parser = argparse.ArgumentParser(
+        "covr-fast doctor", description="Say what this machine can do.", allow_abbrev=False
     )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of lines for people")
+    parsed = parser.parse_args(arguments)
     from .doctor import diagnose, print_diagnosis
 
     diagnosis = diagnose()
