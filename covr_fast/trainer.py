@@ -19,7 +19,7 @@ from torch import Tensor
 from . import _C, ops
 from .agents import SAC
 from .agents.sac import TransitionBatch
-from .buffer import FineTuneView, ReplayBuffer
+from .buffer import Batch, FineTuneView, ReplayBuffer
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from .config import TrainConfig
 from .envs import PixelEnvs, Rows, action_labels, make_env
@@ -320,22 +320,25 @@ class Trainer:
         self.step += len(ids)
         self.frames += rows.frames
 
+    def sample(self) -> Batch:
+        """The batch of an update, on the agent's device."""
+        replay = self.config.replay
+        batch = self.buffer.sample(
+            replay.batch_size,
+            augment=None if replay.augment == "none" else replay.augment,
+            pad=replay.pad,
+            memory_format=torch.channels_last,
+        )
+        return batch if self.buffer.device.type == self.device.type else batch.to(self.device)
+
     def _update_policy(self) -> None:
         """As many updates as are owed for the steps since the warm-up."""
         config = self.config
         owed = (self.step - config.warmup) // config.steps_per_update
         guide = self.schedule.rounds >= config.covr.cold_start
-        augment = None if config.replay.augment == "none" else config.replay.augment
         while self.updates < owed:
             with self.clock("replay"):
-                batch = self.buffer.sample(
-                    config.replay.batch_size,
-                    augment=augment,
-                    pad=config.replay.pad,
-                    memory_format=torch.channels_last,
-                )
-                if self.buffer.device.type != self.device.type:
-                    batch = batch.to(self.device)
+                batch = self.sample()
             with self.clock("policy update"):
                 metrics = self.agent.update(cast(TransitionBatch, batch), guide=guide)
                 if config.replay.sampler == "prioritized":
