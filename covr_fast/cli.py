@@ -1,5 +1,6 @@
-"""The command line: covr-fast train | evaluate | report | doctor."""
+"""The command line: covr-fast train | evaluate | report | bench | doctor."""
 
+import argparse
 import json
 import os
 import sys
@@ -14,6 +15,7 @@ USAGE = """usage: covr-fast COMMAND ...
   train PRESET [--out DIR] [--FIELD VALUE ...]   train COVR and write a run folder
   evaluate RUN [--episodes N] [--seed N]         let a run's trained actor play
   report RUN...                                  print runs' summaries and redraw their curves
+  bench [PRESET] [--seconds S] [--FIELD VALUE]   time the parts of a preset's loop on this machine
   doctor [--json]                                say what this machine can do and what is missing
 
 covr-fast train --help lists the presets; covr-fast train PRESET --help every field."""
@@ -37,7 +39,7 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Runs one command and returns its exit code."""
-    commands = {"train": _train, "evaluate": _evaluate, "report": _report, "doctor": _doctor}
+    commands = {"train": _train, "evaluate": _evaluate, "report": _report, "bench": _bench, "doctor": _doctor}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2
@@ -187,17 +189,51 @@ def _report(arguments: list[str]) -> int:
     return 0
 
 
-def _doctor(arguments: list[str]) -> int:
+def _bench(arguments: list[str]) -> int:
     import tyro
+
+    from .config import TrainConfig
+
+    given = bool(arguments) and not arguments[0].startswith("-")
+    name, rest = (arguments[0], arguments[1:]) if given else ("carracing", arguments)
+    preset = TrainConfig.preset(name)
 
     @dataclass
     class Arguments:
-        json: bool = False
-        """Print JSON instead of a table."""
+        config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+        seconds: float = 3.0
+        """How long each part is timed."""
 
-    parsed = tyro.cli(
-        Arguments, prog="covr-fast doctor", description="Say what this machine can do.", args=arguments
+    with as_user_error():
+        parsed = tyro.cli(
+            Arguments,
+            prog=f"covr-fast bench {name}",
+            description="Time the parts of a run's loop on this machine, each checked first and alone.",
+            default=Arguments(preset),
+            args=rest,
+        )
+    from rich.console import Console
+    from transformers.utils.logging import disable_progress_bar
+
+    from .bench import CheckFailedError, measure, print_timings
+
+    disable_progress_bar()
+    try:
+        timings = measure(parsed.config, parsed.seconds)
+    except CheckFailedError as error:
+        print(f"no figures, for something is wrong: {error}", file=sys.stderr)
+        return 1
+    print_timings(timings, Console(highlight=False))
+    return 0
+
+
+def _doctor(arguments: list[str]) -> int:
+    # Not tyro, which may be among what is missing.
+    parser = argparse.ArgumentParser(
+        "covr-fast doctor", description="Say what this machine can do.", allow_abbrev=False
     )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of lines for people")
+    parsed = parser.parse_args(arguments)
     from .doctor import diagnose, print_diagnosis
 
     diagnosis = diagnose()

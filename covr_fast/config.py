@@ -148,9 +148,9 @@ class TrainConfig:
     def check(self) -> None:
         """Raises a UserError for settings that do not fit together."""
         least = {
-            "steps": 1, "warmup": 1, "steps_per_update": 1, "log_every": 1, "checkpoint_every": 0,
+            "steps": 1, "seed": 0, "warmup": 1, "steps_per_update": 1, "log_every": 1, "checkpoint_every": 0,
             "threads": 0,
-            "replay.batch_size": 1, "replay.n_step": 1, "replay.pad": 0, "vlm.every": 1,
+            "replay.batch_size": 1, "replay.n_step": 1, "replay.pad": 0, "vlm.every": 1, "vlm.decimals": 1,
             "covr.cold_start": 0, "covr.min_samples": 2, "eval.episodes": 1, "eval.every": 0,
         }  # fmt: skip
         for name, low in least.items():

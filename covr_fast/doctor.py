@@ -9,8 +9,6 @@ import shutil
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 REQUIRED = (
     "envpool",
@@ -19,9 +17,11 @@ REQUIRED = (
     "peft",
     "safetensors",
     "tyro",
+    "rich",
     "tensorboard",
     "matplotlib",
     "imageio",
+    "pillow",
 )
 OPTIONAL = {
     "triton": "pip install 'covr-fast[triton]'",
@@ -66,26 +66,30 @@ def diagnose() -> dict[str, Any]:
 
 
 def print_diagnosis(d: dict[str, Any]) -> None:
-    """Prints the diagnosis as a table, with a remedy beside what is missing."""
-    table = Table(title="covr-fast doctor", title_justify="left", show_header=False)
+    """Prints the diagnosis with a remedy beside what is missing. It needs nothing but Python: what would make
+    a nicer table may be what is missing."""
     extension = d["extension"]
-    table.add_row("covr-fast", str(d["covr-fast"]))
-    table.add_row("python, torch, cores", f"{d['python']}, {d['torch']}, {d['cores']}")
-    table.add_row("CUDA devices", ", ".join(d["cuda_devices"]) or "none: everything runs on the CPU")
     if not extension["built"]:
-        table.add_row("C++ extension", f"missing ({extension['error']}): pip install -e .")
+        native = f"missing ({extension['error']}): pip install -e ."
+    elif extension["with_cuda"]:
+        native = "with CUDA kernels"
     else:
-        built = "with CUDA kernels" if extension["with_cuda"] else "CPU only"
-        hint = (
-            "; nvcc is here: reinstall to build the CUDA kernels"
-            if d["nvcc"] and not extension["with_cuda"]
-            else ""
-        )
-        table.add_row("C++ extension", built + hint)
-    for name, version in d["required"].items():
-        table.add_row(name, version or "missing: pip install 'covr-fast[train]'")
-    for name, version in d["optional"].items():
-        table.add_row(f"{name} (optional)", version or f"missing: {OPTIONAL[name]}")
-    table.add_section()
-    table.add_row("covr-fast train", "ready" if d["ready_to_train"] else "not ready, see above")
-    Console(highlight=False, markup=False).print(table)
+        native = "CPU only" + ("; nvcc is here: reinstall to build the CUDA kernels" if d["nvcc"] else "")
+    rows = [
+        ("covr-fast", str(d["covr-fast"])),
+        ("python, torch, cores", f"{d['python']}, {d['torch']}, {d['cores']}"),
+        ("CUDA devices", ", ".join(d["cuda_devices"]) or "none: everything runs on the CPU"),
+        ("C++ extension", native),
+        *(
+            (name, version or "missing: pip install 'covr-fast[train]'")
+            for name, version in d["required"].items()
+        ),
+        *(
+            (f"{name} (optional)", version or f"missing: {OPTIONAL[name]}")
+            for name, version in d["optional"].items()
+        ),
+        ("covr-fast train", "ready" if d["ready_to_train"] else "not ready, see above"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")

@@ -26,7 +26,7 @@ def as_user_error() -> Iterator[None]:
     """
     try:
         yield
-    except UserError:
+    except (UserError, BrokenPipeError):  # a reader that has gone is nobody's mistake
         raise
     except (ValueError, OSError, RuntimeError) as error:
         raise UserError(" ".join(str(error).split())) from error

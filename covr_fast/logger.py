@@ -7,21 +7,26 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 from torch import Tensor
 
 
 class Clock:
-    """Adds up wall time by activity. Activities do not nest: each second is counted once."""
+    """Adds up wall time by activity. Activities do not nest: each second is counted once.
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.started = time.perf_counter()
+    A resumed run goes on from the `seconds` of its activities and their `total` so far.
+    """
+
+    def __init__(self, seconds: Mapping[str, float] | None = None, total: float = 0.0) -> None:
+        self.seconds = dict(seconds or {})
+        self.started = time.perf_counter() - total
 
     @contextmanager
     def __call__(self, activity: str) -> Iterator[None]:
@@ -36,7 +41,7 @@ class Clock:
         return time.perf_counter() - self.started
 
     def shares(self) -> dict[str, float]:
-        """Share of the wall time since construction, by activity; "other" is the rest."""
+        """Share of the whole wall time, by activity; "other" is the rest."""
         total = self.total
         shares = {name: seconds / total for name, seconds in self.seconds.items()}
         return {**shares, "other": max(0.0, 1 - sum(shares.values()))}
@@ -75,12 +80,14 @@ class RunLogger:
 
     PLAIN_INTERVAL = 15.0  # seconds between progress lines where there is no terminal
 
-    def __init__(self, folder: Path, total: int, *, start: int = 0, console: Console | None = None):
+    def __init__(
+        self, folder: Path, total: int, clock: Clock, *, start: int = 0, console: Console | None = None
+    ):
         # Imported here: TensorBoard takes a second to load.
         from torch.utils.tensorboard import SummaryWriter
 
         self.console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
-        self.clock = Clock()
+        self.clock = clock
         if start:
             _drop_lines_after(folder / "metrics.jsonl", start)
         self._file = (folder / "metrics.jsonl").open("a")
@@ -92,14 +99,16 @@ class RunLogger:
         self._progress: Progress | None = None
         self._task = TaskID(0)
         if self.console.is_terminal:
+            whole = partial(Column, no_wrap=True, min_width=7)
             self._progress = Progress(
                 TextColumn("[bold]{task.description}"),
-                BarColumn(bar_width=24),
+                BarColumn(bar_width=12),
                 TextColumn("{task.percentage:>3.0f}%"),
-                TimeElapsedColumn(),
+                TimeElapsedColumn(table_column=whole()),
                 TextColumn("ETA"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[figures]}"),
+                TimeRemainingColumn(table_column=whole()),
+                # What a narrow terminal has no room for is cut off here.
+                TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True, ratio=1)),
                 console=self.console,
             )
             self._task = self._progress.add_task("COVR", total=total, completed=start, figures="")

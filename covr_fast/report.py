@@ -124,8 +124,7 @@ def plot_curves(run: Path) -> Path:
             ax.axhline(
                 means[-1], color=colour, linestyle="--", linewidth=1.2, label=f"{label}: {means[-1]:.0f}"
             )
-    ax.set(title="episode return", xlabel="environment steps")
-    ax.legend(fontsize=8)
+    ax.set(title="episode return", xlabel="environment steps", ylabel="sum of rewards")
 
     ax = axes[0, 1]
     labels = [f"{m['round/round']:.0f}" for m in rounds]
@@ -144,7 +143,7 @@ def plot_curves(run: Path) -> Path:
         label="after",
         color="tab:orange",
     )
-    ax.set(title="VLM loss on held-out kept samples", xlabel="round")
+    ax.set(title="VLM loss on held-out kept samples", xlabel="fine-tuning round", ylabel="nats per token")
     ax.set_xticks(where, labels)
     ax.legend(fontsize=8)
 
@@ -161,12 +160,15 @@ def plot_curves(run: Path) -> Path:
     last = next((m for m in reversed(metrics) if "time/other" in m), {})
     names = sorted(names, key=lambda n: last.get(n, 0.0))
     ax.barh([n.removeprefix("time/") for n in names], [last.get(n, 0.0) for n in names], color="tab:blue")
-    ax.set(title="share of wall time", xlim=(0, 1))
+    ax.set(title="where the time went", xlabel="share of wall time", xlim=(0, 1))
 
     for ax in (axes[0, 0], axes[1, 0]):
-        for m in rounds:
-            ax.axvline(m["step"], color="tab:orange", alpha=0.35, linewidth=1)
+        for i, m in enumerate(rounds):
+            name = "_" if i else "fine-tuning round"  # one entry in the legend for all of them
+            ax.axvline(m["step"], color="tab:orange", alpha=0.35, linewidth=1, label=name)
         ax.grid(alpha=0.25)
+        ax.set_xlim(left=0)
+    axes[0, 0].legend(fontsize=8)
     path = run / "curves.png"
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -19,16 +19,17 @@ from torch import Tensor
 from . import _C, ops
 from .agents import SAC
 from .agents.sac import TransitionBatch
-from .buffer import FineTuneView, ReplayBuffer
+from .buffer import Batch, FineTuneView, ReplayBuffer
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from .config import TrainConfig
 from .envs import PixelEnvs, Rows, action_labels, make_env
 from .errors import UserError, as_user_error
 from .evaluate import Evaluation, Policy, actor_policy, evaluate, random_policy, vlm_policy
 from .labeller import PriorLabeller
-from .logger import MeanMetrics, RunLogger
+from .logger import Clock, MeanMetrics, RunLogger
 from .report import plot_curves
 from .schedule import FineTuneSchedule
+from .seeds import training_seed
 from .streams import Lane
 from .view import agent_obs_shape, agent_view, newest_frame, vlm_view
 from .vlm import ActionPrior, VLMTuner
@@ -55,6 +56,10 @@ class _Round:
     figures: dict[str, float]
     finished: dict[str, Tensor]
     tuner_rounds: int
+
+
+class _Diverged(UserError):
+    """The networks hold NaN, so nothing of the run's present state is worth saving."""
 
 
 class Trainer:
@@ -88,8 +93,7 @@ class Trainer:
         torch.set_num_threads(self.threads)
         saved = load_checkpoint(self.out) if resume else None
         self.step = saved.counters["step"] if saved else 0
-        # A resumed run goes on with new episodes, so it must not repeat the ones it began with.
-        env_seed = config.env.seed + 10_000 * config.seed + self.step
+        env_seed = training_seed(config.env.seed, config.seed, self.step, config.env.num_envs)
         self.envs: PixelEnvs = make_env(replace(config.env, seed=env_seed))
         (action_dim,) = self.envs.action_shape
         with as_user_error():
@@ -129,7 +133,7 @@ class Trainer:
         )
         self._prior_noise = torch.Generator().manual_seed(config.seed)
         self._before: dict[str, Evaluation] = {}
-        self._earlier_seconds = 0.0
+        self._earlier: tuple[dict[str, float], float] = ({}, 0.0)  # seconds by activity, and in all
         self._round: _Round | None = None
         self._labeller: PriorLabeller | None = None
         if config.vlm.background:
@@ -144,7 +148,6 @@ class Trainer:
         self._said_waiting = False
         if saved:
             self._restore(saved)
-        self._first_step = self.step
         self._logged_returns = len(self.returns)
 
     def _replay_device(self) -> str:
@@ -193,31 +196,21 @@ class Trainer:
         with as_user_error():
             self.out.mkdir(parents=True, exist_ok=True)
         (self.out / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
+        self.clock = Clock(*self._earlier)
         with (
-            RunLogger(self.out, self.config.steps, start=self.step) as self.log,
+            RunLogger(self.out, self.config.steps, self.clock, start=self.step) as self.log,
             self.envs,
             self._lane.work(),
         ):
-            self.clock = self.log.clock
-            if not self._before:  # a resumed run keeps what was measured before any training
-                with self.clock("evaluation"):
-                    self._before = self._evaluate_before()
-            try:
-                with _deferred_interrupt() as interrupted, self._background():
-                    self._train(interrupted)
-            except Exception as error:
-                self._save(with_replay=True)
-                self.log.say(
-                    f"{type(error).__name__} at step {self.step}; saved, --resume {self.out} continues"
-                )
-                if isinstance(error, MemoryError):
-                    raise UserError(str(error)) from error
-                raise
+            with self._kept(Exception, KeyboardInterrupt), self.clock("evaluation"):
+                self._evaluate_before()
+            with self._kept(Exception), _deferred_interrupt() as interrupted, self._background():
+                self._train(interrupted)
             self._save(with_replay=bool(interrupted) or self.config.save_replay)
             if interrupted:
                 self.log.say(f"interrupted at step {self.step} and saved: --resume {self.out} continues")
                 raise KeyboardInterrupt
-            with self.clock("evaluation"):
+            with self._kept(Exception, KeyboardInterrupt), self.clock("evaluation"):
                 evaluations = self._before | self._evaluate_after()
             summary = self._summary(evaluations)
             (self.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -225,6 +218,21 @@ class Trainer:
                 self._record()
         plot_curves(self.out)
         return summary
+
+    @contextmanager
+    def _kept(self, *endings: type[BaseException]) -> Iterator[None]:
+        """Saves the run, to be resumed, if the block ends with one of these."""
+        try:
+            yield
+        except _Diverged:
+            raise  # an earlier checkpoint is worth more than one of NaN
+        except endings as error:
+            self._save(with_replay=True)
+            what = "interrupted" if isinstance(error, KeyboardInterrupt) else type(error).__name__
+            self.log.say(f"{what} at step {self.step} and saved: --resume {self.out} continues")
+            if isinstance(error, MemoryError):
+                raise UserError(str(error)) from error
+            raise
 
     @contextmanager
     def _background(self) -> Iterator[None]:
@@ -267,6 +275,11 @@ class Trainer:
                 action = self.rng.uniform(-1, 1, (len(ids), *self.envs.action_shape)).astype(np.float32)
             else:
                 action = self.agent.act(agent_view(self.config, torch.from_numpy(obs))).cpu().numpy()
+                if not np.isfinite(action).all():
+                    raise _Diverged(
+                        f"the actor's actions are NaN at step {self.step}: training diverged; lower "
+                        "agent.lr, or look at the settings that were changed"
+                    )
             self.envs.send(action, ids)
         doing = self._doing
         doing.obs[ids], doing.action[ids] = obs, action
@@ -313,22 +326,25 @@ class Trainer:
         self.step += len(ids)
         self.frames += rows.frames
 
+    def sample(self) -> Batch:
+        """The batch of an update, on the agent's device."""
+        replay = self.config.replay
+        batch = self.buffer.sample(
+            replay.batch_size,
+            augment=None if replay.augment == "none" else replay.augment,
+            pad=replay.pad,
+            memory_format=torch.channels_last,
+        )
+        return batch if self.buffer.device.type == self.device.type else batch.to(self.device)
+
     def _update_policy(self) -> None:
         """As many updates as are owed for the steps since the warm-up."""
         config = self.config
         owed = (self.step - config.warmup) // config.steps_per_update
         guide = self.schedule.rounds >= config.covr.cold_start
-        augment = None if config.replay.augment == "none" else config.replay.augment
         while self.updates < owed:
             with self.clock("replay"):
-                batch = self.buffer.sample(
-                    config.replay.batch_size,
-                    augment=augment,
-                    pad=config.replay.pad,
-                    memory_format=torch.channels_last,
-                )
-                if self.buffer.device.type != self.device.type:
-                    batch = batch.to(self.device)
+                batch = self.sample()
             with self.clock("policy update"):
                 metrics = self.agent.update(cast(TransitionBatch, batch), guide=guide)
                 if config.replay.sampler == "prioritized":
@@ -377,6 +393,11 @@ class Trainer:
                 "overwritten": self.finished.overwritten,
                 **self._kept_by_time(kept.indices),
             }
+            if overwritten := self.finished.overwritten:
+                self.log.say(
+                    f"round {self.schedule.rounds + 1}: {overwritten} steps were overwritten in the replay "
+                    f"buffer before D_f was read: raise replay.capacity={self.config.replay.capacity}"
+                )
             self._round = _Round(self.step, figures, self.finished.state_dict(), self.tuner.rounds)
             self.finished.clear()
             if len(kept.indices) < 2:
@@ -444,7 +465,7 @@ class Trainer:
         figures |= {
             "frames": self.frames,
             "updates": self.updates,
-            "steps_per_second": (self.step - self._first_step) / self.clock.total,
+            "steps_per_second": self.step / self.clock.total,
             "guided": float(self.schedule.rounds >= self.config.covr.cold_start),
         }
         if new:
@@ -456,8 +477,8 @@ class Trainer:
             {
                 "return": f"{np.mean(recent):.0f}" if recent else "-",
                 "rounds": str(self.schedule.rounds),
-                "updates": str(self.updates),
                 "steps/s": f"{figures['steps_per_second']:.0f}",
+                "updates": str(self.updates),
             },
         )
 
@@ -467,13 +488,14 @@ class Trainer:
         self.log.say(f"{name}: {result.mean:.0f} ± {result.std:.0f} over {len(result.returns)} episodes")
         return result
 
-    def _evaluate_before(self) -> dict[str, Evaluation]:
-        results = {
-            "random": self._evaluate("random", random_policy(self.agent.action_dim, self.config.seed)),
-        }
+    def _evaluate_before(self) -> None:
+        """Measures what was there before any training, where an earlier part of the run has not."""
+        policies = {"random": random_policy(self.agent.action_dim, self.config.seed)}
         if self.config.eval.vlm:
-            results["vlm_before"] = self._evaluate("vlm_before", vlm_policy(self.prior, self.config))
-        return results
+            policies["vlm_before"] = vlm_policy(self.prior, self.config)
+        for name, policy in policies.items():
+            if name not in self._before:
+                self._before[name] = self._evaluate(name, policy)
 
     def _evaluate_after(self) -> dict[str, Evaluation]:
         results = {"actor": self._evaluate("actor", actor_policy(self.agent, self.config))}
@@ -510,7 +532,8 @@ class Trainer:
             "prior_version": self.prior.version,
             "labeller": self._labeller.state_dict() if self._labeller else None,
             "before": {name: e.returns.tolist() for name, e in self._before.items()},
-            "seconds": self._earlier_seconds + self.clock.total,
+            "seconds": self.clock.seconds,
+            "total_seconds": self.clock.total,
             "finished": self._round.finished if self._round else self.finished.state_dict(),
         }
         with self.clock("checkpoint"):
@@ -531,11 +554,12 @@ class Trainer:
         if self._labeller and counters["labeller"]:
             self._labeller.load_state_dict(counters["labeller"])
         self._before = {name: Evaluation(np.array(r)) for name, r in counters["before"].items()}
-        self._earlier_seconds = counters["seconds"]
+        self._earlier = counters["seconds"], counters["total_seconds"]
         self.finished.load_state_dict(counters["finished"])
         self.buffer.cut()
 
     def _summary(self, evaluations: dict[str, Evaluation]) -> dict[str, Any]:
+        seconds = self.clock.total
         return {
             "environment": self.config.env.id,
             "seed": self.config.seed,
@@ -544,8 +568,8 @@ class Trainer:
             "frames": self.frames,
             "updates": self.updates,
             "episodes": len(self.returns),
-            "seconds": self._earlier_seconds + self.clock.total,
-            "steps_per_second": (self.step - self._first_step) / self.clock.total,
+            "seconds": seconds,
+            "steps_per_second": self.step / seconds,
             "time_shares": self.clock.shares(),
             "rounds": self.rounds,
             "evaluations": {

@@ -93,6 +93,58 @@ def test_doctor_speaks_json(monkeypatch, capsys):
     assert "ready" in capsys.readouterr().out
 
 
+def test_doctor_needs_nothing_of_what_may_be_missing(monkeypatch, capsys):
+    for name in ("tyro", "rich"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it fails
+    monkeypatch.delitem(sys.modules, "covr_fast.doctor", raising=False)
+    assert call(monkeypatch, "doctor") == 0
+    assert "covr-fast train" in capsys.readouterr().out
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    command = [sys.executable, "-m", "covr_fast.cli", "train", "carracing", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+
+
+def test_a_discrete_environment_is_one_line_on_stderr(tmp_path):
+    """In a process of its own: gymnasium warns of EnvPool's bounds once."""
+    command = [sys.executable, "-m", "covr_fast.cli", "train", "carracing", "--env.id", "CartPole-v1"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "run")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "discrete action space" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_nan_reward_ends_the_run_with_one_line(monkeypatch, capsys, tmp_path):
+    from covr_fast.envs import PixelEnvs
+
+    advance = PixelEnvs._advance
+
+    def poisoned(self, action, ids):
+        simulator = self._simulators[int(ids[0]) // self.config.batch_size]
+        step = type(simulator).step
+
+        class Poisoned:
+            def step(self, *arguments):
+                frame, reward, *rest = step(simulator, *arguments)
+                return frame, reward * float("nan"), *rest
+
+        self._simulators = [Poisoned()] * len(self._simulators)
+        return advance(self, action, ids)
+
+    monkeypatch.setattr(PixelEnvs, "_advance", poisoned)
+    fields = [f"--{name}={value}" for name, value in TINY.items()]
+    assert call(monkeypatch, "train", "carracing", "--out", str(tmp_path / "run"), *fields) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: environment CarRacing-v3 returned a reward that is not finite")
+    assert "\n" not in error
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -104,6 +156,7 @@ def test_doctor_speaks_json(monkeypatch, capsys):
             ["train", "carracing", "--replay.batch-size", "5000", "--out", "OUT"],
             "replay.batch_size=5000 is larger",
         ),
+        (["train", "carracing", "--seed", "-1", "--out", "OUT"], "seed=-1 must be at least 0"),
         (["evaluate", "OUT"], "is it the folder of a run?"),
         (["report", "OUT"], "not the folder of a finished run"),
         (["report"], "at least one run folder"),

@@ -156,10 +156,14 @@ def test_frames_too_small_for_the_network():
 
 
 def test_learns_a_task_that_needs_its_eyes():
-    """Pointing at a bright column: whoever is blind gets 0.5 a step at best, on average."""
+    """Pointing at a bright column: whoever is blind gets 0.5 a step at best, on average.
+
+    Three latents, because in more of them the column shows even through an encoder that has learned nothing
+    (with 32 a frozen one gets as much as a trained one; with three 0.7).
+    """
     torch.manual_seed(0)
     envs = target_envs(16)
-    config = SACConfig(channels=(8, 16), strides=(2, 1), latent=32, hidden=64, lr=1e-3)
+    config = SACConfig(channels=(8, 16), strides=(2, 1), latent=3, hidden=64, lr=1e-3)
     agent = SAC(envs.obs_shape, envs.action_shape, config, seed=0)
     buffer = ReplayBuffer(
         4000,

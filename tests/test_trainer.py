@@ -200,6 +200,8 @@ def test_held_priors_cover_the_steps_between_and_end_with_the_episode(tmp_path):
         ({"replay__gamma": 1.5}, "replay.gamma=1.5"),
         ({"replay__pad": 24}, "replay.pad=24 crops away all"),
         ({"steps": 0}, "steps=0 must be at least 1"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
+        ({"vlm__decimals": 0}, "vlm.decimals=0 must be at least 1"),
         ({"vlm__temperature": -1.0}, "vlm.temperature=-1.0 must not be negative"),
         ({"agent__lr": -1.0}, "Invalid learning rate: -1.0"),
         ({"warmup": 8, "replay__batch_size": 8}, "warmup=8 steps over env.num_envs=4"),
@@ -236,7 +238,12 @@ def test_an_interrupted_run_is_saved_and_continues(tmp_path):
     summary = second.run()
     before = first._before["random"].returns.tolist()
     assert summary["evaluations"]["random"]["returns"] == before, "what was before training changed"
-    assert 0 < second._earlier_seconds < summary["seconds"]
+    _, earlier = second._earlier
+    assert 0 < earlier < summary["seconds"]
+    # Whatever a figure is per second of, the seconds are those of the whole run.
+    assert summary["steps_per_second"] == pytest.approx(100 / summary["seconds"])
+    assert sum(summary["time_shares"].values()) == pytest.approx(1, abs=1e-6)
+    assert second.clock.seconds["simulation"] > first.clock.seconds["simulation"]
     assert summary["steps"] == 100
     assert summary["updates"] == (100 - 32) // 8
     steps = [m["step"] for m in read_metrics(tmp_path)]
@@ -296,6 +303,59 @@ def test_returns_of_truncated_episodes_can_be_bootstrapped(tmp_path):
     gain = longer.finished.returns - plain.finished.returns
     expected = value.repeat_interleave(10) * longer.config.replay.gamma ** (10 - time)
     torch.testing.assert_close(gain, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("when", ["_evaluate_before", "_evaluate_after"])
+def test_an_interrupt_outside_the_loop_loses_nothing(when, tmp_path):
+    config = small_config(steps=48, covr__psi_0=1000)
+    first = Trainer(config, tmp_path)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(first, when, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            first.run()
+    second = Trainer(config, tmp_path, resume=True)
+    assert second.step == (0 if when == "_evaluate_before" else 48)
+    summary = second.run()
+    assert summary["steps"] == 48
+    assert summary["evaluations"].keys() == {"random", "actor"}
+    measured = [name for m in read_metrics(tmp_path) for name in m if name == "eval/random_mean"]
+    assert len(measured) == 1, "what was measured before training was measured again"
+
+
+def test_a_diverged_run_says_so_and_keeps_its_last_checkpoint(tmp_path):
+    trainer = Trainer(small_config(steps=100, covr__psi_0=1000, checkpoint_every=48), tmp_path)
+    update = trainer.agent.update
+
+    def diverging(batch, *, guide):
+        if trainer.step > 60:
+            for parameter in trainer.agent.actor.parameters():
+                parameter.data.fill_(torch.nan)
+        return update(batch, guide=guide)
+
+    trainer.agent.update = diverging
+    with pytest.raises(UserError, match=r"actions are NaN at step \d+: training diverged; lower agent.lr"):
+        trainer.run()
+    kept = Trainer(small_config(), tmp_path, resume=True)
+    assert kept.step == 48
+    assert all(torch.isfinite(p).all() for p in kept.agent.actor.parameters())
+
+
+def test_steps_lost_to_a_small_replay_are_said(tmp_path, capsys):
+    trainer = Trainer(small_config(steps=60, replay__capacity=40, covr__min_samples=30), tmp_path)
+    summary = trainer.run()
+    lost = int(summary["rounds"][0]["overwritten"])
+    assert lost > 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"round 1: {lost} steps were overwritten in the replay buffer before D_f was read" in said
+    assert "raise replay.capacity=40" in said
+
+
+def test_no_seed_is_too_large_for_the_simulator(tmp_path):
+    Trainer(small_config(seed=2**33), tmp_path)
 
 
 def test_resuming_nothing_is_an_error(tmp_path):

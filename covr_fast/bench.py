@@ -1,0 +1,180 @@
+"""How long the parts of a run's loop take on this machine; each is checked before it is timed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from .agents.sac import TransitionBatch
+from .config import TrainConfig
+from .trainer import Trainer
+from .view import vlm_view
+
+
+class CheckFailedError(RuntimeError):
+    """A part computes something wrong, so that its speed says nothing."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One part of the loop."""
+
+    part: str
+    """Named as in a run's shares of wall time."""
+    call: str
+    """What one call does."""
+    checked: str
+    """What was found true before it was timed."""
+    seconds: np.ndarray
+    """float64[n], of each call."""
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.seconds))
+
+
+def measure(config: TrainConfig, seconds: float) -> list[Timing]:
+    """Builds what `covr-fast train` would with these settings, and times each part alone, for `seconds`.
+
+    Raises:
+        CheckFailedError: a part is wrong.
+        UserError: settings that do not fit together.
+    """
+    trainer = Trainer(config, Path("unused"))  # it writes nothing before it runs
+    with trainer.envs:
+        stored: list[_Stored] = []
+        return [
+            _simulation(trainer, seconds, stored),
+            _replay(trainer, seconds, stored),
+            _prior(trainer, seconds, stored),
+            _update(trainer, seconds),
+        ]
+
+
+def print_timings(timings: list[Timing], console: Console) -> None:
+    """Prints a line per part, with the spread over its calls, and what was checked."""
+    table = Table(title="one part at a time, nothing beside it", title_justify="left")
+    for name in ("part", "one call"):
+        table.add_column(name)
+    for name in ("median ms", "10-90 %", "calls/s"):
+        table.add_column(name, justify="right")
+    for t in timings:
+        low, high = np.quantile(t.seconds, [0.1, 0.9]) * 1000
+        table.add_row(
+            t.part, t.call, f"{t.median * 1000:.2f}", f"{low:.2f}-{high:.2f}", f"{1 / t.median:.0f}"
+        )
+    console.print(table)
+    for t in timings:
+        console.print(f"checked before: {t.part}: {t.checked}")
+
+
+class _Stored(NamedTuple):
+    """A batch of decisions as it was given to the replay buffer."""
+
+    ids: Tensor
+    obs: np.ndarray
+    next_obs: np.ndarray
+
+
+def _simulation(trainer: Trainer, seconds: float, stored: list[_Stored]) -> Timing:
+    """Random decisions, in overlapping batches as in a run, stored in the replay buffer, which refuses rows
+    that do not continue their environment's stream."""
+    envs, rng = trainer.envs, np.random.default_rng(0)
+    doing = envs.reset()
+    actions = np.zeros((len(doing), *envs.action_shape), np.float32)
+
+    def send(ids: np.ndarray) -> None:
+        actions[ids] = rng.uniform(-1, 1, actions[ids].shape)
+        envs.send(actions[ids], ids)
+
+    for ids in envs.batches():
+        send(ids)
+    took: list[float] = []
+    # Until an update has what to draw from.
+    while len(trainer.buffer) < trainer.config.warmup or sum(took) < seconds:
+        start = time.perf_counter()
+        for _ in envs.batches():  # once around: batches that overlap are not waited for in turn
+            rows = envs.recv()
+            ids, n = rows.env_ids, len(rows.env_ids)
+            added = trainer.buffer.add(
+                doing[ids],
+                actions[ids],
+                rows.reward,
+                rows.next_obs,
+                rows.terminated,
+                rows.truncated,
+                env_ids=ids,
+                prior=actions[ids],
+                prior_mask=np.ones(n, np.float32),
+                prior_version=np.zeros(n, np.int64),
+            )
+            stored[:] = [*stored[-7:], _Stored(added, doing[ids], rows.next_obs)]
+            doing[ids] = rows.obs
+            send(ids)
+        took.append(time.perf_counter() - start)
+    env = trainer.config.env
+    call = f"{env.num_envs} x {env.action_repeat} frames"
+    checked = f"{len(trainer.buffer)} transitions continue one another"
+    return Timing("simulation", call, checked, np.array(took))
+
+
+def _replay(trainer: Trainer, seconds: float, stored: list[_Stored]) -> Timing:
+    """Batches as an update takes them; what was stored last has to come back bit for bit."""
+    for s in stored:
+        batch = trainer.buffer.get(s.ids, n_step=1, dtype=torch.uint8)
+        for ours, given in ((batch.obs, s.obs), (batch.next_obs, s.next_obs)):
+            if not np.array_equal(cast(Tensor, ours).cpu().numpy(), given):
+                raise CheckFailedError("replay: observations come back other than they were stored")
+    n = sum(len(s.ids) for s in stored)
+    took = _times(trainer, seconds, trainer.sample)
+    replay = trainer.config.replay
+    call = f"batch of {replay.batch_size}, {replay.augment}"
+    return Timing("replay", call, f"{n} transitions come back bit for bit", took)
+
+
+def _prior(trainer: Trainer, seconds: float, stored: list[_Stored]) -> Timing:
+    """Answers for a batch of environments; the truth is transformers' own generate()."""
+    images = vlm_view(trainer.config, torch.from_numpy(stored[-1].obs))
+    answers, truth = trainer.prior(images), trainer.prior.reference(images)
+    equal = int((answers.token_ids.cpu() == truth.token_ids.cpu()).all(1).sum())
+    # In half precision two tokens can be equally likely but for rounding.
+    if equal < len(images) and next(trainer.prior.backbone.base.parameters()).dtype == torch.float32:
+        raise CheckFailedError(f"prior: {len(images) - equal} of {len(images)} answers are not generate()'s")
+    took = _times(trainer, seconds, lambda: trainer.prior(images))
+    call = f"{len(images)} frames, {trainer.config.vlm.model}"
+    return Timing("prior", call, f"{equal} of {len(images)} answers as by transformers' generate()", took)
+
+
+def _update(trainer: Trainer, seconds: float) -> Timing:
+    """Guided updates on one batch, made beforehand."""
+    batch = cast(TransitionBatch, trainer.sample())
+    before = [p.detach().clone() for p in trainer.agent.actor.parameters()]
+    metrics = trainer.agent.update(batch, guide=True)
+    moved = any((a != b).any() for a, b in zip(before, trainer.agent.actor.parameters(), strict=True))
+    if not moved or not all(torch.isfinite(value).all() for value in metrics.values()):
+        raise CheckFailedError("policy update: the actor did not move, or a loss is not finite")
+    took = _times(trainer, seconds, lambda: trainer.agent.update(batch, guide=True))
+    return Timing(
+        "policy update", f"batch of {len(batch.reward)}", "the actor moves, losses are finite", took
+    )
+
+
+def _times(trainer: Trainer, seconds: float, call: Callable[[], object]) -> np.ndarray:
+    """float64[n], n >= 5: the seconds of calls for at least `seconds`, the first of them left out."""
+    took: list[float] = []
+    while sum(took[1:]) < seconds or len(took) < 6:
+        start = time.perf_counter()
+        call()
+        if trainer.device.type == "cuda":
+            torch.cuda.synchronize()
+        took.append(time.perf_counter() - start)
+    return np.array(took[1:])
