@@ -8,10 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from test_grammar import CONTEXT, TOKENIZERS
 
 from covr_fast import ops
 from covr_fast.vlm import ActionPrior, TunerConfig, VLMTuner
 from covr_fast.vlm.decode import causal_mask
+from covr_fast.vlm.grammar import ActionGrammar
 from covr_fast.vlm.loading import load_backbone
 from covr_fast.vlm.objective import IGNORE, AnswerModel, RoundImages, Samples, mean_nll, weighted_loss
 
@@ -52,6 +54,19 @@ def test_labels_are_the_answer_and_nothing_else(nano):
         assert tokens[-1] == nano.grammar.eos_token_id
         text = nano.backbone.tokenizer.decode(tokens[:-1], clean_up_tokenization_spaces=False)
         assert text == f"Action: [{action[0]:.2f}, {action[1]:.2f}]".replace("-0.00", "0.00")
+
+
+def test_padding_behind_short_answers_has_no_label():
+    grammar = ActionGrammar(TOKENIZERS["uneven"](), CONTEXT, action_dim=2, decimals=2)
+    actions = torch.tensor([[0.5, 0.5], [-0.15, -1.0], [0.9, -0.1]])
+    samples = Samples.build(grammar, colours(3)[0], actions, torch.ones(3))
+    lengths = []
+    for row, answer in zip(samples.labels.tolist(), samples.answers.tolist(), strict=True):
+        length = answer.index(grammar.eos_token_id) + 1
+        assert row == answer[:length] + [IGNORE] * (len(answer) - length)
+        lengths.append(length)
+    assert len(set(lengths)) > 1, "all answers are of one length: nothing was padded"
+    assert samples.valid_tokens(torch.arange(3)) == sum(lengths)
 
 
 def test_loss_equals_transformers_own_on_the_whole_sequence(nano):
