@@ -1,6 +1,7 @@
 """Replayed functions equal called ones: the bookkeeping anywhere, the graphs themselves on a GPU."""
 
 import gc
+import threading
 import weakref
 
 import pytest
@@ -144,3 +145,36 @@ def test_cuda_graphs_take_turns_across_streams():
     torch.cuda.synchronize()
     for outputs, (_, expected) in zip(got, given, strict=True):
         assert torch.equal(outputs["state"], expected["state"])
+
+
+@pytest.mark.needs_cuda
+def test_cuda_capture_beside_a_busy_thread():
+    """Another thread allocates, launches and reads its own results while graphs are recorded."""
+    stop, failed = threading.Event(), []
+
+    def work():
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                size = 1000
+                while not stop.is_set():
+                    size += 1  # another allocation each time
+                    x = torch.ones(size, 100, device="cuda")
+                    assert (x.T @ x)[0, 0].item() == size
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        for _ in range(20):
+            eager, captured = (
+                Accumulate("cuda"),
+                Captured(Accumulate("cuda"), CudaGraphs(torch.device("cuda"))),
+            )
+            for seed in range(6):
+                expected, got = eager(factors(seed, "cuda")), captured(factors(seed, "cuda"))
+                assert torch.equal(got["state"], expected["state"])
+    finally:
+        stop.set()
+        thread.join()
+    assert not failed
