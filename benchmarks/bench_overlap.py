@@ -1,4 +1,5 @@
-"""How well the VLM hides behind the agent: rounds beside policy updates, priors beside the simulation.
+"""How well the VLM hides behind the agent: rounds beside policy updates, priors beside the simulation; and
+on a GPU, what it gains to launch a policy update as one graph.
 
     python benchmarks/bench_overlap.py [--json FILE] [--repeats 5]
 
@@ -11,6 +12,7 @@ priors asked in the background, in turn. Medians are compared.
 import argparse
 import contextlib
 import json
+import math
 import os
 import platform
 import statistics
@@ -25,6 +27,7 @@ import torch
 
 from covr_fast import ReplayBuffer, TrainConfig, Trainer
 from covr_fast.agents import SAC
+from covr_fast.buffer import Batch
 from covr_fast.view import agent_obs_shape
 from covr_fast.vlm import ActionPrior, TunerConfig, VLMTuner
 
@@ -38,8 +41,14 @@ def medians(candidates: dict[str, Callable[[], float]], repeats: int) -> dict[st
     return {name: statistics.median(v) for name, v in values.items()}
 
 
-def policy_updates(config: TrainConfig, device: str) -> Callable[[int], None]:
-    """n -> n updates of the preset's agent from a replay buffer of noise."""
+def finish(device: str) -> None:
+    """Waits for what a GPU was told to do."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def policy(config: TrainConfig, device: str) -> tuple[SAC, Callable[[], Batch]]:
+    """The preset's agent, and batches of its size from a replay buffer of noise."""
     replay, shape = config.replay, config.env.obs_shape
     extras = {"prior": (2,), "prior_mask": ()}
     buffer = ReplayBuffer(
@@ -54,16 +63,52 @@ def policy_updates(config: TrainConfig, device: str) -> Callable[[int], None]:
         buffer.add(obs, action, ended, after, ended, ~ended, prior=action, prior_mask=np.ones(8))
     agent = SAC(agent_obs_shape(config), (2,), config.agent, device=device)
 
+    def sample() -> Batch:
+        return buffer.sample(
+            replay.batch_size, augment="crop", pad=replay.pad, memory_format=torch.channels_last
+        )
+
+    return agent, sample
+
+
+def policy_updates(config: TrainConfig, device: str) -> Callable[[int], None]:
+    """n -> n updates of the preset's agent, each from a new batch."""
+    agent, sample = policy(config, device)
+
     def update(count: int) -> None:
         for _ in range(count):
-            batch = buffer.sample(
-                replay.batch_size, augment="crop", pad=replay.pad, memory_format=torch.channels_last
-            )
-            agent.update(batch, guide=True)
-        if device == "cuda":
-            torch.cuda.synchronize()
+            agent.update(sample(), guide=True)
+        finish(device)
 
     return update
+
+
+def launches(repeats: int, device: str, count: int = 100) -> dict[str, float]:
+    """Milliseconds per update of the `carracing-gpu` agent on one batch, kernel by kernel and as a graph."""
+
+    def updates(graph: bool) -> tuple[Callable[[], float], float]:
+        config = TrainConfig.preset("carracing-gpu")
+        config.agent.graph = graph
+        agent, sample = policy(config, device)
+        batch = sample()
+
+        def run() -> None:
+            for _ in range(count):
+                agent.update(batch, guide=True)
+            finish(device)
+
+        for _ in range(10):  # warms up and records
+            q = agent.update(batch, guide=True)["q"].item()
+        return lambda: 1e3 * timed(run) / count, q
+
+    (eager, expected), (graph, got) = updates(False), updates(True)
+    if not math.isclose(expected, got, rel_tol=1e-2, abs_tol=1e-3):
+        raise SystemExit(
+            f"mean Q after 10 updates is {got} by the graph, {expected} without: nothing to time"
+        )
+    result = medians({"eager": eager, "graph": graph}, repeats)
+    result["speedup"] = result["eager"] / result["graph"]
+    return result
 
 
 def tuner_round(config: TrainConfig, device: str, samples: int = 256, epochs: int = 6) -> Callable[[], None]:
@@ -160,6 +205,13 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    facts: dict[str, object] = {}
+    if arguments.device == "cuda":
+        facts["update"] = update = launches(arguments.repeats, arguments.device)
+        print(
+            f"an update takes {update['eager']:.2f} ms kernel by kernel, {update['graph']:.2f} ms as a graph "
+            f"({update['speedup']:.1f}x)"
+        )
     beside = overlap(arguments.repeats, arguments.device)
     print("  ".join(f"{name} {beside[name]:.2f} s" for name in ("policy", "tuner", "serial", "overlapped")))
     print(f"overlapped takes {beside['ratio']:.2f}x the longer of the two alone")
@@ -172,7 +224,7 @@ def main() -> None:
         f"{loop['background, share']:.0%}"
     )
     if arguments.json:
-        facts = {
+        facts |= {
             "device": torch.cuda.get_device_name()
             if arguments.device == "cuda"
             else f"{platform.machine()} CPU",

@@ -34,9 +34,9 @@ NEEDED = [
     *("setuptools", "pybind11", "cmake", "ninja", "numpy"),
     *("pytest", "pytest-timeout", "pytest-benchmark", "hypothesis"),
 ]
-TESTS = ["tests/ops", "tests/test_buffer_cuda.py"]
+TESTS = ["tests/ops", "tests/test_buffer_cuda.py", "tests/test_cuda_graph.py", "tests/test_sac_graph.py"]
 # Small inputs that still take every kernel and branch: a sanitizer slows kernels down a hundredfold. Matrix
-# products are other people's kernels.
+# products are other people's kernels, and graphs cannot be recorded without the caching allocator.
 SMALL = " and ".join(
     [
         "cuda",

@@ -591,6 +591,7 @@ def load_prior(config: TrainConfig, action_dim: int, device: torch.device, model
         dtype=dtypes[config.vlm.dtype],
         device=device,
         seed=config.seed,
+        graph=config.vlm.graph,
     )
 
 

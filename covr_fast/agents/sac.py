@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..cuda_graph import CudaGraphs
+from .batch import TransitionBatch
+from .captured import CapturedUpdate
 from .networks import Actor, Encoder, TwinQ
 
 
@@ -39,25 +43,9 @@ class SACConfig:
     """lambda of Eq. 4 (the paper: 2.0 on CARLA, 1.0 on DMControl)."""
     reward_scale: float = 1.0
     """Factor on rewards inside the Bellman target; reported returns are never scaled."""
-
-
-class TransitionBatch(Protocol):
-    """What an update reads of a replay batch; see covr_fast.ReplayBuffer.sample."""
-
-    @property
-    def obs(self) -> Tensor: ...
-    @property
-    def action(self) -> Tensor: ...
-    @property
-    def reward(self) -> Tensor: ...
-    @property
-    def next_obs(self) -> Tensor: ...
-    @property
-    def discount(self) -> Tensor: ...
-    @property
-    def weight(self) -> Tensor: ...
-    @property
-    def extras(self) -> Mapping[str, Tensor]: ...
+    graph: bool = False
+    """On a GPU, launch the whole update as one CUDA graph. Off until that has run on one (benchmarks/GPU.md);
+    a CPU takes no notice of it."""
 
 
 def prior_loss(action: Tensor, prior: Tensor, mask: Tensor) -> Tensor:
@@ -96,11 +84,14 @@ class SAC:
         self.critic_target = deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = torch.tensor(c.init_alpha, device=self.device).log().requires_grad_()
         self.target_entropy = float(-self.action_dim if c.target_entropy is None else c.target_entropy)
-        self.critic_optimizer = torch.optim.Adam(
-            [*self.encoder.parameters(), *self.critic.parameters()], lr=c.lr, fused=True
-        )
-        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=c.lr, fused=True)
-        self.alpha_optimizer = torch.optim.Adam([self.log_alpha], lr=c.alpha_lr, fused=True)
+        self._capturable = c.graph and self.device.type == "cuda"
+        adam = partial(torch.optim.Adam, fused=True, capturable=self._capturable)
+        self.critic_optimizer = adam([*self.encoder.parameters(), *self.critic.parameters()], lr=c.lr)
+        self.actor_optimizer = adam(self.actor.parameters(), lr=c.lr)
+        self.alpha_optimizer = adam([self.log_alpha], lr=c.alpha_lr)
+        self._captured: CapturedUpdate | None = None
+        if self._capturable:
+            self._captured = CapturedUpdate(self._update, CudaGraphs(self.device, [self.generator]))
 
     @torch.no_grad()
     def act(self, obs: Tensor, *, explore: bool = True) -> Tensor:
@@ -126,8 +117,13 @@ class SAC:
         """One step on critic and encoder, actor, temperature and target. Returns metrics left on the device.
 
         batch.obs and next_obs are float in [0, 1]; batch.extras holds "prior" [B, A] and "prior_mask" [B],
-        which are read only if `guide` (after the cold start).
+        which are read only if `guide` (after the cold start). The host never waits for the device. With
+        config.graph, what runs is a graph: see CapturedUpdate.
         """
+        update = self._captured or self._update
+        return update(batch, guide)
+
+    def _update(self, batch: TransitionBatch, guide: bool) -> dict[str, Tensor]:
         latent = self.encoder(batch.obs)
         metrics = self.update_critic(latent, batch)
         metrics |= self.update_actor(latent.detach(), batch, guide=guide)
@@ -202,14 +198,19 @@ class SAC:
             "critic_target": self.critic_target,
         }
 
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {
+            "critic_optimizer": self.critic_optimizer,
+            "actor_optimizer": self.actor_optimizer,
+            "alpha_optimizer": self.alpha_optimizer,
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """A copy of everything that a resumed run needs to go on bit for bit."""
         state = {
             **{name: module.state_dict() for name, module in self.modules().items()},
             "log_alpha": self.log_alpha.detach().clone(),
-            "critic_optimizer": self.critic_optimizer.state_dict(),
-            "actor_optimizer": self.actor_optimizer.state_dict(),
-            "alpha_optimizer": self.alpha_optimizer.state_dict(),
+            **{name: optimizer.state_dict() for name, optimizer in self.optimizers().items()},
             "generator": self.generator.get_state(),
         }
         # Copied, because optimizers load moments without copying them: two agents would share theirs.
@@ -220,9 +221,12 @@ class SAC:
             module.load_state_dict(state[name])
         with torch.no_grad():
             self.log_alpha.copy_(state["log_alpha"])
-        self.critic_optimizer.load_state_dict(state["critic_optimizer"])
-        self.actor_optimizer.load_state_dict(state["actor_optimizer"])
-        self.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
+        for name, optimizer in self.optimizers().items():
+            optimizer.load_state_dict(state[name])
+            for group in optimizer.param_groups:
+                group["capturable"] = self._capturable  # loading brought that of the agent that was saved
+        if self._captured is not None:
+            self._captured.forget()  # optimizers replace their state when they load
         random_state = state["generator"].cpu()
         if random_state.numel() == self.generator.get_state().numel():  # else it is of another kind of device
             self.generator.set_state(random_state)

@@ -102,7 +102,6 @@ class Decoder:
             self._decoder(backbone.embed(layout.prefix)[None], self._prefix)
         self._caches: dict[int, KeyValueCache] = {}
 
-    @torch.no_grad()
     def __call__(
         self, image: ImageFeatures, temperature: float, noise: Tensor | None
     ) -> tuple[Tensor, Tensor]:
@@ -113,8 +112,15 @@ class Decoder:
             noise: Gumbel noise float32[B, levels, >= U] for `temperature` > 0: the argmax of logits / T plus
                 this noise is a sample of their softmax.
         """
-        batch = image.tokens.shape[0]
-        cache = self._cache(batch)
+        return self.decode(self._cache(len(image.tokens)), image, temperature, noise)
+
+    @torch.no_grad()
+    def decode(
+        self, cache: KeyValueCache, image: ImageFeatures, temperature: float | Tensor, noise: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The same with a cache of `new_cache` for B rows, and a temperature that may be float32[B, 1]."""
+        batch = len(image.tokens)
+        cache.length = self._prefix.length
         body = self._body.expand(batch, -1, -1)
         hidden = self._decoder(body, cache, image_at=self._layout.image_at, image=image)
         state = torch.zeros(batch, dtype=torch.int64, device=hidden.device)
@@ -133,13 +139,16 @@ class Decoder:
                 hidden = self._decoder(self._backbone.embed(block), cache)
         return action, torch.cat(answer, 1)
 
+    def new_cache(self, batch: int) -> KeyValueCache:
+        """A cache for this batch size, its prefix in place."""
+        cache = self._decoder.cache(batch, self._capacity)
+        cache.begin_with(self._prefix)
+        return cache
+
     def _cache(self, batch: int) -> KeyValueCache:
-        """The cache for this batch size, its prefix in place. Two sizes are kept: full and last batches."""
-        cache = self._caches.get(batch)
-        if cache is None:
+        """Of this batch size. Two are kept: for full and last batches."""
+        if batch not in self._caches:
             if len(self._caches) == 2:
                 del self._caches[next(iter(self._caches))]
-            cache = self._caches[batch] = self._decoder.cache(batch, self._capacity)
-            cache.begin_with(self._prefix)
-        cache.length = self._prefix.length
-        return cache
+            self._caches[batch] = self.new_cache(batch)
+        return self._caches[batch]

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cuda_graph import CudaGraphs
 from ..streams import Lane, receive
 from .backbones import Backbone
 from .decode import Decoder, Layout, make_layout
 from .grammar import ActionGrammar
+from .graphed import GraphedDecoder
 from .loading import Settings, load_backbone
 from .memory import out_of_memory
 from .prompt import default_prompt
@@ -49,7 +51,7 @@ class ActionPrior:
     On a GPU both are queued on a stream of the prior's own (see `streams`), whichever thread they come from.
     """
 
-    def __init__(self, backbone: Backbone, settings: Settings) -> None:
+    def __init__(self, backbone: Backbone, settings: Settings, *, graph: bool = True) -> None:
         self.backbone = backbone
         self.settings = settings
         self.action_dim = settings.action_dim
@@ -63,7 +65,8 @@ class ActionPrior:
         )
         self.version = 0
         self._layouts: dict[tuple[int, int], Layout] = {}
-        self._decoders: dict[tuple[int, int], Decoder] = {}
+        self._graph = graph and backbone.device.type == "cuda"
+        self._decoders: dict[tuple[int, int], Decoder | GraphedDecoder] = {}
         self.lock = threading.RLock()
         self.lane = Lane(backbone.device)
 
@@ -80,6 +83,7 @@ class ActionPrior:
         device: str | torch.device | None = None,
         seed: int = 0,
         quantization: Any = None,
+        graph: bool = True,
     ) -> "ActionPrior":
         """Opens a VLM as an action prior.
 
@@ -94,6 +98,8 @@ class ActionPrior:
             device: None is CUDA where there is one, else the CPU.
             seed: of nano's random weights; no other model reads it.
             quantization: a transformers quantization config, passed on.
+            graph: on CUDA, replay the decode as CUDA graphs (`graphed.GraphedDecoder`). False launches it
+                kernel by kernel, which quantized layers may need: not all of them can be recorded.
 
         Raises:
             FileNotFoundError: no such model directory.
@@ -111,7 +117,8 @@ class ActionPrior:
         )
         # A saved adapter stays on its base; full weights are a base of their own.
         base = saved.base if saved is not None and backbone.adapted else str(model)
-        return cls(backbone, Settings(base, seed, action_dim, 2 if decimals is None else decimals, prompt))
+        settings = Settings(base, seed, action_dim, 2 if decimals is None else decimals, prompt)
+        return cls(backbone, settings, graph=graph)
 
     @property
     def device(self) -> torch.device:
@@ -140,7 +147,7 @@ class ActionPrior:
                 pixels = self.backbone.pixels(images)
                 features = self.backbone.image_features(pixels, len(images), size)
                 if size not in self._decoders:
-                    self._decoders[size] = Decoder(self.backbone, self.layout(size), self.grammar)
+                    self._decoders[size] = self._decoder(size)
                 action, tokens = self._decoders[size](features, temperature, noise)
             receive(action, tokens)
             return PriorBatch(action, tokens, self.version, self.grammar)
@@ -169,8 +176,12 @@ class ActionPrior:
             self._layouts[size] = make_layout(self.backbone, self.text, size, self.grammar.max_length)
         return self._layouts[size]
 
+    def _decoder(self, size: tuple[int, int]) -> Decoder | GraphedDecoder:
+        decoder = Decoder(self.backbone, self.layout(size), self.grammar)
+        return GraphedDecoder(decoder, CudaGraphs(self.device)) if self._graph else decoder
+
     def weights_changed(self) -> int:
-        """Drops what was computed with the old weights (the prefix cache) and returns the new version."""
+        """Drops what was computed with the old weights (prefix cache, graphs) and returns the new version."""
         with self.lock:
             self._decoders.clear()
             self.version += 1

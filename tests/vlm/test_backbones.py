@@ -50,7 +50,7 @@ def test_hidden_states_equal_the_models_own(opened):
         decoder = prior._decoders[size]
         ours = decoder._decoder(
             decoder._body[:, : len(layout.body)].expand(len(frames), -1, -1),
-            decoder._cache(len(frames)),
+            decoder.new_cache(len(frames)),
             image_at=layout.image_at,
             image=image,
         )

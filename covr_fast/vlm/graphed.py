@@ -1,0 +1,69 @@
+"""The decode of a batch as one CUDA graph."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..cuda_graph import Captured, Graphs, Tensors
+from .backbones import ImageFeatures
+from .decode import Decoder
+from .serving import KeyValueCache
+
+
+class GraphedDecoder:
+    """A `Decoder` whose calls are replayed as graphs; arguments and answers are the decoder's.
+
+    Batches are filled up to the next power of two with rows of ones, whose answers are dropped. So a labeller
+    with any batch sizes up to B = 2^k needs k + 1 graphs (sampled answers as many again), and their caches
+    hold fewer than 2 B rows. The third call of a size records its graph.
+
+    Inside the graph: everything from image features to actions and answer tokens. Outside: the vision tower,
+    noise, filling up, and copies of both into the graph and of the answers out of it.
+
+    What waits for what: each call is a turn of `graphs`, on the caller's current stream. The graphs hold the
+    decoder's merged weights and go with it when weights are published.
+    """
+
+    def __init__(self, decoder: Decoder, graphs: Graphs) -> None:
+        self._decoder = decoder
+        self._graphs = graphs
+        self._caches: dict[int, KeyValueCache] = {}
+        self._captured: dict[tuple[int, bool], Captured] = {}
+
+    @torch.no_grad()
+    def __call__(
+        self, image: ImageFeatures, temperature: float, noise: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        batch = len(image.tokens)
+        rows = 1 << (batch - 1).bit_length()
+        inputs = {"tokens": image.tokens, **{f"deep{i}": x for i, x in enumerate(image.deep)}}
+        if noise is not None:
+            # A tensor, because a graph would keep the number it was recorded with.
+            inputs |= {"noise": noise, "temperature": noise.new_full((batch, 1), temperature)}
+        captured = self._of(rows, sampled=noise is not None)
+        answers = captured({name: _filled_up(x, rows) for name, x in inputs.items()})
+        return answers["action"][:batch], answers["tokens"][:batch]
+
+    def _of(self, rows: int, *, sampled: bool) -> Captured:
+        if rows not in self._caches:
+            with self._graphs.turn():  # the prefix may be another stream's work
+                self._caches[rows] = self._decoder.new_cache(rows)
+        if (rows, sampled) not in self._captured:
+            decode = partial(_decode, self._decoder, self._caches[rows])
+            self._captured[rows, sampled] = Captured(decode, self._graphs, warm_up=2)
+        return self._captured[rows, sampled]
+
+
+def _filled_up(x: Tensor, rows: int) -> Tensor:
+    """[B, ...] -> [rows, ...]. Ones, because the temperature must not be 0."""
+    if len(x) == rows:
+        return x
+    return F.pad(x, (0, 0) * (x.ndim - 1) + (0, rows - len(x)), value=1)
+
+
+def _decode(decoder: Decoder, cache: KeyValueCache, inputs: Tensors) -> dict[str, Tensor]:
+    image = ImageFeatures(inputs["tokens"], tuple(x for name, x in inputs.items() if name.startswith("deep")))
+    action, tokens = decoder.decode(cache, image, inputs.get("temperature", 0.0), inputs.get("noise"))
+    return {"action": action, "tokens": tokens}

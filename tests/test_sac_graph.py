@@ -1,0 +1,319 @@
+"""The captured update equals the eager one: its bookkeeping anywhere, the graph itself on a GPU."""
+
+from copy import deepcopy
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from fake_graphs import FakeGraphs
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from covr_fast import ReplayBuffer
+from covr_fast.agents import SAC, SACConfig
+from covr_fast.agents.captured import CapturedUpdate
+
+SHAPE = (3, 12, 12)
+SMALL = SACConfig(channels=(8, 8), strides=(2, 2), latent=16, hidden=32)
+
+
+def make_batch(seed, n=6, device="cpu"):
+    g = torch.Generator().manual_seed(seed)
+    batch = {
+        "obs": torch.rand(n, *SHAPE, generator=g).contiguous(memory_format=torch.channels_last),
+        "next_obs": torch.rand(n, *SHAPE, generator=g).contiguous(memory_format=torch.channels_last),
+        "action": torch.rand(n, 2, generator=g) * 2 - 1,
+        "reward": torch.randn(n, generator=g),
+        "discount": torch.full((n,), 0.9),
+        "weight": torch.rand(n, generator=g),
+    }
+    extras = {"prior": torch.rand(n, 2, generator=g) * 2 - 1, "prior_mask": torch.ones(n)}
+    moved = {name: value.to(device) for name, value in batch.items()}
+    return SimpleNamespace(**moved, extras={name: value.to(device) for name, value in extras.items()})
+
+
+def eager_agent(seed=0):
+    return SAC(SHAPE, (2,), SMALL, seed=seed)
+
+
+def captured_agent(seed=0):
+    agent = eager_agent(seed)
+    agent._captured = CapturedUpdate(agent._update, FakeGraphs())
+    return agent
+
+
+def asked(agent):
+    return agent._captured._graphs.events
+
+
+def assert_same(a, b):
+    for name, module in a.modules().items():
+        for one, other in zip(module.parameters(), b.modules()[name].parameters(), strict=True):
+            assert torch.equal(one, other), name
+    assert torch.equal(a.log_alpha, b.log_alpha)
+
+
+def test_fifty_updates_are_those_of_the_eager_agent():
+    """Guidance begins after 20 of them, and is off again for a while, so that both graphs come back."""
+    eager, captured = eager_agent(), captured_agent()
+    expected, got = [], []
+    for step in range(50):
+        guide = 20 <= step < 35 or step >= 40
+        expected.append(eager.update(make_batch(step), guide=guide))
+        batch = make_batch(step)
+        if not guide:
+            batch.extras = {}  # not read
+        got.append(captured.update(batch, guide=guide))
+        if step % 7 == 0:  # acting draws from the same generator
+            obs = torch.randint(0, 256, (2, *SHAPE), dtype=torch.uint8)
+            assert torch.equal(eager.act(obs), captured.act(obs))
+    assert_same(eager, captured)
+    assert asked(captured).count("capture") == 2
+    assert asked(captured).count("aside") == 6
+    for step, (a, b) in enumerate(zip(expected, got, strict=True)):  # later updates left earlier metrics be
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a), step
+
+
+def test_loading_a_state_drops_the_graphs_and_goes_on_bit_for_bit():
+    eager, first, second = eager_agent(1), captured_agent(1), captured_agent(2)
+    for step in range(8):
+        eager.update(make_batch(step), guide=True)
+        first.update(make_batch(step), guide=True)
+        second.update(make_batch(99 - step), guide=True)
+    state = first.state_dict()
+    first.update(make_batch(50), guide=True)  # changes nothing in the copy
+    for agent in (first, second):
+        agent.load_state_dict(deepcopy(state))  # optimizers keep what they are given
+        before = len(asked(agent))
+        for step in range(8, 20):
+            agent.update(make_batch(step), guide=step % 2 == 0)
+        assert asked(agent)[before:].count("capture") == 2
+    for step in range(8, 20):
+        eager.update(make_batch(step), guide=step % 2 == 0)
+    assert_same(eager, first)
+    assert_same(eager, second)
+
+
+def test_a_state_saved_by_a_captured_agent_loads_into_an_eager_one():
+    agent, other = eager_agent(), eager_agent(3)
+    agent.update(make_batch(0), guide=False)
+    state = agent.state_dict()
+    for name in agent.optimizers():
+        for group in state[name]["param_groups"]:
+            group["capturable"] = True  # as on a GPU with agent.graph
+    other.load_state_dict(state)
+    for optimizer in other.optimizers().values():
+        assert not any(group["capturable"] for group in optimizer.param_groups)
+    agent.update(make_batch(1), guide=False)
+    other.update(make_batch(1), guide=False)
+    assert_same(agent, other)
+
+
+def test_another_batch_size_is_refused():
+    agent = captured_agent()
+    agent.update(make_batch(0), guide=False)
+    with pytest.raises(ValueError, match=r"obs is float32\[5, 3, 12, 12\] on cpu, captured was float32\[6"):
+        agent.update(make_batch(1, n=5), guide=False)
+
+
+def test_the_option_does_nothing_on_a_cpu():
+    plain, asking = eager_agent(), SAC(SHAPE, (2,), replace(SMALL, graph=True))
+    for step in range(3):
+        plain.update(make_batch(step), guide=True)
+        asking.update(make_batch(step), guide=True)
+    assert_same(plain, asking)
+
+
+def prioritized_buffer():
+    buffer = ReplayBuffer(
+        64, num_envs=2, obs_shape=SHAPE, action_shape=(2,), sampler="prioritized", seed=0,
+        extras={"prior": (2,), "prior_mask": ()},
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    for _ in range(32):
+        obs, after = rng.integers(0, 256, (2, 2, *SHAPE), dtype=np.uint8)
+        action = rng.uniform(-1, 1, (2, 2)).astype(np.float32)
+        ended = np.ones(2, bool)
+        reward = rng.normal(size=2).astype(np.float32)
+        buffer.add(obs, action, reward, after, ended, ~ended, prior=action, prior_mask=np.ones(2))
+    return buffer
+
+
+def test_prioritized_replay_and_logged_means_see_the_same_numbers():
+    from covr_fast.logger import MeanMetrics
+
+    drawn, means = [], []
+    for agent in (eager_agent(), captured_agent()):
+        buffer, logged = prioritized_buffer(), MeanMetrics()
+        indices = []
+        for _ in range(30):
+            batch = buffer.sample(8)
+            metrics = agent.update(batch, guide=True)
+            buffer.update_priorities(batch.index, metrics["td_error"])
+            logged.add(metrics)
+            indices.append(batch.index)
+        drawn.append(torch.stack(indices))
+        means.append(logged.read())
+    assert torch.equal(*drawn)
+    assert means[0] == means[1]
+
+
+READS = {
+    "_local_scalar_dense", "is_nonzero", "equal", "allclose", "nonzero", "masked_select", "bincount",
+    "unique_consecutive", "_unique2", "unique_dim", "repeat_interleave",
+}  # fmt: skip
+SENDS = {"lift_fresh", "scalar_tensor"}  # torch.tensor(...) of Python values
+METHODS = ("tolist", "numpy", "cpu", "cuda")  # of a CPU tensor they need no operation
+
+
+class NoSynchronisation(TorchDispatchMode):
+    """Refuses what would make the host wait for a GPU, or send it something, if the tensors were there."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+        self._patch = pytest.MonkeyPatch()
+
+    def __enter__(self):
+        def refuse(name):
+            raise AssertionError(f"{name}() would synchronise")
+
+        for name in METHODS:
+            self._patch.setattr(torch.Tensor, name, lambda *_, name=name: refuse(name))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self._patch.undo()
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = op.overloadpacket.__name__
+        self.seen.add(name)
+        masked = name in ("index", "index_put", "index_put_") and any(
+            isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in tree_leaves(args[1])
+        )
+        if name in READS | SENDS or masked:
+            raise AssertionError(f"{name} would synchronise")
+        if name == "_to_copy" and kwargs.get("device") is not None:
+            raise AssertionError("a copy between devices")
+        return op(*args, **kwargs)
+
+
+@pytest.mark.parametrize("guide", [False, True])
+def test_an_update_never_synchronises(guide):
+    agent = eager_agent()
+    batches = [make_batch(step) for step in range(2)]
+    with NoSynchronisation() as watch:
+        for batch in batches:  # the first makes the optimizers' state
+            agent.update(batch, guide=guide)
+    assert {"convolution", "convolution_backward", "_fused_adam_", "_foreach_lerp_"} <= watch.seen
+
+
+@pytest.mark.parametrize(
+    "sin",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool(x.sum() > 0),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: torch.tensor([1.0, 2.0]),
+        lambda x: x.to(torch.device("meta")),
+        lambda x: x.cpu(),
+        lambda x: x.tolist(),
+    ],
+)
+def test_the_watch_sees_synchronisation(sin):
+    x = torch.ones(3)
+    with NoSynchronisation(), pytest.raises(AssertionError, match=r"synchronise|between devices"):
+        sin(x)
+
+
+# ---------------------------------------------------------------------- on a GPU
+
+
+def cuda_agents(**changes):
+    """An eager and a captured agent with the same weights and noise."""
+    return [
+        SAC(SHAPE, (2,), replace(SMALL, graph=graph, **changes), device="cuda") for graph in (False, True)
+    ]
+
+
+@pytest.fixture
+def deterministic_convolutions(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
+@pytest.mark.needs_cuda
+def test_cuda_graph_equals_eager(deterministic_convolutions):
+    eager, captured = cuda_agents()
+    for step in range(20):
+        batch, guide = make_batch(step, device="cuda"), step >= 10
+        expected, got = (agent.update(batch, guide=guide) for agent in (eager, captured))
+        assert expected.keys() == got.keys()
+        for name in expected:
+            torch.testing.assert_close(got[name], expected[name], rtol=1e-3, atol=1e-4)
+    assert torch.equal(eager.generator.get_state(), captured.generator.get_state())
+    for name, module in eager.modules().items():
+        for a, b in zip(module.parameters(), captured.modules()[name].parameters(), strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.needs_cuda
+def test_cuda_graph_replays_draw_new_noise():
+    """The same batch, without learning: only the noise differs between two replays."""
+    _, agent = cuda_agents(lr=0.0, alpha_lr=0.0, tau=0.0)
+    batch = make_batch(0, device="cuda")
+    entropies = [agent.update(batch, guide=False)["entropy"].item() for _ in range(10)]
+    assert len(set(entropies)) == len(entropies)
+
+
+@pytest.mark.needs_cuda
+def test_cuda_graph_in_steady_state_neither_synchronises_nor_allocates():
+    _, agent = cuda_agents()
+    batches = [make_batch(seed, device="cuda") for seed in range(4)]
+    for step in range(16):
+        agent.update(batches[step % 4], guide=step >= 8)
+    torch.cuda.synchronize()
+    held = torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(100):
+            agent.update(batches[step % 4], guide=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_allocated() == held
+
+
+@pytest.mark.needs_cuda
+def test_cuda_eager_update_does_not_synchronise():
+    agent, _ = cuda_agents()
+    batch = make_batch(0, device="cuda")
+    agent.update(batch, guide=True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        agent.update(batch, guide=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.needs_cuda
+def test_cuda_graph_goes_on_from_a_checkpoint(deterministic_convolutions, tmp_path):
+    eager, captured = cuda_agents()
+    for step in range(8):
+        for agent in (eager, captured):
+            agent.update(make_batch(step, device="cuda"), guide=True)
+    torch.save(captured.state_dict(), tmp_path / "agent.pt")
+    state = torch.load(tmp_path / "agent.pt", map_location="cpu", weights_only=True)
+    captured.update(make_batch(50, device="cuda"), guide=True)
+    captured.load_state_dict(state)
+    for step in range(8, 16):
+        batch = make_batch(step, device="cuda")
+        expected, got = (agent.update(batch, guide=True) for agent in (eager, captured))
+        torch.testing.assert_close(got["q"], expected["q"], rtol=1e-3, atol=1e-4)
+    on_cpu = eager_agent(7)
+    on_cpu.load_state_dict(state)
+    on_cpu.update(make_batch(0), guide=True)

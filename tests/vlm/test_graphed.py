@@ -1,0 +1,132 @@
+"""Replayed decoding gives the decoder's answers: filling up and bookkeeping anywhere, the graphs on a GPU."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from fake_graphs import FakeGraphs
+from tiny import WRITERS
+
+from covr_fast.vlm import ActionPrior
+from covr_fast.vlm.decode import Decoder
+from covr_fast.vlm.graphed import GraphedDecoder
+
+SIZE = (84, 84)
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def frames(count, seed=1):
+    return torch.randint(0, 256, (count, 3, *SIZE), dtype=torch.uint8, generator=seeded(seed))
+
+
+def graphed(prior):
+    """The prior, decoding by (fake) graphs from its next call on, and what was asked of them."""
+    graphs = FakeGraphs()
+    decoder = Decoder(prior.backbone, prior.layout(SIZE), prior.grammar)
+    prior._decoders[SIZE] = GraphedDecoder(decoder, graphs)
+    return graphs.events
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_answers_do_not_depend_on_filling_up(nano, shared_nano, temperature):
+    events = graphed(nano)
+    kept = []
+    for call, count in enumerate((5, 7, 8, 1, 6, 3, 5, 8, 1, 1, 5)):
+        images = frames(count, seed=call)
+        options = {"temperature": temperature, "generator": seeded(call)}
+        got = nano(images, **options)
+        options["generator"] = seeded(call)
+        expected = shared_nano(images, **options)
+        assert torch.equal(got.token_ids, expected.token_ids)
+        assert torch.equal(got.action, expected.action)
+        kept.append((got, expected))
+    for got, expected in kept:  # and later calls left them be
+        assert torch.equal(got.token_ids, expected.token_ids)
+    # Sizes 5 to 8 share a graph, recorded at their third call; so do the three calls of size 1.
+    assert events.count("capture") == 2
+    assert events.count("replay") == 6
+    assert events.count("aside") == 5
+
+
+def test_temperatures_share_a_graph(nano, shared_nano):
+    events = graphed(nano)
+    for call, temperature in enumerate((0.5, 1.0, 0.7, 2.0, 0.0, 0.3)):
+        answers = [
+            prior(frames(4), temperature=temperature, generator=seeded(call)) for prior in (nano, shared_nano)
+        ]
+        assert torch.equal(answers[0].token_ids, answers[1].token_ids)
+    assert events.count("capture") == 1
+
+
+@pytest.mark.parametrize("architecture", WRITERS)
+def test_every_backbone(architecture, tmp_path):
+    """Qwen3-VL's image features enter several layers, all of which are inputs of the graph."""
+    if architecture == "smolvlm":
+        pytest.importorskip("num2words")
+    WRITERS[architecture](tmp_path)
+    plain, replayed = (ActionPrior.from_pretrained(tmp_path, action_dim=2, device="cpu") for _ in range(2))
+    events = graphed(replayed)
+    for call in range(4):
+        images = frames(3, seed=call)
+        assert torch.equal(replayed(images).token_ids, plain(images).token_ids)
+    assert events.count("replay") == 2
+
+
+def test_graphs_go_when_weights_are_published(nano):
+    graphed(nano)
+    for _ in range(4):
+        nano(frames(2))
+    gone = weakref.ref(nano._decoders[SIZE]._decoder)
+    gc.disable()  # a copy of the model's weights must not wait for it
+    try:
+        nano.weights_changed()
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+# ---------------------------------------------------------------------- on a GPU
+
+
+def cuda_priors():
+    """The same in float32, decoding eagerly and by graphs."""
+    options = {"action_dim": 2, "device": "cuda", "dtype": torch.float32, "seed": 0}
+    return [ActionPrior.from_pretrained("nano", graph=graph, **options) for graph in (False, True)]
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_cuda_graphs_answer_as_the_decoder_does(temperature):
+    eager, replayed = cuda_priors()
+    for call, count in enumerate((5, 7, 8, 1, 6, 3, 5, 8, 1, 1, 5)):
+        options = {"temperature": temperature, "generator": seeded(call)}
+        got = replayed(frames(count, seed=call).cuda(), **options)
+        options["generator"] = seeded(call)
+        expected = eager(frames(count, seed=call).cuda(), **options)
+        assert torch.equal(got.token_ids, expected.token_ids)
+        assert torch.equal(got.action, expected.action)
+    assert [type(prior._decoders[SIZE]) for prior in (eager, replayed)] == [Decoder, GraphedDecoder]
+
+
+@pytest.mark.needs_cuda
+def test_cuda_graphs_do_not_grow_and_follow_new_weights():
+    eager, replayed = cuda_priors()
+    images = frames(6).cuda()
+    for _ in range(4):
+        replayed(images)
+    torch.cuda.synchronize()
+    held = torch.cuda.memory_allocated()
+    for _ in range(100):
+        replayed(images)
+    assert torch.cuda.memory_allocated() == held
+    for prior in (eager, replayed):
+        with torch.no_grad():
+            for weight in prior.backbone.model.parameters():
+                weight.mul_(1.1)
+        prior.weights_changed()
+    for _ in range(4):
+        assert torch.equal(replayed(images).token_ids, eager(images).token_ids)
