@@ -42,16 +42,14 @@ def bench_inference(model: str, batch: int, rounds: int, device: str) -> None:
     frames = torch.randint(0, 256, (batch, 3, 84, 84), dtype=torch.uint8).to(device)
     print(f"batch {batch} of 84x84 frames, two numbers with two decimals, {model}, {device}")
     for name, prompt in (("default prompt", None), ("a task in words", TASK)):
-        prior = ActionPrior.from_pretrained(model, action_dim=2, prompt=prompt, device=device)
+        prior = ActionPrior.from_pretrained(model, action_dim=2, prompt=prompt, device=device, graph=True)
         candidates: dict[str, Callable[[], PriorBatch]] = {
             "fast": lambda prior=prior: prior(frames),
             "generate": lambda prior=prior: prior.reference(frames),
             "generate, batch 1": lambda prior=prior: prior.reference(frames[:1]),
         }
         if device == "cuda":
-            plain = ActionPrior.from_pretrained(
-                model, action_dim=2, prompt=prompt, device=device, graph=False
-            )
+            plain = ActionPrior.from_pretrained(model, action_dim=2, prompt=prompt, device=device)
             candidates["fast, kernel by kernel"] = lambda plain=plain: plain(frames)
         check(candidates, prior.backbone.dtype)
         seconds = interleaved(candidates, rounds, device)

@@ -51,7 +51,7 @@ class ActionPrior:
     On a GPU both are queued on a stream of the prior's own (see `streams`), whichever thread they come from.
     """
 
-    def __init__(self, backbone: Backbone, settings: Settings, *, graph: bool = True) -> None:
+    def __init__(self, backbone: Backbone, settings: Settings, *, graph: bool = False) -> None:
         self.backbone = backbone
         self.settings = settings
         self.action_dim = settings.action_dim
@@ -83,7 +83,7 @@ class ActionPrior:
         device: str | torch.device | None = None,
         seed: int = 0,
         quantization: Any = None,
-        graph: bool = True,
+        graph: bool = False,
     ) -> "ActionPrior":
         """Opens a VLM as an action prior.
 
@@ -98,8 +98,8 @@ class ActionPrior:
             device: None is CUDA where there is one, else the CPU.
             seed: of nano's random weights; no other model reads it.
             quantization: a transformers quantization config, passed on.
-            graph: on CUDA, replay the decode as CUDA graphs (`graphed.GraphedDecoder`). False launches it
-                kernel by kernel, which quantized layers may need: not all of them can be recorded.
+            graph: on CUDA, replay the decode as CUDA graphs (`graphed.GraphedDecoder`) instead of launching
+                it kernel by kernel. Not all quantized layers can be recorded.
 
         Raises:
             FileNotFoundError: no such model directory.
