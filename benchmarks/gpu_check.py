@@ -13,6 +13,8 @@ collect the rest elsewhere (with the machine's Python version) and pass the fold
 
     pip download -d DIR --only-binary=:all: --python-version 3.12 setuptools pybind11 cmake ninja numpy \\
         pytest pytest-timeout pytest-benchmark hypothesis
+
+The tests of the VLM's streams and graphs want transformers, tokenizers, peft and safetensors too.
 """
 
 import argparse
@@ -34,9 +36,12 @@ NEEDED = [
     *("setuptools", "pybind11", "cmake", "ninja", "numpy"),
     *("pytest", "pytest-timeout", "pytest-benchmark", "hypothesis"),
 ]
-TESTS = ["tests/ops", "tests/test_buffer_cuda.py", "tests/test_cuda_graph.py", "tests/test_sac_graph.py"]
+KERNELS = ["tests/ops", "tests/test_buffer_cuda.py"]
+TESTS = [*KERNELS, "tests/test_buffer.py", "tests/test_cuda_graph.py", "tests/test_sac_graph.py"]
+VLM_TESTS = ["tests/test_streams.py", "tests/vlm/test_graphed.py"]
+VLM_NEEDS = ["transformers", "tokenizers", "peft", "safetensors"]
 # Small inputs that still take every kernel and branch: a sanitizer slows kernels down a hundredfold. Matrix
-# products are other people's kernels, and graphs cannot be recorded without the caching allocator.
+# products are other people's kernels.
 SMALL = " and ".join(
     [
         "cuda",
@@ -198,6 +203,11 @@ def main() -> int:
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "needs_cuda"]
     tested = built and check.run("tests", [*pytest, *TESTS], 180)
     if tested:
+        if absent := [name for name in VLM_NEEDS if installed(name) is None]:
+            said = [f"not run: {', '.join(absent)} missing"]
+            check.steps["VLM tests"] = {"ok": False, "seconds": 0.0, "said": said}
+        else:
+            check.run("VLM tests", [*pytest, *VLM_TESTS], 120)
         check.result["ceilings"] = ceilings()
         raw = out.with_name(out.stem + "_benchmarks.json")
         if check.run("benchmarks", [*pytest, "benchmarks/bench_ops.py", f"--benchmark-json={raw}"], 180):
@@ -209,7 +219,7 @@ def main() -> int:
             command = [sanitizer, "--tool", tool, "--error-exitcode", "1", "--target-processes", "all"]
             # The caching allocator would hide reads past the end of a tensor.
             check.run(
-                tool, [*command, *pytest, "-x", "-k", SMALL, *TESTS], 90, PYTORCH_NO_CUDA_MEMORY_CACHING="1"
+                tool, [*command, *pytest, "-x", "-k", SMALL, *KERNELS], 90, PYTORCH_NO_CUDA_MEMORY_CACHING="1"
             )
     check.result["ok"] = tested and all(step["ok"] for step in check.steps.values())
     check.write()

@@ -60,8 +60,8 @@ class VLMConfig:
     refresh: bool = False
     """With `background`, label stored transitions again when the VLM has been tuned. The paper does not."""
     graph: bool = False
-    """On a GPU, replay the decode of answers as CUDA graphs. Off until that has run on one (benchmarks/GPU.md);
-    a CPU takes no notice of it."""
+    """On a GPU, replay the decode of answers as CUDA graphs. Off until that has run on one
+    (benchmarks/GPU.md); a CPU takes no notice of it."""
     motion: bool = False
     """Of grey stacks, show the newest three frames as red, green and blue, so that motion can be seen in one
     image. False: the newest frame."""
