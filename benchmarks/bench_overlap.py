@@ -1,7 +1,7 @@
 """How well the VLM hides behind the agent: rounds beside policy updates, priors beside the simulation; and
 on a GPU, what it gains to launch a policy update as one graph.
 
-    python benchmarks/bench_overlap.py [--json FILE] [--repeats 5]
+    python benchmarks/bench_overlap.py [--json FILE] [--timeline FILE.png] [--repeats 5]
 
 Policy updates and rounds are those of the `carracing` preset with one torch thread each, so a machine needs
 two free cores to show anything. Every repetition times policy alone, tuner alone, one after the other, and
@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import timeline
 import torch
 
 from covr_fast import ReplayBuffer, TrainConfig, Trainer
@@ -164,6 +165,21 @@ def overlap(repeats: int, device: str) -> dict[str, float]:
     return result
 
 
+def draw_timeline(device: str, out: Path) -> None:
+    """A picture of a round of 64 samples beside policy updates."""
+    config = TrainConfig.preset("carracing")
+    update, tune = policy_updates(config, device), tuner_round(config, device, samples=64, epochs=3)
+    update(3)
+    tune()
+    found = timeline.record({"policy updates": lambda: update(32), "caller of the tuner": tune}, device)
+    title = f"a round of fine-tuning beside policy updates, {device_name(device)}"
+    timeline.draw(found, title, out)
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
+
+
 def simulation(repeats: int, device: str, steps: int) -> dict[str, float]:
     """Environment steps per second of the loop, and their share of the speed without priors."""
 
@@ -202,9 +218,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=1500, help="of a run of the simulation")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--timeline", type=Path, help="draw a short round beside updates, and end there")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    if arguments.timeline:
+        draw_timeline(arguments.device, arguments.timeline)
+        return
     facts: dict[str, object] = {}
     if arguments.device == "cuda":
         facts["update"] = update = launches(arguments.repeats, arguments.device)
@@ -225,9 +245,7 @@ def main() -> None:
     )
     if arguments.json:
         facts |= {
-            "device": torch.cuda.get_device_name()
-            if arguments.device == "cuda"
-            else f"{platform.machine()} CPU",
+            "device": device_name(arguments.device),
             "cores": os.cpu_count(),
             "torch": torch.__version__,
             "date": time.strftime("%Y-%m-%d"),
