@@ -245,6 +245,7 @@ def _car_racing() -> TrainConfig:
             mode="full",
             learning_rate=2e-3,
             average=0.98,
+            label_smoothing=0.0,
             epochs=40,
             max_steps=400,
             batch_size=128,

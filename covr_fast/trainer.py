@@ -633,7 +633,7 @@ def _round_line(r: dict[str, float]) -> str:
     if "nonzero_share" in r:
         line += f", non-zero weight {r['nonzero_share']:.0%}"
     if "loss_after" in r:
-        line += f", held-out loss {r['loss_before']:.3f} -> {r['loss_after']:.3f}"
+        line += f", held-out loss {r['loss_before']:.4f} -> {r['loss_after']:.4f}"
     if "tuning_seconds" in r:
         line += f", {r['tuning_seconds']:.1f} s"
     return line
