@@ -174,9 +174,10 @@ class ActionPrior:
 
     def layout(self, size: tuple[int, int]) -> Layout:
         """How the prompt is laid out for frames of `size` (height, width)."""
-        if size not in self._layouts:
-            self._layouts[size] = make_layout(self.backbone, self.text, size, self.grammar.max_length)
-        return self._layouts[size]
+        with self.lock:  # a tuner's thread asks, too, and tokenizers refuse two threads at a time
+            if size not in self._layouts:
+                self._layouts[size] = make_layout(self.backbone, self.text, size, self.grammar.max_length)
+            return self._layouts[size]
 
     def _decoder(self, size: tuple[int, int]) -> Decoder | GraphedDecoder:
         decoder = Decoder(self.backbone, self.layout(size), self.grammar)
