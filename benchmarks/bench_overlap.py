@@ -29,6 +29,7 @@ import torch
 from covr_fast import ReplayBuffer, TrainConfig, Trainer
 from covr_fast.agents import SAC
 from covr_fast.buffer import Batch
+from covr_fast.streams import Lane
 from covr_fast.view import agent_obs_shape
 from covr_fast.vlm import ActionPrior, TunerConfig, VLMTuner
 
@@ -73,13 +74,15 @@ def policy(config: TrainConfig, device: str) -> tuple[SAC, Callable[[], Batch]]:
 
 
 def policy_updates(config: TrainConfig, device: str) -> Callable[[int], None]:
-    """n -> n updates of the preset's agent, each from a new batch."""
+    """n -> n updates of the preset's agent, each from a new batch, in a lane such as the trainer's."""
     agent, sample = policy(config, device)
+    lane = Lane(torch.device(device), urgent=True)
 
     def update(count: int) -> None:
-        for _ in range(count):
-            agent.update(sample(), guide=True)
-        finish(device)
+        with lane.work():
+            for _ in range(count):
+                agent.update(sample(), guide=True)
+        lane.synchronize()
 
     return update
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, partial
@@ -14,7 +15,8 @@ from torch import Tensor
 Tensors = Mapping[str, Tensor]
 
 # torch allows one capture at a time in a process. (Each begins by waiting for the device, too, which CUDA
-# forbids while another is under way.)
+# forbids while another is under way.) Before torch 2.13 a replay fails, too, while another thread captures:
+# all graphs share the state of the device's default generator, whether they draw from it or not.
 _capturing = threading.Lock()
 
 
@@ -44,9 +46,10 @@ class CudaGraphs:
       are not replaced while a graph reads them, and no two graphs use the pool at the same time.
     - Work that is put aside waits for all that the caller's stream was told before; what the caller's stream
       is told afterwards waits for that work.
-    - `capture` is the only call in which the host waits: for the whole device, once per graph. Other threads
-      may launch, allocate and wait for streams of their own meanwhile (the capture's error mode is
-      "thread_local"). They may not wait for the whole device, nor draw from the device's default generator.
+    - `capture` is the only call in which the host waits for the device: for all of it, once per graph. Other
+      threads may launch, allocate and wait for streams of their own meanwhile (the capture's error mode is
+      "thread_local"); what they want to replay or capture waits for its end. They may not wait for the whole
+      device, nor draw from the device's default generator.
     - A replay runs on the caller's current stream.
     - Nothing waits at the end. Whoever drops a graph does so on a stream that comes after its last turn.
 
@@ -63,7 +66,7 @@ class CudaGraphs:
     def __init__(self, device: torch.device, generators: Sequence[torch.Generator] = ()) -> None:
         self._device = device
         self._generators = generators
-        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
         self._done = torch.cuda.Event()
 
     @contextmanager
@@ -87,14 +90,18 @@ class CudaGraphs:
         graph = torch.cuda.CUDAGraph()
         for generator in self._generators:
             graph.register_generator_state(generator)
+        if not self._graphs:  # a pool ends with the last of its graphs: torch takes its handle no more
+            self._pool = torch.cuda.graph_pool_handle()
         with (
             _capturing,
             torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"),
         ):
             outputs = run()
+        self._graphs.add(graph)
 
         def replay() -> Tensors:
-            graph.replay()
+            with _capturing:
+                graph.replay()
             return outputs
 
         return replay

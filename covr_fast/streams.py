@@ -7,7 +7,8 @@
 | tuner  | rounds of fine-tuning                                   | low      |
 
 A lane begins behind what its caller has queued so far, and its caller goes on behind what the lane was given;
-both waits happen on the device. The host waits only where it reads a number. What one thread starts and
+both waits happen on the device. The host waits where it reads a number or sends ordinary (not pinned) memory,
+and then for the lane it is in. What one thread starts and
 another continues (a round, a background label) is handed over by an event: `mark` in the first, `follow` or
 `work(after=...)` in the second. Memory that another stream still reads is not given to anybody else, because
 every tensor that changes lanes is recorded on its reader's stream.
@@ -50,9 +51,11 @@ class Lane:
         else:
             self._stream.wait_event(after)
         _record(inputs, self._stream)
-        with torch.cuda.stream(self._stream):
-            yield
-        caller.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            caller.wait_stream(self._stream)
 
     def synchronize(self) -> None:
         """The host waits for all that the lane was given."""

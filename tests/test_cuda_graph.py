@@ -3,11 +3,13 @@
 import gc
 import threading
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
 from fake_graphs import FakeGraphs
 
+from covr_fast import cuda_graph
 from covr_fast.cuda_graph import Captured, CudaGraphs
 
 
@@ -89,6 +91,56 @@ def test_is_freed_without_the_garbage_collector():
         gc.enable()
 
 
+@pytest.fixture
+def recorded(monkeypatch) -> list[tuple[str, object]]:
+    """What CudaGraphs asks of torch.cuda, which is replaced."""
+    log: list[tuple[str, object]] = []
+
+    class Graph:
+        def replay(self):
+            log.append(("replay", None))
+
+    class Stream:
+        priority = 0
+
+    def record(graph, *, pool, stream, capture_error_mode):
+        log.append(("record", pool))
+        return nullcontext()
+
+    handles = iter(range(100))
+    for name, value in {
+        "Event": Stream,
+        "CUDAGraph": Graph,
+        "Stream": lambda *_, priority: Stream(),
+        "current_stream": lambda _: Stream(),
+        "graph": record,
+        "graph_pool_handle": lambda: next(handles),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return log
+
+
+def test_graphs_share_a_pool_until_the_last_of_them_is_gone(recorded):
+    graphs = CudaGraphs(torch.device("cuda"))
+    first, second = graphs.capture(dict), graphs.capture(dict)
+    del first
+    third = graphs.capture(dict)
+    del second, third
+    graphs.capture(dict)
+    assert [pool for _, pool in recorded] == [0, 0, 0, 1]
+
+
+def test_a_replay_waits_while_another_thread_records(recorded):
+    replay = CudaGraphs(torch.device("cuda")).capture(dict)
+    thread = threading.Thread(target=replay)
+    with cuda_graph._capturing:
+        thread.start()
+        thread.join(0.05)
+        assert ("replay", None) not in recorded
+    thread.join()
+    assert ("replay", None) in recorded
+
+
 @pytest.mark.needs_cuda
 def test_cuda_replays_equal_the_function():
     eager, function = Accumulate("cuda"), Accumulate("cuda")
@@ -123,6 +175,22 @@ def test_cuda_replays_advance_the_generator():
         drawn.append(x)
     assert torch.equal(generator.get_state(), plain.get_state())
     assert len({tuple(x[:4].tolist()) for x in drawn}) == len(drawn)
+
+
+@pytest.mark.needs_cuda
+def test_cuda_graphs_are_recorded_again_after_all_are_gone():
+    """Though a tensor of the old ones, such as a gradient, still lies in their pool."""
+    graphs, kept = CudaGraphs(torch.device("cuda")), []
+
+    def function(inputs):
+        kept.append(inputs["a"] + inputs["b"])
+        return {"x": kept[-1] * 2}
+
+    for seed in range(3):
+        captured = Captured(function, graphs, warm_up=1)
+        for _ in range(3):
+            inputs = factors(seed, "cuda")
+            torch.testing.assert_close(captured(inputs)["x"], 2 * (inputs["a"] + inputs["b"]))
 
 
 @pytest.mark.needs_cuda

@@ -1,12 +1,14 @@
 """Hand-overs between CUDA streams: their order, and the same results when every producer is late."""
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from covr_fast import ReplayBuffer, streams
+from covr_fast.buffer.device import DeviceGather
 from covr_fast.labeller import PriorLabeller
 from covr_fast.streams import Lane
 from covr_fast.vlm import ActionPrior, TunerConfig, VLMTuner
@@ -55,8 +57,10 @@ def log(monkeypatch) -> list[tuple[str, str, str]]:
     @contextmanager
     def enter(stream):
         current.append(stream)
-        yield
-        current.pop()
+        try:
+            yield
+        finally:
+            current.pop()
 
     def make(device, *, priority):
         return FakeStream({-1: "urgent", 0: "lane"}[priority], log)
@@ -90,9 +94,34 @@ def test_a_lane_inside_a_lane_waits_for_that_one(log):
     ]
 
 
+def test_the_caller_waits_for_a_lane_whose_work_fails(log):
+    with pytest.raises(ZeroDivisionError), Lane(torch.device("cuda")).work():
+        raise ZeroDivisionError
+    assert log == [("lane", "waits for", "caller"), ("caller", "waits for", "lane")]
+
+
+def test_a_gather_comes_after_uploads_and_after_gathers_on_other_streams(log, monkeypatch):
+    class Event(str):
+        def record(self, stream: FakeStream) -> None:
+            log.append((stream.name, "records", str(self)))
+
+    events = iter(("sent", "read"))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: Event(next(events)))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: FakeStream("upload", log))
+    gather = DeviceGather(torch.device("cuda"), SimpleNamespace(core=None), [], pinned=False)
+    gather.begin_read()
+    gather.end_read()
+    assert log == [
+        ("caller", "waits for", "sent"),
+        ("caller", "waits for", "read"),
+        ("caller", "records", "read"),
+    ]
+
+
 # ---- on a device: the same results when whoever hands something over is late ----
 
 LATE = 50_000_000  # clock cycles: some 30 ms
+LATER = 10 * LATE  # frames come after the lane that reads them would have begun, were it not for the wait
 
 
 @pytest.fixture
@@ -124,9 +153,29 @@ def late_copy(values: torch.Tensor) -> torch.Tensor:
     values = values.cuda()
     result = torch.zeros_like(values)
     torch.cuda.synchronize()
-    torch.cuda._sleep(LATE)
+    torch.cuda._sleep(LATER)
     result.copy_(values, non_blocking=True)
     return result
+
+
+@pytest.mark.needs_cuda
+def test_memory_that_a_lane_reads_is_not_given_away():
+    """Though nobody but the lane waits for its reader."""
+    lane = Lane(torch.device("cuda"))
+    source, third = torch.arange(1 << 20, device="cuda"), torch.cuda.Stream()
+    expected = source.sum()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(third):
+        given = source.clone()
+    ready = third.record_event()
+    with lane.work(given, after=ready):
+        torch.cuda._sleep(LATER)
+        result = given.sum()
+    del given
+    with torch.cuda.stream(third):
+        torch.full_like(source, -1)  # would take it
+    streams.receive(result)
+    assert torch.equal(result, expected)
 
 
 @pytest.mark.needs_cuda
@@ -136,10 +185,9 @@ def test_answers_wait_for_their_frames_and_their_readers_for_them(late):
     with Lane(torch.device("cuda"), urgent=True).work():
         answers = []
         for seed in range(3):
-            answer = prior(late_copy(frames_of(seed))).action  # the frames are dropped at once
+            answer = prior(late_copy(frames_of(seed))).action
             answers.append(answer * 2)
             del answer
-            torch.full((16, 3, 56, 56), 255, dtype=torch.uint8, device="cuda")  # would take their memory
         for answer, truth in zip(answers, expected, strict=True):
             torch.testing.assert_close(answer.cpu(), 2 * truth)
 
@@ -180,7 +228,8 @@ def test_background_labels_are_those_of_late_frames(late):
     )
     with Lane(torch.device("cuda"), urgent=True).work():
         ids = torch.cat([_add(buffer, seed) for seed in range(4)])
-        expected = prior(buffer.frames(ids)).action.cpu()
+        # In the labeller's batches, because products of another size may round otherwise.
+        expected = torch.cat([prior(buffer.frames(part)).action.cpu() for part in ids.split(4)])
         labeller = PriorLabeller(prior, buffer, lambda ids: late_copy(buffer.frames(ids)), max_batch=4)
         labeller.due(ids.tolist())
         while len(labeller):
@@ -216,3 +265,42 @@ def test_frames_are_not_replaced_before_a_late_gather_has_read_them(storage):
     for got_obs, got_after, obs, after in batches:
         assert torch.equal(got_obs.cpu(), torch.from_numpy(obs))
         assert torch.equal(got_after.cpu(), torch.from_numpy(after))
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("read", ["get", "frames"])
+def test_frames_that_are_sent_late_are_waited_for(read):
+    buffer = ReplayBuffer(8, num_envs=4, obs_shape=(3, 64, 64), action_shape=(2,), seed=0, device="cuda")
+    rng = np.random.default_rng(0)
+    ended, zeros = np.ones(4, bool), np.zeros((4, 2), np.float32)
+    for _ in range(8):  # around the ring: what is not there yet is old frames
+        obs, after = rng.integers(0, 256, (2, 4, 3, 64, 64), dtype=np.uint8)
+        with torch.cuda.stream(buffer._gpu._upload_stream):
+            torch.cuda._sleep(LATE)
+        ids = buffer.add(obs, zeros, zeros[:, 0], after, ended, ~ended)
+        got = buffer.frames(ids) if read == "frames" else buffer.get(ids, dtype=torch.uint8).obs
+        assert torch.equal(got.cpu(), torch.from_numpy(obs))
+
+
+@pytest.mark.needs_cuda
+def test_frames_are_not_replaced_before_any_stream_has_read_them():
+    """A late reader on one stream, and after it a quick one on another."""
+    buffer = ReplayBuffer(8, num_envs=4, obs_shape=(3, 64, 64), action_shape=(2,), seed=0, device="cuda")
+    rng = np.random.default_rng(0)
+    ended, zeros = np.ones(4, bool), np.zeros((4, 2), np.float32)
+    slow, quick = torch.cuda.Stream(), torch.cuda.Stream()
+
+    def add() -> tuple[torch.Tensor, np.ndarray]:
+        obs, after = rng.integers(0, 256, (2, 4, 3, 64, 64), dtype=np.uint8)
+        return buffer.add(obs, zeros, zeros[:, 0], after, ended, ~ended), obs
+
+    ids, obs = add()
+    with torch.cuda.stream(slow):
+        torch.cuda._sleep(LATER)
+        got = buffer.frames(ids)
+    with torch.cuda.stream(quick):
+        buffer.frames(ids)
+    for _ in range(8):
+        add()
+    with torch.cuda.stream(slow):
+        assert torch.equal(got.cpu(), torch.from_numpy(obs))

@@ -1,7 +1,8 @@
 """Buffers whose batches are made by a GPU.
 
-What waits for what: `add` sends new frames on a stream of its own, after the last gather has read what they
-replace; a gather, on the caller's current stream, comes after the last frames were sent. The host waits in
+What waits for what: `add` sends new frames on a stream of its own, after all gathers have read what they
+replace; a gather, on the caller's current stream, comes after the last frames were sent and after the gather
+before it, on whichever stream that was. The host waits in
 `add` only: until the frames of the add before have left host memory (device storage), or until the last
 gather has read what is being overwritten (pinned storage, where the CPU writes what the GPU reads).
 """
@@ -55,7 +56,9 @@ class DeviceGather:
 
     def begin_read(self) -> None:
         """What the caller's current stream reads from here on has arrived."""
-        torch.cuda.current_stream(self._device).wait_event(self._sent)
+        current = torch.cuda.current_stream(self._device)
+        current.wait_event(self._sent)
+        current.wait_event(self._read)  # so that the one event tells of all reads, of other streams too
 
     def end_read(self) -> None:
         """What the caller's current stream has been told to read must not be replaced before it was."""

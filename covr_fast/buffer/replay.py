@@ -458,7 +458,12 @@ class ReplayBuffer:
             for key in self._keys:
                 frames = self._storage.tensors[f"frames.{key.name}"]
                 slots = self._storage.tensors[f"newest.{key.name}"][rows] % frames.shape[1]
-                out.append(frames[rows // self._storage.rows_per_stream, slots].to(self.device))
+                at = rows // self._storage.rows_per_stream, slots
+                if frames.is_cuda:  # indices in ordinary memory would make the host wait for the stream
+                    at = self._arrive(at[0].pin_memory()), self._arrive(at[1].pin_memory())
+                found = frames[at]
+                sent = self._gpu is not None and not found.is_cuda
+                out.append(self._arrive(found.pin_memory()) if sent else found)
             if self._gpu:
                 self._gpu.end_read()
         return self._join(out)
@@ -544,11 +549,15 @@ class ReplayBuffer:
         if state["config"] != self._config:
             differing = [name for name in self._config if state["config"].get(name) != self._config[name]]
             raise ValueError(f"the state is of a buffer that was built with other values of {differing}")
+        if self._gpu:
+            self._gpu.begin_read()  # frames on their way come before those of the state
         tensors = state["tensors"]
         own = self._storage.tensors
         for name in own:
             saved = tensors[name]
             (own[name][:, : saved.shape[1]] if name.startswith("frames.") else own[name]).copy_(saved)
+        if self._gpu:
+            self._gpu.end_read()  # and those of the next add after them
         self._restore_sampling(tensors)
 
     def _restore_sampling(self, tensors: Mapping[str, Tensor]) -> None:
@@ -649,6 +658,8 @@ class ReplayBuffer:
         with self._lock, self._core.reading():
             state = self.state_dict()
             tensors = {name: tensor.clone() for name, tensor in state["tensors"].items()}
+            if self._gpu:
+                self._gpu.end_read()  # the copies are made on the device, maybe later
         return {**state, "tensors": tensors, "device": str(self.device), "storage": self._placement}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -29,6 +29,7 @@ class PatchPixels:
         self.patch = image_processor.patch_size
         self.merge = image_processor.merge_size
         self.frames = image_processor.temporal_patch_size
+        self._scales: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """The size that the model sees, a multiple of `patch * merge` within the processor's pixel limits."""
@@ -60,13 +61,21 @@ class PatchPixels:
         # Patches of one merged token lie together: [B, rows/m, columns/m, m, m, C, p, p]. Bytes are moved,
         # and only then made four times as large.
         blocks = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(-1, channels, 1, p, p).float()
-        mean, std = (
-            torch.tensor(x, device=images.device).view(1, -1, 1, 1, 1)
-            for x in (self._processor.image_mean, self._processor.image_std)
-        )
-        blocks.mul_(1 / (255 * std)).sub_(mean / std)
+        scale, offset = self._scale(images.device)
+        blocks.mul_(scale).sub_(offset)
         # A still image is repeated to fill the temporal patch.
         return blocks.expand(-1, -1, self.frames, -1, -1).reshape(len(blocks), -1)
+
+    def _scale(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """What bytes are multiplied by, and what is subtracted then. Sent to a device once, because the host
+        waits for the stream when it sends them."""
+        if device not in self._scales:
+            mean, std = (
+                torch.tensor(x).view(1, -1, 1, 1, 1)
+                for x in (self._processor.image_mean, self._processor.image_std)
+            )
+            self._scales[device] = (1 / (255 * std)).to(device), (mean / std).to(device)
+        return self._scales[device]
 
 
 def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:

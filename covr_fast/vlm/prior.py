@@ -65,7 +65,9 @@ class ActionPrior:
         )
         self.version = 0
         self._layouts: dict[tuple[int, int], Layout] = {}
-        self._graph = graph and backbone.device.type == "cuda"
+        # One for all decoders that come and go: torch has 32 streams and hands out the first again after
+        # that, and nobody else may be on the one that a graph is recorded on.
+        self._graphs = CudaGraphs(backbone.device) if graph and backbone.device.type == "cuda" else None
         self._decoders: dict[tuple[int, int], Decoder | GraphedDecoder] = {}
         self.lock = threading.RLock()
         self.lane = Lane(backbone.device)
@@ -172,13 +174,14 @@ class ActionPrior:
 
     def layout(self, size: tuple[int, int]) -> Layout:
         """How the prompt is laid out for frames of `size` (height, width)."""
-        if size not in self._layouts:
-            self._layouts[size] = make_layout(self.backbone, self.text, size, self.grammar.max_length)
-        return self._layouts[size]
+        with self.lock:  # a tuner's thread asks, too, and tokenizers refuse two threads at a time
+            if size not in self._layouts:
+                self._layouts[size] = make_layout(self.backbone, self.text, size, self.grammar.max_length)
+            return self._layouts[size]
 
     def _decoder(self, size: tuple[int, int]) -> Decoder | GraphedDecoder:
         decoder = Decoder(self.backbone, self.layout(size), self.grammar)
-        return GraphedDecoder(decoder, CudaGraphs(self.device)) if self._graph else decoder
+        return decoder if self._graphs is None else GraphedDecoder(decoder, self._graphs)
 
     def weights_changed(self) -> int:
         """Drops what was computed with the old weights (prefix cache, graphs) and returns the new version."""
