@@ -8,10 +8,10 @@
 
 A lane begins behind what its caller has queued so far, and its caller goes on behind what the lane was given;
 both waits happen on the device. The host waits where it reads a number or sends ordinary (not pinned) memory,
-and then for the lane it is in. What one thread starts and
-another continues (a round, a background label) is handed over by an event: `mark` in the first, `follow` or
-`work(after=...)` in the second. Memory that another stream still reads is not given to anybody else, because
-every tensor that changes lanes is recorded on its reader's stream.
+and then for the lane it is in. What one thread starts and another continues (a round, a background label) is
+handed over by an event: `mark` in the first, `follow` or `work(after=...)` in the second. Memory that another
+stream still reads is not given to anybody else, because every tensor that changes lanes is recorded on its
+reader's stream.
 """
 
 from collections.abc import Iterator

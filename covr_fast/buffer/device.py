@@ -2,9 +2,9 @@
 
 What waits for what: `add` sends new frames on a stream of its own, after all gathers have read what they
 replace; a gather, on the caller's current stream, comes after the last frames were sent and after the gather
-before it, on whichever stream that was. The host waits in
-`add` only: until the frames of the add before have left host memory (device storage), or until the last
-gather has read what is being overwritten (pinned storage, where the CPU writes what the GPU reads).
+before it, on whichever stream that was. The host waits in `add` only: until the frames of the add before have
+left host memory (device storage), or until the last gather has read what is being overwritten (pinned
+storage, where the CPU writes what the GPU reads).
 """
 
 from typing import Any
