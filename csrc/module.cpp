@@ -12,6 +12,7 @@ void bind_output_pool(py::module_& m);
 void bind_replay(py::module_& m);
 void bind_returns(py::module_& m);
 void bind_sum_tree(py::module_& m);
+void bind_transformer(py::module_& m);
 void bind_weights(py::module_& m);
 }  // namespace covr
 
@@ -30,5 +31,6 @@ PYBIND11_MODULE(_C, m) {
   covr::bind_replay(m);
   covr::bind_returns(m);
   covr::bind_sum_tree(m);
+  covr::bind_transformer(m);
   covr::bind_weights(m);
 }

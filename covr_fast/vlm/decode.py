@@ -141,9 +141,7 @@ class Decoder:
 
     def new_cache(self, batch: int) -> KeyValueCache:
         """A cache for this batch size, its prefix in place."""
-        cache = self._decoder.cache(batch, self._capacity)
-        cache.begin_with(self._prefix)
-        return cache
+        return self._decoder.cache(batch, self._capacity, self._prefix)
 
     def _cache(self, batch: int) -> KeyValueCache:
         """Of this batch size. Two are kept: for full and last batches."""
