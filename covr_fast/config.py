@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from .agents.sac import SACConfig
@@ -57,7 +57,7 @@ class VLMConfig:
     background: bool = False
     """Ask off the critical path: a thread labels stored transitions with their priors while the simulation
     goes on, so that runs depend on timing. False: as the paper does, in the step."""
-    refresh: bool = False
+    refresh_priors: bool = False
     """With `background`, label stored transitions again when the VLM has been tuned. The paper does not."""
     graph: bool = False
     """On a GPU, replay the decode of answers as CUDA graphs. Off until that has run on one
@@ -182,8 +182,8 @@ class TrainConfig:
             raise UserError(
                 "vlm.between='hold' needs the answer in the step: use 'mask' or leave vlm.background"
             )
-        if self.vlm.refresh and not self.vlm.background:
-            raise UserError("vlm.refresh labels in the background: set vlm.background too")
+        if self.vlm.refresh_priors and not self.vlm.background:
+            raise UserError("vlm.refresh_priors labels in the background: set vlm.background too")
         if self.covr.publish_after is not None and not self.tuner.overlap:
             raise UserError("covr.publish_after delays overlapped rounds: set tuner.overlap too")
         if self.vlm.motion and not (self.env.grayscale and self.env.frame_stack >= 3):
@@ -203,12 +203,21 @@ class TrainConfig:
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> TrainConfig:
-        """The inverse of to_dict, as read back from config.json."""
+        """The inverse of to_dict, as read back from config.json.
+
+        Raises:
+            UserError: a section is missing, or a setting is unknown; the message suggests near names.
+        """
         nested = {
             "env": EnvConfig, "agent": SACConfig, "replay": ReplayConfig, "vlm": VLMConfig,
             "tuner": TunerConfig, "covr": COVRConfig, "eval": EvalConfig,
         }  # fmt: skip
+        known = {part.name for part in fields(TrainConfig)}
+        known |= {f"{name}.{part.name}" for name, cls in nested.items() for part in fields(cls)}
         try:
+            for key in [*data, *(f"{name}.{key}" for name in nested for key in data[name])]:
+                if key not in known:
+                    raise UserError(f"{unknown('setting', key, known)} (rename it there, or remove it)")
             parts = {name: cls(**data[name]) for name, cls in nested.items()}
             config = TrainConfig(**{**data, **parts})
         except (KeyError, TypeError, ValueError) as error:

@@ -423,7 +423,7 @@ class Trainer:
                 if report.held_out:
                     begun.figures |= {"loss_before": report.loss_before, "loss_after": report.loss_after}
                 self.tuner.publish()
-                if self._labeller is not None and self.config.vlm.refresh:
+                if self._labeller is not None and self.config.vlm.refresh_priors:
                     self._labeller.refresh()
         self._round = None
         self.rounds.append({"step": begun.step, "published": self.step, **begun.figures})

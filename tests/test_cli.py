@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from covr_fast import cli
+from covr_fast import TrainConfig, cli
 
 TINY = {
     "steps": 64,
@@ -175,6 +175,17 @@ def test_user_mistakes_are_one_line_and_exit_code_2(arguments, message, monkeypa
 def test_unknown_field(monkeypatch, capsys):
     assert call(monkeypatch, "train", "carracing", "--env.num-env", "3") == 2
     assert "num-env" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["evaluate"], ["train", "carracing", "--resume"]])
+def test_a_setting_of_another_version_is_named_with_the_nearest(command, monkeypatch, capsys, tmp_path):
+    settings = TrainConfig.preset("carracing").to_dict()
+    settings["vlm"]["refresh"] = settings["vlm"].pop("refresh_priors")
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert call(monkeypatch, *command, str(tmp_path)) == 2
+    error = capsys.readouterr().err
+    assert "unknown setting 'vlm.refresh': did you mean vlm.refresh_priors" in error
+    assert "rename it there, or remove it" in error
 
 
 def test_help_lists_presets_and_fields(monkeypatch, capsys):

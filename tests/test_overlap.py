@@ -190,7 +190,7 @@ def test_the_simulation_never_waits_for_a_background_prior(tmp_path, monkeypatch
 
 
 def test_refreshed_priors_are_of_the_published_version(tmp_path):
-    trainer = Trainer(small_config(steps=150, vlm__background=True, vlm__refresh=True), tmp_path)
+    trainer = Trainer(small_config(steps=150, vlm__background=True, vlm__refresh_priors=True), tmp_path)
     label_all_before_the_end(trainer)
     trainer.run()
     batch = trainer.buffer.sample(2000)
@@ -202,7 +202,7 @@ def test_refreshed_priors_are_of_the_published_version(tmp_path):
     "changes, message",
     [
         ({"vlm__background": True, "vlm__between": "hold"}, "vlm.between='hold' needs the answer"),
-        ({"vlm__refresh": True}, "set vlm.background too"),
+        ({"vlm__refresh_priors": True}, "set vlm.background too"),
         ({"covr__publish_after": 5}, "set tuner.overlap too"),
     ],
 )
