@@ -45,8 +45,7 @@ COVR_HD float sum(Lanes x) {
 
 COVR_HD Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
 
-// ---------------------------------------------------------------------------------------------- norm and
-// gate
+// ------------------------------------------------------------------ norm and gate
 
 COVR_CLONES void norm_rows(float* out, const float* in, const float* weight, int64_t rows, int64_t width,
                            float epsilon) {
@@ -71,12 +70,10 @@ COVR_CLONES void gate_rows(float* out, const float* in, int64_t rows, int64_t wi
     }
 }
 
-// --------------------------------------------------------------------------------------------------
-// attention
+// ------------------------------------------------------------------ attention
 
 // Keys and values of a head. Keys lie transposed, [dim, capacity], so that the scores of neighbouring keys
-// are one vector; capacity is a multiple of kLanes, and what lies there unused is finite or NaN but never
-// read as a weight.
+// are one vector; capacity is a multiple of kLanes, and scores of its unused end are dropped.
 struct Block {
   float* keys;
   float* values;  // [capacity, dim]
@@ -92,17 +89,13 @@ struct Block {
 struct Attention {
   float* out;        // [rows, count - first, kv * groups * dim]
   const float* qkv;  // [rows, count, (groups + 2) * kv * dim]: queries, keys, values
-  const float* cos;  // [periods, count, dim]; row r takes r % periods
+  const float* cos;  // [count, dim], of every row
   const float* sin;  // the same; its first half negated
   Block prefix, own;
-  int64_t prefix_length, rows, count, first, begin, kv, groups, dim, periods;
+  int64_t prefix_length, rows, count, first, begin, kv, groups, dim;
   float scale;
-  bool causal;
 
   int64_t width() const { return (groups + 2) * kv * dim; }
-  int64_t angles(int64_t row, int64_t position) const {
-    return ((periods == 1 ? 0 : row % periods) * count + position) * dim;
-  }
   Block own_of(int64_t row, int64_t head) const { return own.at(row * kv + head, dim); }
 };
 
@@ -237,8 +230,7 @@ COVR_HD void hold(const Attention& a, int64_t row, int64_t head, float* rotated)
   const Block own = a.own_of(row, head);
   for (int64_t i = 0; i < a.count; ++i) {
     const float* k = a.qkv + (row * a.count + i) * a.width() + (a.groups * a.kv + head) * a.dim;
-    const int64_t angle = a.angles(row, i);
-    rotate(rotated, k, a.cos + angle, a.sin + angle, a.dim, 1);
+    rotate(rotated, k, a.cos + i * a.dim, a.sin + i * a.dim, a.dim, 1);
     for (int64_t c = 0; c < a.dim; ++c) own.keys[c * own.capacity + a.begin + i] = rotated[c];
     std::copy_n(k + a.kv * a.dim, a.dim, own.values + (a.begin + i) * a.dim);
   }
@@ -259,12 +251,11 @@ COVR_CLONES void attend_head(const Attention& a, int64_t head, int64_t begin, in
     for (int64_t left = (end - begin) * asking; left > 0; left -= kQueries) {
       t.used = static_cast<int>(std::min<int64_t>(kQueries, left));
       for (int r = 0; r < t.used; ++r) {
-        const int64_t angle = a.angles(row, i);
-        rotate(q + r * a.dim, a.qkv + (row * a.count + i) * a.width() + query, a.cos + angle, a.sin + angle,
-               a.dim, a.scale);
+        rotate(q + r * a.dim, a.qkv + (row * a.count + i) * a.width() + query, a.cos + i * a.dim,
+               a.sin + i * a.dim, a.dim, a.scale);
         t.out[r] = a.out + (row * asking + i - a.first) * width + query;
         t.own[r] = a.own_of(row, head);
-        t.seen[r] = a.begin + (a.causal ? i + 1 : a.count);
+        t.seen[r] = a.begin + i + 1;
         if (++i == a.count) i = a.first, ++row;
       }
       for (int r = t.used; r < kQueries; ++r) t.own[r] = t.own[0], t.seen[r] = t.seen[0];
@@ -275,7 +266,7 @@ COVR_CLONES void attend_head(const Attention& a, int64_t head, int64_t begin, in
 }
 
 void attend(const Attention& a, int threads) {
-  constexpr int64_t kRows = 4;  // of a piece: they fill a tile when each asks one query
+  constexpr int64_t kRows = kQueries;  // of a piece: they fill a tile when each asks one query
   const int64_t blocks = (a.rows + kRows - 1) / kRows, stride = whole_lanes(a.prefix_length) + a.own.capacity;
   const int64_t work = kRows * a.count * (a.prefix_length + a.begin + a.count) * a.groups * a.dim;
   parallel_for(a.kv * blocks, std::max<int64_t>(1, kGrain / work), threads, [&](int64_t begin, int64_t end) {
@@ -316,7 +307,7 @@ void bind_transformer(py::module_& m) {
       [](uintptr_t out, uintptr_t qkv, uintptr_t cos, uintptr_t sin, uintptr_t prefix_keys,
          uintptr_t prefix_values, uintptr_t keys, uintptr_t values, int64_t prefix_capacity, int64_t capacity,
          int64_t prefix_length, int64_t rows, int64_t count, int64_t first, int64_t begin, int64_t kv,
-         int64_t groups, int64_t dim, int64_t periods, float scale, bool causal, int threads) {
+         int64_t groups, int64_t dim, float scale, int threads) {
         const auto floats = [](uintptr_t address) { return reinterpret_cast<float*>(address); };
         attend({floats(out),
                 floats(qkv),
@@ -332,9 +323,7 @@ void bind_transformer(py::module_& m) {
                 kv,
                 groups,
                 dim,
-                periods,
-                scale,
-                causal},
+                scale},
                threads);
       },
       py::call_guard<py::gil_scoped_release>());

@@ -100,18 +100,13 @@ class TorchAttention:
 
 
 class CppAttention:
-    """The same in one pass of C++ over each head, for head dimensions of which 16 is a divisor.
-
-    Args:
-        causal: False: every position sees all held ones and all of its call.
-    """
+    """The same in one pass of C++ over each head, for head dimensions of which 16 is a divisor."""
 
     LANES = 16
 
-    def __init__(self, heads: Heads, cos: Tensor, sin: Tensor, *, causal: bool = True) -> None:
+    def __init__(self, heads: Heads, cos: Tensor, sin: Tensor) -> None:
         self._heads = heads
         self._cos, self._sin = cos.contiguous(), _signed(sin)
-        self._causal = causal
 
     @classmethod
     def takes(cls, heads: Heads, like: Tensor) -> bool:
@@ -129,16 +124,15 @@ class CppAttention:
         batch, count, _ = qkv.shape
         kv, groups, dim, scale = self._heads
         out = qkv.new_empty(batch, count - first, self._heads.queries * dim)
-        periods = 1 if self._causal else len(self._cos) // count
-        angles = slice(begin, begin + periods * count)
+        angles = slice(begin, begin + count)
         prefix, length = held.prefix or held, held.prefix_length
         launch(
             "attend",
             *(out, qkv, self._cos[angles], self._sin[angles]),
             *(prefix.keys, prefix.values, held.keys, held.values),
             *(prefix.values.shape[2], held.values.shape[2], length),
-            *(batch, count, first, begin - length, kv, groups, dim, periods),
-            *(scale, self._causal, torch.get_num_threads()),
+            *(batch, count, first, begin - length, kv, groups, dim),
+            *(scale, torch.get_num_threads()),
         )
         return out
 

@@ -79,7 +79,7 @@ class GatedMlp:
         self._gate_up = Projection(module.gate_proj, module.up_proj)
         self._down = Projection(module.down_proj)
         self._activation = module.act_fn
-        self._silu = is_silu(module.act_fn)
+        self._silu = _is_silu(module.act_fn)
 
     def add_to(self, x: Tensor, y: Tensor) -> None:
         """Adds what it makes of `y` to a contiguous `x` in place, both [..., D]."""
@@ -94,7 +94,7 @@ class GatedMlp:
         self._down.add_to(x, gated)
 
 
-def is_silu(activation: Any) -> bool:
+def _is_silu(activation: Any) -> bool:
     return isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation"
 
 

@@ -9,8 +9,6 @@ from covr_fast.ops._backend import launch
 from covr_fast.vlm.attend import CppAttention, Heads, TorchAttention
 from covr_fast.vlm.layers import GatedMlp, Norm, Projection
 
-THREADS = torch.get_num_threads()
-
 
 @pytest.fixture(autouse=True)
 def _seeded():
@@ -71,21 +69,18 @@ def test_attention(prefix, kv, groups, dim, batch, threads):
     angles = torch.rand(total, dim // 2).repeat(1, 2) * 6
     like, width = torch.zeros(()), (groups + 2) * kv * dim
     torch.set_num_threads(threads)
-    try:
-        caches = []
-        for kind in (TorchAttention, CppAttention):
-            attend = kind(heads, angles.cos(), angles.sin())
-            caches.append((attend, attend.hold(1, prefix, like, None, 0)))
-        if prefix:
-            qkv = torch.randn(1, prefix, width)
-            expected, got = (attend(qkv, held, 0, 0) for attend, held in caches)
-            torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
-        caches = [(attend, attend.hold(batch, total, like, held, prefix)) for attend, held in caches]
-        begin = prefix
-        for count, first in zip(steps, (0, 0, 1, 5), strict=True):
-            qkv = torch.randn(batch, count, width) * 2
-            expected, got = (attend(qkv, held, begin, first) for attend, held in caches)
-            torch.testing.assert_close(got, expected, atol=5e-5, rtol=1e-4)
-            begin += count
-    finally:
-        torch.set_num_threads(THREADS)
+    caches = []
+    for kind in (TorchAttention, CppAttention):
+        attend = kind(heads, angles.cos(), angles.sin())
+        caches.append((attend, attend.hold(1, prefix, like, None, 0)))
+    if prefix:
+        qkv = torch.randn(1, prefix, width)
+        expected, got = (attend(qkv, held, 0, 0) for attend, held in caches)
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    caches = [(attend, attend.hold(batch, total, like, held, prefix)) for attend, held in caches]
+    begin = prefix
+    for count, first in zip(steps, (0, 0, 1, 5), strict=True):
+        qkv = torch.randn(batch, count, width) * 2
+        expected, got = (attend(qkv, held, begin, first) for attend, held in caches)
+        torch.testing.assert_close(got, expected, atol=5e-5, rtol=1e-4)
+        begin += count
