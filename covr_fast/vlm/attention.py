@@ -52,6 +52,20 @@ def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -
     return "sdpa"
 
 
+def is_flash(attention: str) -> bool:
+    """Whether `attention` is one of FlashAttention's implementations."""
+    return attention in _FLASH
+
+
+def causal_mask(queries: int, held: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[1, 1, queries, held + queries], added to attention scores: 0 where a query may look (what is held, the
+    earlier queries, itself), the lowest number elsewhere."""
+    lowest = torch.finfo(dtype).min
+    return torch.full((queries, held + queries), lowest, dtype=dtype, device=device).triu_(held + 1)[
+        None, None
+    ]
+
+
 def _missing(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this FlashAttention cannot run, or None."""
     module, capability, needs = _FLASH[name]

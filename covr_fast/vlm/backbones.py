@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 
 from .attention import register_segmented_sdpa
 from .cache import Prefix
+from .packing import Padded
 from .pixels import PatchPixels
 
 
@@ -83,6 +84,15 @@ class Backbone:
     @cached_property
     def head(self) -> nn.Linear:
         return self.base.get_output_embeddings()
+
+    @property
+    def attention(self) -> str:
+        """The attention implementation of the language model, by its name in transformers' registry."""
+        return self.decoder.config._attn_implementation
+
+    @attention.setter
+    def attention(self, name: str) -> None:
+        self.decoder.config._attn_implementation = name
 
     @property
     def device(self) -> torch.device:
@@ -165,34 +175,35 @@ class Backbone:
         self,
         embeddings: Tensor,
         positions: Tensor,
-        mask: Tensor,
+        rows: Padded,
         cache: Cache | None,
         *,
         image_at: Tensor | None = None,
         image: ImageFeatures | None = None,
     ) -> Tensor:
-        """Last hidden states [B, n, D] of `embeddings` [B, n, D] behind what `cache` holds.
+        """Last hidden states [B, n, D] of padded `embeddings` [B, n, D] behind what `cache` holds.
 
         Args:
             positions: [..., 1, n], the same in every row.
-            mask: [1, 1, n, held + n], added to the attention scores (`decode.causal_mask`).
+            rows: how the decoder takes them (`packing.arrange`), with the cache's prefix held.
             image_at: int64[m], the places among the n that are image tokens; with `image`.
         """
-        batch = embeddings.shape[0]
         if image_at is not None and image is not None:
             embeddings = embeddings.index_copy(1, image_at, image.tokens.to(embeddings.dtype))
-        return self.decoder(
-            inputs_embeds=embeddings,
-            position_ids=positions.expand(*positions.shape[:-2], batch, -1),
-            attention_mask=mask,
+        hidden = self.decoder(
+            inputs_embeds=rows.packed(embeddings),
+            position_ids=rows.positions(positions),
             past_key_values=cache,
             use_cache=cache is not None,
-            **self._decoder_arguments(embeddings, image_at, image),
+            **rows.attention(embeddings),
+            **self._image_arguments(embeddings, rows, image_at, image),
         ).last_hidden_state
+        return rows.padded(hidden)
 
-    def _decoder_arguments(
-        self, embeddings: Tensor, image_at: Tensor | None, image: ImageFeatures | None
+    def _image_arguments(
+        self, embeddings: Tensor, rows: Padded, image_at: Tensor | None, image: ImageFeatures | None
     ) -> dict[str, Any]:
+        """What the decoder takes besides embeddings that hold the image."""
         return {}
 
 
@@ -287,15 +298,15 @@ class Qwen3VL(QwenVL):
             "interp_weights": weights.to(self.device),
         }
 
-    def _decoder_arguments(
-        self, embeddings: Tensor, image_at: Tensor | None, image: ImageFeatures | None
+    def _image_arguments(
+        self, embeddings: Tensor, rows: Padded, image_at: Tensor | None, image: ImageFeatures | None
     ) -> dict[str, Any]:
         if image_at is None or image is None:
             return {}
         where = torch.zeros(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
         where[:, image_at] = True
         deep = [x.to(embeddings.dtype).flatten(0, 1) for x in image.deep]
-        return {"visual_pos_masks": where, "deepstack_visual_embeds": deep}
+        return {"visual_pos_masks": rows.packed(where), "deepstack_visual_embeds": deep}
 
 
 class SmolVLM(Backbone):

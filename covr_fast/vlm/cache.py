@@ -1,8 +1,9 @@
 """Caches with which transformers' decoders train on rows that share a prefix."""
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
+
+from .packing import Padded
 
 Prefix = list[tuple[Tensor, Tensor]]
 """Per layer the keys and values [1, heads, P, head_dim] of the tokens that every row begins with."""
@@ -32,9 +33,10 @@ class TrainingCache(Cache):
     back, so the gradient is the one of repeating the prefix in every row.
     """
 
-    def __init__(self, prefix: Prefix) -> None:
+    def __init__(self, prefix: Prefix, rows: Padded) -> None:
         super().__init__(layers=[])
         self._prefix = prefix
+        self._rows = rows
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._prefix[0][0].shape[2]
@@ -43,8 +45,4 @@ class TrainingCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         keys, values = self._prefix[layer_idx]
-        rows = key_states.shape[0]
-        return (
-            torch.cat((keys.expand(rows, -1, -1, -1), key_states), 2),
-            torch.cat((values.expand(rows, -1, -1, -1), value_states), 2),
-        )
+        return self._rows.behind(keys, key_states), self._rows.behind(values, value_states)

@@ -9,6 +9,7 @@ from torch import Tensor
 from .backbones import Backbone, ImageFeatures
 from .cache import Prefix, RecordingCache
 from .grammar import ActionGrammar, Level
+from .packing import arrange
 from .serving import KeyValueCache, ServingDecoder
 
 
@@ -56,23 +57,14 @@ def make_layout(backbone: Backbone, text: str, size: tuple[int, int], answer_len
     )
 
 
-def causal_mask(queries: int, held: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[1, 1, queries, held + queries], added to attention scores: 0 where a query may look (what is held, the
-    earlier queries, itself), the lowest number elsewhere."""
-    lowest = torch.finfo(dtype).min
-    return torch.full((queries, held + queries), lowest, dtype=dtype, device=device).triu_(held + 1)[
-        None, None
-    ]
-
-
 def record_prefix(backbone: Backbone, layout: Layout) -> Prefix | None:
     """Keys and values of the prompt's text prefix; None if the image comes first. Differentiable."""
     length = len(layout.prefix)
     if length == 0:
         return None
     cache = RecordingCache()
-    mask = causal_mask(length, 0, backbone.dtype, backbone.device)
-    backbone.hidden(backbone.embed(layout.prefix)[None], layout.span(0, length), mask, cache)
+    rows = arrange(backbone.attention, torch.tensor([length]), length, 0, backbone.device)
+    backbone.hidden(backbone.embed(layout.prefix)[None], layout.span(0, length), rows, cache)
     return cache.prefix
 
 

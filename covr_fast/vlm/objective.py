@@ -11,8 +11,9 @@ from covr_fast import ops
 
 from .backbones import Backbone, ImageFeatures
 from .cache import TrainingCache
-from .decode import Layout, causal_mask, record_prefix
+from .decode import Layout, record_prefix
 from .grammar import ActionGrammar
+from .packing import arrange
 
 IGNORE = -100
 
@@ -38,9 +39,13 @@ class Samples:
         weights = ops.return_weights(returns.detach().cpu().float())
         return cls(frames, answers, answers.masked_fill(padding, IGNORE), weights)
 
+    def lengths(self, rows: Tensor) -> Tensor:
+        """Tokens int64[M] of the answers of `rows` int64[M]."""
+        return (self.labels[rows] != IGNORE).sum(1)
+
     def valid_tokens(self, rows: Tensor) -> int:
         """N_v of Eq. 6: label tokens of `rows` int64[M], zero-weight rows included."""
-        return int((self.labels[rows] != IGNORE).sum())
+        return int(self.lengths(rows).sum())
 
     def micro_batches(self, rows: Tensor, size: int) -> Iterator[Tensor]:
         """The rows with a non-zero weight in pieces of at most `size`: the others need no forward at all."""
@@ -53,7 +58,8 @@ class AnswerModel:
     """Hidden states at the positions that predict the answer, for a batch of frames.
 
     The prompt's text prefix is run once per micro-batch and shared by its rows; with `checkpointing`, whose
-    recomputation cannot go through a cache, every row carries it.
+    recomputation cannot go through a cache, every row carries it. Answers of different lengths are packed if
+    the backbone's attention is of those that `packing.arrange` packs for.
     """
 
     def __init__(self, backbone: Backbone, layout: Layout, *, checkpointing: bool) -> None:
@@ -61,21 +67,25 @@ class AnswerModel:
         self.layout = layout
         self.checkpointing = checkpointing
 
-    def hidden(self, image: ImageFeatures, answers: Tensor) -> Tensor:
-        """[B, L, D] for answers int64[B, L]: position t predicts token t."""
+    def hidden(self, image: ImageFeatures, answers: Tensor, lengths: Tensor) -> Tensor:
+        """[B, L, D] for answers int64[B, L] of `lengths` int64[B] on the host: position t predicts token t.
+
+        Positions behind an answer's end mean nothing.
+        """
         backbone, layout = self.backbone, self.layout
-        rows, length = answers.shape
-        answers = answers.to(backbone.device)
+        count, length = answers.shape
+        answers = answers.to(backbone.device, non_blocking=True)
         prompt = torch.cat((layout.prefix, layout.body)) if self.checkpointing else layout.body
         held = layout.prompt_length - len(prompt)
-        tokens = torch.cat((prompt.expand(rows, -1), answers[:, :-1]), 1)
+        tokens = torch.cat((prompt.expand(count, -1), answers[:, :-1]), 1)
+        rows = arrange(backbone.attention, lengths + len(prompt) - 1, tokens.shape[1], held, backbone.device)
         cache = None
         if not self.checkpointing:
-            cache = TrainingCache(record_prefix(backbone, layout) or backbone.empty_prefix())
+            cache = TrainingCache(record_prefix(backbone, layout) or backbone.empty_prefix(), rows)
         hidden = backbone.hidden(
             backbone.embed(tokens),
             layout.span(held, held + tokens.shape[1]),
-            causal_mask(tokens.shape[1], held, backbone.dtype, backbone.device),
+            rows,
             cache,
             image_at=layout.image_at + (len(prompt) - len(layout.body)),
             image=image,
@@ -147,7 +157,7 @@ def weighted_loss(
     """What `rows` add to Eq. 6 over a batch with `valid` label tokens (N_v). Differentiable scalar."""
     labels = samples.labels[rows]
     loss = ops.return_weighted_linear_cross_entropy(
-        model.hidden(image, samples.answers[rows]),
+        model.hidden(image, samples.answers[rows], samples.lengths(rows)),
         model.backbone.head.weight,
         labels,
         samples.weights[rows],
@@ -155,7 +165,7 @@ def weighted_loss(
         ignore_index=IGNORE,
     )
     # The op divides by the label tokens it was given; Eq. 6 divides by all of the batch's.
-    return loss * (int((labels != IGNORE).sum()) / valid)
+    return loss * (samples.valid_tokens(rows) / valid)
 
 
 @torch.no_grad()
@@ -171,7 +181,7 @@ def mean_nll(
     total = torch.zeros((), device=model.backbone.device)
     for part in rows.split(micro_batch):
         labels = samples.labels[part].to(total.device)
-        hidden = model.hidden(images(part), samples.answers[part])
+        hidden = model.hidden(images(part), samples.answers[part], samples.lengths(part))
         logits = F.linear(hidden, model.backbone.head.weight).float()
         total += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
     return float(total) / samples.valid_tokens(rows)

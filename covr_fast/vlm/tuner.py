@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..streams import Lane, mark
 from .memory import out_of_memory
 from .objective import AnswerModel, RoundImages, Samples, mean_nll, weighted_loss
+from .packing import training_attention
 from .prior import ActionPrior
 from .replica import add_lora, copy_weights, make_replica, trainable
 
@@ -47,6 +48,10 @@ class TunerConfig:
     """Kept samples per optimizer step. Those of zero weight count in N_v and cost nothing."""
     micro_batch: int = 16
     """Samples per forward; lower it when memory runs out, the result is the same."""
+    packing: Literal["auto", "on", "off"] = "auto"
+    """Lay answers of different lengths one behind the other instead of padding them, so that only attention
+    sees padding, with FlashAttention not even that; the result is the same up to rounding. auto: wherever the
+    attention can, which eager cannot. on: insist on it. off: pad, which FlashAttention cannot."""
     held_out: float = 0.1
     """Share of the kept samples that is not trained on and gives the reported losses. At least one where
     there are two; never the sample of the highest return."""
@@ -67,6 +72,8 @@ class TunerConfig:
     def __post_init__(self) -> None:
         if self.mode not in ("lora", "full"):
             raise ValueError(f"mode must be 'lora' or 'full', not {self.mode!r}")
+        if self.packing not in ("auto", "on", "off"):
+            raise ValueError(f"packing must be 'auto', 'on' or 'off', not {self.packing!r}")
         for name in ("lora_rank", "lora_alpha", "epochs", "batch_size", "micro_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -115,6 +122,9 @@ class VLMTuner:
 
     Args:
         prior: mode "lora" adds adapters to its model if it has none.
+
+    Raises:
+        ValueError: the prior's attention cannot do what `config.packing` asks for.
     """
 
     def __init__(self, prior: ActionPrior, config: TunerConfig | None = None) -> None:
@@ -122,10 +132,12 @@ class VLMTuner:
         self.config = config = config or TunerConfig()
         self.rounds = 0
         """Rounds started so far; part of each round's seed, so set it when a run is resumed."""
+        attention = training_attention(prior.backbone.attention, config.packing)
         with prior.lock:
             if config.mode == "lora":
                 add_lora(prior.backbone, config.lora_rank, config.lora_alpha, config.seed)
             self._backbone = make_replica(prior.backbone, config.mode)
+        self._backbone.attention = attention
         if config.gradient_checkpointing:
             self._backbone.base.gradient_checkpointing_enable({"use_reentrant": False})
             self._backbone.model.train()

@@ -12,7 +12,7 @@ from test_grammar import CONTEXT, TOKENIZERS
 
 from covr_fast import ops
 from covr_fast.vlm import ActionPrior, TunerConfig, VLMTuner
-from covr_fast.vlm.decode import causal_mask
+from covr_fast.vlm.attention import causal_mask
 from covr_fast.vlm.grammar import ActionGrammar
 from covr_fast.vlm.loading import load_backbone
 from covr_fast.vlm.objective import IGNORE, AnswerModel, RoundImages, Samples, mean_nll, weighted_loss
@@ -112,7 +112,8 @@ def test_n_v_counts_zero_weight_rows_and_micro_batches_change_nothing(nano):
     smoothing = 0.1
 
     with torch.no_grad():
-        logits = F.linear(model.hidden(model.image(frames), samples.answers), nano.backbone.head.weight)
+        hidden = model.hidden(model.image(frames), samples.answers, samples.lengths(rows))
+        logits = F.linear(hidden, nano.backbone.head.weight)
         log_p = logits.log_softmax(-1)
         nll = -log_p.gather(2, samples.answers[..., None])[..., 0]
         nll = (1 - smoothing) * nll - smoothing * log_p.mean(-1)
@@ -222,10 +223,10 @@ def test_zero_weight_samples_get_no_forward(nano, monkeypatch):
     forwarded = 0
     hidden = AnswerModel.hidden
 
-    def counting(self, image, answers):
+    def counting(self, image, answers, lengths):
         nonlocal forwarded
         forwarded += len(answers) * torch.is_grad_enabled()
-        return hidden(self, image, answers)
+        return hidden(self, image, answers, lengths)
 
     monkeypatch.setattr(AnswerModel, "hidden", counting)
     tuner.start(frames, actions, returns)
@@ -297,7 +298,7 @@ def test_an_exception_in_the_thread_reaches_poll(nano, monkeypatch):
     frames, actions = colours(8)
     tuner = VLMTuner(nano, TunerConfig(**(vars(QUICK) | {"overlap": True})))
 
-    def broken(self, image, answers):
+    def broken(self, image, answers, lengths):
         raise ArithmeticError("broken")
 
     monkeypatch.setattr(AnswerModel, "hidden", broken)
@@ -472,6 +473,7 @@ def test_arguments_that_do_not_fit(nano):
     "bad",
     [
         {"mode": "half"},
+        {"packing": "yes"},
         {"epochs": 0},
         {"held_out": 1.0},
         {"learning_rate": 0.0},
