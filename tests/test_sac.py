@@ -7,8 +7,8 @@ from simulators import SIZE, target_envs
 
 from covr_fast import ReplayBuffer
 from covr_fast.agents import SAC, SACConfig
+from covr_fast.agents.losses import bellman_target, policy_loss, prior_loss
 from covr_fast.agents.networks import Actor
-from covr_fast.agents.sac import prior_loss
 from covr_fast.errors import UserError
 
 SMALL = SACConfig(channels=(8, 8), strides=(2, 2), latent=16, hidden=32)
@@ -43,17 +43,16 @@ def test_log_prob_is_that_of_the_squashed_gaussian():
 def test_bellman_target_tells_terminated_from_truncated():
     agent = SAC((3, SIZE, SIZE), (2,), SMALL, seed=0)
     batch = make_batch(discount=torch.tensor([0.9, 0.0, 0.9, 0.0, 0.9, 0.9]))
-    target = agent.bellman_target(batch)
-    torch.testing.assert_close(target[[1, 3]], batch.reward[[1, 3]])  # terminated: nothing follows
-    agent.generator.manual_seed(0)
+    noise = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
+    target = bellman_target(agent.networks, batch, noise, reward_scale=0.5)
+    torch.testing.assert_close(target[[1, 3]], 0.5 * batch.reward[[1, 3]])  # terminated: nothing follows
     with torch.no_grad():
         latent = agent.encoder(batch.next_obs)
-        noise = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
         sample = agent.actor(latent, noise)
         q = torch.minimum(*agent.critic_target(latent, sample.action))
         value = q - 0.1 * sample.log_prob
     rows = [0, 2, 4, 5]
-    torch.testing.assert_close(agent.bellman_target(batch)[rows], (batch.reward + 0.9 * value)[rows])
+    torch.testing.assert_close(target[rows], (0.5 * batch.reward + 0.9 * value)[rows])
 
 
 def test_prior_loss_gradient_by_hand():
@@ -69,23 +68,24 @@ def test_prior_loss_gradient_by_hand():
 
 
 def test_guidance_adds_exactly_eq_4_to_the_actor_gradient():
-    agent = SAC((3, SIZE, SIZE), (2,), SACConfig(**{**vars(SMALL), "prior_weight": 2.0}), seed=1)
+    agent = SAC((3, SIZE, SIZE), (2,), SMALL, seed=1)
     batch = make_batch(8)
+    noise = torch.randn(8, 2, generator=torch.Generator().manual_seed(7))
     batch.extras["prior_mask"] = torch.tensor([1.0, 0, 1, 0, 0, 1, 1, 0])
     with torch.no_grad():
         latent = agent.encoder(batch.obs)
 
     def gradient(guide):
-        agent.generator.manual_seed(7)
         agent.actor.zero_grad()
-        loss, _ = agent.actor_loss(latent, batch.extras, guide=guide)
+        loss, _ = policy_loss(
+            agent.networks, latent, batch.extras, noise, guide=guide, prior_weight=2.0, target_entropy=-2.0
+        )
         loss.backward()
         return torch.cat([p.grad.flatten() for p in agent.actor.parameters()])
 
     difference = gradient(True) - gradient(False)
-    agent.generator.manual_seed(7)
     agent.actor.zero_grad()
-    action = agent.actor(latent, agent._noise(8)).action
+    action = agent.actor(latent, noise).action
     action.backward(4.0 * batch.extras["prior_mask"][:, None] * (action.detach() - batch.extras["prior"]) / 8)
     by_hand = torch.cat([p.grad.flatten() for p in agent.actor.parameters()])
     assert by_hand.norm() > 0

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..cuda_graph import CudaGraphs
 from .batch import TransitionBatch
 from .captured import CapturedUpdate
+from .losses import Networks, critic_loss, policy_loss
 from .networks import Actor, Encoder, TwinQ
 
 
@@ -46,14 +47,6 @@ class SACConfig:
     graph: bool = False
     """On a GPU, launch the whole update as one CUDA graph. Off until that has run on one (benchmarks/GPU.md);
     a CPU takes no notice of it."""
-
-
-def prior_loss(action: Tensor, prior: Tensor, mask: Tensor) -> Tensor:
-    """`|| a_v - a_r ||^2` of Eq. 4, averaged over the batch; rows without a prior (mask 0) add nothing.
-
-    action, prior: [B, A]; mask: [B] in {0, 1}. The mean is over all B rows, as that of the loss it joins.
-    """
-    return ((action - prior).square().sum(-1) * mask).mean()
 
 
 class SAC:
@@ -124,71 +117,46 @@ class SAC:
         return update(batch, guide)
 
     def _update(self, batch: TransitionBatch, guide: bool) -> dict[str, Tensor]:
-        latent = self.encoder(batch.obs)
-        metrics = self.update_critic(latent, batch)
-        metrics |= self.update_actor(latent.detach(), batch, guide=guide)
+        latent, metrics = self.update_critic(batch)
+        metrics |= self.update_actor(latent, batch, guide=guide)
         with torch.no_grad():
             torch._foreach_lerp_(
                 list(self.critic_target.parameters()), list(self.critic.parameters()), self.config.tau
             )
         return metrics
 
-    @torch.no_grad()
-    def bellman_target(self, batch: TransitionBatch) -> Tensor:
-        """r + discount * (min Q'(s', a') - alpha log pi(a'|s')), Eqs. 2-3; [B].
-
-        discount is 0 where the episode terminated and gamma^k elsewhere, truncations included.
-        """
-        latent = self.encoder(batch.next_obs)
-        next_action = self.actor(latent, self._noise(len(latent)))
-        value = (
-            self.critic_target(latent, next_action.action).amin(0)
-            - self.log_alpha.exp() * next_action.log_prob
+    def update_critic(self, batch: TransitionBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """A step on critic and encoder; the latents [B, D] of batch.obs before it, and metrics."""
+        loss, latent, metrics = critic_loss(
+            self.networks, batch, self._noise(len(batch.reward)), reward_scale=self.config.reward_scale
         )
-        return self.config.reward_scale * batch.reward + batch.discount * value
-
-    def update_critic(self, latent: Tensor, batch: TransitionBatch) -> dict[str, Tensor]:
-        target = self.bellman_target(batch)
-        q = self.critic(latent, batch.action)
-        error = (q - target).square().sum(0)
-        loss = (batch.weight * error).mean()
-        self.critic_optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.critic_optimizer.step()
-        return {"critic_loss": loss.detach(), "q": q.detach().mean(), "td_error": error.detach().sqrt()}
-
-    def actor_loss(
-        self, latent: Tensor, extras: Mapping[str, Tensor], *, guide: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Eq. 4 on detached latents [B, D]: -Q + alpha log pi, plus lambda ||a_v - a_r||^2 if `guide`."""
-        sample = self.actor(latent, self._noise(len(latent)))
-        q = self.critic(latent, sample.action).amin(0)
-        loss = (self.log_alpha.exp().detach() * sample.log_prob - q).mean()
-        metrics = {"entropy": -sample.log_prob.detach().mean()}
-        if guide:
-            distance = prior_loss(sample.action, extras["prior"], extras["prior_mask"])
-            loss = loss + self.config.prior_weight * distance
-            metrics["prior_loss"] = distance.detach()
-        return loss, metrics
+        _descend(loss, self.critic_optimizer)
+        return latent, metrics
 
     def update_actor(self, latent: Tensor, batch: TransitionBatch, *, guide: bool) -> dict[str, Tensor]:
+        """A step on actor and temperature, from detached latents [B, D]; metrics."""
         # The actor's gradient passes through the critic, but the critic takes none of it.
         self.critic.requires_grad_(False)
-        loss, metrics = self.actor_loss(latent, batch.extras, guide=guide)
-        self.actor_optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.actor_optimizer.step()
+        loss, metrics = policy_loss(
+            self.networks,
+            latent,
+            batch.extras,
+            self._noise(len(latent)),
+            guide=guide,
+            prior_weight=self.config.prior_weight,
+            target_entropy=self.target_entropy,
+        )
+        _descend(loss, self.actor_optimizer, self.alpha_optimizer)
         self.critic.requires_grad_(True)
-
-        alpha = self.log_alpha.exp()
-        alpha_loss = alpha * (metrics["entropy"] - self.target_entropy)
-        self.alpha_optimizer.zero_grad(set_to_none=True)
-        alpha_loss.backward()
-        self.alpha_optimizer.step()
-        return {**metrics, "actor_loss": loss.detach(), "alpha": alpha.detach()}
+        return metrics
 
     def _noise(self, rows: int) -> Tensor:
         return torch.randn(rows, self.action_dim, device=self.device, generator=self.generator)
+
+    @property
+    def networks(self) -> Networks:
+        """What the losses are functions of."""
+        return Networks(self.encoder, self.actor, self.critic, self.critic_target, self.log_alpha)
 
     def modules(self) -> dict[str, nn.Module]:
         return {
@@ -230,3 +198,12 @@ class SAC:
         random_state = state["generator"].cpu()
         if random_state.numel() == self.generator.get_state().numel():  # else it is of another kind of device
             self.generator.set_state(random_state)
+
+
+def _descend(loss: Tensor, *optimizers: torch.optim.Optimizer) -> None:
+    """A step of each on the gradient of `loss`."""
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    for optimizer in optimizers:
+        optimizer.step()
