@@ -208,6 +208,7 @@ def main() -> int:
             check.steps["VLM tests"] = {"ok": False, "seconds": 0.0, "said": said}
         else:
             check.run("VLM tests", [*pytest, *VLM_TESTS], 120)
+        check.run("compiled update", [*pytest, "tests/test_sac_compile.py"], 120)
         check.result["ceilings"] = ceilings()
         raw = out.with_name(out.stem + "_benchmarks.json")
         if check.run("benchmarks", [*pytest, "benchmarks/bench_ops.py", f"--benchmark-json={raw}"], 180):

@@ -5,13 +5,17 @@ import math
 import os
 import signal
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from covr_fast import TrainConfig, Trainer
+from covr_fast.checkpoint import load_actor
 from covr_fast.errors import UserError
+from covr_fast.evaluate import actor_policy
 
 
 def small_config(**changes) -> TrainConfig:
@@ -141,8 +145,6 @@ def test_run_folder(finished):
 
 
 def test_the_checkpoint_plays_like_the_trained_actor(finished):
-    from covr_fast.checkpoint import load_actor
-    from covr_fast.evaluate import actor_policy
     from covr_fast.vlm import ActionPrior
 
     trainer, _, out, _ = finished
@@ -248,6 +250,25 @@ def test_an_interrupted_run_is_saved_and_continues(tmp_path):
     assert summary["updates"] == (100 - 32) // 8
     steps = [m["step"] for m in read_metrics(tmp_path)]
     assert steps == sorted(steps)
+
+
+def test_a_run_is_resumed_with_and_without_compiling(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # traces, in a second
+    config = small_config(steps=120, covr__psi_0=1000)
+    for begun, step, compile in ((0, 56, True), (56, 88, False), (88, 112, True)):
+        torch._dynamo.reset()
+        counters.clear()
+        config.agent.compile = compile
+        trainer = Trainer(config, tmp_path, resume=begun > 0)
+        assert trainer.step == begun
+        interrupt_at(trainer, step)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.run()
+        assert (counters["stats"]["unique_graphs"] > 0) == compile
+    policy, opened = load_actor(tmp_path)
+    assert opened.agent.compile
+    obs = torch.randint(0, 256, (2, *trainer.envs.obs_shape), dtype=torch.uint8).numpy()
+    assert (policy(obs) == actor_policy(trainer.agent, config)(obs)).all()
 
 
 def test_a_resumed_run_forgets_what_was_logged_after_its_checkpoint(tmp_path):

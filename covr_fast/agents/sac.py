@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..cuda_graph import CudaGraphs
 from .batch import TransitionBatch
 from .captured import CapturedUpdate
+from .compiled import compiled
 from .losses import Networks, critic_loss, policy_loss
 from .networks import Actor, Encoder, TwinQ
 
@@ -47,6 +48,10 @@ class SACConfig:
     graph: bool = False
     """On a GPU, launch the whole update as one CUDA graph. Off until that has run on one (benchmarks/GPU.md);
     a CPU takes no notice of it."""
+    compile: bool = False
+    """Compile losses and gradients with torch.compile, which delays the first updates. Off because it gains
+    nothing on a CPU (docs/carracing.md) and has not run on a GPU. With `graph`, the graph records what it
+    makes."""
 
 
 class SAC:
@@ -82,6 +87,8 @@ class SAC:
         self.critic_optimizer = adam([*self.encoder.parameters(), *self.critic.parameters()], lr=c.lr)
         self.actor_optimizer = adam(self.actor.parameters(), lr=c.lr)
         self.alpha_optimizer = adam([self.log_alpha], lr=c.alpha_lr)
+        self._critic_loss = compiled(critic_loss) if c.compile else critic_loss
+        self._policy_loss = compiled(policy_loss) if c.compile else policy_loss
         self._captured: CapturedUpdate | None = None
         if self._capturable:
             self._captured = CapturedUpdate(self._update, CudaGraphs(self.device, [self.generator]))
@@ -127,7 +134,7 @@ class SAC:
 
     def update_critic(self, batch: TransitionBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """A step on critic and encoder; the latents [B, D] of batch.obs before it, and metrics."""
-        loss, latent, metrics = critic_loss(
+        loss, latent, metrics = self._critic_loss(
             self.networks, batch, self._noise(len(batch.reward)), reward_scale=self.config.reward_scale
         )
         _descend(loss, self.critic_optimizer)
@@ -137,7 +144,7 @@ class SAC:
         """A step on actor and temperature, from detached latents [B, D]; metrics."""
         # The actor's gradient passes through the critic, but the critic takes none of it.
         self.critic.requires_grad_(False)
-        loss, metrics = policy_loss(
+        loss, metrics = self._policy_loss(
             self.networks,
             latent,
             batch.extras,
