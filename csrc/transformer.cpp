@@ -1,7 +1,7 @@
 // What a transformer does between its matrix products, for float32 inference on the CPU: RMS norm, gated
-// activation, and attention with rotary positions over a cache of keys and values. torch's operations cost
-// more to dispatch and to pass through memory than to compute at the sizes of a model that answers in
-// milliseconds.
+// activation, and attention with rotary positions: causal over a cache of keys and values, or within segments
+// that see all of themselves. torch's operations cost more to dispatch and to pass through memory than to
+// compute at the sizes of a model that answers in milliseconds.
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -211,28 +211,28 @@ COVR_HD void mix_all(const Tile& t, const Block& prefix, int64_t prefix_length, 
     for (int v = 0; v < kVectors; ++v) lanes(t.out[r] + c + v * kLanes) = sums[r][v] * t.inverse[r];
 }
 
-COVR_HD void attend_tile(const Attention& a, Tile& t, int64_t head) {
-  const Block prefix = a.prefix.at(head, a.dim);
+// A tile over a prefix and what its queries see of their own rows.
+COVR_HD void attend_tile(Tile& t, const Block& prefix, int64_t prefix_length, int64_t dim) {
   const int64_t most = *std::max_element(t.seen, t.seen + t.used);
-  score<true>(t, 0, &prefix, a.prefix_length, a.dim);
+  score<true>(t, 0, &prefix, prefix_length, dim);
   if (t.one_row)
-    score<true>(t, whole_lanes(a.prefix_length), t.own, most, a.dim);
+    score<true>(t, whole_lanes(prefix_length), t.own, most, dim);
   else
-    score<false>(t, whole_lanes(a.prefix_length), t.own, most, a.dim);
-  softmax(t, a.prefix_length, most);
+    score<false>(t, whole_lanes(prefix_length), t.own, most, dim);
+  softmax(t, prefix_length, most);
   int64_t c = 0;
-  for (; c + kLanes < a.dim; c += 2 * kLanes) mix_all<2>(t, prefix, a.prefix_length, most, c, a.dim);
-  if (c < a.dim) mix_all<1>(t, prefix, a.prefix_length, most, c, a.dim);
+  for (; c + kLanes < dim; c += 2 * kLanes) mix_all<2>(t, prefix, prefix_length, most, c, dim);
+  if (c < dim) mix_all<1>(t, prefix, prefix_length, most, c, dim);
 }
 
-// The keys and values of head `head` of one row go to its cache.
-COVR_HD void hold(const Attention& a, int64_t row, int64_t head, float* rotated) {
-  const Block own = a.own_of(row, head);
-  for (int64_t i = 0; i < a.count; ++i) {
-    const float* k = a.qkv + (row * a.count + i) * a.width() + (a.groups * a.kv + head) * a.dim;
-    rotate(rotated, k, a.cos + i * a.dim, a.sin + i * a.dim, a.dim, 1);
-    for (int64_t c = 0; c < a.dim; ++c) own.keys[c * own.capacity + a.begin + i] = rotated[c];
-    std::copy_n(k + a.kv * a.dim, a.dim, own.values + (a.begin + i) * a.dim);
+// Keys of one head, rotated, and their values go to `own` from place `begin` on. Both are given in rows of
+// `width`; `scratch` has room for one key.
+COVR_HD void hold(const Block& own, int64_t begin, const float* keys, const float* values, int64_t width,
+                  const float* cos, const float* sin, int64_t count, int64_t dim, float* scratch) {
+  for (int64_t i = 0; i < count; ++i) {
+    rotate(scratch, keys + i * width, cos + i * dim, sin + i * dim, dim, 1);
+    for (int64_t c = 0; c < dim; ++c) own.keys[c * own.capacity + begin + i] = scratch[c];
+    std::copy_n(values + i * width, dim, own.values + (begin + i) * dim);
   }
 }
 
@@ -240,7 +240,11 @@ COVR_HD void hold(const Attention& a, int64_t row, int64_t head, float* rotated)
 COVR_CLONES void attend_head(const Attention& a, int64_t head, int64_t begin, int64_t end, float* q,
                              float* scores, int64_t stride) {
   const int64_t asking = a.count - a.first, width = a.kv * a.groups * a.dim;
-  for (int64_t row = begin; row < end; ++row) hold(a, row, head, q);
+  const Block prefix = a.prefix.at(head, a.dim);
+  for (int64_t row = begin; row < end; ++row) {
+    const float* keys = a.qkv + row * a.count * a.width() + (a.groups * a.kv + head) * a.dim;
+    hold(a.own_of(row, head), a.begin, keys, keys + a.kv * a.dim, a.width(), a.cos, a.sin, a.count, a.dim, q);
+  }
   Tile t;
   t.q = q;
   t.scores = scores;
@@ -260,7 +264,7 @@ COVR_CLONES void attend_head(const Attention& a, int64_t head, int64_t begin, in
       }
       for (int r = t.used; r < kQueries; ++r) t.own[r] = t.own[0], t.seen[r] = t.seen[0];
       t.one_row = t.own[0].keys == t.own[t.used - 1].keys;
-      attend_tile(a, t, head);
+      attend_tile(t, prefix, a.prefix_length, a.dim);
     }
   }
 }
@@ -276,6 +280,57 @@ void attend(const Attention& a, int threads) {
       attend_head(a, i / blocks, row, std::min(row + kRows, a.rows), scratch.data(),
                   scratch.data() + kQueries * a.dim, stride);
     }
+  });
+}
+
+// ------------------------------------------------------------------ attention within segments
+
+// Every position sees all of its segment and nothing else; no keys are kept.
+struct Segments {
+  float* out;        // [segments, count, heads * dim]
+  const float* qkv;  // [segments, count, 3 * heads * dim]: queries, keys, values
+  const float* cos;  // [periods, count, dim]; segment s takes s % periods
+  const float* sin;  // the same; its first half negated
+  int64_t segments, count, periods, heads, dim;
+  float scale;
+};
+
+// One head of one segment. `own` has room for its keys and values, `q` and `scores` for a tile.
+COVR_CLONES void attend_segment(const Segments& a, int64_t segment, int64_t head, const Block& own, float* q,
+                                float* scores) {
+  const int64_t width = a.heads * a.dim, angles = segment % a.periods * a.count * a.dim;
+  const float* queries = a.qkv + segment * a.count * 3 * width + head * a.dim;
+  const float *keys = queries + width, *values = keys + width, *cos = a.cos + angles, *sin = a.sin + angles;
+  float* out = a.out + segment * a.count * width + head * a.dim;
+  hold(own, 0, keys, values, 3 * width, cos, sin, a.count, a.dim, q);
+  Tile t;
+  t.q = q;
+  t.scores = scores;
+  t.stride = own.capacity;
+  t.one_row = true;
+  std::fill_n(t.own, kQueries, own);
+  std::fill_n(t.seen, kQueries, a.count);
+  for (int64_t i = 0; i < a.count; i += kQueries) {
+    t.used = static_cast<int>(std::min<int64_t>(kQueries, a.count - i));
+    for (int r = 0; r < t.used; ++r) {
+      const int64_t at = i + r;
+      rotate(q + r * a.dim, queries + at * 3 * width, cos + at * a.dim, sin + at * a.dim, a.dim, a.scale);
+      t.out[r] = out + at * width;
+    }
+    attend_tile(t, own, 0, a.dim);
+  }
+}
+
+void attend_segments(const Segments& a, int threads) {
+  const int64_t capacity = whole_lanes(a.count), block = capacity * a.dim;
+  const int64_t work = a.count * a.count * a.dim;
+  const int64_t grain = std::max<int64_t>(1, kGrain / work);
+  parallel_for(a.segments * a.heads, grain, threads, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(2 * block + kQueries * (a.dim + capacity));
+    const Block own = {scratch.data(), scratch.data() + block, capacity};
+    float* q = scratch.data() + 2 * block;
+    for (int64_t i = begin; i < end; ++i)
+      attend_segment(a, i / a.heads, i % a.heads, own, q, q + kQueries * a.dim);
   });
 }
 
@@ -325,6 +380,16 @@ void bind_transformer(py::module_& m) {
                 dim,
                 scale},
                threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "attend_segments",
+      [](uintptr_t out, uintptr_t qkv, uintptr_t cos, uintptr_t sin, int64_t segments, int64_t count,
+         int64_t periods, int64_t heads, int64_t dim, float scale, int threads) {
+        attend_segments({reinterpret_cast<float*>(out), reinterpret_cast<const float*>(qkv),
+                         reinterpret_cast<const float*>(cos), reinterpret_cast<const float*>(sin), segments,
+                         count, periods, heads, dim, scale},
+                        threads);
       },
       py::call_guard<py::gil_scoped_release>());
 }

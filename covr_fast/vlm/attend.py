@@ -1,6 +1,7 @@
-"""Attention as it serves: rotary positions and a fixed cache of keys and values.
+"""Attention as it serves: rotary positions, and for the language model a fixed cache of keys and values.
 
-Two implementations of one thing: `CppAttention` for float32 on the CPU, `TorchAttention` for all else.
+That has two implementations: `CppAttention` for float32 on the CPU, `TorchAttention` for all else.
+`SegmentAttention` is a vision tower's, for float32 on the CPU only.
 """
 
 from typing import NamedTuple
@@ -133,6 +134,42 @@ class CppAttention:
             *(prefix.values.shape[2], held.values.shape[2], length),
             *(batch, count, first, begin - length, kv, groups, dim),
             *(scale, torch.get_num_threads()),
+        )
+        return out
+
+
+class SegmentAttention:
+    """Attention within equal segments, whose positions see all of their own, in C++ and without a cache.
+
+    Args:
+        heads: of queries, as of keys and values.
+        dim: of a head; 16 divides it.
+        scale: factor of the attention scores.
+        cos, sin: float32[T, dim], the angles of an image's positions.
+    """
+
+    def __init__(self, heads: int, dim: int, scale: float, cos: Tensor, sin: Tensor) -> None:
+        self._heads, self._dim, self._scale = heads, dim, scale
+        self._cos, self._sin = cos.contiguous(), _signed(sin)
+
+    @classmethod
+    def takes(cls, dim: int, like: Tensor) -> bool:
+        return in_cpp(like) and dim % CppAttention.LANES == 0
+
+    def __call__(self, qkv: Tensor, segment: int) -> Tensor:
+        """Attention float32[B, T, heads * dim] of the images `qkv`, float32[B, T, 3 * heads * dim].
+
+        Args:
+            segment: positions of one, a divisor of T.
+        """
+        batch, count, _ = qkv.shape
+        out = qkv.new_empty(batch, count, self._heads * self._dim)
+        periods = count // segment
+        launch(
+            "attend_segments",
+            *(out, qkv, self._cos, self._sin),
+            *(batch * periods, segment, periods, self._heads, self._dim),
+            *(self._scale, torch.get_num_threads()),
         )
         return out
 

@@ -215,7 +215,7 @@ class QwenVL(Backbone):
     def __init__(self, model: Any, processor: Any) -> None:
         super().__init__(model, processor)
         self._pixels = PatchPixels(processor.image_processor)
-        self._plan = lru_cache(maxsize=16)(self._make_plan)
+        self.plan = lru_cache(maxsize=16)(self._make_plan)
         self.tower.patch_embed.forward = self._embed_patches
         config = self.tower.config
         if config._attn_implementation == "sdpa":
@@ -239,7 +239,7 @@ class QwenVL(Backbone):
         return self._pixels(images.to(self.device))
 
     def image_features(self, pixels: Tensor, batch: int, size: tuple[int, int]) -> ImageFeatures:
-        grid, plan = self._plan(batch, size)
+        grid, plan = self.plan(batch, size)
         out = self.tower(pixels.to(self.dtype), grid_thw=grid, **plan)
         tokens, *deep = (
             x.reshape(batch, -1, x.shape[-1])

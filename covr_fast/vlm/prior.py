@@ -10,13 +10,14 @@ from torch import Tensor
 
 from ..cuda_graph import CudaGraphs
 from ..streams import Lane, receive
-from .backbones import Backbone
+from .backbones import Backbone, ImageFeatures
 from .decode import Decoder, Layout, make_layout
 from .grammar import ActionGrammar
 from .graphed import GraphedDecoder
 from .loading import Settings, load_backbone
 from .memory import out_of_memory
 from .prompt import default_prompt
+from .tower import ServingTower, make_tower
 
 
 class PriorBatch:
@@ -69,6 +70,7 @@ class ActionPrior:
         # that, and nobody else may be on the one that a graph is recorded on.
         self._graphs = CudaGraphs(backbone.device) if graph and backbone.device.type == "cuda" else None
         self._decoders: dict[tuple[int, int], Decoder | GraphedDecoder] = {}
+        self._towers: dict[tuple[int, int], ServingTower | None] = {}
         self.lock = threading.RLock()
         self.lane = Lane(backbone.device)
 
@@ -147,7 +149,7 @@ class ActionPrior:
             with self.lane.work(images, noise):
                 size = (images.shape[2], images.shape[3])
                 pixels = self.backbone.pixels(images)
-                features = self.backbone.image_features(pixels, len(images), size)
+                features = self._image_features(pixels, len(images), size)
                 if size not in self._decoders:
                     self._decoders[size] = self._decoder(size)
                 action, tokens = self._decoders[size](features, temperature, noise)
@@ -179,14 +181,23 @@ class ActionPrior:
                 self._layouts[size] = make_layout(self.backbone, self.text, size, self.grammar.max_length)
             return self._layouts[size]
 
+    def _image_features(self, pixels: Tensor, batch: int, size: tuple[int, int]) -> ImageFeatures:
+        if size not in self._towers:
+            self._towers[size] = make_tower(self.backbone, size)
+        tower = self._towers[size]
+        if tower is None:
+            return self.backbone.image_features(pixels, batch, size)
+        return tower(pixels, batch)
+
     def _decoder(self, size: tuple[int, int]) -> Decoder | GraphedDecoder:
         decoder = Decoder(self.backbone, self.layout(size), self.grammar)
         return decoder if self._graphs is None else GraphedDecoder(decoder, self._graphs)
 
     def weights_changed(self) -> int:
-        """Drops what was computed with the old weights (prefix cache, graphs) and returns the new version."""
+        """Drops what was made of the old weights (copies, prefix cache, graphs); returns the new version."""
         with self.lock:
             self._decoders.clear()
+            self._towers.clear()
             self.version += 1
             return self.version
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from covr_fast.ops._backend import launch
-from covr_fast.vlm.attend import CppAttention, Heads, TorchAttention
+from covr_fast.vlm.attend import CppAttention, Heads, SegmentAttention, TorchAttention
 from covr_fast.vlm.layers import GatedMlp, Norm, Projection
 
 
@@ -84,3 +84,26 @@ def test_attention(prefix, kv, groups, dim, batch, threads):
         expected, got = (attend(qkv, held, begin, first) for attend, held in caches)
         torch.testing.assert_close(got, expected, atol=5e-5, rtol=1e-4)
         begin += count
+
+
+@pytest.mark.parametrize("segments", [1, 3])
+@pytest.mark.parametrize("segment", [1, 5, 16, 33, 64])
+@pytest.mark.parametrize(("heads", "dim"), [(3, 16), (2, 32), (2, 48), (1, 80)])
+def test_segment_attention(heads, dim, segment, segments):
+    """Positions see all of their segment, and each segment of an image has its own angles."""
+    batch, count = 2, segment * segments
+    angles = torch.rand(count, dim // 2).repeat(1, 2) * 6
+    qkv = torch.randn(batch, count, 3 * heads * dim) * 2
+    attend = SegmentAttention(heads, dim, dim**-0.5, angles.cos(), angles.sin())
+    got = attend(qkv, segment)
+    torch.set_num_threads(3)
+    assert torch.equal(attend(qkv, segment), got)
+    q, k, v = qkv.double().view(batch, count, 3, heads, dim).permute(2, 0, 3, 1, 4)
+    q, k = (
+        x * angles.cos() + torch.cat((-x[..., dim // 2 :], x[..., : dim // 2]), -1) * angles.sin()
+        for x in (q, k)
+    )
+    apart = torch.arange(count) // segment
+    seen = apart[:, None] == apart
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(got.double(), expected, atol=2e-5, rtol=1e-4)
