@@ -226,13 +226,19 @@ COVR_HD void attend_tile(Tile& t, const Block& prefix, int64_t prefix_length, in
 }
 
 // Keys of one head, rotated, and their values go to `own` from place `begin` on. Both are given in rows of
-// `width`; `scratch` has room for one key.
+// `width`. Keys are transposed kLanes at a time, by way of `rotated` [kLanes, dim]: alone, each would touch
+// a line of memory per number, and where lines lie a power of two apart the cache holds few of them.
 COVR_HD void hold(const Block& own, int64_t begin, const float* keys, const float* values, int64_t width,
-                  const float* cos, const float* sin, int64_t count, int64_t dim, float* scratch) {
-  for (int64_t i = 0; i < count; ++i) {
-    rotate(scratch, keys + i * width, cos + i * dim, sin + i * dim, dim, 1);
-    for (int64_t c = 0; c < dim; ++c) own.keys[c * own.capacity + begin + i] = scratch[c];
-    std::copy_n(values + i * width, dim, own.values + (begin + i) * dim);
+                  const float* cos, const float* sin, int64_t count, int64_t dim, float* rotated) {
+  for (int64_t first = 0; first < count; first += kLanes) {
+    const int64_t n = std::min<int64_t>(kLanes, count - first);
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t at = first + i;
+      rotate(rotated + i * dim, keys + at * width, cos + at * dim, sin + at * dim, dim, 1);
+      std::copy_n(values + at * width, dim, own.values + (begin + at) * dim);
+    }
+    for (int64_t c = 0; c < dim; ++c)
+      for (int64_t i = 0; i < n; ++i) own.keys[c * own.capacity + begin + first + i] = rotated[i * dim + c];
   }
 }
 
@@ -274,11 +280,11 @@ void attend(const Attention& a, int threads) {
   const int64_t blocks = (a.rows + kRows - 1) / kRows, stride = whole_lanes(a.prefix_length) + a.own.capacity;
   const int64_t work = kRows * a.count * (a.prefix_length + a.begin + a.count) * a.groups * a.dim;
   parallel_for(a.kv * blocks, std::max<int64_t>(1, kGrain / work), threads, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(kQueries * (a.dim + stride));
+    std::vector<float> scratch(kLanes * a.dim + kQueries * stride);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i % blocks * kRows;
       attend_head(a, i / blocks, row, std::min(row + kRows, a.rows), scratch.data(),
-                  scratch.data() + kQueries * a.dim, stride);
+                  scratch.data() + kLanes * a.dim, stride);
     }
   });
 }
@@ -326,11 +332,11 @@ void attend_segments(const Segments& a, int threads) {
   const int64_t work = a.count * a.count * a.dim;
   const int64_t grain = std::max<int64_t>(1, kGrain / work);
   parallel_for(a.segments * a.heads, grain, threads, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(2 * block + kQueries * (a.dim + capacity));
+    std::vector<float> scratch(2 * block + kLanes * a.dim + kQueries * capacity);
     const Block own = {scratch.data(), scratch.data() + block, capacity};
     float* q = scratch.data() + 2 * block;
     for (int64_t i = begin; i < end; ++i)
-      attend_segment(a, i / a.heads, i % a.heads, own, q, q + kQueries * a.dim);
+      attend_segment(a, i / a.heads, i % a.heads, own, q, q + kLanes * a.dim);
   });
 }
 

@@ -61,7 +61,7 @@ class ServingTower:
         Args:
             pixels: float32[batch * patches, ...] from `QwenVL.pixels`.
         """
-        x = self._by_window(self._embed(pixels).view(batch, len(pixels) // batch, -1)).contiguous()
+        x = self._by_window(self._embed(pixels).view(batch, len(pixels) // batch, -1))
         for block in self._blocks:
             attended = self._attend(block.qkv(block.attention_norm(x)), block.segment)
             block.out.add_to(x, attended)
