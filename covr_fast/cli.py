@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +105,8 @@ def _train(arguments: list[str]) -> int:
     # The run has a progress display of its own; transformers' bars would break into it.
     disable_progress_bar()
     trainer = Trainer(config, out, resume=parsed.resume is not None)
+    # How schedulers end a job: the run is saved as on Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     print(f"{PRESETS[name].summary}; seed {config.seed}, on {trainer.device}, into {out}", flush=True)
     summary = trainer.run()
     print_summary(summary, Console(highlight=False))

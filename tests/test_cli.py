@@ -64,6 +64,20 @@ def test_train_leaves_a_video_and_curves(run_folder):
     assert clip.std() > 10
 
 
+def test_a_job_that_a_scheduler_ends_is_saved_and_continues(tmp_path):
+    fields = [f"--{name}={value}" for name, value in (TINY | {"steps": 100_000}).items()]
+    command = [sys.executable, "-m", "covr_fast.cli", "train", "carracing", "--out", str(tmp_path), *fields]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        next(line for line in process.stdout if "steps/s" in line)  # the loop's first report
+        process.terminate()
+        said, _ = process.communicate()
+    assert process.returncode == 130
+    assert f"and saved: --resume {tmp_path} continues" in said
+    step = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    command[5:] = ["--resume", str(tmp_path), f"--steps={step + 16}"]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
 def test_nothing_is_overwritten(run_folder, monkeypatch, capsys):
     out, _ = run_folder
     before = (out / "summary.json").read_bytes()
