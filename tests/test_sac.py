@@ -150,6 +150,18 @@ def test_state_dict_continues_bit_for_bit():
         assert (a == b).all()
 
 
+def test_agents_that_load_one_state_share_nothing():
+    first, second = SAC((3, SIZE, SIZE), (2,), SMALL, seed=3), SAC((3, SIZE, SIZE), (2,), SMALL, seed=4)
+    first.update(make_batch(seed=1), guide=True)
+    state = first.state_dict()
+    for agent in (first, second):
+        agent.load_state_dict(state)
+    for agent in (first, second):
+        agent.update(make_batch(seed=2), guide=True)
+    for a, b in zip(first.actor.parameters(), second.actor.parameters(), strict=True):
+        assert (a == b).all()
+
+
 def test_frames_too_small_for_the_network():
     with pytest.raises(UserError, match=r"too small for agent\.strides"):
         SAC((3, 8, 8), (2,), SACConfig(channels=(8, 8, 8), strides=(2, 2, 2)))

@@ -188,7 +188,6 @@ class SAC:
             **{name: optimizer.state_dict() for name, optimizer in self.optimizers().items()},
             "generator": self.generator.get_state(),
         }
-        # Copied, because optimizers load moments without copying them: two agents would share theirs.
         return deepcopy(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -197,7 +196,7 @@ class SAC:
         with torch.no_grad():
             self.log_alpha.copy_(state["log_alpha"])
         for name, optimizer in self.optimizers().items():
-            optimizer.load_state_dict(state[name])
+            optimizer.load_state_dict(deepcopy(state[name]))  # it keeps the very moments that it is given
             for group in optimizer.param_groups:
                 group["capturable"] = self._capturable  # loading brought that of the agent that was saved
         if self._captured is not None:
