@@ -8,7 +8,16 @@ from functools import partial
 import pytest
 import torch
 from fake_graphs import FakeGraphs
-from test_sac_graph import SHAPE, SMALL, asked, assert_same, eager_agent, make_batch, prioritized_buffer
+from test_sac_graph import (
+    SHAPE,
+    SMALL,
+    asked,
+    assert_same,
+    assert_steady,
+    eager_agent,
+    make_batch,
+    prioritized_buffer,
+)
 from torch._dynamo.utils import counters
 
 from covr_fast.agents import SAC
@@ -188,16 +197,4 @@ def test_cuda_compiled_equals_eager(graph, monkeypatch):
 @pytest.mark.needs_cuda
 @pytest.mark.parametrize("graph", [False, True])
 def test_cuda_compiled_in_steady_state_neither_synchronises_nor_allocates(graph):
-    agent = cuda_agent(compile=True, graph=graph)
-    batches = [make_batch(seed, device="cuda") for seed in range(4)]
-    for step in range(16):
-        agent.update(batches[step % 4], guide=step >= 8)
-    torch.cuda.synchronize()
-    held = torch.cuda.memory_allocated()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for step in range(100):
-            agent.update(batches[step % 4], guide=True)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert torch.cuda.memory_allocated() == held
+    assert_steady(cuda_agent(compile=True, graph=graph))
