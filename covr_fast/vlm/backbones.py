@@ -214,7 +214,7 @@ class QwenVL(Backbone):
 
     def __init__(self, model: Any, processor: Any) -> None:
         super().__init__(model, processor)
-        self._pixels = PatchPixels(processor.image_processor)
+        self.patches = PatchPixels(processor.image_processor)
         self.plan = lru_cache(maxsize=16)(self._make_plan)
         self.tower.patch_embed.forward = self._embed_patches
         config = self.tower.config
@@ -236,7 +236,7 @@ class QwenVL(Backbone):
         return positions
 
     def pixels(self, images: Tensor) -> Tensor:
-        return self._pixels(images.to(self.device))
+        return self.patches(images.to(self.device))
 
     def image_features(self, pixels: Tensor, batch: int, size: tuple[int, int]) -> ImageFeatures:
         grid, plan = self.plan(batch, size)
@@ -262,7 +262,7 @@ class QwenVL(Backbone):
         )
 
         config = self.tower.config
-        grid = torch.tensor([[1, *self._pixels.grid(*size)]] * batch)
+        grid = torch.tensor([[1, *self.patches.grid(*size)]] * batch)
         lengths = get_vision_cu_seqlens(grid)
         plan: dict[str, Any] = {
             "cu_seqlens": lengths,

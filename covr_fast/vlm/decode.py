@@ -68,6 +68,21 @@ def record_prefix(backbone: Backbone, layout: Layout) -> Prefix | None:
     return cache.prefix
 
 
+class _Choice:
+    """A level of the grammar as the decode loop reads it."""
+
+    def __init__(self, level: Level, backbone: Backbone) -> None:
+        tokens = level.tokens[:, None]
+        self.head = backbone.head.weight[level.tokens]
+        """[U, D]"""
+        self.forbidden = ~level.allowed
+        """bool[S, U]"""
+        self.tokens = torch.cat((tokens, level.forced.expand(len(tokens), -1)), 1)
+        """int64[U, 1 + R]: a choice and what it forces."""
+        self.embeddings = backbone.embed(self.tokens)
+        self.gain, self.next_state = level.gain, level.next_state
+
+
 class Decoder:
     """Decodes frames of one layout with one set of weights.
 
@@ -80,15 +95,13 @@ class Decoder:
     @torch.no_grad()
     def __init__(self, backbone: Backbone, layout: Layout, grammar: ActionGrammar) -> None:
         device = backbone.device
-        self._backbone = backbone
         self._layout = layout
-        self._levels: list[Level] = [level.to(device) for level in grammar.levels]
+        self._choices = [_Choice(level.to(device), backbone) for level in grammar.levels]
         self._opening = grammar.opening.to(device)
         self._action_dim = grammar.action_dim
         self._capacity = layout.prompt_length + grammar.max_length
         self._decoder = ServingDecoder(backbone, layout.positions)
         self._body = backbone.embed(torch.cat((layout.body, self._opening)))[None]
-        self._heads = [backbone.head.weight[level.tokens] for level in self._levels]
         self._prefix = self._decoder.cache(1, len(layout.prefix))
         if len(layout.prefix):
             self._decoder(backbone.embed(layout.prefix)[None], self._prefix)
@@ -118,17 +131,16 @@ class Decoder:
         state = torch.zeros(batch, dtype=torch.int64, device=hidden.device)
         action = torch.zeros(batch, self._action_dim, device=hidden.device)
         answer = [self._opening.expand(batch, -1)]
-        for i, (level, head) in enumerate(zip(self._levels, self._heads, strict=True)):
-            scores = F.linear(hidden, head).float()
+        for i, choice in enumerate(self._choices):
+            scores = F.linear(hidden, choice.head).float()
             if noise is not None:
                 scores = scores / temperature + noise[:, i, : scores.shape[1]]
-            choice = scores.masked_fill_(~level.allowed[state], -torch.inf).argmax(1)
-            action += level.gain[state, choice]
-            state = level.next_state[state, choice]
-            block = torch.cat((level.tokens[choice, None], level.forced.expand(batch, -1)), 1)
-            answer.append(block)
-            if i + 1 < len(self._levels):
-                hidden = self._decoder(self._backbone.embed(block), cache)
+            chosen = scores.masked_fill_(choice.forbidden.index_select(0, state), -torch.inf).argmax(1)
+            action += choice.gain[state, chosen]
+            state = choice.next_state[state, chosen]
+            answer.append(choice.tokens.index_select(0, chosen))
+            if i + 1 < len(self._choices):
+                hidden = self._decoder(choice.embeddings.index_select(0, chosen), cache)
         return action, torch.cat(answer, 1)
 
     def new_cache(self, batch: int) -> KeyValueCache:

@@ -1,16 +1,16 @@
 """The parts of a transformer layer as they serve: LoRA merged, projections of one input joined, no autograd.
 
-On the CPU in float32 what lies between the matrix products runs in C++ (`csrc/transformer.cpp`): at the sizes
-that a CPU answers with in time, torch's operations cost more than the arithmetic. Everywhere else the same
-formulas run as torch operations.
+For float32 on the CPU norms and products run in C++ (`csrc/transformer.cpp`, `csrc/product.cpp`), and where
+it can a whole layer does (`cpp_layers.py`). Everywhere else the same formulas run as torch operations.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from covr_fast import _C
 from covr_fast.ops._backend import launch
 
 
@@ -19,51 +19,78 @@ def in_cpp(like: Tensor) -> bool:
     return like.device.type == "cpu" and like.dtype == torch.float32
 
 
+class LayerModules(NamedTuple):
+    """What a layer is made of: x += out(attention(qkv(input_norm(x)))), then x += mlp(mlp_norm(x))."""
+
+    input_norm: Any
+    """A module with `weight` and `variance_epsilon`, as all norms here."""
+    qkv: tuple[nn.Module, ...]
+    """Linear layers whose outputs, one behind the other, are queries, keys and values."""
+    out: nn.Module
+    """The linear layer behind the attention."""
+    mlp_norm: Any
+    mlp: Any
+    """See `GatedMlp`."""
+    head_norms: tuple[Any, Any] | None = None
+    """Of the heads of queries and of keys, where there are such (Qwen3)."""
+
+
 class Norm:
     """The RMS norm of a module with `weight` and `variance_epsilon`."""
 
     def __init__(self, module: Any) -> None:
-        self._weight = module.weight.detach()
+        self._weight = module.weight.detach().contiguous()
         self._epsilon: float = module.variance_epsilon
-        self._cpp = in_cpp(self._weight)
+        self.cpp = _C.Norm(self._weight.data_ptr(), self._epsilon) if in_cpp(self._weight) else None
+        """For the C++ that this norm is part of; good as long as this object is."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        if not self._cpp:
+        if self.cpp is None:
             return F.rms_norm(x, self._weight.shape, self._weight, self._epsilon)
         x = x.contiguous()
         out = torch.empty_like(x)
         width = x.shape[-1]
-        rows = x.numel() // width
-        launch("rms_norm", out, x, self._weight, rows, width, self._epsilon, torch.get_num_threads())
+        launch("rms_norm", out, x, self.cpp, x.numel() // width, width, torch.get_num_threads())
         return out
 
 
 class Projection:
     """Linear layers of the same input as one product; quantized ones are called one by one."""
 
+    PANEL = 32  # of Packed in csrc/product.h
+
     def __init__(self, *modules: nn.Module) -> None:
         self._modules = modules
-        parts = [_plain(module) for module in modules]
+        self.cpp: Any = None
+        """For the C++ that this product is part of; good as long as this object is."""
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
+        parts = [_plain(module) for module in modules]
         if any(part is None for part in parts):
             return
         weights, biases = zip(*[part for part in parts if part is not None], strict=True)
-        weight = torch.cat(weights)
-        # For the few rows of a decode step, the CPU's product is a third faster from weights in columns.
-        self._weight = weight.t().contiguous().t() if in_cpp(weight) else weight
+        self._weight = torch.cat(weights)
         if biases[0] is not None:
             self._bias = torch.cat(biases)
+        if in_cpp(self._weight):
+            self._pack(self._weight)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
+        if self.cpp is not None:
+            out = x.new_empty(*x.shape[:-1], self.outputs)
+            self._launch(out, x, add=False)
+            return out
         if self._weight is None:
             return torch.cat([module(x) for module in self._modules], -1)
         return F.linear(x, self._weight, self._bias)
 
     def add_to(self, x: Tensor, y: Tensor) -> None:
         """Adds the product of `y` [..., K] to a contiguous `x` [..., N] in place."""
+        if self.cpp is not None:
+            self._launch(x, y, add=True)
+            return
         if self._weight is None:
             x += self(y)
             return
@@ -71,31 +98,38 @@ class Projection:
         if self._bias is not None:
             x += self._bias
 
+    def _pack(self, weight: Tensor) -> None:
+        """Keeps the weights in panels of PANEL outputs [panels, K, PANEL] instead, zeros behind the last."""
+        self.outputs, inputs = weight.shape
+        missing = -self.outputs % self.PANEL
+        bias = weight.new_zeros(self.outputs) if self._bias is None else self._bias
+        self._bias = F.pad(bias, (0, missing))
+        padded = F.pad(weight, (0, 0, 0, missing))
+        self._weight = padded.view(-1, self.PANEL, inputs).transpose(1, 2).contiguous()
+        self.cpp = _C.Packed(self._weight.data_ptr(), self._bias.data_ptr(), inputs, self.outputs)
+
+    def _launch(self, out: Tensor, x: Tensor, *, add: bool) -> None:
+        x = x.contiguous()
+        rows = x.numel() // x.shape[-1]
+        launch("product", out, x, rows, self.cpp, add, torch.get_num_threads())
+
 
 class GatedMlp:
     """`down(activation(gate(x)) * up(x))` of a module with these parts."""
 
     def __init__(self, module: Any) -> None:
-        self._gate_up = Projection(module.gate_proj, module.up_proj)
-        self._down = Projection(module.down_proj)
+        self.gate_up = Projection(module.gate_proj, module.up_proj)
+        self.down = Projection(module.down_proj)
         self._activation = module.act_fn
-        self._silu = _is_silu(module.act_fn)
+
+    @property
+    def silu(self) -> bool:
+        return isinstance(self._activation, nn.SiLU) or type(self._activation).__name__ == "SiLUActivation"
 
     def add_to(self, x: Tensor, y: Tensor) -> None:
         """Adds what it makes of `y` to a contiguous `x` in place, both [..., D]."""
-        gate_up = self._gate_up(y)
-        if self._silu and in_cpp(gate_up):
-            width = gate_up.shape[-1] // 2
-            gated = gate_up.new_empty(*gate_up.shape[:-1], width)
-            launch("silu_gate", gated, gate_up, gated.numel() // width, width, torch.get_num_threads())
-        else:
-            gate, up = gate_up.chunk(2, -1)
-            gated = self._activation(gate) * up
-        self._down.add_to(x, gated)
-
-
-def _is_silu(activation: Any) -> bool:
-    return isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation"
+        gate, up = self.gate_up(y).chunk(2, -1)
+        self.down.add_to(x, self._activation(gate) * up)
 
 
 def _plain(module: Any) -> tuple[Tensor, Tensor | None] | None:

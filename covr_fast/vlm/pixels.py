@@ -29,6 +29,9 @@ class PatchPixels:
         self.patch = image_processor.patch_size
         self.merge = image_processor.merge_size
         self.frames = image_processor.temporal_patch_size
+        mean, std = torch.tensor(image_processor.image_mean), torch.tensor(image_processor.image_std)
+        self.scale, self.offset = 1 / (255 * std), mean / std
+        """float32[3]: a byte of a channel is seen as byte * scale - offset."""
         self._scales: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
@@ -49,13 +52,19 @@ class PatchPixels:
         height, width = self.resized(height, width)
         return height // self.patch, width // self.patch
 
+    def resize(self, images: Tensor) -> Tensor:
+        """uint8[B, 3, H, W] -> the same frames in the size that the model sees."""
+        height, width = images.shape[2:]
+        size = self.resized(height, width)
+        if size == (height, width):
+            return images
+        return _resize(_resize(images, (height, size[1])), size)
+
     def __call__(self, images: Tensor) -> Tensor:
         """uint8[B, 3, H, W] -> float32[B * patches, 3 * frames * patch * patch]."""
+        images = self.resize(images)
         batch, channels, height, width = images.shape
-        size = self.resized(height, width)
-        if size != (height, width):
-            images = _resize(_resize(images, (height, size[1])), size)
-        rows, columns = size[0] // self.patch, size[1] // self.patch
+        rows, columns = height // self.patch, width // self.patch
         m, p = self.merge, self.patch
         blocks = images.reshape(batch, channels, rows // m, m, p, columns // m, m, p)
         # Patches of one merged token lie together: [B, rows/m, columns/m, m, m, C, p, p]. Bytes are moved,
@@ -67,14 +76,11 @@ class PatchPixels:
         return blocks.expand(-1, -1, self.frames, -1, -1).reshape(len(blocks), -1)
 
     def _scale(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """What bytes are multiplied by, and what is subtracted then. Sent to a device once, because the host
-        waits for the stream when it sends them."""
+        """`scale` and `offset` on a device. Sent there once, because the host waits for the stream when it
+        sends them."""
         if device not in self._scales:
-            mean, std = (
-                torch.tensor(x).view(1, -1, 1, 1, 1)
-                for x in (self._processor.image_mean, self._processor.image_std)
-            )
-            self._scales[device] = (1 / (255 * std)).to(device), (mean / std).to(device)
+            scale, offset = (x.view(1, -1, 1, 1, 1).to(device) for x in (self.scale, self.offset))
+            self._scales[device] = scale, offset
         return self._scales[device]
 
 

@@ -148,8 +148,7 @@ class ActionPrior:
         with self.lock, torch.no_grad(), out_of_memory(f"answering for {len(images)} frames", remedy):
             with self.lane.work(images, noise):
                 size = (images.shape[2], images.shape[3])
-                pixels = self.backbone.pixels(images)
-                features = self._image_features(pixels, len(images), size)
+                features = self._image_features(images, size)
                 if size not in self._decoders:
                     self._decoders[size] = self._decoder(size)
                 action, tokens = self._decoders[size](features, temperature, noise)
@@ -181,13 +180,13 @@ class ActionPrior:
                 self._layouts[size] = make_layout(self.backbone, self.text, size, self.grammar.max_length)
             return self._layouts[size]
 
-    def _image_features(self, pixels: Tensor, batch: int, size: tuple[int, int]) -> ImageFeatures:
+    def _image_features(self, images: Tensor, size: tuple[int, int]) -> ImageFeatures:
         if size not in self._towers:
             self._towers[size] = make_tower(self.backbone, size)
         tower = self._towers[size]
         if tower is None:
-            return self.backbone.image_features(pixels, batch, size)
-        return tower(pixels, batch)
+            return self.backbone.image_features(self.backbone.pixels(images), len(images), size)
+        return tower(images)
 
     def _decoder(self, size: tuple[int, int]) -> Decoder | GraphedDecoder:
         decoder = Decoder(self.backbone, self.layout(size), self.grammar)

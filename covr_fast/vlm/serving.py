@@ -9,25 +9,15 @@ The merged weights are a second copy of the decoder's (5.5 GB for Qwen2.5-VL-3B 
 weights are published.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from .attend import Heads, Held, make_attention
+from .attend import Heads, Held
 from .backbones import Backbone, ImageFeatures
-from .layers import GatedMlp, Norm, Projection
-
-
-@dataclass(frozen=True)
-class _Layer:
-    input_norm: Norm
-    qkv: Projection
-    head_norms: tuple[Norm, Norm] | None
-    """Of queries and keys (Qwen3)."""
-    out: Projection
-    mlp_norm: Norm
-    mlp: GatedMlp
+from .cpp_layers import cpp_layers
+from .layers import LayerModules, Norm
+from .torch_layers import TorchLayers
 
 
 class KeyValueCache:
@@ -54,18 +44,18 @@ class ServingDecoder:
             raise ValueError("decoders with sliding-window layers are not supported")
         attention = decoder.layers[0].self_attn
         kv = decoder.config.num_key_value_heads
-        self._heads = Heads(kv, attention.num_key_value_groups, attention.head_dim, attention.scaling)
-        self._layers = [self._prepare(layer) for layer in decoder.layers]
+        heads = Heads(kv, attention.num_key_value_groups, attention.head_dim, attention.scaling)
+        modules = [_modules(layer) for layer in decoder.layers]
         self._norm = Norm(decoder.norm)
         self._like = backbone.head.weight.detach()
-        cos, sin = decoder.rotary_emb(self._like.new_zeros(1, 1, 1), positions)
-        self._attend = make_attention(self._heads, cos[0], sin[0], self._like)
+        cos, sin = (x[0] for x in decoder.rotary_emb(self._like.new_zeros(1, 1, 1), positions))
+        self._layers = cpp_layers(modules, heads, cos, sin) or TorchLayers(modules, heads, cos, sin)
 
     def cache(self, batch: int, capacity: int, prefix: KeyValueCache | None = None) -> KeyValueCache:
         """A cache for `batch` rows of `capacity` positions that begins with `prefix`, a cache of one row."""
         length = 0 if prefix is None else prefix.length
         shared = [None] * len(self._layers) if prefix is None else prefix.layers
-        layers = [self._attend.hold(batch, capacity, self._like, held, length) for held in shared]
+        layers = [self._layers.hold(batch, capacity, self._like, held, length) for held in shared]
         return KeyValueCache(layers, length)
 
     def __call__(
@@ -85,37 +75,21 @@ class ServingDecoder:
         cache.length = begin + count
         if image_at is not None and image is not None:
             x = x.index_copy(1, image_at, image.tokens.to(x.dtype))
-        for i, (layer, held) in enumerate(zip(self._layers, cache.layers, strict=True)):
+        for i, held in enumerate(cache.layers):
             first = count - 1 if i + 1 == len(self._layers) else 0
-            qkv = layer.qkv(layer.input_norm(x))
-            if layer.head_norms is not None:
-                self._norm_heads(qkv, *layer.head_norms)
-            attended = self._attend(qkv, held, begin, first)
-            x = x[:, first:].contiguous()
-            layer.out.add_to(x, attended)
-            layer.mlp.add_to(x, layer.mlp_norm(x))
+            x = self._layers(i, x, held, begin, first)
             if image_at is not None and image is not None and i < len(image.deep):
                 x.index_add_(1, image_at, image.deep[i].to(x.dtype))
         return self._norm(x[:, -1])
 
-    def _norm_heads(self, qkv: Tensor, query_norm: Norm, key_norm: Norm) -> None:
-        """Norms the heads of queries and keys in place."""
-        queries, kv = self._heads.queries, self._heads.kv
-        heads = qkv.view(*qkv.shape[:2], -1, self._heads.dim)
-        heads[:, :, :queries] = query_norm(heads[:, :, :queries])
-        heads[:, :, queries : queries + kv] = key_norm(heads[:, :, queries : queries + kv])
 
-    @staticmethod
-    def _prepare(layer: Any) -> _Layer:
-        attention = layer.self_attn
-        head_norms = None
-        if hasattr(attention, "q_norm"):
-            head_norms = (Norm(attention.q_norm), Norm(attention.k_norm))
-        return _Layer(
-            input_norm=Norm(layer.input_layernorm),
-            qkv=Projection(attention.q_proj, attention.k_proj, attention.v_proj),
-            head_norms=head_norms,
-            out=Projection(attention.o_proj),
-            mlp_norm=Norm(layer.post_attention_layernorm),
-            mlp=GatedMlp(layer.mlp),
-        )
+def _modules(layer: Any) -> LayerModules:
+    attention = layer.self_attn
+    return LayerModules(
+        input_norm=layer.input_layernorm,
+        qkv=(attention.q_proj, attention.k_proj, attention.v_proj),
+        out=attention.o_proj,
+        mlp_norm=layer.post_attention_layernorm,
+        mlp=layer.mlp,
+        head_norms=(attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None,
+    )

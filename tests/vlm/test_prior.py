@@ -124,7 +124,7 @@ def test_a_full_gpu_says_what_to_do(nano, frames, monkeypatch):
     def full(*_args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(type(nano.backbone), "pixels", full)
+    monkeypatch.setattr(type(nano), "_image_features", full)
     with pytest.raises(MemoryError, match="answering for 5 frames: ask about fewer at a time"):
         nano(frames)
 
