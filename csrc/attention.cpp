@@ -49,12 +49,12 @@ COVR_HD void score_vectors(float* scores, int64_t stride, const float* q, const 
   typename L::Vector sums[kQueries][kVectors] = {};
   for (int64_t c = 0; c < dim; ++c)
     for (int v = 0; v < kVectors; ++v) {
-      const typename L::Vector k = L::at(keys[0] + c * capacity + v * L::width);
+      const typename L::Vector k = L::load(keys[0] + c * capacity + v * L::width);
       for (int r = 0; r < kQueries; ++r)
-        sums[r][v] += (kShared ? k : L::at(keys[r] + c * capacity + v * L::width)) * q[r * dim + c];
+        sums[r][v] += (kShared ? k : L::load(keys[r] + c * capacity + v * L::width)) * q[r * dim + c];
     }
   for (int r = 0; r < kQueries; ++r)
-    for (int v = 0; v < kVectors; ++v) L::at(scores + r * stride + v * L::width) = sums[r][v];
+    for (int v = 0; v < kVectors; ++v) L::store(scores + r * stride + v * L::width, sums[r][v]);
 }
 
 template <typename L, bool kShared>
@@ -82,10 +82,10 @@ COVR_HD void softmax(Tile& t, int64_t prefix, int64_t most) {
     rows[r] = t.scores + r * t.stride;
     std::fill(rows[r] + prefix, rows[r] + own, kNothing);
     std::fill(rows[r] + own + t.seen[r], rows[r] + end, kNothing);
-    peaks[r] = L::at(rows[r]);
+    peaks[r] = L::load(rows[r]);
   }
   for (int64_t key = L::width; key < end; key += L::width)
-    for (int r = 0; r < kQueries; ++r) L::keep_larger(peaks[r], L::at(rows[r] + key));
+    for (int r = 0; r < kQueries; ++r) L::keep_larger(peaks[r], L::load(rows[r] + key));
   float peak[kQueries];
   for (int r = 0; r < kQueries; ++r) peak[r] = L::largest(peaks[r]);
   for (int64_t key = 0; key < end; key += L::width)
@@ -93,7 +93,7 @@ COVR_HD void softmax(Tile& t, int64_t prefix, int64_t most) {
       float* scores = rows[r] + key;
 #pragma GCC ivdep
       for (int lane = 0; lane < L::width; ++lane) scores[lane] = exp_nonpositive(scores[lane] - peak[r]);
-      sums[r] += L::at(scores);
+      sums[r] += L::load(scores);
     }
   for (int r = 0; r < kQueries; ++r) t.inverse[r] = 1 / L::sum(sums[r]);
 }
@@ -107,10 +107,10 @@ COVR_HD void mix(typename L::Vector (&sums)[kQueries][kVectors], const Tile& t, 
   const float* weights = t.scores + at;
   for (int64_t key = 0; key < n; ++key)
     for (int v = 0; v < kVectors; ++v) {
-      const typename L::Vector x = L::at(values[0] + key * dim + v * L::width);
+      const typename L::Vector x = L::load(values[0] + key * dim + v * L::width);
       for (int r = 0; r < kQueries; ++r)
         sums[r][v] +=
-            (kShared ? x : L::at(values[r] + key * dim + v * L::width)) * weights[r * t.stride + key];
+            (kShared ? x : L::load(values[r] + key * dim + v * L::width)) * weights[r * t.stride + key];
     }
 }
 
@@ -124,7 +124,7 @@ COVR_HD void mix_all(const Tile& t, const Block& prefix, int64_t prefix_length, 
   else
     mix<L, false>(sums, t, whole_groups(prefix_length), t.own, c, most, dim);
   for (int r = 0; r < t.used; ++r)
-    for (int v = 0; v < kVectors; ++v) L::at(t.out[r] + c + v * L::width) = sums[r][v] * t.inverse[r];
+    for (int v = 0; v < kVectors; ++v) L::store(t.out[r] + c + v * L::width, sums[r][v] * t.inverse[r]);
 }
 
 // A tile over a prefix and what its queries see of their own rows.

@@ -16,18 +16,22 @@ namespace covr {
 
 template <int kWidth>
 struct VectorOf {
-  // At any address.
-  typedef float type __attribute__((vector_size(kWidth * sizeof(float)), aligned(alignof(float)), may_alias));
+  typedef float floats __attribute__((vector_size(kWidth * sizeof(float))));
   typedef int places __attribute__((vector_size(kWidth * sizeof(int))));
 };
 
 template <int kWidth>
 struct Lanes {
   static constexpr int width = kWidth;
-  using Vector = typename VectorOf<kWidth>::type;
+  using Vector = typename VectorOf<kWidth>::floats;
 
-  COVR_HD static Vector& at(float* x) { return *reinterpret_cast<Vector*>(x); }
-  COVR_HD static const Vector& at(const float* x) { return *reinterpret_cast<const Vector*>(x); }
+  // From and to any address.
+  COVR_HD static Vector load(const float* x) {
+    Vector vector;
+    __builtin_memcpy(&vector, x, sizeof vector);
+    return vector;
+  }
+  COVR_HD static void store(float* x, const Vector& vector) { __builtin_memcpy(x, &vector, sizeof vector); }
 
   COVR_HD static float sum(Vector& x) {
     return reduce(x, [](Vector& a, const Vector& b) COVR_INLINE { a += b; });
@@ -49,8 +53,12 @@ struct Lanes {
 
   template <int kDistance, typename Combine, int... kPlaces>
   COVR_HD static void fold(Vector& x, const Combine& combine, std::integer_sequence<int, kPlaces...>) {
+#ifdef __clang__
+    combine(x, __builtin_shufflevector(x, x, ((kPlaces + kDistance) % kWidth)...));
+#else
     const typename VectorOf<kWidth>::places further = {(kPlaces + kDistance) % kWidth...};
     combine(x, __builtin_shuffle(x, further));
+#endif
   }
 };
 

@@ -40,7 +40,7 @@ COVR_HD void tile(float* out, int64_t out_stride, const float* in, int64_t depth
     typename S::Vector weights[S::kVectors];
 #pragma GCC unroll 16
     for (int v = 0; v < S::kVectors; ++v) {
-      weights[v] = S::at(panel + v * S::width);
+      weights[v] = S::load(panel + v * S::width);
       if (kFirst) __builtin_prefetch(panel + kAhead * kPanel + v * S::width);
     }
 #pragma GCC unroll 16
@@ -53,9 +53,9 @@ COVR_HD void tile(float* out, int64_t out_stride, const float* in, int64_t depth
 #pragma GCC unroll 16
     for (int v = 0; v < S::kVectors; ++v) {
       // Last: summed onto a large residual, every product would be rounded as coarsely as that.
-      typename S::Vector& to = S::at(out + r * out_stride + v * S::width);
-      sums[r][v] += S::at(bias + v * S::width);
-      to = kAdd ? to + sums[r][v] : sums[r][v];
+      float* to = out + r * out_stride + v * S::width;
+      sums[r][v] += S::load(bias + v * S::width);
+      S::store(to, kAdd ? S::load(to) + sums[r][v] : sums[r][v]);
     }
 }
 

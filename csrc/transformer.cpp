@@ -31,7 +31,7 @@ COVR_HD void norm_rows(float* out, const float* in, const Norm& norm, int64_t ro
   const int64_t whole = width - width % L::width;
   for (int64_t row = 0; row < rows; ++row, in += width, out += width) {
     typename L::Vector squares = {};
-    for (int64_t i = 0; i < whole; i += L::width) squares += L::at(in + i) * L::at(in + i);
+    for (int64_t i = 0; i < whole; i += L::width) squares += L::load(in + i) * L::load(in + i);
     float total = L::sum(squares);
     for (int64_t i = whole; i < width; ++i) total += in[i] * in[i];
     const float scale = 1 / std::sqrt(total / static_cast<float>(width) + norm.epsilon);
