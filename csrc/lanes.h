@@ -62,7 +62,8 @@ struct Lanes {
   }
 };
 
-// Lanes of this machine's vectors: 16, 8 or 4. A test may ask for fewer than there are.
+// Lanes of this machine's vectors: 16, 8 or 4. A test may ask for fewer than there are, while nothing
+// computes.
 int lanes_in_use();
 void use_lanes(int lanes);  // std::invalid_argument if the machine does not have them
 

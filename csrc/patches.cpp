@@ -18,8 +18,7 @@ struct Frames {
   const uint8_t* frames;  // [batch, kChannels, height, width]
   const float* scale;     // [kChannels]: a byte's number is byte * scale - offset
   const float* offset;
-  const int64_t*
-      order;  // [height * width / (patch * merge)^2] tokens as they are wanted; or null: row by row
+  const int64_t* order;  // [tokens of a frame]: which is wanted where; null: row by row
   int64_t height, width, patch, merge;
 
   int64_t patches() const { return height / patch * (width / patch); }

@@ -94,7 +94,8 @@ void forward_together(const Layer& l, float* out, const float* x, int64_t batch,
                       int threads, const Attend& attend) {
   const int64_t width = l.qkv.in, heads = l.out.in, middle = l.down.in;
   const int64_t asking = count - first, seen = batch * count, asked = batch * asking;
-  // Kept from call to call: fresh memory would cost a page fault every 4 KiB.
+  // Kept from call to call, unless it is large: fresh memory would cost a page fault every 4 KiB.
+  constexpr size_t kKept = 1 << 24;
   thread_local std::vector<float> scratch;
   const size_t needed = seen * (width + l.qkv.out) + asked * (heads + 3 * middle);
   if (scratch.size() < needed) scratch.resize(needed);
@@ -119,6 +120,7 @@ void forward_together(const Layer& l, float* out, const float* x, int64_t batch,
     gate_rows(gated + begin * middle, gate_up + begin * 2 * middle, n, middle);
   });
   product(out, gated, asked, l.down, true, threads);
+  if (scratch.size() > kKept) std::vector<float>().swap(scratch);
 }
 
 // The same in pieces of the batch: attend(attended, qkv, row, n, threads) handles the rows [row, row + n).
