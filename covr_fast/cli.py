@@ -7,9 +7,12 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from .errors import UserError, as_user_error, unknown
+
+if TYPE_CHECKING:
+    from .config import TrainConfig
 
 USAGE = """usage: covr-fast COMMAND ...
 
@@ -62,7 +65,8 @@ def _train(arguments: list[str]) -> int:
     import tyro
 
     from .checkpoint import load_config
-    from .config import PRESETS, TrainConfig
+    from .config import TrainConfig
+    from .presets import PRESETS
 
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: covr-fast train PRESET [--out DIR] [--FIELD VALUE ...]\n\npresets:")
@@ -71,7 +75,7 @@ def _train(arguments: list[str]) -> int:
         print("\ncovr-fast train PRESET --help lists every field with its default in that preset.")
         return 0 if arguments else 2
     name, rest = arguments[0], arguments[1:]
-    TrainConfig.preset(name)  # an unknown name is the first thing to say
+    suited = TrainConfig.preset(name, _value_of("--vlm.model", rest))  # an unknown name is said first
 
     @dataclass
     class Arguments:
@@ -82,7 +86,7 @@ def _train(arguments: list[str]) -> int:
         """Folder of an interrupted run to continue, with its own settings where none are given here."""
 
     resumed = _value_of("--resume", rest)
-    default = load_config(Path(resumed)) if resumed else TrainConfig.preset(name)
+    default = load_config(Path(resumed)) if resumed else suited
     with as_user_error():
         parsed = tyro.cli(
             Arguments,
@@ -108,10 +112,24 @@ def _train(arguments: list[str]) -> int:
     # How schedulers end a job: the run is saved as on Ctrl-C.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     print(f"{PRESETS[name].summary}; seed {config.seed}, on {trainer.device}, into {out}", flush=True)
+    if not resumed and (changed := _differences(TrainConfig.preset(name), suited)):
+        print(f"for this VLM the preset sets {', '.join(changed)}", flush=True)
     summary = trainer.run()
     print_summary(summary, Console(highlight=False))
     print(f"{out} holds {', '.join(sorted(path.name for path in out.iterdir()))}")
     return 0
+
+
+def _differences(before: "TrainConfig", after: "TrainConfig") -> list[str]:
+    """The settings but vlm.model in which `after` differs, as `section.name=value`."""
+    old = before.to_dict()
+    return [
+        f"{section}.{name}={value}"
+        for section, values in after.to_dict().items()
+        if isinstance(values, dict)
+        for name, value in values.items()
+        if value != old[section][name] and (section, name) != ("vlm", "model")
+    ]
 
 
 def _value_of(flag: str, arguments: list[str]) -> str | None:
@@ -199,7 +217,7 @@ def _bench(arguments: list[str]) -> int:
 
     given = bool(arguments) and not arguments[0].startswith("-")
     name, rest = (arguments[0], arguments[1:]) if given else ("carracing", arguments)
-    preset = TrainConfig.preset(name)
+    preset = TrainConfig.preset(name, _value_of("--vlm.model", rest))
 
     @dataclass
     class Arguments:

@@ -1,4 +1,4 @@
-"""Every setting of a run, and the presets."""
+"""Every setting of a run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from .envs import EnvConfig
 from .errors import UserError, unknown
 from .schedule import Rule
 from .vlm import TunerConfig
+from .vlm.nano import is_nano
+
+FASTEST = {"lora": 1e-3, "full": 1e-4}
+"""Learning rates above which fine-tuning a pretrained VLM is doubted, by tuner.mode."""
+MOST_EPOCHS = 10
+"""Passes over a round's samples above which the same is."""
 
 
 @dataclass
@@ -138,15 +144,24 @@ class TrainConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     @staticmethod
-    def preset(name: str) -> TrainConfig:
-        """A preset by name.
+    def preset(name: str, model: str | None = None) -> TrainConfig:
+        """A preset by name, with the settings that suit `model`.
+
+        How a VLM is shown frames and tuned depends on what it knows: what teaches nano's random weights
+        destroys a pretrained model's.
+
+        Args:
+            name: of the preset; `covr-fast train --help` lists them.
+            model: for `vlm.model`. None: the preset's own.
 
         Raises:
             UserError: no such preset; the message suggests near names.
         """
+        from .presets import PRESETS
+
         if name not in PRESETS:
             raise unknown("preset", name, PRESETS)
-        return PRESETS[name].build()
+        return PRESETS[name].build(model)
 
     def check(self) -> None:
         """Raises a UserError for settings that do not fit together."""
@@ -197,6 +212,37 @@ class TrainConfig:
                 f"replay.pad={self.replay.pad} crops away all of a {self.env.height}x{self.env.width} frame"
             )
 
+    def doubts(self) -> list[str]:
+        """Settings that are allowed but do not suit the VLM, a sentence each that names the remedy."""
+        vlm, tuner = self.vlm, self.tuner
+        if is_nano(vlm.model):
+            if tuner.mode == "full":
+                return []
+            return [
+                f"tuner.mode='lora' adapts what a model knows, and vlm.model={vlm.model!r} began with random "
+                "weights: use tuner.mode='full'"
+            ]
+        said = []
+        rate = FASTEST[tuner.mode]
+        if tuner.learning_rate > rate:
+            said.append(
+                f"tuner.learning_rate={tuner.learning_rate:g} with tuner.mode={tuner.mode!r} is for random "
+                f"weights, a pretrained model forgets what it knows: use at most {rate:g}"
+            )
+        if tuner.epochs > MOST_EPOCHS:
+            said.append(
+                f"tuner.epochs={tuner.epochs} is for random weights, a pretrained model learns the samples "
+                f"by heart: use at most {MOST_EPOCHS}"
+            )
+        if vlm.motion:
+            said.append(
+                "vlm.motion shows three grey frames as false colours, which no pretrained model has seen: "
+                "leave it off"
+            )
+        if self.env.grayscale:
+            said.append("env.grayscale hides the colours that a pretrained model knows: leave it off")
+        return said
+
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for config.json."""
         return asdict(self)
@@ -228,84 +274,3 @@ class TrainConfig:
             tuple(config.agent.strides),
         )
         return config
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A named starting point; every field of it can be overridden."""
-
-    summary: str
-    config: TrainConfig
-
-    def build(self) -> TrainConfig:
-        return TrainConfig.from_dict(self.config.to_dict())
-
-
-def _car_racing() -> TrainConfig:
-    """Ten minutes on two CPU cores; what was tried on the way to it is in docs/carracing.md."""
-    return TrainConfig(
-        steps=28_000,
-        warmup=2_000,
-        steps_per_update=4,
-        env=EnvConfig(height=56, width=56, grayscale=True, max_episode_steps=400),
-        agent=SACConfig(channels=(16, 32, 32), strides=(3, 2, 2), latent=64, hidden=256, prior_weight=0.25),
-        replay=ReplayConfig(capacity=28_000, batch_size=128, n_step=3, gamma=0.98),
-        tuner=TunerConfig(
-            mode="full",
-            learning_rate=2e-3,
-            average=0.98,
-            label_smoothing=0.0,
-            epochs=40,
-            max_steps=400,
-            batch_size=128,
-            micro_batch=32,
-            shift=4,
-        ),
-        vlm=VLMConfig(decimals=1, motion=True),
-        covr=COVRConfig(psi_0=2500, cold_start=2, horizon=30),
-    )
-
-
-def _car_racing_gpu() -> TrainConfig:
-    return TrainConfig(
-        steps=500_000,
-        warmup=5_000,
-        env=EnvConfig(num_envs=64, batch_size=32, num_threads=8),
-        agent=SACConfig(prior_weight=2.0),
-        replay=ReplayConfig(capacity=500_000, n_step=3),
-        vlm=VLMConfig(model="Qwen/Qwen2.5-VL-3B-Instruct"),
-    )
-
-
-def _dm_control(env_id: str, action_repeat: int) -> TrainConfig:
-    """The paper's DMControl settings: 100k environment steps, lambda 1, cold start 4, LoRA 128/16."""
-    return TrainConfig(
-        steps=100_000,
-        env=EnvConfig(
-            id=env_id,
-            num_envs=4,
-            batch_size=2,
-            height=100,
-            width=100,
-            action_repeat=action_repeat,
-            max_episode_steps=1000,
-        ),
-        agent=SACConfig(prior_weight=1.0),
-        replay=ReplayConfig(pad=8),
-        tuner=TunerConfig(lora_alpha=16),
-        covr=COVRConfig(cold_start=4),
-    )
-
-
-PRESETS: dict[str, Preset] = {
-    "carracing": Preset(
-        "CarRacing on two CPU cores in ten minutes, with the untrained nano VLM", _car_racing()
-    ),
-    "carracing-gpu": Preset("CarRacing at full size on one GPU, with Qwen2.5-VL-3B", _car_racing_gpu()),
-    "cartpole-swingup": Preset("DMControl Cartpole Swingup", _dm_control("CartpoleSwingup-v1", 8)),
-    "reacher-easy": Preset("DMControl Reacher Easy", _dm_control("ReacherEasy-v1", 4)),
-    "cheetah-run": Preset("DMControl Cheetah Run", _dm_control("CheetahRun-v1", 4)),
-    "walker-walk": Preset("DMControl Walker Walk", _dm_control("WalkerWalk-v1", 2)),
-    "finger-spin": Preset("DMControl Finger Spin", _dm_control("FingerSpin-v1", 2)),
-    "ball-in-cup-catch": Preset("DMControl Ball in Cup Catch", _dm_control("BallInCupCatch-v1", 4)),
-}

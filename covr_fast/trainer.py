@@ -202,6 +202,8 @@ class Trainer:
             self.envs,
             self._lane.work(),
         ):
+            for doubt in self.config.doubts():
+                self.log.say(f"note: {doubt}")
             with self._kept(Exception, KeyboardInterrupt), self.clock("evaluation"):
                 self._evaluate_before()
             with self._kept(Exception), _deferred_interrupt() as interrupted, self._background():

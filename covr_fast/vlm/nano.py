@@ -100,6 +100,26 @@ def write_nano(directory: str | Path, *, seed: int) -> None:
     (directory / "preprocessor_config.json").write_text(json.dumps(image_processor, indent=2))
 
 
+def is_nano(model: str | Path) -> bool:
+    """Whether `model` is "nano", a checkpoint of its shape, or an adapter on one; hub ids are not."""
+    if str(model) == "nano":
+        return True
+    base = _json(Path(model) / "adapter_config.json").get("base_model_name_or_path")
+    if base is not None and base != str(model):
+        return is_nano(base)
+    text = _json(Path(model) / "config.json").get("text_config", {})
+    shape = TEXT | {"vocab_size": VOCAB_SIZE}
+    return all(text.get(name) == shape[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers"))
+
+
+def _json(file: Path) -> dict:
+    """Empty where there is no such file, or a damaged one: whoever loads the model says so."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
 def build_tokenizer():
     """A byte-level BPE tokenizer with merges learned from the default prompts: it can write any text."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers

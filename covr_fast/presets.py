@@ -1,0 +1,134 @@
+"""Named starting points; every field of one can be overridden.
+
+A preset is made for a VLM: for nano, whose random weights learn everything from the agent, or for a
+pretrained one, whose knowledge is adapted. What the VLM is shown, how it is tuned and how much its word
+weighs differ between the two; the environment's rules, the agent and the schedule do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .agents.sac import SACConfig
+from .config import COVRConfig, ReplayConfig, TrainConfig, VLMConfig
+from .envs import EnvConfig
+from .vlm import TunerConfig
+from .vlm.nano import is_nano
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named starting point."""
+
+    summary: str
+    make: Callable[[bool], TrainConfig]
+    """The settings for nano (True), or for a pretrained VLM (False)."""
+    model: str = "nano"
+    """The VLM where none is asked for."""
+
+    def build(self, model: str | None = None) -> TrainConfig:
+        model = self.model if model is None else model
+        config = self.make(is_nano(model))
+        config.vlm.model = model
+        return config
+
+
+def _tuner(nano: bool, lora_alpha: int = 256) -> TunerConfig:
+    """How a round trains: nano whole, for many epochs; a pretrained model as in the paper, by LoRA."""
+    if not nano:
+        return TunerConfig(lora_alpha=lora_alpha)
+    return TunerConfig(
+        mode="full",
+        learning_rate=2e-3,
+        average=0.98,
+        label_smoothing=0.0,
+        epochs=40,
+        max_steps=400,
+        batch_size=128,
+        micro_batch=32,
+        shift=4,
+    )
+
+
+def _vlm(nano: bool) -> VLMConfig:
+    """How the VLM is asked: nano sees motion in false colours and answers in a coarse grid."""
+    return VLMConfig(decimals=1, motion=True) if nano else VLMConfig()
+
+
+def _car_racing(nano: bool) -> TrainConfig:
+    """Ten minutes on two CPU cores; what was tried on the way to it is in docs/carracing.md."""
+    size = 56 if nano else 84
+    return TrainConfig(
+        steps=28_000,
+        warmup=2_000,
+        steps_per_update=4,
+        env=EnvConfig(height=size, width=size, grayscale=nano, max_episode_steps=400),
+        agent=SACConfig(
+            channels=(16, 32, 32),
+            strides=(3, 2, 2),
+            latent=64,
+            hidden=256,
+            prior_weight=0.25 if nano else 2.0,
+        ),
+        replay=ReplayConfig(capacity=28_000, batch_size=128, n_step=3, gamma=0.98),
+        tuner=_tuner(nano),
+        vlm=_vlm(nano),
+        covr=COVRConfig(psi_0=2500, cold_start=2, horizon=30),
+    )
+
+
+def _car_racing_gpu(nano: bool) -> TrainConfig:
+    return TrainConfig(
+        steps=500_000,
+        warmup=5_000,
+        env=EnvConfig(num_envs=64, batch_size=32, num_threads=8, grayscale=nano),
+        agent=SACConfig(prior_weight=0.25 if nano else 2.0),
+        replay=ReplayConfig(capacity=500_000, n_step=3),
+        tuner=_tuner(nano),
+        vlm=_vlm(nano),
+    )
+
+
+def _dm_control(env_id: str, action_repeat: int) -> Callable[[bool], TrainConfig]:
+    """The paper's DMControl settings: 100k environment steps, lambda 1, cold start 4, LoRA 128/16."""
+
+    def make(nano: bool) -> TrainConfig:
+        return TrainConfig(
+            steps=100_000,
+            env=EnvConfig(
+                id=env_id,
+                num_envs=4,
+                batch_size=2,
+                height=100,
+                width=100,
+                grayscale=nano,
+                action_repeat=action_repeat,
+                max_episode_steps=1000,
+            ),
+            agent=SACConfig(prior_weight=0.25 if nano else 1.0),
+            replay=ReplayConfig(pad=8),
+            tuner=_tuner(nano, lora_alpha=16),
+            vlm=_vlm(nano),
+            covr=COVRConfig(cold_start=4),
+        )
+
+    return make
+
+
+PRESETS: dict[str, Preset] = {
+    "carracing": Preset(
+        "CarRacing on two CPU cores in ten minutes, with the untrained nano VLM", _car_racing
+    ),
+    "carracing-gpu": Preset(
+        "CarRacing at full size on one GPU, with Qwen2.5-VL-3B",
+        _car_racing_gpu,
+        "Qwen/Qwen2.5-VL-3B-Instruct",
+    ),
+    "cartpole-swingup": Preset("DMControl Cartpole Swingup", _dm_control("CartpoleSwingup-v1", 8)),
+    "reacher-easy": Preset("DMControl Reacher Easy", _dm_control("ReacherEasy-v1", 4)),
+    "cheetah-run": Preset("DMControl Cheetah Run", _dm_control("CheetahRun-v1", 4)),
+    "walker-walk": Preset("DMControl Walker Walk", _dm_control("WalkerWalk-v1", 2)),
+    "finger-spin": Preset("DMControl Finger Spin", _dm_control("FingerSpin-v1", 2)),
+    "ball-in-cup-catch": Preset("DMControl Ball in Cup Catch", _dm_control("BallInCupCatch-v1", 4)),
+}
