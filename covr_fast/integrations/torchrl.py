@@ -1,43 +1,70 @@
 """`FastReplayBuffer` for TorchRL: `extend(tensordict)`, `sample() -> TensorDict`."""
 
+import math
+import os
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase, unravel_key
 from torch import Tensor
 
-from covr_fast.buffer import ReplayBuffer
+from covr_fast.buffer import Batch, ReplayBuffer
 from covr_fast.buffer.samplers import Prioritized, Sampler, as_sampler
 
-Key = tuple[str, ...]
-_REWARD, _TERMINATED, _TRUNCATED, _DONE = (
-    ("next", key) for key in ("reward", "terminated", "truncated", "done")
-)
-_TRAJECTORY = ("collector", "traj_ids")
+from .torchrl_earlier import as_present_state, read_pickle
+from .torchrl_entries import Key, read, text
+from .torchrl_layout import DONE, TERMINATED, TRUNCATED, Entry, Keys, Layout
+from .torchrl_streams import Streams, in_steps
+
+NestedKey = str | tuple[str, ...]
+_TRAJECTORY, _MASK = ("collector", "traj_ids"), ("collector", "mask")
+_STATE = "state.pt"
 
 
 class FastReplayBuffer:
-    """The part of TensorDictReplayBuffer that training uses, with every frame stored once.
+    """What training uses of TorchRL's TensorDictReplayBuffer, with every frame stored once.
 
-    What `extend` gets comes back from `sample`: observations (stacked ones cost one frame each), actions, and
-    ("next", ...) with reward, done, terminated and truncated; every other root entry that the first `extend`
-    has is stored as it is, other ("next", ...) entries are dropped. "index" and, with a prioritized sampler,
-    "priority_weight" are added, with n_step > 1 also "steps_to_next_obs", which TorchRL's losses understand.
+    `sample` gives back what `extend` got, in its shapes and dtypes, bit for bit: observations (stacked ones
+    cost one frame each) and every other entry, nested ones too, at the root and under "next". All
+    tensordicts must have the entries, shapes and dtypes of the first. Only "done", "terminated" and
+    "truncated" under "next" may be left out, as long as the others tell them; samples have all three. "index"
+    is added, with a prioritized sampler "priority_weight", and with n_step > 1 "steps_to_next_obs", which
+    TorchRL's losses understand; entries of these names at the root are not stored.
 
-    A tensordict may be [environments, time], as collectors give it, or flat. In a flat one, rows belong
-    together that have the same ("collector", "traj_ids"); without those, num_envs rows are one step of every
-    environment, and any other number is one stretch of time after another. Where a row does not continue its
-    environment's stream, a new segment begins: whatever the order, rows come back right, but frames of
-    consecutive steps are shared only where the order shows that they are consecutive.
+    With n_step > 1, ("next", ...) is that of the last of the n steps, except the reward: that is the sum of
+    the discounted rewards, made in float64 and given in the reward's dtype, or made in float32 if that is its
+    dtype. `buffer`, the covr_fast.ReplayBuffer inside, has rewards in float32, and several per row as their
+    sum.
+
+    A tensordict may be [environments, time], as collectors give it, or flat; a dimension named "time" is
+    time wherever it is. In a flat one, rows belong together that have the same ("collector", "traj_ids");
+    without those, num_envs rows are one step of every environment, and any other number is one stretch of
+    time after another. Where a row does not continue its environment's stream, a new segment begins: whatever
+    the order, rows come back right, but frames of consecutive steps are shared only where the order shows
+    that they are consecutive.
+
+    Calls from several threads are atomic. There are no transforms, and worker processes cannot write into the
+    buffer: `extend` it with what a collector yields, or give it to a collector of one process.
 
     Args:
         capacity, num_envs, frame_stack, n_step, gamma, sampler, seed: as in covr_fast.ReplayBuffer.
-        obs_keys: the observations' keys. frame_stack means those with three dimensions.
+        obs_keys: the observations' keys, nested ones as tuples: ("pixels", ("agent", "state")). frame_stack
+            means those with three dimensions.
+        action_key, reward_key: where the action and, under "next", the reward are.
         batch_size: of `sample`, unless given there.
-        priority_key: where `update_tensordict_priority` finds priorities, [B] or [B, 1].
+        priority_key: where `update_tensordict_priority` and `extend` find priorities: one per row, or several
+            of which the largest counts.
         device: where samples go; frames are kept in host memory.
-        pixels_dtype: dtype of sampled images: uint8 as stored; a float dtype divides by 255.
+        pixels_dtype: dtype of sampled uint8 images (three dimensions): uint8 as stored; float32, bfloat16 or
+            float16 divided by 255.
+
+    Raises:
+        TypeError, ValueError: arguments that no buffer can be built with.
     """
 
     def __init__(
@@ -49,33 +76,53 @@ class FastReplayBuffer:
         n_step: int = 1,
         gamma: float = 0.99,
         sampler: Sampler = "uniform",
-        obs_keys: tuple[str, ...] = ("pixels",),
+        obs_keys: Sequence[NestedKey] = ("pixels",),
+        action_key: NestedKey = "action",
+        reward_key: NestedKey = "reward",
         batch_size: int | None = None,
-        priority_key: str = "td_error",
+        priority_key: NestedKey = "td_error",
         device: torch.device | str = "cpu",
         pixels_dtype: torch.dtype = torch.uint8,
         seed: int | None = None,
     ) -> None:
+        if pixels_dtype not in (torch.uint8, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"pixels_dtype is {pixels_dtype}: it must be torch.uint8, float32, bfloat16 or float16"
+            )
         self.batch_size = batch_size
-        self.priority_key = priority_key
+        self.priority_key = unravel_key(priority_key)
         self.device = torch.device(device)
         self.pixels_dtype = pixels_dtype
-        self._obs_keys = obs_keys
+        self._keys = Keys(
+            _obs_keys(obs_keys), _key(action_key, "action_key"), ("next", *_key(reward_key, "reward_key"))
+        )
         self._options: dict[str, Any] = {
             "capacity": capacity,
             "num_envs": num_envs,
-            "frame_stack": frame_stack,
             "n_step": n_step,
             "gamma": gamma,
             "sampler": as_sampler(sampler),
             "seed": seed,
         }
-        self._num_envs = num_envs
-        self._buffer: ReplayBuffer | None = None
-        self._extras: list[Key] = []
-        self._stream_of: dict[int, int] = {}  # trajectories that have not ended
-        self._last_used = np.zeros(num_envs, np.int64)
-        self._clock = 0
+        # The buffer's shapes come with the first tensordict; what is wrong with the rest shows here.
+        probe = ReplayBuffer(
+            **self._options, obs_shape=(max(1, frame_stack), 1, 1), action_shape=(), frame_stack=frame_stack
+        )
+        self._frame_stack, self._num_envs = int(frame_stack), probe.num_envs
+        self._settings = {
+            "capacity": probe.capacity,
+            "num_envs": probe.num_envs,
+            "frame_stack": self._frame_stack,
+            "n_step": probe.n_step,
+            "gamma": float(probe.gamma),
+            "sampler": repr(probe.sampler),
+            "obs_keys": ", ".join(map(text, self._keys.obs)),
+            "action_key": text(self._keys.action),
+            "reward_key": text(self._keys.reward[1:]),
+        }
+        self._prioritized = isinstance(probe.sampler, Prioritized)
+        self._lock = threading.RLock()
+        self.empty()
 
     @property
     def buffer(self) -> ReplayBuffer:
@@ -87,90 +134,90 @@ class FastReplayBuffer:
     def __len__(self) -> int:
         return 0 if self._buffer is None else len(self._buffer)
 
+    @property
+    def write_count(self) -> int:
+        """Transitions added so far, the overwritten ones included."""
+        return 0 if self._buffer is None else int(self._buffer.stream_bounds()[2].sum())
+
+    def empty(self) -> None:
+        """Forgets all transitions, and which entries they had. Ids begin anew."""
+        with self._lock:
+            self._buffer: ReplayBuffer | None = None
+            self._layout: Layout | None = None
+            self._streams = Streams(self._num_envs)
+
     # ---- adding ----
 
     def extend(self, tensordict: TensorDictBase) -> Tensor:
-        """Stores [N] or [E, T] transitions; int64 [N] or [E * T], their ids."""
-        flat = tensordict.reshape(-1).detach().cpu()
-        done = flat[_DONE].reshape(-1).numpy()
-        streams = self._streams(tensordict, flat, done)
-        if self._buffer is None:
-            self._buffer = self._build(flat)
-        columns = {_column(key): flat[key].numpy() for key in self._extras}
-        terminated = _flag(flat, _TERMINATED, done)
-        rows: dict[str, Any] = {
-            "obs": {key: flat[key].numpy() for key in self._obs_keys},
-            "next_obs": {key: flat["next", key].numpy() for key in self._obs_keys},
-            "action": flat["action"].numpy(),
-            "reward": flat[_REWARD].reshape(-1).numpy(),
-            "terminated": terminated,
-            "truncated": _flag(flat, _TRUNCATED, done & ~terminated) | (done & ~terminated),
-        }
-        index = np.empty(len(done), np.int64)
-        for step in _steps(streams):
-            picked: dict[str, Any] = {
-                name: {key: part[step] for key, part in value.items()}
-                if isinstance(value, dict)
-                else value[step]
-                for name, value in rows.items()
-            }
-            extras = {name: column[step] for name, column in columns.items()}
-            index[step] = self._buffer.add(**picked, env_ids=streams[step], **extras)
+        """Stores [N] or [E, T] transitions; int64 [N] or [E * T], their ids. With a prioritized sampler,
+        priorities that the tensordict has count.
+
+        Raises:
+            TypeError: not a TensorDict, or entries that are no tensors.
+            ValueError: other entries, shapes or dtypes than those of the first tensordict; NaN; infinite
+                observations, actions or rewards; with frame_stack > 1, observations that are not such stacks.
+                Nothing was added then.
+        """
+        if not isinstance(tensordict, TensorDictBase):
+            raise TypeError(
+                f"extend() got a {type(tensordict).__name__}: it takes a TensorDict (of a tensorclass, its "
+                "to_tensordict())"
+            )
+        entries, nested = read(tensordict)
+        n = math.prod(tensordict.shape)
+        if n == 0:
+            return torch.empty(0, dtype=torch.int64)
+        if _MASK in entries and not entries[_MASK].all():
+            raise ValueError(
+                f"{text(_MASK)} is False in some rows: they are padding. Extend with "
+                f"tensordict[tensordict[{text(_MASK)}]]"
+            )
+        for key in self._added:
+            entries.pop((key,), None)
+        with self._lock:
+            layout = self._layout or Layout.of(entries, nested, self._keys, self._options["n_step"])
+            rows = layout.rows(entries, self._frame_stack)
+            priority = self._priority_of(tensordict, n) if self._prioritized else None
+            buffer = self._buffer or self._build(layout)
+            trajectories = entries.get(_TRAJECTORY)
+            streams = self._streams.of(
+                tensordict.shape,
+                tensordict.names,
+                None if trajectories is None else trajectories.reshape(-1).numpy(),
+                rows.ends,
+            )
+            self._buffer, self._layout = buffer, layout
+            index = np.empty(len(streams), np.int64)
+            for step in in_steps(streams):
+                index[step] = buffer.add(**rows.at(step), env_ids=streams[step])
+            if priority is not None:
+                buffer.update_priorities(index, priority)
         return torch.from_numpy(index)
 
     def add(self, tensordict: TensorDictBase) -> Tensor:
         """Stores one transition, a tensordict without batch dimensions; its id."""
-        return self.extend(tensordict.unsqueeze(0))[0]
+        if tensordict.ndim:
+            raise ValueError(f"add() got a tensordict {list(tensordict.shape)}: extend() takes several rows")
+        return self.extend(tensordict)[0]
 
-    def _build(self, flat: TensorDictBase) -> ReplayBuffer:
-        own = {*((key,) for key in self._obs_keys), ("action",)}
-        keys = [key if isinstance(key, tuple) else (key,) for key in flat.keys(True, True)]
-        self._extras = [key for key in keys if key[0] != "next" and key not in own and key[-1] not in _ADDED]
-        frame_stack = self._options["frame_stack"]
+    @property
+    def _added(self) -> list[str]:
+        """The entries that `sample` adds."""
+        several = ["steps_to_next_obs"] if self._options["n_step"] > 1 else []
+        return ["index", *(["priority_weight"] if self._prioritized else []), *several]
+
+    def _build(self, layout: Layout) -> ReplayBuffer:
+        frame_stack = self._frame_stack
         return ReplayBuffer(
-            **{
-                **self._options,
-                "frame_stack": {k: frame_stack if flat[k].ndim == 4 else 1 for k in self._obs_keys},
-            },
-            obs_shape={key: flat[key].shape[1:] for key in self._obs_keys},
-            obs_dtype={key: flat[key].dtype for key in self._obs_keys},
-            action_shape=flat["action"].shape[1:],
-            action_dtype=flat["action"].dtype,
-            extras={_column(key): (tuple(flat[key].shape[1:]), flat[key].dtype) for key in self._extras},
+            **self._options,
+            frame_stack={str(e.column): frame_stack if len(e.shape) == 3 else 1 for e in layout.obs},
+            obs_shape={str(e.column): e.shape for e in layout.obs},
+            obs_dtype={str(e.column): e.stored_dtype for e in layout.obs},
+            action_shape=layout.action.shape,
+            action_dtype=layout.action.stored_dtype,
+            extras={str(e.column): (e.shape, e.stored_dtype) for e in layout.columns},
             on_jump="cut",
         )
-
-    def _streams(self, tensordict: TensorDictBase, flat: TensorDictBase, done: np.ndarray) -> np.ndarray:
-        """The stream of every row, int64 [N]."""
-        n = len(done)
-        if _TRAJECTORY in flat.keys(True):
-            trajectories = flat[_TRAJECTORY].reshape(-1).tolist()
-            return np.array(
-                [self._stream(t, end) for t, end in zip(trajectories, done, strict=True)], np.int64
-            )
-        if tensordict.ndim > 1:
-            environments = n // tensordict.shape[-1]
-            if environments > self._num_envs:
-                raise ValueError(
-                    f"tensordict is of {environments} environments, num_envs is {self._num_envs}"
-                )
-            return np.repeat(np.arange(environments), tensordict.shape[-1])
-        return np.arange(n) if n == self._num_envs else np.zeros(n, np.int64)
-
-    def _stream(self, trajectory: int, ends: bool) -> int:
-        """That of the trajectory; for a new one, that which waited longest, preferably an idle one."""
-        if trajectory not in self._stream_of:
-            busy = np.zeros(self._num_envs, bool)
-            busy[list(self._stream_of.values())] = True
-            stream = int(np.lexsort((self._last_used, busy))[0])
-            self._stream_of = {t: s for t, s in self._stream_of.items() if s != stream}
-            self._stream_of[trajectory] = stream
-        stream = self._stream_of[trajectory]
-        self._clock += 1
-        self._last_used[stream] = self._clock
-        if ends:
-            del self._stream_of[trajectory]
-        return stream
 
     # ---- sampling ----
 
@@ -179,81 +226,209 @@ class FastReplayBuffer:
         size = batch_size if batch_size is not None else self.batch_size
         if size is None:
             raise ValueError("batch_size is needed: give it here or when building the buffer")
-        batch = self.buffer.sample(size, dtype=self.pixels_dtype)
-        done = batch.terminated | batch.truncated
-        entries: dict[str | Key, Tensor] = {
-            "action": batch.action,
-            _REWARD: batch.reward[:, None],
-            _DONE: done[:, None],
-            _TERMINATED: batch.terminated[:, None],
-            _TRUNCATED: batch.truncated[:, None],
-            "index": batch.index,
+        with self._lock:
+            return self._tensordict(self.buffer.sample(size, dtype=self.pixels_dtype))
+
+    def __getitem__(self, index: Tensor | np.ndarray | list[int] | int) -> TensorDict:
+        """The transitions of these ids, as `extend` returned them and samples have them in "index".
+
+        Raises:
+            IndexError: a transition was overwritten or never added.
+        """
+        if isinstance(index, slice | str | tuple):
+            raise TypeError(f"index is {index!r}: it must be ids, as extend() returns them")
+        ids = torch.as_tensor(index).cpu()
+        with self._lock:
+            found = self._tensordict(self.buffer.get(ids.reshape(-1), dtype=self.pixels_dtype))
+        return found.reshape(ids.shape) if ids.ndim else found[0]
+
+    def __iter__(self) -> Iterator[TensorDict]:
+        """Samples without end."""
+        while True:
+            yield self.sample()
+
+    def _tensordict(self, batch: Batch) -> TensorDict:
+        buffer, layout = self.buffer, self._layout
+        assert layout is not None
+        size = len(batch.index)
+        values: dict[Key, Tensor] = {layout.action.key: layout.action.restored(batch.action)}
+        for entry in layout.obs:
+            values[entry.key] = entry.restored(batch.obs[entry.column])  # type: ignore[index]
+            values["next", *entry.key] = entry.restored(batch.next_obs[entry.column])  # type: ignore[index]
+        core = {
+            layout.reward.key: batch.reward,
+            DONE: batch.terminated | batch.truncated,
+            TERMINATED: batch.terminated,
+            TRUNCATED: batch.truncated,
         }
-        for key in self._obs_keys:
-            entries[key] = batch.obs[key]  # type: ignore[index]
-            entries["next", key] = batch.next_obs[key]  # type: ignore[index]
-        for path in self._extras:
-            entries[path] = batch.extras[_column(path)]
-        if isinstance(self.buffer.sampler, Prioritized):
-            entries["priority_weight"] = batch.weight
-        if self.buffer.n_step > 1:
-            _, alive = self.buffer.windows(batch.index, self.buffer.n_step)
-            entries["steps_to_next_obs"] = torch.from_numpy(alive.sum(axis=1, keepdims=True))
-        result = TensorDict(batch_size=[size])
-        for entry, value in entries.items():
-            result[entry] = value
-        return result.to(self.device)
+        for entry in (layout.reward, *layout.ends):
+            if entry.column is None:
+                values[entry.key] = core[entry.key].reshape(size, *entry.shape)
+        of_first, of_last = batch.extras, batch.extras
+        if buffer.n_step > 1:
+            _, alive = buffer.windows(batch.index, buffer.n_step)
+            steps = torch.from_numpy(alive.sum(axis=1, keepdims=True))
+            of_last = buffer.extras(batch.index + (steps[:, 0] - 1) * buffer.num_envs)
+            values["steps_to_next_obs",] = steps
+        for entry in layout.others:
+            values[entry.key] = torch.empty(
+                size, *entry.shape, dtype=entry.dtype
+            )  # what has no values at all
+        for entry in layout.columns:
+            of_row = of_last if entry.key[0] == "next" else of_first
+            values[entry.key] = entry.restored(of_row[str(entry.column)])
+        if buffer.n_step > 1 and layout.reward.column is not None:
+            values[layout.reward.key] = self._n_step_reward(layout.reward, batch.index, alive)
+        values["index",] = batch.index
+        if self._prioritized:
+            values["priority_weight",] = batch.weight
+        return layout.tensordict(values, size).to(self.device)
+
+    def _n_step_reward(self, reward: Entry, index: Tensor, alive: np.ndarray) -> Tensor:
+        """The sum of rewards [B, *shape] that the buffer has as an extra, over the steps that are alive."""
+        buffer = self.buffer
+        total = torch.zeros(len(index), *reward.shape, dtype=torch.float64)
+        for k, held in enumerate(torch.from_numpy(alive).T):
+            found = buffer.extras(index[held] + k * buffer.num_envs)[str(reward.column)]
+            total[held] += buffer.gamma**k * reward.restored(found).double()
+        return total.to(reward.dtype)
+
+    # ---- priorities ----
 
     def update_tensordict_priority(self, tensordict: TensorDictBase) -> None:
-        """Takes the priorities of sampled transitions from `priority_key`; without a prioritized sampler, or
-        without that entry, it does nothing, as in TorchRL."""
+        """Takes the priorities of sampled transitions from `priority_key`; without a prioritized sampler it
+        does nothing, as in TorchRL. Where the entry is missing, priorities stay, and a warning says so."""
+        if not self._prioritized:
+            return
+        index = tensordict.get("index", None)
+        if index is None:
+            raise ValueError('the tensordict lacks "index": sample() gives it')
+        priority = self._priority_of(tensordict, index.numel())
+        if priority is None:
+            warnings.warn(
+                f"the tensordict lacks priority_key={self.priority_key!r}: priorities stay as they were",
+                stacklevel=2,
+            )
+            return
+        self.update_priority(index, priority)
+
+    def update_priority(self, index: Tensor | np.ndarray, priority: Tensor | np.ndarray) -> None:
+        """Sets the priorities [n] of the transitions with these ids [n]; overwritten ones are skipped.
+
+        Raises:
+            ValueError: the sampler is not prioritized.
+        """
+        with self._lock:
+            self.buffer.update_priorities(torch.as_tensor(index).reshape(-1), priority)
+
+    def _priority_of(self, tensordict: TensorDictBase, n: int) -> Tensor | None:
         priority = tensordict.get(self.priority_key, None)
-        if isinstance(self.buffer.sampler, Prioritized) and priority is not None:
-            self.buffer.update_priorities(tensordict["index"], priority.detach().abs())
+        if priority is None:
+            return None
+        priority = priority.detach().cpu()
+        if priority.numel() == 0 or priority.numel() % n:
+            raise ValueError(
+                f"{self.priority_key!r} has shape {tuple(priority.shape)}: it must hold priorities of {n} "
+                "rows"
+            )
+        priority = priority.reshape(n, -1).double().abs().amax(1)
+        if not torch.isfinite(priority).all():
+            raise ValueError(f"{self.priority_key!r} is NaN or infinite: priorities stay as they were")
+        return priority
 
     # ---- saving ----
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "buffer": None if self._buffer is None else self._buffer.__getstate__(),
-            "extras": list(self._extras),
-            "streams": {
-                "of": dict(self._stream_of),
-                "last_used": self._last_used.copy(),
-                "clock": self._clock,
-            },
-        }
+        """Tensors and plain Python objects, copies of the content: what `torch.load` opens as it is."""
+        with self._lock:
+            return {
+                "settings": dict(self._settings),
+                "layout": None if self._layout is None else self._layout.state_dict(),
+                "buffer": None if self._buffer is None else self._buffer.__getstate__(),
+                "streams": self._streams.state_dict(),
+            }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._extras = [tuple(key) for key in state["extras"]]
-        self._stream_of = dict(state["streams"]["of"])
-        self._last_used, self._clock = state["streams"]["last_used"].copy(), state["streams"]["clock"]
-        self._buffer = None
-        if state["buffer"] is not None:
-            self._buffer = ReplayBuffer.__new__(ReplayBuffer)
-            self._buffer.__setstate__(state["buffer"])
+        """Continues as the saved buffer would have. `device`, `batch_size`, `priority_key` and `pixels_dtype`
+        stay this buffer's own.
+
+        Raises:
+            ValueError: the state is of a buffer with other settings, or with other entries than this one
+                already has, or is none at all. The buffer is as before then.
+        """
+        if not isinstance(state, dict) or not {"buffer", "streams"} <= state.keys():
+            raise ValueError("the state is not one of FastReplayBuffer: state_dict() makes them")
+        if "settings" not in state and state["buffer"] is None:
+            state = {**state, "settings": self._settings, "layout": None}
+        elif "settings" not in state:
+            state = as_present_state(state, self._frame_stack)
+        differing = [
+            f"{name}={state['settings'].get(name)!r}, this one has {value!r}"
+            for name, value in self._settings.items()
+            if state["settings"].get(name) != value
+        ]
+        if differing:
+            raise ValueError(
+                f"the state is of a buffer with {'; '.join(differing)}: build the buffer with those settings"
+            )
+        try:
+            layout = None if state["layout"] is None else Layout.from_state(state["layout"])
+            buffer = None if state["buffer"] is None else _restored(state["buffer"])
+            streams = Streams.from_state(self._num_envs, state["streams"])
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"the state is damaged ({type(error).__name__}: {error})") from error
+        with self._lock:
+            if self._layout is not None and layout is not None:
+                self._layout.check_same(layout)
+            self._buffer, self._layout, self._streams = buffer, layout, streams
+
+    def dumps(self, path: str | os.PathLike) -> None:
+        """Writes `state_dict` into the folder `path`, which is made if there is none."""
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f"{_STATE}.tmp"
+        torch.save(self.state_dict(), temporary)
+        temporary.replace(folder / _STATE)
+
+    def loads(self, path: str | os.PathLike) -> None:
+        """`load_state_dict` of what `dumps` wrote into the folder `path`."""
+        self.load_state_dict(torch.load(Path(path) / _STATE, map_location="cpu", weights_only=True))
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._lock:
+            return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_layout" not in state:
+            arguments, content = read_pickle(state)
+            FastReplayBuffer.__init__(self, **arguments)
+            self.load_state_dict(content)
+            return
+        self.__dict__.update(state)
+        self._lock = threading.RLock()
 
 
-_ADDED = {"index", "priority_weight", "steps_to_next_obs", "done", "terminated", "truncated"}
+def _key(key: NestedKey, option: str) -> Key:
+    try:
+        flat = unravel_key(key)
+    except RuntimeError:
+        raise TypeError(f"{option} has {key!r}: a key is a string, or for nested entries a tuple") from None
+    return (flat,) if isinstance(flat, str) else flat
 
 
-def _column(key: Key) -> str:
-    """The buffer's name for a root entry; with the slash no argument of `ReplayBuffer.add` has it."""
-    return "/" + "/".join(key)
+def _obs_keys(keys: Sequence[NestedKey]) -> tuple[Key, ...]:
+    if isinstance(keys, str) or not isinstance(keys, Sequence):
+        raise TypeError(f"obs_keys is {keys!r}: it must be a tuple of keys, such as ('pixels',)")
+    found = tuple(_key(key, "obs_keys") for key in keys)
+    if not found or len(set(found)) < len(found):
+        raise ValueError(f"obs_keys is {keys!r}: it must hold at least one key, and each once")
+    if under_next := [text(key) for key in found if key[0] == "next"]:
+        raise ValueError(f"obs_keys has {', '.join(under_next)}: name the root's entries, 'next' is implied")
+    return found
 
 
-def _flag(flat: TensorDictBase, key: Key, default: np.ndarray) -> np.ndarray:
-    return flat[key].reshape(-1).numpy() if key in flat.keys(True) else default
-
-
-def _steps(streams: np.ndarray) -> list[np.ndarray]:
-    """Rows in groups that hold every stream at most once, each stream's rows in their order."""
-    order = np.argsort(streams, kind="stable")
-    ordered = streams[order]
-    starts = (
-        np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]]) if len(ordered) else np.zeros(0, np.int64)
-    )
-    occurrence = np.empty(len(streams), np.int64)
-    occurrence[order] = np.arange(len(streams)) - np.repeat(starts, np.diff(np.r_[starts, len(streams)]))
-    by_step = np.argsort(occurrence, kind="stable")
-    return np.split(by_step, np.flatnonzero(np.diff(occurrence[by_step])) + 1) if len(streams) else []
+def _restored(state: dict[str, Any]) -> ReplayBuffer:
+    """A buffer of the state of one, wherever its tensors are."""
+    buffer = ReplayBuffer.__new__(ReplayBuffer)
+    buffer.__setstate__({**state, "tensors": {name: t.cpu() for name, t in state["tensors"].items()}})
+    return buffer

@@ -1,0 +1,82 @@
+"""The entries of a tensordict as flat tensors."""
+
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from tensordict import LazyStackedTensorDict, TensorDictBase, is_non_tensor, is_tensorclass
+from torch import Tensor
+
+Key = tuple[str, ...]
+Shape = tuple[int, ...]
+
+
+def read(tensordict: TensorDictBase) -> tuple[dict[Key, Tensor], dict[Key, Shape]]:
+    """(every entry as [N, *shape] on the CPU, the further batch dimensions of every nested tensordict), of a
+    tensordict whose batch dimensions hold N rows.
+
+    Raises:
+        ValueError, TypeError: entries that are no dense tensors, or that only some of the rows have.
+    """
+    tensors: dict[Key, Tensor] = {}
+    nested: dict[Key, Shape] = {}
+    dims, n = tensordict.ndim, math.prod(tensordict.shape)
+    for key, value in _walk(tensordict, ()):
+        if isinstance(value, TensorDictBase):
+            nested[key] = tuple(value.batch_size[dims:])
+            continue
+        shape = value.shape[dims:]
+        # A memory-mapped tensor is a Tensor of its own kind, whose views are not.
+        tensors[key] = value.detach().cpu().as_subclass(Tensor).reshape(n, *shape)
+    return tensors, nested
+
+
+def _walk(part: TensorDictBase, prefix: Key) -> Iterator[tuple[Key, Tensor | TensorDictBase]]:
+    if isinstance(part, LazyStackedTensorDict) and (some := _all_keys(part) - _names(part)):
+        raise ValueError(
+            f"only some of the stacked tensordicts have {texts((*prefix, *key) for key in some)}: give all "
+            "of them the same entries"
+        )
+    for name in part.keys():  # noqa: SIM118  (iterating over a tensordict gives its rows)
+        key = (*prefix, name)
+        try:
+            value = part.get(name)
+        except RuntimeError as error:
+            raise ValueError(f"{text(key)} cannot be stacked: {error}") from error
+        if is_non_tensor(value):
+            raise TypeError(
+                f"{text(key)} is not a tensor: the buffer holds numbers. Encode it, or leave it out with "
+                f"tensordict.exclude({text(key)})"
+            )
+        if is_tensorclass(value):
+            raise TypeError(
+                f"{text(key)} is a {type(value).__name__}, samples would have a TensorDict there: extend "
+                "with tensordict.to_tensordict()"
+            )
+        if isinstance(value, TensorDictBase):
+            yield key, value
+            yield from _walk(value, key)
+        elif value.layout != torch.strided or value.is_nested or value.is_quantized:
+            raise TypeError(f"{text(key)} is not a dense tensor of numbers: convert it with to_dense()")
+        else:
+            yield key, value
+
+
+def _names(part: TensorDictBase) -> set[Key]:
+    return {key if isinstance(key, tuple) else (key,) for key in part.keys(include_nested=True)}
+
+
+def _all_keys(part: TensorDictBase) -> set[Key]:
+    """Also those that a lazy stack hides because not all of its parts have them."""
+    if isinstance(part, LazyStackedTensorDict):
+        return set().union(*(_all_keys(each) for each in part.tensordicts))
+    return _names(part)
+
+
+def text(key: Key) -> str:
+    """As one writes it in code."""
+    return repr(key[0] if len(key) == 1 else key)
+
+
+def texts(keys: Iterable[Key]) -> str:
+    return ", ".join(sorted(map(text, keys)))

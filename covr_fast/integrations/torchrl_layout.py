@@ -1,0 +1,375 @@
+"""How the entries of a tensordict lie in a `covr_fast.ReplayBuffer`, and how they come back."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from .torchrl_entries import Key, Shape, text, texts
+
+DONE, TERMINATED, TRUNCATED = (("next", name) for name in ("done", "terminated", "truncated"))
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Which entries have a part to play."""
+
+    obs: tuple[Key, ...]
+    action: Key
+    reward: Key
+    """With its "next"."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What one row of an entry is."""
+
+    key: Key
+    shape: Shape
+    dtype: torch.dtype
+    column: str | None
+    """The buffer's name for it; None for what the buffer keeps under its own names."""
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        return stored_dtype(self.dtype)
+
+    def check(self, tensor: Tensor, key: Key) -> None:
+        if tensor.shape[1:] != self.shape or tensor.dtype != self.dtype:
+            raise ValueError(
+                f"{text(key)} has rows of {tensor.dtype} {tuple(tensor.shape[1:])}, the buffer holds rows of "
+                f"{self.dtype} {self.shape}: cast or reshape it, or extend another buffer with it"
+            )
+
+    def rows(self, tensor: Tensor) -> np.ndarray:
+        """As the buffer takes them; dtypes that numpy lacks go by their bits."""
+        return tensor.contiguous().view(self.stored_dtype).numpy()
+
+    def restored(self, stored: Tensor) -> Tensor:
+        return stored if self.dtype == self.stored_dtype else stored.view(self.dtype)
+
+    def state_dict(self) -> dict[str, Any]:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"key": list(self.key), "shape": list(self.shape), "dtype": dtype, "column": self.column}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "Entry":
+        dtype = getattr(torch, state["dtype"])
+        return cls(tuple(state["key"]), tuple(state["shape"]), dtype, state["column"])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """N transitions as `ReplayBuffer.add` takes them."""
+
+    obs: dict[str, np.ndarray]
+    next_obs: dict[str, np.ndarray]
+    action: np.ndarray
+    reward: np.ndarray
+    terminated: np.ndarray
+    truncated: np.ndarray
+    extras: dict[str, np.ndarray]
+
+    @property
+    def ends(self) -> np.ndarray:
+        return self.terminated | self.truncated
+
+    def at(self, picked: np.ndarray) -> dict[str, Any]:
+        """The arguments of `add` for these rows."""
+        return {
+            "obs": {name: values[picked] for name, values in self.obs.items()},
+            "next_obs": {name: values[picked] for name, values in self.next_obs.items()},
+            "action": self.action[picked],
+            "reward": self.reward[picked],
+            "terminated": self.terminated[picked],
+            "truncated": self.truncated[picked],
+            **{name: values[picked] for name, values in self.extras.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The entries that a buffer's first tensordict had. All later ones must have the same.
+
+    Observations are frames, action and a float32 reward of one value are the buffer's own; every other entry
+    is an extra of the buffer, bit for bit. Ends that the tensordicts do not have follow from those that they
+    have, as in TorchRL.
+    """
+
+    obs: tuple[Entry, ...]
+    action: Entry
+    reward: Entry
+    ends: tuple[Entry, ...]
+    """done, terminated, truncated."""
+    others: tuple[Entry, ...]
+    nested: dict[Key, Shape] = field(default_factory=dict)
+    """Nested tensordicts, and the batch dimensions that they have beyond the rows."""
+    earlier: bool = False
+    """Of a state that an earlier release saved: it left out what it did not know, and so do we then."""
+
+    @classmethod
+    def of(cls, entries: Mapping[Key, Tensor], nested: dict[Key, Shape], keys: Keys, n_step: int) -> "Layout":
+        for key in (*keys.obs, *(("next", *key) for key in keys.obs)):
+            _need(entries, nested, key, "obs_keys")
+        _need(entries, nested, keys.action, "action_key")
+        _need(entries, nested, keys.reward, "reward_key")
+        given = [key for key in (DONE, TERMINATED, TRUNCATED) if key in entries]
+        if DONE not in given and TERMINATED not in given:
+            raise ValueError(
+                f"the tensordict has neither {text(DONE)} nor {text(TERMINATED)}: set one of them"
+            )
+        for key in given:
+            _check_flag(entries[key], key)
+        own = {*keys.obs, *(("next", *key) for key in keys.obs), keys.action, keys.reward, *given}
+        reward = entries[keys.reward]
+        _check_reward(reward, keys.reward, n_step)
+        core = reward.dtype == torch.float32 and math.prod(reward.shape[1:]) == 1
+        ends = []
+        for key in (DONE, TERMINATED, TRUNCATED):
+            flag = entries.get(key)
+            shape = tuple((entries[given[0]] if flag is None else flag).shape[1:])
+            ends.append(Entry(key, shape, torch.bool, None if flag is None else column(key)))
+        return cls(
+            obs=tuple(_entry(entries, key, column(key).removeprefix("/")) for key in keys.obs),
+            action=_entry(entries, keys.action, None),
+            reward=_entry(entries, keys.reward, None if core else column(keys.reward)),
+            ends=tuple(ends),
+            others=tuple(_entry(entries, key, column(key)) for key in entries if key not in own),
+            nested=nested,
+        )
+
+    @property
+    def columns(self) -> tuple[Entry, ...]:
+        """The extras of the buffer. Rows without any values need none."""
+        several = (self.reward, *self.ends, *self.others)
+        return tuple(e for e in several if e.column is not None and 0 not in e.shape)
+
+    def rows(self, entries: Mapping[Key, Tensor], frame_stack: int) -> Rows:
+        """The transitions of a flat tensordict's entries, each [N, *shape].
+
+        Raises:
+            ValueError: entries that the buffer would not give back as they are.
+        """
+        self._check_keys(entries)
+        for entry in (self.action, self.reward, *self.ends, *self.others):
+            if entry.key in entries:
+                entry.check(entries[entry.key], entry.key)
+        for entry in self.obs:
+            for key in (entry.key, ("next", *entry.key)):
+                entry.check(entries[key], key)
+                _refuse_not_finite(key, entries[key])
+            if frame_stack > 1 and len(entry.shape) == 3:
+                _check_slide(entry, entries, frame_stack)
+        for key in (self.action.key, self.reward.key):
+            _refuse_not_finite(key, entries[key])
+        for entry in self.others:
+            _refuse_nan(entry.key, entries[entry.key])
+        n = len(entries[self.action.key])
+        reward = entries[self.reward.key]
+        reward = reward if self.reward.column is None else reward.double().reshape(n, -1).sum(1)
+        reward = reward.float().reshape(n)
+        _refuse(self.reward.key, ~torch.isfinite(reward), "beyond the range of float32")
+        terminated, truncated = _ends(entries)
+        return Rows(
+            obs={str(e.column): e.rows(entries[e.key]) for e in self.obs},
+            next_obs={str(e.column): e.rows(entries["next", *e.key]) for e in self.obs},
+            action=self.action.rows(entries[self.action.key]),
+            reward=reward.numpy(),
+            terminated=terminated,
+            truncated=truncated,
+            extras={str(e.column): e.rows(entries[e.key]) for e in self.columns},
+        )
+
+    def _check_keys(self, entries: Mapping[Key, Tensor]) -> None:
+        obs = [key for e in self.obs for key in (e.key, ("next", *e.key))]
+        stored = [e.key for e in (*self.ends, *self.others) if e.column is not None]
+        needed = {*obs, self.action.key, self.reward.key, *stored}
+        known = needed | {e.key for e in self.ends}
+        if missing := needed - entries.keys():
+            raise ValueError(
+                f"the tensordict lacks {texts(missing)}, which the first one had: every transition needs a "
+                "value. Add them, or build a buffer without them"
+            )
+        unknown = {key for key in entries.keys() - known if not (self.earlier and dropped_earlier(key))}
+        if unknown:
+            raise ValueError(
+                f"the tensordict has {texts(unknown)}, which the first one had not: those before it have no "
+                "value for them. Leave them out (tensordict.exclude), or empty() the buffer first"
+            )
+        if DONE not in entries and TERMINATED not in entries:
+            raise ValueError(
+                f"the tensordict has neither {text(DONE)} nor {text(TERMINATED)}: set one of them"
+            )
+
+    def check_same(self, other: "Layout") -> None:
+        """Whether another layout, of a saved buffer, gives the same entries."""
+        ours, saved = ({e.key: (e.dtype, e.shape) for e in layout._all()} for layout in (self, other))
+        if differing := {key for key in ours.keys() | saved if ours.get(key) != saved.get(key)}:
+            told = "; ".join(
+                f"{text(key)} is {saved.get(key)} there and {ours.get(key)} here" for key in sorted(differing)
+            )
+            raise ValueError(
+                f"the state has other entries than this buffer: {told}. empty() the buffer first"
+            )
+
+    def _all(self) -> tuple[Entry, ...]:
+        return (*self.obs, self.action, self.reward, *self.ends, *self.others)
+
+    def tensordict(self, values: Mapping[Key, Tensor], size: int) -> TensorDict:
+        """The values, with nested tensordicts as they were."""
+        result = TensorDict(batch_size=[size])
+        for key, dims in sorted(self.nested.items(), key=lambda item: len(item[0])):
+            result[key] = TensorDict(batch_size=[size, *dims])
+        for key, value in values.items():
+            result[key] = value
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "obs": [entry.state_dict() for entry in self.obs],
+            "action": self.action.state_dict(),
+            "reward": self.reward.state_dict(),
+            "ends": [entry.state_dict() for entry in self.ends],
+            "others": [entry.state_dict() for entry in self.others],
+            "nested": [[list(key), list(dims)] for key, dims in self.nested.items()],
+            "earlier": self.earlier,
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "Layout":
+        return cls(
+            obs=tuple(map(Entry.from_state, state["obs"])),
+            action=Entry.from_state(state["action"]),
+            reward=Entry.from_state(state["reward"]),
+            ends=tuple(map(Entry.from_state, state["ends"])),
+            others=tuple(map(Entry.from_state, state["others"])),
+            nested={tuple(key): tuple(dims) for key, dims in state["nested"]},
+            earlier=state["earlier"],
+        )
+
+
+def column(key: Key) -> str:
+    """The buffer's name for an entry; with the slash no argument of `ReplayBuffer.add` has it."""
+    return "".join("/" + part.replace("\\", "\\\\").replace("/", "\\/") for part in key)
+
+
+def stored_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype itself, or, where numpy lacks it, an integer of that many bits."""
+    try:
+        torch.empty(0, dtype=dtype).numpy()
+    except TypeError:
+        return _BITS[dtype.itemsize]
+    return dtype
+
+
+def dropped_earlier(key: Key) -> bool:
+    """Whether earlier releases left the entry out without a word."""
+    left_out = {"index", "priority_weight", "steps_to_next_obs", "done", "terminated", "truncated"}
+    return key[0] == "next" or key[-1] in left_out
+
+
+def _entry(entries: Mapping[Key, Tensor], key: Key, name: str | None) -> Entry:
+    return Entry(key, tuple(entries[key].shape[1:]), entries[key].dtype, name)
+
+
+def _need(entries: Mapping[Key, Tensor], nested: Mapping[Key, Shape], key: Key, option: str) -> None:
+    if key in nested:
+        raise ValueError(
+            f"{text(key)} of {option} is a nested tensordict: name an entry of it with a tuple, as in "
+            f"({text(key)}, ...)"
+        )
+    if key not in entries:
+        raise ValueError(f"the tensordict lacks {text(key)} of {option}: it has the entries {texts(entries)}")
+
+
+def _need_an_end(entries: Mapping[Key, Tensor]) -> None:
+    if DONE not in entries and TERMINATED not in entries:
+        raise ValueError(f"the tensordict has neither {text(DONE)} nor {text(TERMINATED)}: set one of them")
+
+
+def _check_flag(tensor: Tensor, key: Key) -> None:
+    if tensor.dtype != torch.bool or math.prod(tensor.shape[1:]) != 1:
+        raise ValueError(
+            f"{text(key)} has rows of {tensor.dtype} {tuple(tensor.shape[1:])}: it must be one bool per row. "
+            "Where agents end separately, say when the environment ends, with any() or all() over them"
+        )
+
+
+def _check_reward(reward: Tensor, key: Key, n_step: int) -> None:
+    if reward.dtype.is_complex:
+        raise ValueError(f"{text(key)} is {reward.dtype}: a reward must be real")
+    if n_step > 1 and not reward.dtype.is_floating_point:
+        raise ValueError(
+            f"{text(key)} is {reward.dtype}, which cannot hold sums over n_step={n_step} discounted steps: "
+            "cast it to torch.float32"
+        )
+
+
+def _check_slide(entry: Entry, entries: Mapping[Key, Tensor], frame_stack: int) -> None:
+    new = entry.shape[0] // frame_stack
+    older, newer = entries["next", *entry.key][:, : entry.shape[0] - new], entries[entry.key][:, new:]
+    bits = _BITS[entry.dtype.itemsize]
+    older, newer = older.view(bits), newer.view(bits)
+    if torch.equal(older, newer):
+        return
+    differ = (older != newer).flatten(1).any(1)
+    _refuse(
+        ("next", *entry.key),
+        differ,
+        f"not {text(entry.key)} moved on by one frame",
+        f"with frame_stack={frame_stack} it must be, oldest frame first; build the buffer with frame_stack=1 "
+        "to store observations as they are",
+    )
+
+
+def _ends(entries: Mapping[Key, Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """(terminated, truncated), bool [N], of which at least one holds wherever any end is given."""
+    done, terminated, truncated = (
+        None if flag is None else flag.reshape(-1)
+        for flag in (entries.get(key) for key in (DONE, TERMINATED, TRUNCATED))
+    )
+    if terminated is None:
+        if truncated is not None:
+            raise ValueError(
+                f"the tensordict has {text(DONE)} and {text(TRUNCATED)}, which do not tell what terminated: "
+                f"set {text(TERMINATED)} too"
+            )
+        assert done is not None
+        terminated = done
+    unexplained = torch.zeros_like(terminated) if done is None else done & ~terminated
+    truncated = unexplained if truncated is None else truncated | unexplained
+    return terminated.numpy(), truncated.numpy()
+
+
+def _refuse_not_finite(key: Key, tensor: Tensor) -> None:
+    if (floats := _floats(tensor)) is not None:
+        _refuse(key, ~torch.isfinite(floats), "NaN or infinite")
+
+
+def _refuse_nan(key: Key, tensor: Tensor) -> None:
+    """Infinite values may have a meaning there, such as logits of actions that are not allowed."""
+    if (floats := _floats(tensor)) is not None:
+        _refuse(key, torch.isnan(floats), "NaN")
+
+
+def _floats(tensor: Tensor) -> Tensor | None:
+    """In a dtype that torch can test; None for integers."""
+    if tensor.dtype.is_floating_point:
+        return tensor.float() if tensor.dtype.itemsize == 1 else tensor
+    return tensor if tensor.dtype.is_complex else None
+
+
+def _refuse(
+    key: Key, wrong: Tensor, what: str, remedy: str = "mend the environment or the transform"
+) -> None:
+    rows = wrong.reshape(len(wrong), -1).any(1) if wrong.numel() else wrong.new_zeros(0)
+    if rows.any():
+        raise ValueError(
+            f"{text(key)} is {what} in rows {rows.nonzero()[:5, 0].tolist()}: nothing was added; {remedy}"
+        )

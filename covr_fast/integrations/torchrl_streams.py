@@ -1,0 +1,106 @@
+"""Which of the buffer's streams the rows of a tensordict belong to."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class Streams:
+    """Gives every trajectory one of `num_envs` streams, so that its steps follow each other in the buffer."""
+
+    def __init__(self, num_envs: int) -> None:
+        self._num_envs = num_envs
+        self._stream_of: dict[int, int] = {}  # trajectories that have not ended
+        self._last_used = np.zeros(num_envs, np.int64)
+        self._clock = 0
+
+    def of(
+        self,
+        shape: Sequence[int],
+        names: Sequence[str | None],
+        trajectories: np.ndarray | None,
+        ends: np.ndarray,
+    ) -> np.ndarray:
+        """The stream of every row, int64 [N], in the order of a flattened tensordict of this shape.
+
+        Args:
+            names: of the dimensions; the one called "time" is time, else the last of several.
+            trajectories: int64 [N], if known.
+            ends: bool [N]: the row ends its trajectory.
+        """
+        if trajectories is not None:
+            if trajectories.shape != ends.shape or trajectories.dtype.kind not in "iu":
+                raise ValueError(
+                    f"('collector', 'traj_ids') are {trajectories.size} values of {trajectories.dtype} for "
+                    f"{len(ends)} rows: there must be one integer per row"
+                )
+            rows = zip(trajectories.tolist(), ends, strict=True)
+            return np.array([self._stream(trajectory, end) for trajectory, end in rows], np.int64)
+        if len(shape) > 1:
+            time = names.index("time") if "time" in names else len(shape) - 1
+            others = (*shape[:time], 1, *shape[time + 1 :])
+            environments = math.prod(others)
+            if environments > self._num_envs:
+                raise ValueError(
+                    f"tensordict is of {environments} environments, num_envs is {self._num_envs}"
+                )
+            return np.broadcast_to(np.arange(environments).reshape(others), shape).reshape(-1)
+        n = len(ends)
+        if n == self._num_envs:
+            return np.arange(n)
+        if self._num_envs > 1 and n:
+            warnings.warn(
+                f"the tensordict [{n}] does not say which of the {self._num_envs} environments its rows are "
+                "of: all go to the first stream, which holds capacity / num_envs transitions. Extend with "
+                "[environments, time] or with ('collector', 'traj_ids'), or build the buffer with num_envs=1",
+                stacklevel=3,
+            )
+        return np.zeros(n, np.int64)
+
+    def _stream(self, trajectory: int, ends: bool) -> int:
+        """That of the trajectory; for a new one, that which waited longest, preferably an idle one."""
+        if trajectory not in self._stream_of:
+            busy = np.zeros(self._num_envs, bool)
+            busy[list(self._stream_of.values())] = True
+            stream = int(np.lexsort((self._last_used, busy))[0])
+            self._stream_of = {t: s for t, s in self._stream_of.items() if s != stream}
+            self._stream_of[trajectory] = stream
+        stream = self._stream_of[trajectory]
+        self._clock += 1
+        self._last_used[stream] = self._clock
+        if ends:
+            del self._stream_of[trajectory]
+        return stream
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "of": dict(self._stream_of),
+            "last_used": torch.from_numpy(self._last_used.copy()),
+            "clock": self._clock,
+        }
+
+    @classmethod
+    def from_state(cls, num_envs: int, state: dict[str, Any]) -> "Streams":
+        """Of `state_dict`, in which earlier releases had `last_used` as an array."""
+        streams = cls(num_envs)
+        streams._stream_of = {int(trajectory): int(stream) for trajectory, stream in state["of"].items()}
+        streams._last_used[:] = np.asarray(state["last_used"])
+        streams._clock = int(state["clock"])
+        return streams
+
+
+def in_steps(streams: np.ndarray) -> list[np.ndarray]:
+    """Rows in groups that hold every stream at most once, each stream's rows in their order."""
+    if not len(streams):
+        return []
+    order = np.argsort(streams, kind="stable")
+    ordered = streams[order]
+    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+    occurrence = np.empty(len(streams), np.int64)
+    occurrence[order] = np.arange(len(streams)) - np.repeat(starts, np.diff(np.r_[starts, len(streams)]))
+    by_step = np.argsort(occurrence, kind="stable")
+    return np.split(by_step, np.flatnonzero(np.diff(occurrence[by_step])) + 1)

@@ -1,0 +1,194 @@
+"""What would not come back as it went in is refused by name, and nothing of it is in the buffer."""
+
+import pytest
+import torch
+
+pytest.importorskip("torchrl")
+from tensordict import NonTensorData, NonTensorStack, TensorDict, tensorclass
+from torchrl_peer import assert_as_torchrl, make, transitions
+
+from covr_fast.integrations.torchrl import FastReplayBuffer
+
+
+def assert_refused(buffer: FastReplayBuffer, data, error, match: str) -> None:
+    """With the error, and with nothing of it in the buffer."""
+    before = {name: tensor.clone() for name, tensor in buffer.buffer.state_dict()["tensors"].items()}
+    with pytest.raises(error, match=match):
+        buffer.extend(data)
+    after = buffer.buffer.state_dict()["tensors"]
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+CHANGED = {
+    "later at the root": (lambda d: d.set("new", torch.ones(24)), r"has 'new', which the first one had not"),
+    "later under next": (lambda d: d["next"].set("new", torch.ones(24)), r"has \('next', 'new'\), which"),
+    "later, nested": (lambda d: d.set(("a", "b"), torch.ones(24)), r"has \('a', 'b'\), which the first"),
+    "missing": (lambda d: d.pop("extra"), r"lacks 'extra', which the first one had"),
+    "missing observation": (lambda d: d["next"].pop("observation"), r"lacks \('next', 'observation'\)"),
+    "missing end": (lambda d: d["next"].pop("truncated"), r"lacks \('next', 'truncated'\)"),
+    "wide observation": (
+        lambda d: d.set("observation", d["observation"].double()),
+        r"'observation' has rows of torch.float64 \(3,\), the buffer holds rows of torch.float32 \(3,\)",
+    ),
+    "wide next observation": (
+        lambda d: d["next"].set("observation", d["next", "observation"].double()),
+        r"\('next', 'observation'\) has rows of torch.float64",
+    ),
+    "wide reward": (
+        lambda d: d["next"].set("reward", d["next", "reward"].double()),
+        r"\('next', 'reward'\) has rows of torch.float64 \(1,\), the buffer holds rows of torch.float32",
+    ),
+    "reward's shape": (
+        lambda d: d["next"].set("reward", d["next", "reward"][:, 0]),
+        r"\('next', 'reward'\) has rows of torch.float32 \(\)",
+    ),
+    "end's dtype": (
+        lambda d: d["next"].set("done", d["next", "done"].to(torch.uint8)),
+        r"\('next', 'done'\) has rows of torch.uint8",
+    ),
+    "action's dtype": (lambda d: d.set("action", d["action"].long()), r"'action' has rows of torch.int64"),
+    "action's shape": (
+        lambda d: d.set("action", torch.randn(24, 1, 2)),
+        r"'action' has rows of torch.float32 \(1, 2\), the buffer holds rows of torch.float32 \(2,\)",
+    ),
+    "extra's dtype": (lambda d: d.set("extra", d["extra"].int()), r"'extra' has rows of torch.int32 \(2,\)"),
+    "extra's shape": (lambda d: d.set("extra", torch.randn(24, 2, 1)), r"'extra' has rows of .* \(2, 1\)"),
+}
+NOT_A_NUMBER = {
+    "reward": ("next", "reward"),
+    "action": "action",
+    "observation": "observation",
+    "last observation": ("next", "observation"),
+    "extra": "extra",
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_other_entries_than_the_first_had_are_refused(change):
+    buffer, data = make(), transitions(extra=torch.randn(24, 2))
+    buffer.extend(data)
+    mend, match = CHANGED[change]
+    changed = data.clone()
+    mend(changed)
+    assert_refused(buffer, changed, ValueError, match)
+
+
+@pytest.mark.parametrize("where", NOT_A_NUMBER)
+def test_nan_is_refused_before_anything_is_added(where):
+    buffer, data = make(), transitions(extra=torch.randn(24, 2))
+    buffer.extend(data)
+    wrong = data.clone()
+    wrong[NOT_A_NUMBER[where]][17] = torch.nan
+    assert_refused(buffer, wrong, ValueError, r"NaN.* in rows \[17\]: nothing was added")
+    empty = make()
+    with pytest.raises(ValueError, match="NaN"):
+        empty.extend(wrong)
+    assert len(empty) == 0
+
+
+def test_infinite_logits_are_data_and_infinite_rewards_are_not():
+    logits = torch.randn(24, 4)
+    logits[::3, 1] = -torch.inf
+    data = transitions(logits=logits)
+    assert_as_torchrl(make(), data)
+    data["next", "reward"][3] = torch.inf
+    with pytest.raises(ValueError, match=r"\('next', 'reward'\) is NaN or infinite in rows \[3\]"):
+        make().extend(data)
+    data["next", "reward"] = torch.full((24, 1), 1e300, dtype=torch.float64)
+    with pytest.raises(ValueError, match="beyond the range of float32"):
+        make().extend(data)
+
+
+def test_wide_pixels_are_refused_where_bytes_were():
+    frames = torch.randint(0, 256, (25, 1, 4, 4), dtype=torch.uint8)
+    data = transitions()
+    data["observation"], data["next", "observation"] = frames[:-1], frames[1:]
+    buffer = make()
+    buffer.extend(data)
+    data["observation"] = frames[:-1].long() + 300
+    assert_refused(buffer, data, ValueError, r"'observation' has rows of torch.int64.*torch.uint8")
+
+
+def test_what_is_no_stack_is_refused_before_anything_is_added():
+    frames = torch.randint(0, 256, (27, 1, 5, 4), dtype=torch.uint8)
+    stacks = torch.cat([frames[:-2], frames[1:-1], frames[2:]], 1)
+    data = transitions()
+    data["observation"], data["next", "observation"] = stacks[:-1], stacks[1:].clone()
+    buffer = make(frame_stack=3)
+    buffer.extend(data)
+    data["next", "observation"][20, 0, 2, 2] += 1
+    assert_refused(
+        buffer, data, ValueError, r"\('next', 'observation'\) is not 'observation' moved on.* in rows \[20\]"
+    )
+
+
+@pytest.mark.parametrize(
+    "text", [NonTensorData("left", batch_size=[24]), NonTensorStack(*("go" for _ in range(24)))]
+)
+def test_entries_that_are_no_tensors_are_refused(text):
+    data = transitions()
+    data["instruction"] = text
+    with pytest.raises(
+        TypeError, match=r"'instruction' is not a tensor.*tensordict.exclude\('instruction'\)"
+    ):
+        make().extend(data)
+    buffer = make()
+    buffer.extend(data.exclude("instruction"))
+    assert len(buffer) == 24
+
+
+def test_tensorclasses_are_refused():
+    @tensorclass
+    class Camera:
+        pose: torch.Tensor
+
+    data = transitions()
+    buffer = make()
+    with pytest.raises(TypeError, match=r"got a Camera: it takes a TensorDict .*to_tensordict\(\)"):
+        buffer.extend(Camera(pose=torch.ones(4), batch_size=[4]))
+    with pytest.raises(TypeError, match="got a dict"):
+        buffer.extend(data.to_dict())
+    data["camera"] = Camera(pose=torch.randn(24, 3), batch_size=[24])
+    with pytest.raises(TypeError, match=r"'camera' is a Camera.*to_tensordict\(\)"):
+        buffer.extend(data)
+    assert_as_torchrl(buffer, data.to_tensordict())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"obs_keys": "observation"}, TypeError, "obs_keys is 'observation': it must be a tuple of keys"),
+        ({"obs_keys": (3,)}, TypeError, "obs_keys has 3"),
+        ({"obs_keys": ()}, ValueError, "at least one key"),
+        ({"obs_keys": ("a", ("a",))}, ValueError, "each once"),
+        ({"obs_keys": (("next", "a"),)}, ValueError, "'next' is implied"),
+        ({"capacity": 0}, ValueError, "capacity is 0"),
+        ({"frame_stack": 0}, ValueError, "frame_stack is 0"),
+        ({"n_step": 0}, ValueError, "n_step is 0"),
+        ({"gamma": 1.5}, ValueError, "gamma is 1.5"),
+        ({"sampler": "best"}, ValueError, "sampler is 'best'"),
+        ({"pixels_dtype": torch.float64}, ValueError, "pixels_dtype is torch.float64"),
+    ],
+)
+def test_arguments_are_refused_at_once(options, error, match):
+    with pytest.raises(error, match=match):
+        make(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (
+            {"obs_keys": ("agent", "pixels")},
+            r"'agent' of obs_keys is a nested tensordict.*\('agent', \.\.\.\)",
+        ),
+        ({"obs_keys": (("agent", "pixel"),)}, r"lacks \('agent', 'pixel'\) of obs_keys: it has .*'pixels'"),
+        ({"action_key": "act"}, "lacks 'act' of action_key"),
+        ({"reward_key": ("agent", "reward")}, r"lacks \('next', 'agent', 'reward'\) of reward_key"),
+    ],
+)
+def test_keys_that_do_not_fit_are_named(options, match):
+    data = transitions()
+    data["agent"] = TensorDict({"pixels": torch.randn(24)}, [24])
+    with pytest.raises(ValueError, match=match):
+        make(**options).extend(data)
