@@ -108,13 +108,14 @@ class FastReplayBuffer:
         probe = ReplayBuffer(
             **self._options, obs_shape=(max(1, frame_stack), 1, 1), action_shape=(), frame_stack=frame_stack
         )
+        self._options["gamma"] = float(probe.gamma)  # of any type of number; states hold Python's
         self._frame_stack, self._num_envs = int(frame_stack), probe.num_envs
         self._settings = {
             "capacity": probe.capacity,
             "num_envs": probe.num_envs,
             "frame_stack": self._frame_stack,
             "n_step": probe.n_step,
-            "gamma": float(probe.gamma),
+            "gamma": self._options["gamma"],
             "sampler": repr(probe.sampler),
             "obs_keys": ", ".join(map(text, self._keys.obs)),
             "action_key": text(self._keys.action),
@@ -138,6 +139,14 @@ class FastReplayBuffer:
     def write_count(self) -> int:
         """Transitions added so far, the overwritten ones included."""
         return 0 if self._buffer is None else int(self._buffer.stream_bounds()[2].sum())
+
+    @property
+    def _storage(self) -> Any:
+        # Collectors with worker processes ask for it; other things that look for it must not find it.
+        raise AttributeError(
+            "a FastReplayBuffer has no storage that worker processes could write into: extend() it with what "
+            "the collector yields"
+        )
 
     def empty(self) -> None:
         """Forgets all transitions, and which entries they had. Ids begin anew."""
@@ -373,7 +382,7 @@ class FastReplayBuffer:
             )
         try:
             layout = None if state["layout"] is None else Layout.from_state(state["layout"])
-            buffer = None if state["buffer"] is None else _restored(state["buffer"])
+            buffer = None if layout is None else _restored(state["buffer"], layout)
             streams = Streams.from_state(self._num_envs, state["streams"])
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"the state is damaged ({type(error).__name__}: {error})") from error
@@ -427,8 +436,17 @@ def _obs_keys(keys: Sequence[NestedKey]) -> tuple[Key, ...]:
     return found
 
 
-def _restored(state: dict[str, Any]) -> ReplayBuffer:
+def _restored(state: dict[str, Any], layout: Layout) -> ReplayBuffer:
     """A buffer of the state of one, wherever its tensors are."""
+    tensors = {name: tensor.cpu() for name, tensor in state["tensors"].items()}
     buffer = ReplayBuffer.__new__(ReplayBuffer)
-    buffer.__setstate__({**state, "tensors": {name: t.cpu() for name, t in state["tensors"].items()}})
+    buffer.__setstate__({**state, "tensors": tensors})
+    config = state["config"]
+    if config["obs_shape"].keys() != {e.column for e in layout.obs} or config["extras"].keys() != {
+        e.column for e in layout.columns
+    }:
+        raise ValueError("its layout is that of another buffer")
+    for name, own in buffer.state_dict()["tensors"].items():
+        if own.shape != tensors[name].shape:
+            raise ValueError(f"{name!r} is {tuple(tensors[name].shape)}, not {tuple(own.shape)}")
     return buffer
