@@ -36,10 +36,11 @@ class FastReplayBuffer:
     is added, with a prioritized sampler "priority_weight", and with n_step > 1 "steps_to_next_obs", which
     TorchRL's losses understand; entries of these names at the root are not stored.
 
-    With n_step > 1, ("next", ...) is that of the last of the n steps, except the reward: that is the sum of
-    the discounted rewards, made in float64 and given in the reward's dtype, or made in float32 if that is its
-    dtype. `buffer`, the covr_fast.ReplayBuffer inside, has rewards in float32, and several per row as their
-    sum.
+    A float observation that is the next one of the step before, but for rounding, comes back as that one (see
+    ReplayBuffer). With n_step > 1, ("next", ...) is that of the last of the n steps, except the reward: that
+    is the sum of the discounted rewards, made in float64 and given in the reward's dtype, or made in float32
+    if that is its dtype. `buffer`, the covr_fast.ReplayBuffer inside, has rewards in float32, and several per
+    row as their sum.
 
     A tensordict may be [environments, time], as collectors give it, or flat; a dimension named "time" is
     time wherever it is. In a flat one, rows belong together that have the same ("collector", "traj_ids");
@@ -175,7 +176,7 @@ class FastReplayBuffer:
         entries, nested = read(tensordict)
         n = math.prod(tensordict.shape)
         if n == 0:
-            return torch.empty(0, dtype=torch.int64)
+            return torch.empty(0, dtype=torch.int64, device="cpu")
         if _MASK in entries and not entries[_MASK].all():
             raise ValueError(
                 f"{text(_MASK)} is False in some rows: they are padding. Extend with "
@@ -246,7 +247,7 @@ class FastReplayBuffer:
         """
         if isinstance(index, slice | str | tuple):
             raise TypeError(f"index is {index!r}: it must be ids, as extend() returns them")
-        ids = torch.as_tensor(index).cpu()
+        ids = torch.as_tensor(index, device="cpu")
         with self._lock:
             found = self._tensordict(self.buffer.get(ids.reshape(-1), dtype=self.pixels_dtype))
         return found.reshape(ids.shape) if ids.ndim else found[0]
@@ -280,9 +281,8 @@ class FastReplayBuffer:
             of_last = buffer.extras(batch.index + (steps[:, 0] - 1) * buffer.num_envs)
             values["steps_to_next_obs",] = steps
         for entry in layout.others:
-            values[entry.key] = torch.empty(
-                size, *entry.shape, dtype=entry.dtype
-            )  # what has no values at all
+            if 0 in entry.shape:
+                values[entry.key] = torch.empty(size, *entry.shape, dtype=entry.dtype, device="cpu")
         for entry in layout.columns:
             of_row = of_last if entry.key[0] == "next" else of_first
             values[entry.key] = entry.restored(of_row[str(entry.column)])
@@ -296,7 +296,7 @@ class FastReplayBuffer:
     def _n_step_reward(self, reward: Entry, index: Tensor, alive: np.ndarray) -> Tensor:
         """The sum of rewards [B, *shape] that the buffer has as an extra, over the steps that are alive."""
         buffer = self.buffer
-        total = torch.zeros(len(index), *reward.shape, dtype=torch.float64)
+        total = torch.zeros(len(index), *reward.shape, dtype=torch.float64, device="cpu")
         for k, held in enumerate(torch.from_numpy(alive).T):
             found = buffer.extras(index[held] + k * buffer.num_envs)[str(reward.column)]
             total[held] += buffer.gamma**k * reward.restored(found).double()
@@ -328,7 +328,7 @@ class FastReplayBuffer:
             ValueError: the sampler is not prioritized.
         """
         with self._lock:
-            self.buffer.update_priorities(torch.as_tensor(index).reshape(-1), priority)
+            self.buffer.update_priorities(torch.as_tensor(index, device="cpu").reshape(-1), priority)
 
     def _priority_of(self, tensordict: TensorDictBase, n: int) -> Tensor | None:
         priority = tensordict.get(self.priority_key, None)

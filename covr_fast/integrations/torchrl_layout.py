@@ -262,7 +262,7 @@ def column(key: Key) -> str:
 def stored_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype itself, or, where numpy lacks it, an integer of that many bits."""
     try:
-        torch.empty(0, dtype=dtype).numpy()
+        torch.empty(0, dtype=dtype, device="cpu").numpy()
     except TypeError:
         return _BITS[dtype.itemsize]
     return dtype
