@@ -447,6 +447,9 @@ def _restored(state: dict[str, Any], layout: Layout) -> ReplayBuffer:
     }:
         raise ValueError("its layout is that of another buffer")
     for name, own in buffer.state_dict()["tensors"].items():
-        if own.shape != tensors[name].shape:
-            raise ValueError(f"{name!r} is {tuple(tensors[name].shape)}, not {tuple(own.shape)}")
+        saved = tensors[name]
+        if (own.shape, own.dtype) != (saved.shape, saved.dtype):
+            raise ValueError(
+                f"{name!r} is {saved.dtype} {tuple(saved.shape)}, not {own.dtype} {tuple(own.shape)}"
+            )
     return buffer

@@ -54,6 +54,7 @@ def assert_rows(buffer, sample, stored: dict[int, TensorDict]):
         assert torch.equal(sample["next", "truncated"][i], row["next", "truncated"])
 
 
+@pytest.mark.filterwarnings("ignore:the tensordict .* does not say which")
 @pytest.mark.parametrize("flat", ["no", "env major", "time major", "with traj ids"])
 def test_what_goes_in_comes_out(flat):
     envs, buffer = make()
@@ -110,6 +111,7 @@ def test_state_and_pickle_free_restore():
     assert torch.equal(buffer.extend(batch), again.extend(batch))
 
 
+@pytest.mark.filterwarnings("ignore:the tensordict .* does not say which")
 def test_inside_a_trainer():
     from torchrl.trainers.trainers import ReplayBufferTrainer
 

@@ -170,6 +170,9 @@ DAMAGES = {
     "a tensor is missing": lambda state: state["buffer"]["tensors"].pop("column./extra"),
     "a tensor is short": lambda state: state["buffer"]["tensors"].update(reward=torch.zeros(7)),
     "a tensor that would spread": lambda state: state["buffer"]["tensors"].update(reward=torch.zeros(1)),
+    "a tensor was cast": lambda state: state["buffer"]["tensors"].update(
+        {"column./extra": state["buffer"]["tensors"]["column./extra"].double()}
+    ),
     "no buffer": lambda state: state.update(buffer=None),
     "another layout": lambda state: state["layout"].update(others=[]),
     "an unknown dtype": lambda state: state["layout"]["action"].update(dtype="float31"),
