@@ -1,10 +1,12 @@
 """`FastReplayBuffer` for TorchRL: `extend(tensordict)`, `sample() -> TensorDict`."""
 
+import copy
 import math
 import os
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,8 @@ class FastReplayBuffer:
             raise ValueError(
                 f"pixels_dtype is {pixels_dtype}: it must be torch.uint8, float32, bfloat16 or float16"
             )
+        if not isinstance(frame_stack, int | np.integer):
+            raise TypeError(f"frame_stack is {frame_stack!r}: it must be an integer")
         self.batch_size = batch_size
         self.priority_key = unravel_key(priority_key)
         self.device = torch.device(device)
@@ -185,10 +189,12 @@ class FastReplayBuffer:
         for key in self._added:
             entries.pop((key,), None)
         with self._lock:
-            layout = self._layout or Layout.of(entries, nested, self._keys, self._options["n_step"])
+            layout = self._layout
+            if layout is None:
+                layout = Layout.of(entries, nested, self._keys, self._options["n_step"])
             rows = layout.rows(entries, self._frame_stack)
             priority = self._priority_of(tensordict, n) if self._prioritized else None
-            buffer = self._buffer or self._build(layout)
+            buffer = self._build(layout) if self._buffer is None else self._buffer
             trajectories = entries.get(_TRAJECTORY)
             streams = self._streams.of(
                 tensordict.shape,
@@ -367,25 +373,24 @@ class FastReplayBuffer:
         """
         if not isinstance(state, dict) or not {"buffer", "streams"} <= state.keys():
             raise ValueError("the state is not one of FastReplayBuffer: state_dict() makes them")
-        if "settings" not in state and state["buffer"] is None:
-            state = {**state, "settings": self._settings, "layout": None}
-        elif "settings" not in state:
-            state = as_present_state(state, self._frame_stack)
-        differing = [
-            f"{name}={state['settings'].get(name)!r}, this one has {value!r}"
-            for name, value in self._settings.items()
-            if state["settings"].get(name) != value
-        ]
+        with _saying_damaged():
+            if "settings" not in state and state["buffer"] is None:
+                state = {**state, "settings": self._settings, "layout": None}
+            elif "settings" not in state:
+                state = as_present_state(state, self._frame_stack)
+            differing = [
+                f"{name}={state['settings'].get(name)!r}, this one has {value!r}"
+                for name, value in self._settings.items()
+                if state["settings"].get(name) != value
+            ]
         if differing:
             raise ValueError(
                 f"the state is of a buffer with {'; '.join(differing)}: build the buffer with those settings"
             )
-        try:
+        with _saying_damaged():
             layout = None if state["layout"] is None else Layout.from_state(state["layout"])
             buffer = None if layout is None else _restored(state["buffer"], layout)
             streams = Streams.from_state(self._num_envs, state["streams"])
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"the state is damaged ({type(error).__name__}: {error})") from error
         with self._lock:
             if self._layout is not None and layout is not None:
                 self._layout.check_same(layout)
@@ -404,8 +409,11 @@ class FastReplayBuffer:
         self.load_state_dict(torch.load(Path(path) / _STATE, map_location="cpu", weights_only=True))
 
     def __getstate__(self) -> dict[str, Any]:
-        with self._lock:
-            return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+        with self._lock:  # what can change is copied before others may change it
+            state = {**self.__dict__, "_streams": copy.deepcopy(self._streams)}
+            state["_buffer"] = None if self._buffer is None else self._buffer.__getstate__()
+            del state["_lock"]
+            return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_layout" not in state:
@@ -415,6 +423,8 @@ class FastReplayBuffer:
             return
         self.__dict__.update(state)
         self._lock = threading.RLock()
+        if self._layout is not None:
+            self._buffer = _restored(state["_buffer"], self._layout)
 
 
 def _key(key: NestedKey, option: str) -> Key:
@@ -434,6 +444,14 @@ def _obs_keys(keys: Sequence[NestedKey]) -> tuple[Key, ...]:
     if under_next := [text(key) for key in found if key[0] == "next"]:
         raise ValueError(f"obs_keys has {', '.join(under_next)}: name the root's entries, 'next' is implied")
     return found
+
+
+@contextmanager
+def _saying_damaged() -> Iterator[None]:
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"the state is damaged ({type(error).__name__}: {error})") from error
 
 
 def _restored(state: dict[str, Any], layout: Layout) -> ReplayBuffer:

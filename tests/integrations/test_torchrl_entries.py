@@ -95,7 +95,9 @@ def test_entries_of_any_dtype_and_shape(dtype, shape):
     assert_as_torchrl(buffer, data[:10], data[10:])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool]
+)
 @pytest.mark.parametrize("width", [(), (4,), (6, 5), (3, 5, 4), (2, 3, 5, 4)])
 def test_observations_of_any_dtype_and_shape(dtype, width):
     assert_as_torchrl(make(), *transitions(width=width, dtype=dtype).split(12))

@@ -164,6 +164,7 @@ def test_tensorclasses_are_refused():
         ({"obs_keys": (("next", "a"),)}, ValueError, "'next' is implied"),
         ({"capacity": 0}, ValueError, "capacity is 0"),
         ({"frame_stack": 0}, ValueError, "frame_stack is 0"),
+        ({"frame_stack": "3"}, TypeError, "frame_stack is '3': it must be an integer"),
         ({"n_step": 0}, ValueError, "n_step is 0"),
         ({"gamma": 1.5}, ValueError, "gamma is 1.5"),
         ({"sampler": "best"}, ValueError, "sampler is 'best'"),

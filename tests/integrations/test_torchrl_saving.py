@@ -256,6 +256,8 @@ def test_states_of_earlier_releases_load_and_go_on():
     assert (again.sample(16) == buffer.sample(16)).all()
     with pytest.raises(ValueError, match="capacity=1000, this one has 10: "):
         make(capacity=10).load_state_dict(state)
+    with pytest.raises(ValueError, match="the state is damaged"):
+        make().load_state_dict({**state, "buffer": {}})
     make(capacity=10).load_state_dict({**state, "buffer": None, "extras": []})
 
 
