@@ -286,6 +286,10 @@ def _need(entries: Mapping[Key, Tensor], nested: Mapping[Key, Shape], key: Key, 
         )
     if key not in entries:
         raise ValueError(f"the tensordict lacks {text(key)} of {option}: it has the entries {texts(entries)}")
+    if 0 in entries[key].shape[1:]:
+        raise ValueError(
+            f"{text(key)} of {option} has rows {tuple(entries[key].shape[1:])}, which hold no value"
+        )
 
 
 def _need_an_end(entries: Mapping[Key, Tensor]) -> None:

@@ -185,11 +185,13 @@ def test_arguments_are_refused_at_once(options, error, match):
         ),
         ({"obs_keys": (("agent", "pixel"),)}, r"lacks \('agent', 'pixel'\) of obs_keys: it has .*'pixels'"),
         ({"action_key": "act"}, "lacks 'act' of action_key"),
+        ({"action_key": "nothing"}, r"'nothing' of action_key has rows \(2, 0\), which hold no value"),
         ({"reward_key": ("agent", "reward")}, r"lacks \('next', 'agent', 'reward'\) of reward_key"),
     ],
 )
 def test_keys_that_do_not_fit_are_named(options, match):
     data = transitions()
     data["agent"] = TensorDict({"pixels": torch.randn(24)}, [24])
+    data["nothing"] = torch.ones(24, 2, 0)
     with pytest.raises(ValueError, match=match):
         make(**options).extend(data)
