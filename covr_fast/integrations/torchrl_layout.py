@@ -119,6 +119,10 @@ class Layout:
             _need(entries, nested, key, "obs_keys")
         _need(entries, nested, keys.action, "action_key")
         _need(entries, nested, keys.reward, "reward_key")
+        if complex_ones := [key for key, tensor in entries.items() if tensor.dtype.is_complex]:
+            raise ValueError(
+                f"{texts(complex_ones)} are complex, the buffer holds real numbers: give torch.view_as_real"
+            )
         given = [key for key in (DONE, TERMINATED, TRUNCATED) if key in entries]
         if DONE not in given and TERMINATED not in given:
             raise ValueError(
@@ -306,8 +310,6 @@ def _check_flag(tensor: Tensor, key: Key) -> None:
 
 
 def _check_reward(reward: Tensor, key: Key, n_step: int) -> None:
-    if reward.dtype.is_complex:
-        raise ValueError(f"{text(key)} is {reward.dtype}: a reward must be real")
     if n_step > 1 and not reward.dtype.is_floating_point:
         raise ValueError(
             f"{text(key)} is {reward.dtype}, which cannot hold sums over n_step={n_step} discounted steps: "
@@ -364,9 +366,9 @@ def _refuse_nan(key: Key, tensor: Tensor) -> None:
 
 def _floats(tensor: Tensor) -> Tensor | None:
     """In a dtype that torch can test; None for integers."""
-    if tensor.dtype.is_floating_point:
-        return tensor.float() if tensor.dtype.itemsize == 1 else tensor
-    return tensor if tensor.dtype.is_complex else None
+    if not tensor.dtype.is_floating_point:
+        return None
+    return tensor.float() if tensor.dtype.itemsize == 1 else tensor
 
 
 def _refuse(

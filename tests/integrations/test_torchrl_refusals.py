@@ -137,6 +137,14 @@ def test_entries_that_are_no_tensors_are_refused(text):
     assert len(buffer) == 24
 
 
+def test_complex_numbers_are_refused():
+    data = transitions(wave=torch.randn(24, 3, dtype=torch.complex64))
+    with pytest.raises(ValueError, match=r"'wave' are complex.*torch.view_as_real"):
+        make().extend(data)
+    data["wave"] = torch.view_as_real(data["wave"])
+    assert_as_torchrl(make(), data)
+
+
 def test_tensorclasses_are_refused():
     @tensorclass
     class Camera:
