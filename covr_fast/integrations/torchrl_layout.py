@@ -124,10 +124,7 @@ class Layout:
                 f"{texts(complex_ones)} are complex, the buffer holds real numbers: give torch.view_as_real"
             )
         given = [key for key in (DONE, TERMINATED, TRUNCATED) if key in entries]
-        if DONE not in given and TERMINATED not in given:
-            raise ValueError(
-                f"the tensordict has neither {text(DONE)} nor {text(TERMINATED)}: set one of them"
-            )
+        _need_an_end(entries)
         for key in given:
             _check_flag(entries[key], key)
         own = {*keys.obs, *(("next", *key) for key in keys.obs), keys.action, keys.reward, *given}
@@ -206,10 +203,7 @@ class Layout:
                 f"the tensordict has {texts(unknown)}, which the first one had not: those before it have no "
                 "value for them. Leave them out (tensordict.exclude), or empty() the buffer first"
             )
-        if DONE not in entries and TERMINATED not in entries:
-            raise ValueError(
-                f"the tensordict has neither {text(DONE)} nor {text(TERMINATED)}: set one of them"
-            )
+        _need_an_end(entries)
 
     def check_same(self, other: "Layout") -> None:
         """Whether another layout, of a saved buffer, gives the same entries."""
