@@ -18,7 +18,6 @@ from torch import Tensor
 from covr_fast.buffer import Batch, ReplayBuffer
 from covr_fast.buffer.samplers import Prioritized, Sampler, as_sampler
 
-from .torchrl_earlier import as_present_state, read_pickle
 from .torchrl_entries import Key, read, text
 from .torchrl_layout import DONE, TERMINATED, TRUNCATED, Entry, Keys, Layout
 from .torchrl_streams import Streams, in_steps
@@ -371,13 +370,9 @@ class FastReplayBuffer:
             ValueError: the state is of a buffer with other settings, or with other entries than this one
                 already has, or is none at all. The buffer is as before then.
         """
-        if not isinstance(state, dict) or not {"buffer", "streams"} <= state.keys():
+        if not isinstance(state, dict) or not {"settings", "buffer", "streams"} <= state.keys():
             raise ValueError("the state is not one of FastReplayBuffer: state_dict() makes them")
         with _saying_damaged():
-            if "settings" not in state and state["buffer"] is None:
-                state = {**state, "settings": self._settings, "layout": None}
-            elif "settings" not in state:
-                state = as_present_state(state, self._frame_stack)
             differing = [
                 f"{name}={state['settings'].get(name)!r}, this one has {value!r}"
                 for name, value in self._settings.items()
@@ -416,11 +411,6 @@ class FastReplayBuffer:
             return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "_layout" not in state:
-            arguments, content = read_pickle(state)
-            FastReplayBuffer.__init__(self, **arguments)
-            self.load_state_dict(content)
-            return
         self.__dict__.update(state)
         self._lock = threading.RLock()
         if self._layout is not None:

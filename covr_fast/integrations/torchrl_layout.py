@@ -110,8 +110,6 @@ class Layout:
     others: tuple[Entry, ...]
     nested: dict[Key, Shape] = field(default_factory=dict)
     """Nested tensordicts, and the batch dimensions that they have beyond the rows."""
-    earlier: bool = False
-    """Of a state that an earlier release saved: it left out what it did not know, and so do we then."""
 
     @classmethod
     def of(cls, entries: Mapping[Key, Tensor], nested: dict[Key, Shape], keys: Keys, n_step: int) -> "Layout":
@@ -197,8 +195,7 @@ class Layout:
                 f"the tensordict lacks {texts(missing)}, which the first one had: every transition needs a "
                 "value. Add them, or build a buffer without them"
             )
-        unknown = {key for key in entries.keys() - known if not (self.earlier and dropped_earlier(key))}
-        if unknown:
+        if unknown := entries.keys() - known:
             raise ValueError(
                 f"the tensordict has {texts(unknown)}, which the first one had not: those before it have no "
                 "value for them. Leave them out (tensordict.exclude), or empty() the buffer first"
@@ -236,7 +233,6 @@ class Layout:
             "ends": [entry.state_dict() for entry in self.ends],
             "others": [entry.state_dict() for entry in self.others],
             "nested": [[list(key), list(dims)] for key, dims in self.nested.items()],
-            "earlier": self.earlier,
         }
 
     @classmethod
@@ -248,7 +244,6 @@ class Layout:
             ends=tuple(map(Entry.from_state, state["ends"])),
             others=tuple(map(Entry.from_state, state["others"])),
             nested={tuple(key): tuple(dims) for key, dims in state["nested"]},
-            earlier=state["earlier"],
         )
 
 
@@ -264,12 +259,6 @@ def stored_dtype(dtype: torch.dtype) -> torch.dtype:
     except TypeError:
         return _BITS[dtype.itemsize]
     return dtype
-
-
-def dropped_earlier(key: Key) -> bool:
-    """Whether earlier releases left the entry out without a word."""
-    left_out = {"index", "priority_weight", "steps_to_next_obs", "done", "terminated", "truncated"}
-    return key[0] == "next" or key[-1] in left_out
 
 
 def _entry(entries: Mapping[Key, Tensor], key: Key, name: str | None) -> Entry:

@@ -85,7 +85,7 @@ class Streams:
 
     @classmethod
     def from_state(cls, num_envs: int, state: dict[str, Any]) -> "Streams":
-        """Of `state_dict`, in which earlier releases had `last_used` as an array."""
+        """The inverse of `state_dict`."""
         streams = cls(num_envs)
         streams._stream_of = {int(trajectory): int(stream) for trajectory, stream in state["of"].items()}
         streams._last_used[:] = np.asarray(state["last_used"])

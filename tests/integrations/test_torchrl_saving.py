@@ -1,4 +1,4 @@
-"""States of the drop-in: what continues as it was, what is refused, and what earlier releases saved."""
+"""States of the drop-in: what continues as it was, and what is refused."""
 
 import copy
 import pickle
@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_map
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl_peer import make, transitions
 
-from covr_fast import ReplayBuffer
 from covr_fast.integrations.torchrl import FastReplayBuffer
 
 NESTED = {
@@ -197,90 +196,3 @@ def test_other_things_than_states_are_refused():
     for state in (peer.state_dict(), None, {"buffer": None}):
         with pytest.raises(ValueError, match=r"not one of FastReplayBuffer: state_dict\(\) makes them"):
             make().load_state_dict(state)
-
-
-def earlier_buffer(data: TensorDict) -> ReplayBuffer:
-    """The content as releases kept it that stored only root entries, and float32 rewards [1]."""
-    inside = ReplayBuffer(
-        1000,
-        num_envs=1,
-        obs_shape={"observation": (3,)},
-        obs_dtype={"observation": torch.float32},
-        frame_stack={"observation": 1},
-        action_shape=(2,),
-        extras={"/extra": ((2,), torch.float32), "/a/b": ((), torch.int64)},
-        on_jump="cut",
-        seed=0,
-    )
-    for row in data:
-        following = row["next"]
-        inside.add(
-            {"observation": row["observation"][None]},
-            row["action"][None],
-            following["reward"],
-            {"observation": following["observation"][None]},
-            following["terminated"],
-            following["truncated"],
-            **{"/extra": row["extra"][None], "/a/b": row["a", "b"][None]},
-        )
-    return inside
-
-
-def earlier_content() -> TensorDict:
-    data = transitions(extra=torch.randn(24, 2))
-    data["a", "b"] = torch.arange(24)
-    data["next", "steps"] = torch.arange(24)
-    data["done"] = torch.zeros(24, 1, dtype=torch.bool)
-    return data
-
-
-def test_states_of_earlier_releases_load_and_go_on():
-    data = earlier_content()
-    state = {
-        "buffer": earlier_buffer(data).__getstate__(),
-        "extras": [("extra",), ("a", "b")],
-        "streams": {"of": {}, "last_used": np.zeros(1, np.int64), "clock": 0},
-    }
-    buffer = make()
-    buffer.load_state_dict(state)
-    more = earlier_content()
-    index = torch.cat([torch.arange(24), buffer.extend(more)])
-    kept = torch.cat([data, more]).exclude("done", ("next", "steps"))
-    found = buffer[index].exclude("index")
-    assert set(found.keys(True, True)) == set(kept.keys(True, True))
-    assert (found == kept).all()
-    with pytest.raises(ValueError, match=r"has 'new', which the first one had not"):
-        buffer.extend(more.set("new", torch.ones(24)))
-    again = make()
-    again.load_state_dict(buffer.state_dict())
-    assert (again.sample(16) == buffer.sample(16)).all()
-    with pytest.raises(ValueError, match="capacity=1000, this one has 10: "):
-        make(capacity=10).load_state_dict(state)
-    with pytest.raises(ValueError, match="the state is damaged"):
-        make().load_state_dict({**state, "buffer": {}})
-    make(capacity=10).load_state_dict({**state, "buffer": None, "extras": []})
-
-
-def test_pickles_of_earlier_releases_open():
-    data = earlier_content()
-    options = {"capacity": 1000, "num_envs": 1, "frame_stack": 1, "n_step": 1, "gamma": 0.99, "seed": 0}
-    buffer = FastReplayBuffer.__new__(FastReplayBuffer)
-    buffer.__setstate__(
-        {
-            "batch_size": 8,
-            "priority_key": "td_error",
-            "device": torch.device("cpu"),
-            "pixels_dtype": torch.uint8,
-            "_obs_keys": ("observation",),
-            "_options": {**options, "sampler": "uniform"},
-            "_num_envs": 1,
-            "_buffer": earlier_buffer(data),
-            "_extras": [("extra",), ("a", "b")],
-            "_stream_of": {},
-            "_last_used": np.zeros(1, np.int64),
-            "_clock": 0,
-        }
-    )
-    sample = buffer.sample()
-    assert sample.shape == (8,)
-    assert torch.equal(sample["extra"], data["extra"][sample["index"]])
