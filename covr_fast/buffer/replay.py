@@ -26,6 +26,7 @@ from .storage import Storage, size_text
 
 _ARGUMENTS_OF_ADD = {"obs", "action", "reward", "next_obs", "terminated", "truncated", "env_ids", "self"}
 _TERMINATED, _END = np.uint8(1), np.uint8(3)  # flags of csrc/replay.h; kEnd without kCut
+_TRUNCATED = np.uint8(2)
 
 Rows = np.ndarray | Tensor | Sequence
 ObservationRows = Rows | Mapping[str, Rows]
@@ -503,6 +504,16 @@ class ReplayBuffer:
             rows = _held_rows(held, index).numpy()
             ended = flags[rows] & _END
             flags[rows] = np.where(end, np.where(ended, ended, _TERMINATED), 0) | flags[rows] & ~_END
+
+    def set_truncated(self, index: Rows, truncated: Rows) -> None:
+        """Corrects afterwards which of these transitions [n] were truncated: True truncates them, also those
+        that terminated; False turns a truncation into a termination. Otherwise as `set_terminated`."""
+        flags, now = self._storage.tensors["flags"].numpy(), np.asarray(truncated, bool)
+        with self._core.writing() as held:
+            rows = _held_rows(held, index).numpy()
+            ended = flags[rows] & _END
+            ended = np.where(now, _TRUNCATED, np.where(ended, _TERMINATED, 0)).astype(np.uint8)
+            flags[rows] = ended | flags[rows] & ~_END
 
     def contains(self, index: Rows) -> Tensor:
         """bool [n]: which of these transitions are still held."""

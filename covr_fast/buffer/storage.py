@@ -110,6 +110,11 @@ class Storage:
         for name in ("count", "first", "ended"):
             self.tensors[name].copy_(torch.from_numpy(t))
 
+    def ring(self, name: str) -> np.ndarray:
+        """The memory of a tensor of rows, as [num_envs, rows_per_stream, ...]."""
+        rows = self.tensors[name].numpy()
+        return rows.reshape(self.num_envs, self.rows_per_stream, *rows.shape[1:])
+
     def restore_recent(self) -> None:
         """After the frames were loaded: copies the latest of every stream back to where the CPU compares."""
         for name, recent in self._recent.items():

@@ -1,7 +1,7 @@
 """`FastReplayBuffer` for Stable-Baselines3: `SAC("CnnPolicy", env, replay_buffer_class=FastReplayBuffer)`."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -16,8 +16,19 @@ from torch import Tensor
 from covr_fast import _C
 from covr_fast.buffer import Batch, ReplayBuffer
 from covr_fast.buffer.batch import Observation
+from covr_fast.buffer.storage import size_text
 
-Infos = Sequence[Mapping[str, Any]] | Mapping[str, Any]
+from ._sb3_agent import n_steps_and_gamma
+from ._sb3_arrays import BufferDict, guarded
+from ._sb3_rows import Infos, Shape, as_flags, as_rows, timeouts
+from ._sb3_stacks import Stack as _Stack  # saved buffers know it by this name
+from ._sb3_stacks import channels_last, finest_stack
+
+_TERMINATED, _TRUNCATED = 1, 2  # flags of csrc/replay.h
+_CHUNK = 256  # transitions looked at together
+
+Observations = dict[str, np.ndarray]
+Rows = tuple[Observations, np.ndarray, np.ndarray, Observations, np.ndarray, np.ndarray]
 
 
 class FastReplayBuffer(SB3ReplayBuffer):
@@ -31,10 +42,14 @@ class FastReplayBuffer(SB3ReplayBuffer):
 
     Args:
         frame_stack: how many frames an image observation stacks. "auto" recognises it from what is added, for
-            channels-first and channels-last images (1 if frames do not slide). A dict gives it per key.
-        n_steps, gamma: as in NStepReplayBuffer; samples carry `discounts` if n_steps > 1.
+            channels-first and channels-last images and for frames along an axis of their own in front (1 if
+            frames do not slide), and warns where it was wrong. A dict gives it per key.
+        n_steps, gamma: as in NStepReplayBuffer; samples carry `discounts` if n_steps > 1. Unless given, they
+            are those of the agent that makes the buffer; without an agent 1 and 0.99. They cannot contradict
+            what the agent was given.
 
-    Batches arrive on `device`; frames are kept in host memory.
+    `rewards`, `actions`, `dones` and `timeouts` can be changed in place, as SB3's arrays; `observations` and
+    `next_observations` cannot, and say so. Batches arrive on `device`; frames are kept in host memory.
     """
 
     def __init__(
@@ -48,25 +63,34 @@ class FastReplayBuffer(SB3ReplayBuffer):
         handle_timeout_termination: bool = True,
         *,
         frame_stack: int | Mapping[str, int] | Literal["auto"] = "auto",
-        n_steps: int = 1,
-        gamma: float = 0.99,
+        n_steps: int | None = None,
+        gamma: float | None = None,
     ) -> None:
         # Not ReplayBuffer's own constructor: it allocates its arrays.
         BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs=n_envs)
         self.buffer_size = max(buffer_size // n_envs, 1)
         self.optimize_memory_usage = optimize_memory_usage
         self.handle_timeout_termination = handle_timeout_termination
-        self.n_steps = n_steps
-        self.gamma = gamma
-        self._shapes: dict[str, tuple[int, ...]] = (
+        self.n_steps, self.gamma = n_steps_and_gamma(self, n_steps, gamma)
+        self._shapes: dict[str, Shape] = (
             dict(self.obs_shape) if isinstance(self.obs_shape, dict) else {"obs": tuple(self.obs_shape)}
         )
         self._single = not isinstance(self.obs_shape, dict)
         self._dtypes = {name: _torch_dtype(self._space(name).dtype) for name in self._shapes}
         self._action_dtype = self._maybe_cast_dtype(action_space.dtype)
-        self._frame_stack = frame_stack
+        self._frame_stack = _checked_frame_stack(frame_stack, None if self._single else set(self._shapes))
+        self._forget()
+
+    def _forget(self) -> None:
         self._stacks: dict[str, _Stack] = {}
+        self._proven = False  # the stacks are
+        self._between = np.zeros((self.buffer_size, self.n_envs), bool)  # rows that are no transitions
         self._buffer: ReplayBuffer | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Also of buffers that were saved before rows between episodes were told apart."""
+        between = np.zeros((state["buffer_size"], state["n_envs"]), bool)
+        self.__dict__.update({"_proven": False, "_between": between, **state})
 
     def _space(self, name: str) -> spaces.Space:
         return self.observation_space if self._single else self.observation_space[name]  # type: ignore[index]
@@ -90,36 +114,151 @@ class FastReplayBuffer(SB3ReplayBuffer):
         infos: Infos,
     ) -> None:
         """One transition per environment. `infos` are SB3's list of dicts, or gymnasium's dict of arrays."""
-        timeouts = np.zeros(self.n_envs, bool)
+        ended = as_flags(done, self.n_envs, "done")
+        cut_off = np.zeros(self.n_envs, bool)
         if self.handle_timeout_termination:
-            timeouts = _timeouts(infos, self.n_envs)
+            cut_off = timeouts(infos, self.n_envs)
         rows = (
-            self._rows(obs),
-            np.asarray(action, self._action_dtype).reshape(self.n_envs, self.action_dim),
-            np.asarray(reward, np.float32).reshape(self.n_envs),
-            self._rows(next_obs),
-            np.asarray(done).astype(bool).reshape(self.n_envs) & ~timeouts,
-            timeouts,
+            self._observation_rows(obs, "obs"),
+            self._action_rows(action),
+            as_rows(reward, self.n_envs, (), np.float32, "reward", (1,)),
+            self._observation_rows(next_obs, "next_obs"),
+            ended & ~cut_off,
+            cut_off,
         )
-        if self._buffer is None:
-            self._stacks = {
-                name: self._recognise(name, rows[0][name], rows[3][name]) for name in self._shapes
-            }
-            self._buffer = self._build()
-        while True:
-            try:
-                self._buffer.add(*rows)
-                break
-            except _C.FrameStackError:
-                coarser = {name: stack.coarser() for name, stack in self._stacks.items()}
-                if self._frame_stack != "auto" or coarser == self._stacks:
-                    raise
-                self._stacks = coarser  # the guess was wrong: these are fewer frames
-                self._rebuild()
+        self._between[self.pos] = self._append(rows)
         self.pos += 1
         if self.pos == self.buffer_size:
             self.full = True
             self.pos = 0
+
+    def _observation_rows(self, obs: np.ndarray | dict[str, np.ndarray], what: str) -> Observations:
+        """In the space's dtype, as SB3 casts where environments do not keep to it."""
+        given: Any = {"obs": obs} if self._single else obs
+        rows = {}
+        for name, shape in self._shapes.items():
+            if name not in given:
+                raise ValueError(f"{what} lacks the key {name!r} of the observation space")
+            label, space = what if self._single else f"{what}[{name!r}]", self._space(name)
+            others = [()] if isinstance(space, spaces.Discrete) else []
+            rows[name] = as_rows(given[name], self.n_envs, shape, space.dtype, label, *others)
+        return rows
+
+    def _action_rows(self, action: np.ndarray) -> np.ndarray:
+        shape, flat = self.action_space.shape or (), (self.action_dim,)
+        rows = as_rows(action, self.n_envs, shape, self._action_dtype, "action", flat)
+        return rows.reshape(self.n_envs, *flat)
+
+    def _append(self, rows: Rows) -> np.ndarray:
+        """bool [n_envs]: which of the rows are no transitions."""
+        if self._buffer is not None:
+            if self.pos != self._buffer.stream_bounds()[2][0] % self.buffer_size:
+                raise ValueError(f"pos was set to {self.pos}: it cannot be moved; reset() forgets everything")
+            return self._add(rows)
+        for name in self._shapes:
+            self._stacks[name] = self._recognise(name, rows)
+        self._buffer = self._build()
+        try:
+            return self._add(rows)
+        except Exception:
+            self._forget()  # a row that is refused says nothing about its frames
+            raise
+
+    def _add(self, rows: Rows) -> np.ndarray:
+        try:
+            self.buffer.add(*rows)
+            return np.zeros(self.n_envs, bool)
+        except _C.FrameStackError as error:
+            between = self._between_episodes(rows)
+            if between is None:
+                self._drop_guess(rows, error)
+                return self._add(rows)
+        obs, action, reward, next_obs, *ends = rows
+        next_obs = {name: stack.moved_on(obs[name], next_obs[name]) for name, stack in self._stacks.items()}
+        # Apart from what was before and comes after, so that no n-step return reaches across.
+        apart = np.flatnonzero(between)
+        self.buffer.cut(apart)
+        self.buffer.add(obs, action, reward, next_obs, *ends)
+        self.buffer.cut(apart)
+        if between.any() and not self._between.any():
+            warnings.warn(_NO_TRANSITION, stacklevel=4)
+        return between
+
+    # ---- frame stacks ----
+
+    def _recognise(self, name: str, rows: Rows) -> _Stack:
+        shape = self._shapes[name]
+        declared = self._frame_stack
+        if isinstance(declared, Mapping):
+            declared = declared.get(name, 1)
+        elif declared != "auto" and not self._single and len(shape) < 3:
+            declared = 1  # an integer means the images
+        if declared != "auto":
+            return _Stack(shape, declared, channels_last(shape))
+        telling = ~rows[4] if not rows[4].all() else rows[4]  # after terminations may come anything
+        stack = finest_stack(shape, rows[0][name][telling], rows[3][name][telling])
+        if len(shape) >= 3 and stack.frames == 1 and rows[4].all():
+            warnings.warn(_NOTHING_TOLD.format(name), stacklevel=4)
+        return stack
+
+    def _between_episodes(self, rows: Rows) -> np.ndarray | None:
+        """bool [n_envs], of rows that do not slide: those that lead from one episode into the next, and are
+        no transitions. At terminations next_obs has no use and may be anything. None: these are no stacks."""
+        obs, next_obs, terminated = rows[0], rows[3], rows[4]
+        proven = self._are_proven(obs, next_obs, terminated)
+        if self._frame_stack == "auto" and not proven:
+            return None
+        between = np.zeros(self.n_envs, bool)
+        for name, stack in self._stacks.items():
+            jumps = ~stack.slides(obs[name], next_obs[name]) & ~terminated
+            if (jumps & ~(stack.begins_episode(next_obs[name]) & proven)).any():
+                return None
+            between |= jumps
+        return between
+
+    def _are_proven(self, obs: Observations, next_obs: Observations, terminated: np.ndarray) -> bool:
+        """Whether these rows, or any that are stored, prove the stacks."""
+        self._proven = self._proven or self._prove(obs, next_obs, terminated)
+        if self._proven:
+            return True
+        ids = self._all_ids()
+        newest_first = np.sort(ids[ids >= 0])[::-1]
+        for start in range(0, len(newest_first), _CHUNK):
+            batch = self.buffer.get(newest_first[start : start + _CHUNK].copy(), dtype=torch.uint8)
+            before, after = (
+                {name: value.numpy() for name, value in self._to_given(part).items()}
+                for part in (batch.obs, batch.next_obs)
+            )
+            if self._prove(before, after, batch.terminated.numpy()):
+                self._proven = True
+                return True
+        return False
+
+    def _prove(self, obs: Observations, next_obs: Observations, terminated: np.ndarray) -> bool:
+        """Whether there is a row whose frames slide and differ: a picture that stands still slides anyhow."""
+        moved = ~terminated
+        for name, stack in self._stacks.items():
+            if stack.frames > 1:
+                moved = moved & stack.slides(obs[name], next_obs[name]) & stack.differs(next_obs[name])
+        return bool(moved.any())
+
+    def _drop_guess(self, rows: Rows, error: ValueError) -> None:
+        """Rebuilds the buffer with the fewer frames that these rows allow, or raises their error."""
+        old, before = self.buffer, self._stacks
+        if self._frame_stack != "auto":
+            raise error
+        for name, stack in before.items():
+            while not stack.slides(rows[0][name], rows[3][name]).all():
+                stack = stack.coarser()
+            self._stacks = {**self._stacks, name: stack}
+        if self._stacks == before:
+            raise error
+        self._rebuild()
+        for name, stack in self._stacks.items():
+            was = before[name].frames
+            if stack.frames < was:
+                sizes = size_text(self.buffer.nbytes), size_text(old.nbytes)
+                warnings.warn(_FEWER_FRAMES.format(name, was, stack.frames, *sizes), stacklevel=5)
 
     def _rebuild(self) -> None:
         old = self.buffer
@@ -153,32 +292,6 @@ class FastReplayBuffer(SB3ReplayBuffer):
         ended = [bool(old.stream_rows(int(env), t, t + 1)["end"][0]) for env in envs]
         self.buffer.cut(envs[ended])
 
-    def _rows(self, obs: np.ndarray | dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        given = {"obs": obs} if self._single else obs
-        return {  # cast to the space's dtype, as SB3 does where environments do not keep to it
-            name: np.asarray(given[name], self._space(name).dtype).reshape(self.n_envs, *shape)
-            for name, shape in self._shapes.items()
-        }
-
-    # ---- frame stacks ----
-
-    def _recognise(self, name: str, obs: np.ndarray, next_obs: np.ndarray) -> "_Stack":
-        """The finest stack whose frames slide from obs to next_obs."""
-        shape = self._shapes[name]
-        image = len(shape) == 3 and self._dtypes[name] == torch.uint8
-        channels_last = image and shape[-1] < shape[0]
-        if isinstance(self._frame_stack, Mapping):
-            return _Stack(shape, self._frame_stack.get(name, 1), channels_last)
-        if self._frame_stack != "auto":
-            return _Stack(shape, self._frame_stack if image or self._single else 1, channels_last)
-        for last in (channels_last, not channels_last) if image else ():  # the shorter side first
-            stack = _Stack(shape, shape[-1 if last else 0], last)
-            while stack.frames > 1:
-                if stack.slides(obs, next_obs):
-                    return stack
-                stack = stack.coarser()
-        return _Stack(shape, 1, channels_last)
-
     def _build(self) -> ReplayBuffer:
         return ReplayBuffer(
             self.buffer_size * self.n_envs,
@@ -197,14 +310,19 @@ class FastReplayBuffer(SB3ReplayBuffer):
     def sample(  # type: ignore[override]
         self, batch_size: int, env: VecNormalize | None = None
     ) -> ReplayBufferSamples | DictReplayBufferSamples:
-        """Uniform over what is stored; the same rows as SB3 draws from the same numpy random state."""
+        """Uniform over what is stored; the same rows as SB3 draws from the same numpy random state.
+
+        Raises:
+            IndexError: none of the rows is a transition.
+        """
         upper = self.buffer_size if self.full else self.pos
         if self._buffer is None and upper > 0:
             return self._zeros().sample(batch_size, env)
-        ids = self._ids(*self._draw(upper, batch_size))
+        ids = self._draw(upper, batch_size)
         while (lost := ids < 0).any():
-            n = int(lost.sum())
-            ids[lost] = self._ids(*self._draw(upper, n))
+            if lost.all() and not self._drawable().any():
+                raise IndexError("nothing to sample: no row is a transition yet; add() some first")
+            ids[lost] = self._draw(upper, int(lost.sum()))
         return self._samples(ids, env)
 
     def _get_samples(  # type: ignore[override]
@@ -215,15 +333,26 @@ class FastReplayBuffer(SB3ReplayBuffer):
             raise IndexError(f"positions {np.asarray(batch_inds)[ids < 0]} hold no transition")
         return self._samples(ids, env)
 
-    def _draw(self, upper: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """(positions, environments) from SB3's source of randomness, numpy's global one, in SB3's order."""
+    def _draw(self, upper: int, n: int) -> np.ndarray:
+        """Ids, -1 for rows that are no transitions, from SB3's source of randomness, numpy's global one, in
+        SB3's order."""
         positions = np.random.randint(0, upper, size=n)  # noqa: NPY002
-        return positions, np.random.randint(0, self.n_envs, size=n)  # noqa: NPY002
+        envs = np.random.randint(0, self.n_envs, size=n)  # noqa: NPY002
+        return np.where(self._between[positions, envs], -1, self._ids(positions, envs))
+
+    def _drawable(self) -> np.ndarray:
+        """bool [buffer_size, n_envs]"""
+        return (self._all_ids() >= 0) & ~self._between
 
     def _ids(self, positions: np.ndarray, envs: np.ndarray) -> np.ndarray:
         """Ids of the transitions at these positions of the environments' rings, -1 where there are none."""
         rows = np.asarray(envs, np.int64) * self.buffer_size + np.asarray(positions, np.int64)
         return self.buffer._core.ids_in_rows(rows)
+
+    def _all_ids(self) -> np.ndarray:
+        """Those of all positions, [buffer_size, n_envs]."""
+        positions, envs = np.divmod(np.arange(self.buffer_size * self.n_envs), self.n_envs)
+        return self._ids(positions, envs).reshape(self.buffer_size, self.n_envs)
 
     def _samples(
         self, ids: np.ndarray, env: VecNormalize | None
@@ -244,8 +373,8 @@ class FastReplayBuffer(SB3ReplayBuffer):
         )
 
     def _batch(self, ids: np.ndarray, n_step: int) -> Batch:
-        channels_last = any(stack.channels_last for stack in self._stacks.values())
-        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        last = any(stack.channels_last for stack in self._stacks.values())
+        memory_format = torch.channels_last if last else torch.contiguous_format
         return self.buffer.get(ids, n_step=n_step, dtype=torch.uint8, memory_format=memory_format)
 
     def _to_given(self, observations: Observation) -> dict[str, Tensor]:
@@ -273,9 +402,7 @@ class FastReplayBuffer(SB3ReplayBuffer):
     def reset(self) -> None:
         """Forgets everything."""
         super().reset()
-        self._buffer = None
-
-    # ---- SB3's arrays, for those who look at them: copies, rebuilt on every access ----
+        self._forget()
 
     def _zeros(self) -> "FastReplayBuffer":
         """One step of zeros: what SB3's arrays hold before anything is added."""
@@ -294,103 +421,150 @@ class FastReplayBuffer(SB3ReplayBuffer):
             for name, shape in self._shapes.items()
         }
         obs, zero = given["obs"] if self._single else given, np.zeros(self.n_envs)
-        blank.add(obs, obs, np.zeros((self.n_envs, self.action_dim)), zero, zero, [{}] * self.n_envs)
+        action = np.zeros((self.n_envs, self.action_dim), self._action_dtype)
+        blank.add(obs, obs, action, zero, zero, [{}] * self.n_envs)
         return blank
 
-    def _column(self, part: Callable[[Batch], Tensor]) -> np.ndarray:
-        """[buffer_size, n_envs, ...], zeros where nothing is stored."""
+    # ---- SB3's arrays [buffer_size, n_envs, ...], for those who look at them or change them ----
+
+    @property
+    def rewards(self) -> np.ndarray:
+        """float32, the buffer's own memory until `reset`, or until a guess of the frame stack is dropped."""
+        return self._memory("reward", (), np.float32)
+
+    @rewards.setter
+    def rewards(self, values: np.ndarray) -> None:
+        self._replace("rewards", values)
+
+    @property
+    def actions(self) -> np.ndarray:
+        """The buffer's own memory, as `rewards`."""
+        return self._memory("column.action", (self.action_dim,), self._action_dtype)
+
+    @actions.setter
+    def actions(self, values: np.ndarray) -> None:
+        self._replace("actions", values)
+
+    @property
+    def dones(self) -> np.ndarray:
+        """float32. Setting elements of this array terminates those transitions, or takes back their end."""
+        return self._ends("dones", _TERMINATED | _TRUNCATED)
+
+    @dones.setter
+    def dones(self, values: np.ndarray) -> None:
+        self._replace("dones", values)
+
+    @property
+    def timeouts(self) -> np.ndarray:
+        """float32. Setting elements of this array truncates those transitions, or makes a truncation a
+        termination."""
+        return self._ends("timeouts", _TRUNCATED)
+
+    @timeouts.setter
+    def timeouts(self, values: np.ndarray) -> None:
+        self._replace("timeouts", values)
+
+    @property  # type: ignore[override]
+    def observations(self) -> np.ndarray | dict[str, np.ndarray]:
+        """A read-only copy, rebuilt from frames on every access."""
+        return self._rebuilt("observations", "obs")
+
+    @observations.setter
+    def observations(self, values: Any) -> None:
+        raise ValueError(_OBSERVATIONS_STAY.format("observations"))
+
+    @property  # type: ignore[override]
+    def next_observations(self) -> np.ndarray | dict[str, np.ndarray]:
+        """A read-only copy, rebuilt from frames on every access."""
+        return self._rebuilt("next_observations", "next_obs")
+
+    @next_observations.setter
+    def next_observations(self, values: Any) -> None:
+        raise ValueError(_OBSERVATIONS_STAY.format("next_observations"))
+
+    def _memory(self, name: str, shape: Shape, dtype: Any) -> np.ndarray:
         if self._buffer is None:
-            row = self._zeros()._column(part)
-            return np.zeros((self.buffer_size, *row.shape[1:]), row.dtype)
-        positions, envs = np.divmod(np.arange(self.buffer_size * self.n_envs), self.n_envs)
-        ids = self._ids(positions, envs)
-        held = part(self._batch(ids[ids >= 0], 1)).numpy()
-        table = np.zeros((len(ids), *held.shape[1:]), held.dtype)
-        table[ids >= 0] = held
-        return table.reshape(self.buffer_size, self.n_envs, *held.shape[1:])
+            return guarded(np.zeros((self.buffer_size, self.n_envs, *shape), dtype), _NOTHING_TO_CHANGE)
+        return self._buffer._storage.ring(name).swapaxes(0, 1)
 
-    def _observation_column(self, which: str) -> np.ndarray | dict[str, np.ndarray]:
-        columns = {
-            name: self._column(lambda batch, name=name: self._to_given(getattr(batch, which))[name])  # type: ignore[misc]
-            for name in self._shapes
-        }
-        return columns["obs"] if self._single else columns
+    def _replace(self, name: str, values: np.ndarray) -> None:
+        own = getattr(self, name)
+        if np.shape(values) != own.shape:
+            raise ValueError(f"{name} has shape {np.shape(values)}: it must be {own.shape}")
+        own[...] = values
 
-    @property
-    def observations(self) -> np.ndarray | dict[str, np.ndarray]:  # type: ignore[override]
-        return self._observation_column("obs")
+    def _ends(self, name: str, bits: int) -> np.ndarray:
+        flags = self._memory("flags", (), np.uint8)
+        ends = (np.asarray(flags) & bits != 0).astype(np.float32)
+        if self._buffer is None:
+            return guarded(ends, _NOTHING_TO_CHANGE)
+        return guarded(ends, _WHOLE_ARRAY.format(name), lambda *change: self._set_ends(name, *change))
 
-    @property
-    def next_observations(self) -> np.ndarray | dict[str, np.ndarray]:  # type: ignore[override]
-        return self._observation_column("next_obs")
-
-    @property
-    def actions(self) -> np.ndarray:  # type: ignore[override]
-        return self._column(lambda batch: batch.action)
-
-    @property
-    def rewards(self) -> np.ndarray:  # type: ignore[override]
-        return self._column(lambda batch: batch.reward)
-
-    @property
-    def dones(self) -> np.ndarray:  # type: ignore[override]
-        """Setting elements of this array terminates those transitions, or takes back their end."""
-        dones = self._column(lambda batch: (batch.terminated | batch.truncated).float()).view(_Dones)
-        dones.owner = self
-        return dones
-
-    def _set_done(self, which: np.ndarray, done: np.ndarray) -> None:
+    def _set_ends(self, name: str, which: np.ndarray, values: np.ndarray) -> None:
         """which: flat indices into [buffer_size, n_envs]."""
+        if not np.isin(values, (0, 1)).all():
+            raise ValueError(f"{name} are 0 or 1, got {values[~np.isin(values, (0, 1))][0]}")
         positions, envs = np.divmod(which, self.n_envs)
         ids = self._ids(positions, envs)
-        self.buffer.set_terminated(ids[ids >= 0], done[ids >= 0])
+        correct = self.buffer.set_terminated if name == "dones" else self.buffer.set_truncated
+        correct(ids[ids >= 0], values[ids >= 0] != 0)
 
-    @property
-    def timeouts(self) -> np.ndarray:  # type: ignore[override]
-        return self._column(lambda batch: batch.truncated.float())
-
-
-class _Dones(np.ndarray):
-    """SB3's array of ends: what is written to it reaches the buffer."""
-
-    owner: FastReplayBuffer | None = None  # of the whole array, not of its slices
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        before = np.array(self)
-        super().__setitem__(key, value)
-        if self.owner is not None:
-            after = np.asarray(self)
-            which = np.flatnonzero(before != after)
-            self.owner._set_done(which, after.reshape(-1)[which] != 0)
-
-
-@dataclass(frozen=True)
-class _Stack:
-    """A guess how an observation is made of frames."""
-
-    shape: tuple[int, ...]
-    frames: int
-    channels_last: bool
-
-    def coarser(self) -> "_Stack":
-        """With the next smaller number of frames that divides the channels; itself if there is none."""
-        stacked = self.shape[-1 if self.channels_last else 0]
-        smaller = [n for n in range(1, self.frames) if stacked % n == 0]
-        return replace(self, frames=smaller[-1]) if smaller else self
-
-    def slides(self, obs: np.ndarray, next_obs: np.ndarray) -> bool:
-        channels = self.shape[-1 if self.channels_last else 0] // self.frames
-        if self.channels_last:
-            return np.array_equal(obs[..., channels:], next_obs[..., :-channels])
-        return np.array_equal(obs[:, channels:], next_obs[:, :-channels])
+    def _rebuilt(self, name: str, part: Literal["obs", "next_obs"]) -> np.ndarray | dict[str, np.ndarray]:
+        """Zeros where nothing is stored."""
+        arrays = {
+            key: np.zeros((self.buffer_size * self.n_envs, *shape), self._space(key).dtype)
+            for key, shape in self._shapes.items()
+        }
+        ids = np.empty(0, np.int64) if self._buffer is None else self._all_ids().reshape(-1)
+        held = np.flatnonzero(ids >= 0)
+        for start in range(0, len(held), _CHUNK):
+            rows = held[start : start + _CHUNK]
+            batch = self._batch(ids[rows], 1)
+            for key, values in self._to_given(getattr(batch, part)).items():
+                arrays[key][rows] = values.numpy()
+        remedy = _OBSERVATIONS_STAY.format(name)
+        tables: Observations = {
+            key: guarded(array.reshape(self.buffer_size, self.n_envs, *array.shape[1:]), remedy)
+            for key, array in arrays.items()
+        }
+        return tables["obs"] if self._single else BufferDict(tables, remedy)
 
 
-def _timeouts(infos: Infos, n_envs: int) -> np.ndarray:
-    """Which environments were truncated, from SB3's list of infos or from gymnasium's dict of arrays."""
-    if isinstance(infos, Mapping):
-        truncated = infos.get("TimeLimit.truncated", np.zeros(n_envs, bool))
-        return np.asarray(truncated).astype(bool).reshape(n_envs)
-    return np.array([bool(info.get("TimeLimit.truncated", False)) for info in infos])
+_FEWER_FRAMES = (
+    "frame_stack of {0!r} was taken for {1} and is now {2}, as a next_obs is not its obs without the oldest "
+    "frame plus a new one: the buffer takes {3} instead of {4}. If observations stack {1} frames, pass "
+    "frame_stack={1} (in replay_buffer_kwargs), and such rows are refused; if {2}, pass that"
+)
+_NOTHING_TOLD = (
+    "frame_stack of {0!r} is taken for 1: all first steps terminated, so their next_obs says nothing about "
+    "frames. If observations are stacks, pass frame_stack= (in replay_buffer_kwargs)"
+)
+_NO_TRANSITION = (
+    "the next_obs of a row is the first observation of another episode, though its own did not terminate. "
+    "That is no transition (gymnasium's next-step autoreset gives one such row per episode): such rows keep "
+    "their positions, but are never drawn. With AutoresetMode.SAME_STEP, and the final observation as "
+    "next_obs, there are none"
+)
+_NOTHING_TO_CHANGE = "the buffer is empty, there is nothing to change: add() transitions first"
+_WHOLE_ARRAY = "this is a part of buffer.{0}: assign to buffer.{0}[position, environment] in one step"
+_OBSERVATIONS_STAY = (
+    "buffer.{} cannot be changed: observations share their frames with their neighbours. add() the changed "
+    "transitions to another buffer, or use Stable-Baselines3's own ReplayBuffer"
+)
+
+
+def _checked_frame_stack(
+    given: int | Mapping[str, int] | Literal["auto"], keys: set[str] | None
+) -> int | Mapping[str, int] | Literal["auto"]:
+    """keys: those of a dict observation."""
+    if isinstance(given, Mapping):
+        if keys is None:
+            raise ValueError(f"frame_stack is {given}: a dict needs dict observations, pass an integer")
+        if unknown := given.keys() - keys:
+            raise ValueError(f"frame_stack names {sorted(unknown)}, the observations have {sorted(keys)}")
+    elif given != "auto" and (not isinstance(given, int | np.integer) or given < 1):
+        raise ValueError(f"frame_stack is {given!r}: it must be 'auto', an integer of at least 1, or a dict")
+    return given
 
 
 def _normalized(observations: dict[str, Tensor], env: VecNormalize) -> dict[str, Tensor]:

@@ -2,96 +2,22 @@
 
 import itertools
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
 
 pytest.importorskip("stable_baselines3")
+from sb3_pixels import assert_same, pair, rollout, vec_env
 from stable_baselines3 import DDPG, DQN, SAC, TD3
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize, VecTransposeImage
+from stable_baselines3.common.vec_env import VecNormalize
 
 from covr_fast.integrations.sb3 import FastReplayBuffer
 
 torch.set_num_threads(1)
-
-
-class Pixels(gym.Env):
-    """Random pictures, in episodes that terminate or are truncated."""
-
-    def __init__(self, shape=(16, 20, 3), discrete=False, length=9, key=None):
-        box = spaces.Box(0, 255, shape, np.uint8)
-        self.key = key
-        self.observation_space = spaces.Dict({key: box, "pose": spaces.Box(-1, 1, (2,))}) if key else box
-        self.action_space = spaces.Discrete(3) if discrete else spaces.Box(-1, 1, (2,))
-        self.length = length
-
-    def _obs(self):
-        box = self.observation_space[self.key] if self.key else self.observation_space
-        picture = self.np_random.integers(0, 256, box.shape, dtype=np.uint8)
-        pose = self.np_random.standard_normal(2).astype(np.float32)
-        return {self.key: picture, "pose": pose} if self.key else picture
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.left = int(self.np_random.integers(1, self.length + 1))
-        return self._obs(), {}
-
-    def step(self, action):
-        self.left -= 1
-        terminated = self.left == 0 and bool(self.np_random.integers(2))
-        return self._obs(), float(self.np_random.random()), terminated, self.left == 0 and not terminated, {}
-
-
-def vec_env(n_envs=2, stack=None, transpose=True, **options):
-    env = DummyVecEnv([lambda: Pixels(**options) for _ in range(n_envs)])
-    env.seed(0)
-    if stack:
-        env = VecFrameStack(env, stack)
-    return VecTransposeImage(env) if transpose else env
-
-
-def rollout(env, buffers, steps):
-    """As SB3's off-policy agents store their transitions."""
-    obs = env.reset()
-    for _ in range(steps):
-        action = np.stack([env.action_space.sample() for _ in range(env.num_envs)])
-        new_obs, reward, done, infos = env.step(action)
-        next_obs = {k: v.copy() for k, v in new_obs.items()} if isinstance(new_obs, dict) else new_obs.copy()
-        for i in np.flatnonzero(done):
-            final = infos[i]["terminal_observation"]
-            if isinstance(next_obs, dict):
-                for key in next_obs:
-                    next_obs[key][i] = final[key]
-            else:
-                next_obs[i] = final
-        for buffer in buffers:
-            buffer.add(obs, next_obs, action, reward, done, infos)
-        obs = new_obs
-
-
-def assert_same(a, b):
-    for name, x, y in zip(a._fields, a, b, strict=True):
-        if isinstance(x, dict):
-            assert x.keys() == y.keys()
-            pairs = [(x[key], y[key]) for key in x]
-        else:
-            pairs = [] if x is None and y is None else [(x, y)]
-        for x, y in pairs:
-            assert x.dtype == y.dtype, name
-            torch.testing.assert_close(
-                x, y, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
-            )
-
-
-def pair(env, size, sb3=SB3ReplayBuffer, **options):
-    """SB3's own buffer and ours for the same spaces."""
-    args = (size, env.observation_space, env.action_space, "cpu", env.num_envs)
-    return sb3(*args, **options), FastReplayBuffer(*args, **options)
 
 
 @pytest.mark.parametrize("stack, transpose", [(None, True), (3, True), (4, False), (None, False)])
@@ -121,6 +47,7 @@ def test_stacks_take_the_memory_of_frames():
     assert len(buffer.buffer) == 40
 
 
+@pytest.mark.filterwarnings("ignore:frame_stack of 'obs' was taken for 12 and is now 4")
 def test_a_still_picture_does_not_decide_the_stack():
     """Everything slides while nothing moves; the guess is mended without losing what was stored."""
     space, action = spaces.Box(0, 255, (12, 16, 16), np.uint8), spaces.Box(-1, 1, (1,))
@@ -137,6 +64,7 @@ def test_a_still_picture_does_not_decide_the_stack():
     assert_same(theirs._get_samples(np.arange(29)), ours._get_samples(np.arange(29)))
 
 
+@pytest.mark.filterwarnings("ignore:frame_stack of 'obs' was taken for 12 and is now 4")
 def test_a_picture_that_stood_still_until_the_ring_was_full():
     """The guess is mended late, and every position still holds the transition that SB3 has there."""
     space, action = spaces.Box(0, 255, (12, 16, 16), np.uint8), spaces.Box(-1, 1, (1,))

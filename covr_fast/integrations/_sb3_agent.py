@@ -1,0 +1,55 @@
+"""What a buffer must know of the agent that samples it."""
+
+import math
+import sys
+from inspect import signature
+
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+
+
+def n_steps_and_gamma(buffer: object, n_steps: int | None, gamma: float | None) -> tuple[int, float]:
+    """Those given, else those of the agent that makes the buffer, else 1 and 0.99.
+
+    Raises:
+        ValueError: a value out of range, or another one than the agent's. What the agent has by default is no
+            contradiction where the buffer's value is what SB3 trains with: n_steps, and the gamma of several
+            steps, whose samples carry their discounts.
+    """
+    if n_steps is not None and (isinstance(n_steps, bool) or int(n_steps) != n_steps or n_steps < 1):
+        raise ValueError(f"n_steps is {n_steps}: it must be an integer of at least 1")
+    if gamma is not None and not 0.0 <= gamma <= 1.0:
+        raise ValueError(f"gamma is {gamma}: it must lie in [0, 1]")
+    agent = _agent_in_setup(buffer)
+    if agent is None:
+        return int(n_steps or 1), 0.99 if gamma is None else float(gamma)
+    kind, theirs = type(agent).__name__, int(getattr(agent, "n_steps", 1))
+    if n_steps is not None and theirs not in (1, n_steps):
+        raise ValueError(_contradiction("n_steps", n_steps, kind, theirs))
+    steps = int(n_steps or theirs)
+    if gamma is None or math.isclose(gamma, agent.gamma, rel_tol=1e-6):
+        return steps, float(agent.gamma)
+    default = signature(type(agent)).parameters.get("gamma")
+    if steps == 1 or default is None or agent.gamma != default.default:
+        raise ValueError(_contradiction("gamma", gamma, kind, agent.gamma))
+    return steps, float(gamma)
+
+
+def _contradiction(name: str, given: float, kind: str, theirs: float) -> str:
+    return f"replay_buffer_kwargs has {name}={given}, {kind} has {name}={theirs}: give it to {kind} alone"
+
+
+def _agent_in_setup(buffer: object) -> OffPolicyAlgorithm | None:
+    """The agent whose `_setup_model` is constructing `buffer`.
+
+    SB3 passes n_steps and gamma to buffer classes of its own only. Whoever constructs a buffer is the caller
+    of its constructors, so that is where to look for the agent.
+    """
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "__init__":  # functions of this module
+        frame = frame.f_back  # type: ignore[assignment]
+    while frame is not None and frame.f_locals.get("self") is buffer:  # the buffer's and its subclasses'
+        frame = frame.f_back  # type: ignore[assignment]
+    if frame is None or frame.f_code.co_name != "_setup_model":
+        return None
+    caller = frame.f_locals.get("self")
+    return caller if isinstance(caller, OffPolicyAlgorithm) else None

@@ -1,0 +1,76 @@
+"""Arrays that look like a buffer's own, where the buffer stores something else."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+Assign = Callable[[np.ndarray, np.ndarray], None]
+
+
+class BufferArray(np.ndarray):
+    """A copy of what a buffer holds, made anew on every access, whose changes are never lost in silence.
+
+    It is read-only to numpy. Item assignment and in-place operators hand what they change to
+    `assign(flat indices, values)`, or, where there is none, raise a ValueError that says what to do instead.
+    A slice of it does not know its place in the buffer and always raises; a copy is the caller's own.
+    """
+
+    assign: Assign | None = None
+    remedy = ""
+    memory: np.ndarray  # the same array, writable
+
+    def __array_finalize__(self, source: Any) -> None:
+        self.remedy = getattr(source, "remedy", "")
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if self.flags.writeable:
+            super().__setitem__(key, value)
+            return
+        if self.assign is None:
+            raise ValueError(self.remedy)
+        before, changed = np.array(self), np.array(self)
+        changed[key] = value
+        which = np.flatnonzero(before != changed)
+        self.assign(which, changed.reshape(-1)[which])
+        self.memory[...] = changed
+
+    def __array_ufunc__(
+        self, ufunc: np.ufunc, method: str, *inputs: Any, out: tuple[Any, ...] = (), **options: Any
+    ) -> Any:
+        given = [np.asarray(value) if isinstance(value, BufferArray) else value for value in inputs]
+        if not out:
+            return getattr(ufunc, method)(*given, **options)
+        targets = tuple(np.array(to) if isinstance(to, BufferArray) else to for to in out)
+        result = getattr(ufunc, method)(*given, out=targets, **options)
+        for to, target in zip(out, targets, strict=True):
+            if isinstance(to, BufferArray):
+                to[...] = target
+        return out[0] if len(out) == 1 else result
+
+
+class BufferDict(dict[str, np.ndarray]):
+    """The arrays of a dict observation; none of them can be replaced."""
+
+    def __init__(self, arrays: dict[str, np.ndarray], remedy: str) -> None:
+        super().__init__(arrays)
+        self.remedy = remedy
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.update()
+
+    def update(self, *args: Any, **values: Any) -> None:
+        raise ValueError(self.remedy)
+
+    def __ior__(self, other: Any) -> Any:  # type: ignore[misc]
+        self.update()
+
+    def __reduce__(self) -> Any:  # a copy is the caller's own
+        return dict, (dict(self),)
+
+
+def guarded(array: np.ndarray, remedy: str, assign: Assign | None = None) -> BufferArray:
+    view = array.view(BufferArray)
+    view.flags.writeable = False
+    view.assign, view.remedy, view.memory = assign, remedy, array
+    return view

@@ -1,0 +1,333 @@
+"""Loops as CleanRL's: what they hand over where episodes end, and guesses of the frame stack."""
+
+import warnings
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.wrappers import FrameStackObservation
+
+pytest.importorskip("stable_baselines3")
+from sb3_pixels import assert_same
+from stable_baselines3.common.buffers import NStepReplayBuffer
+from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
+
+from covr_fast.integrations.sb3 import FastReplayBuffer
+
+
+class Grey(gym.Env):
+    """Random grey pictures; every second episode terminates, the others are truncated."""
+
+    observation_space = spaces.Box(0, 255, (16, 20), np.uint8)
+    action_space = spaces.Discrete(3)
+    episodes = 0
+
+    def _picture(self):
+        return self.np_random.integers(0, 256, (16, 20), dtype=np.uint8)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episodes += 1
+        self.left = int(self.np_random.integers(4, 12))
+        return self._picture(), {}
+
+    def step(self, action):
+        self.left -= 1
+        end, terminates = self.left == 0, self.episodes % 2 == 0
+        return self._picture(), float(self.np_random.random()), end and terminates, end and not terminates, {}
+
+
+def rollout(buffers, steps, mode, padding="reset", finals=True):
+    """CleanRL's loop. Returns (terminated, between), each bool [steps, 2]: rows whose next_obs is never used,
+    and rows that lead from one episode into the next."""
+    env = SyncVectorEnv(
+        [lambda: FrameStackObservation(Grey(), 4, padding_type=padding) for _ in range(2)],
+        autoreset_mode=mode,
+    )
+    obs, _ = env.reset(seed=0)
+    terminated, between = np.zeros((2, steps, 2), bool)
+    ended = np.zeros(2, bool)
+    for i in range(steps):
+        action = env.action_space.sample()
+        next_obs, reward, terminated[i], truncated, infos = env.step(action)
+        between[i] = ended & (mode == AutoresetMode.NEXT_STEP)
+        ended = terminated[i] | truncated
+        real_next_obs = next_obs.copy()
+        if mode == AutoresetMode.SAME_STEP:
+            for e in np.flatnonzero(truncated if finals else []):
+                real_next_obs[e] = infos["final_obs"][e]
+            if not finals:
+                between[i] = truncated
+        for buffer in buffers:
+            buffer.add(obs, real_next_obs, action, reward, terminated[i], infos)
+        obs = next_obs
+    return terminated, between
+
+
+def pair(size=200, kind=SB3ReplayBuffer, **options):
+    args = size, spaces.Box(0, 255, (4, 16, 20), np.uint8), Grey.action_space, "cpu", 2
+    frame_stack = options.pop("frame_stack", "auto")
+    theirs = kind(*args, handle_timeout_termination=False, **options)
+    ours = FastReplayBuffer(*args, handle_timeout_termination=False, frame_stack=frame_stack, **options)
+    return theirs, ours
+
+
+@pytest.mark.parametrize("frame_stack", ["auto", 4])
+def test_the_reset_frame_at_terminations(frame_stack):
+    """CleanRL's scripts replace next_obs by the final observation at truncations only."""
+    buffers = theirs, ours = pair(frame_stack=frame_stack)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        terminated, _ = rollout(buffers, 60, AutoresetMode.SAME_STEP)
+    assert terminated.sum() > 4
+    assert ours._stacks["obs"].frames == 4
+    for name in ("observations", "actions", "rewards", "dones"):
+        np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name), err_msg=name)
+    used, expected = np.array(ours.next_observations)[:60], theirs.next_observations[:60]
+    np.testing.assert_array_equal(used[~terminated], expected[~terminated])
+    # Where it has no use: obs moved on by the newest frame of what was handed over.
+    np.testing.assert_array_equal(used[terminated][:, -1], expected[terminated][:, -1])
+    np.testing.assert_array_equal(used[terminated][:, :-1], ours.observations[:60][terminated][:, 1:])
+
+
+@pytest.mark.parametrize("frame_stack", ["auto", 4])
+@pytest.mark.parametrize("padding", ["reset", "zero"])
+@pytest.mark.parametrize(
+    "mode, finals", [(AutoresetMode.NEXT_STEP, True), (AutoresetMode.SAME_STEP, False)], ids=["next", "same"]
+)
+def test_rows_between_episodes_are_never_drawn(mode, finals, padding, frame_stack):
+    """With next-step autoreset they are rows of their own; without final observations, truncated steps."""
+    buffers = theirs, ours = pair(frame_stack=frame_stack)
+    with pytest.warns(UserWarning, match=r"next-step autoreset.*never drawn.*SAME_STEP") as told:
+        terminated, between = rollout(buffers, 60, mode, padding, finals)
+    assert len(told) == 1
+    assert between.sum() > 4
+    assert ours._stacks["obs"].frames == 4
+    for name in ("observations", "actions", "rewards", "dones"):
+        np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name), err_msg=name)
+    good = ~between & ~terminated
+    np.testing.assert_array_equal(
+        np.array(ours.next_observations)[:60][good], theirs.next_observations[:60][good]
+    )
+    drawn = ours.sample(2000)
+    rewards = theirs.rewards[:60]
+    assert set(drawn.rewards.flatten().tolist()) == set(rewards[~between].tolist())
+
+
+def test_n_step_returns_do_not_reach_across_rows_between_episodes():
+    theirs, ours = pair(kind=NStepReplayBuffer, n_steps=3, gamma=0.5)
+    with pytest.warns(UserWarning, match="next-step autoreset"):
+        terminated, between = rollout((theirs, ours), 60, AutoresetMode.NEXT_STEP)
+    # SB3's buffer is told by the timeouts where it must not go on.
+    last = np.zeros_like(between)
+    last[:-1] = between[1:] & ~terminated[:-1]
+    theirs.timeouts[:60] = theirs.dones[:60] = 0
+    theirs.dones[:60] = terminated | last
+    theirs.timeouts[:60] = last
+    np.random.seed(0)  # noqa: NPY002
+    positions = np.arange(60).repeat(4)
+    for e in range(2):
+        keep = positions[~between[positions, e]]
+        at = np.full(len(keep), e)
+        expected = _at(theirs, keep, at)
+        got = ours._samples(ours._ids(keep, at), None)
+        unused = expected.dones[:, 0] == 1
+        got.next_observations[unused] = expected.next_observations[unused]
+        assert_same(expected, got)
+
+
+def _at(buffer, positions, envs):
+    """SB3's rows at these positions of these environments."""
+    choose, np.random.randint = np.random.randint, lambda *args, **options: envs
+    try:
+        return buffer._get_samples(positions)
+    finally:
+        np.random.randint = choose
+
+
+def test_memory_of_such_loops_is_that_of_frames():
+    for mode in AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP:
+        ours = pair(20_000)[1]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            rollout([ours], 60, mode)
+        assert ours.buffer.nbytes < 1.3 * 20_000 * 16 * 20
+
+
+def test_a_buffer_of_such_rows_alone_says_that_there_is_nothing():
+    ours = pair(2, frame_stack=4)[1]
+    rng = np.random.default_rng(0)
+    stacks = stacks_of(list(rng.integers(0, 256, (5, 1, 16, 20), dtype=np.uint8)), 4)
+    first = np.repeat(rng.integers(0, 256, (1, 1, 16, 20), dtype=np.uint8), 4, axis=1)
+    obs, later, first = (stack.repeat(2, axis=0) for stack in (*stacks, first))
+    rest = np.zeros(2, int), np.zeros(2), np.zeros(2), {}
+    ours.add(obs, later, *rest)
+    with pytest.warns(UserWarning, match="never drawn"):
+        ours.add(later, first, *rest)
+    with pytest.raises(IndexError, match="no row is a transition"):
+        ours.sample(3)
+
+
+def stacks_of(frames, n):
+    return [np.concatenate(frames[i : i + n])[None] for i in range(len(frames) - n + 1)]
+
+
+def one(shape, *, dtype=np.uint8, **options):
+    space = spaces.Box(0, 255, shape, dtype)
+    args = 60, space, spaces.Discrete(3), "cpu", 1
+    return SB3ReplayBuffer(*args), FastReplayBuffer(*args, **options)
+
+
+def feed(buffers, stacks, done=lambda i: False):
+    for i in range(len(stacks) - 1):
+        for buffer in buffers:
+            buffer.add(stacks[i], stacks[i + 1], np.zeros(1, int), np.array([i]), np.array([done(i)]), [{}])
+
+
+def test_a_guess_that_drops_names_it_and_its_cost():
+    """A picture that stood still and is no stack at all."""
+    rng = np.random.default_rng(0)
+    moving = list(rng.integers(0, 256, (20, 1, 3, 16, 16), dtype=np.uint8))
+    still = [np.full((1, 3, 16, 16), 7, np.uint8)] * 5
+    buffers = theirs, ours = one((3, 16, 16))
+    with pytest.warns(UserWarning, match="taken for 3") as told:
+        feed(buffers, still + moving)
+    (message,) = (str(warning.message) for warning in told)
+    assert "frame_stack of 'obs' was taken for 3 and is now 1" in message
+    assert "MiB instead of 0.0 MiB" in message
+    assert (
+        "pass frame_stack=3 (in replay_buffer_kwargs), and such rows are refused; if 1, pass that" in message
+    )
+    assert told[0].filename == __file__
+    assert_same(theirs._get_samples(np.arange(24)), ours._get_samples(np.arange(24)))
+
+
+def test_repeated_frames_prove_no_stack():
+    """A grey picture in three channels looks like the first stack of an episode on every step."""
+    rng = np.random.default_rng(0)
+    moving = [np.repeat(p, 3, axis=1) for p in rng.integers(0, 256, (20, 1, 1, 16, 16), dtype=np.uint8)]
+    still = [np.full((1, 3, 16, 16), 7, np.uint8)] * 5
+    buffers = theirs, ours = one((3, 16, 16))
+    with pytest.warns(UserWarning, match="taken for 3 and is now 1"):
+        feed(buffers, still + moving, lambda i: i == 2)
+    assert_same(theirs._get_samples(np.arange(24)), ours._get_samples(np.arange(24)))
+
+
+@pytest.mark.parametrize("steps", [0, 5])
+@pytest.mark.parametrize("frames", [4, 1], ids=["four frames", "one repeated"])
+def test_a_declared_stack_is_refused_where_it_does_not_slide(steps, frames):
+    """Without steps before it nothing shows that repeated frames begin an episode."""
+    rng = np.random.default_rng(0)
+    stacks = stacks_of(list(rng.integers(0, 256, (9, 1, 16, 16), dtype=np.uint8)), 4)
+    _, ours = one((4, 16, 16), frame_stack=4)
+    feed([ours], stacks[: steps + 1])
+    next_obs = rng.integers(0, 256, (1, frames, 16, 16), dtype=np.uint8).repeat(4 // frames, axis=1)
+    if (steps, frames) == (5, 1):
+        with pytest.warns(UserWarning, match="never drawn"):
+            feed([ours], [stacks[steps], next_obs])
+        return
+    with pytest.raises(ValueError, match="Frame stacks must slide"):
+        feed([ours], [stacks[steps], next_obs])
+    assert (ours.pos, ours.size()) == (steps, steps)
+
+
+def test_the_first_row_that_is_refused_leaves_nothing_behind():
+    rng = np.random.default_rng(0)
+    stacks = stacks_of(list(rng.integers(0, 256, (9, 1, 16, 16), dtype=np.uint8)), 4)
+    theirs, ours = one((4, 16, 16))
+    still = np.zeros((1, 4, 16, 16), np.uint8)
+    with pytest.raises(ValueError, match="reward is NaN"):
+        ours.add(still, stacks[0], np.zeros(1, int), np.array([np.nan]), np.zeros(1), [{}])
+    feed((theirs, ours), stacks)
+    assert ours._stacks["obs"].frames == 4
+    assert_same(theirs._get_samples(np.arange(5)), ours._get_samples(np.arange(5)))
+
+
+def test_a_first_step_that_terminates_decides_nothing():
+    """Other environments tell the stack; their next_obs must slide."""
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (2, 9, 1, 16, 20), dtype=np.uint8)
+    stacks = np.stack([np.concatenate(stacks_of(list(f), 4)) for f in frames], axis=1)
+    ours = pair()[1]
+    next_obs = stacks[1].copy()
+    next_obs[0] = next_obs[0, :1]  # the reset of environment 0
+    ours.add(stacks[0], next_obs, np.zeros(2, int), np.zeros(2), np.array([1, 0]), {})
+    assert ours._stacks["obs"].frames == 4
+
+
+def test_first_steps_that_all_terminate_say_that_the_guess_is_one():
+    _, ours = one((4, 16, 16))
+    obs = np.random.default_rng(0).integers(0, 256, (2, 1, 4, 16, 16), dtype=np.uint8)
+    with pytest.warns(UserWarning, match=r"taken for 1: all first steps terminated.*pass frame_stack="):
+        feed([ours], obs, lambda i: True)
+
+
+def test_channels_last_stacks():
+    rng = np.random.default_rng(0)
+    stacks = [
+        s.transpose(0, 2, 3, 1)
+        for s in stacks_of(list(rng.integers(0, 256, (20, 1, 16, 20), dtype=np.uint8)), 4)
+    ]
+    buffers = theirs, ours = one((16, 20, 4))
+    feed(buffers, stacks[:8])
+    reset = np.repeat(rng.integers(0, 256, (1, 16, 20, 1), dtype=np.uint8), 4, axis=3)
+    feed(buffers, [stacks[8], reset], lambda i: True)
+    feed(buffers, stacks[9:])
+    assert ours._stacks["obs"].frames == 4
+    rows = np.delete(np.arange(15), 7)
+    assert_same(theirs._get_samples(rows), ours._get_samples(rows))
+    np.testing.assert_array_equal(ours.next_observations[7, 0, ..., :-1], stacks[8][0, ..., 1:])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.float32, np.float64])
+@pytest.mark.parametrize(
+    "frame, axis", [((16, 20), 0), ((16, 20), -1), ((16, 20, 3), 0)], ids=["first", "last", "apart"]
+)
+def test_pictures_of_every_type_and_layout(dtype, frame, axis):
+    """Apart: gymnasium stacks colour frames along an axis of their own."""
+    frames = np.random.default_rng(0).integers(0, 256, (20, *frame)).astype(dtype)
+    stacks = [np.moveaxis(frames[i : i + 4], 0, axis)[None] for i in range(17)]
+    buffers = theirs, ours = one(stacks[0].shape[1:], dtype=dtype)
+    feed(buffers, stacks, lambda i: i % 7 == 6)
+    assert ours._stacks["obs"].frames == 4
+    assert_same(theirs._get_samples(np.arange(16)), ours._get_samples(np.arange(16)))
+    np.testing.assert_array_equal(ours.observations, theirs.observations)
+
+
+def test_a_still_picture_of_more_channels_than_a_stack_has_frames():
+    buffers = theirs, ours = one((66, 70, 70))
+    feed(buffers, [np.zeros((1, 66, 70, 70), np.uint8)] * 4)
+    assert ours._stacks["obs"].frames == 33
+    assert_same(theirs._get_samples(np.arange(3)), ours._get_samples(np.arange(3)))
+
+
+@pytest.mark.parametrize("keys", [None, "dict"])
+def test_frame_stacks_that_cannot_be_meant(keys):
+    box, action = spaces.Box(0, 255, (4, 16, 16), np.uint8), spaces.Discrete(3)
+    space = spaces.Dict({"camera": box}) if keys else box
+    unknown = {"camra": 4} if keys else {"obs": 4}
+    for wrong, message in (
+        (unknown, "camra" if keys else "pass an integer"),
+        ("Auto", "'Auto'"),
+        (0, "is 0"),
+    ):
+        with pytest.raises(ValueError, match=rf"frame_stack.*{message}"):
+            FastReplayBuffer(10, space, action, "cpu", 1, frame_stack=wrong)
+
+
+def test_buffers_that_were_saved_before_rows_between_episodes_were_told_apart():
+    ours = pair()[1]
+    rollout([ours], 20, AutoresetMode.SAME_STEP)
+    state = {name: value for name, value in ours.__dict__.items() if name not in ("_between", "_proven")}
+    again = FastReplayBuffer.__new__(FastReplayBuffer)
+    again.__setstate__(state)
+    for seed in range(3):
+        samples = []
+        for buffer in (ours, again):
+            np.random.seed(seed)  # noqa: NPY002
+            samples.append(buffer.sample(50))
+        assert_same(*samples)
+    assert torch.equal(torch.from_numpy(again.rewards), torch.from_numpy(ours.rewards))
