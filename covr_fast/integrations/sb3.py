@@ -113,7 +113,18 @@ class FastReplayBuffer(SB3ReplayBuffer):
         done: np.ndarray,
         infos: Infos,
     ) -> None:
-        """One transition per environment. `infos` are SB3's list of dicts, or gymnasium's dict of arrays."""
+        """One transition per environment.
+
+        Args:
+            next_obs: what followed, at truncations the final observation. At terminations, where it has no
+                use, it may be the reset: obs moved on by its newest frame is then stored.
+            done: terminated, or ended at all if `infos` tell the truncations.
+            infos: SB3's list of dicts, or gymnasium's dict of arrays.
+
+        Raises:
+            ValueError: shapes or values that would be stored as something else; NaN or infinite values;
+                observations that contradict a frame_stack that was given. Nothing was added.
+        """
         ended = as_flags(done, self.n_envs, "done")
         cut_off = np.zeros(self.n_envs, bool)
         if self.handle_timeout_termination:
@@ -173,6 +184,8 @@ class FastReplayBuffer(SB3ReplayBuffer):
             if between is None:
                 self._drop_guess(rows, error)
                 return self._add(rows)
+        if between.any() and not self._between.any():
+            warnings.warn(_NO_TRANSITION, stacklevel=4)
         obs, action, reward, next_obs, *ends = rows
         next_obs = {name: stack.moved_on(obs[name], next_obs[name]) for name, stack in self._stacks.items()}
         # Apart from what was before and comes after, so that no n-step return reaches across.
@@ -180,8 +193,6 @@ class FastReplayBuffer(SB3ReplayBuffer):
         self.buffer.cut(apart)
         self.buffer.add(obs, action, reward, next_obs, *ends)
         self.buffer.cut(apart)
-        if between.any() and not self._between.any():
-            warnings.warn(_NO_TRANSITION, stacklevel=4)
         return between
 
     # ---- frame stacks ----

@@ -148,6 +148,20 @@ def _at(buffer, positions, envs):
         np.random.randint = choose
 
 
+def test_warnings_as_errors_leave_nothing_half_written():
+    ours = pair()[1]
+    rollout([ours], 3, AutoresetMode.NEXT_STEP)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first = np.zeros((2, 4, 16, 20), np.uint8)
+        rest = np.zeros(2, int), np.ones(2), np.zeros(2), {}
+        with pytest.raises(UserWarning, match="never drawn"):
+            ours.add(ours.next_observations[2], first, *rest)
+    assert (ours.pos, len(ours.buffer)) == (3, 6)
+    ours.add(first, first, *rest)
+    assert (ours.pos, len(ours.buffer)) == (4, 8)
+
+
 def test_memory_of_such_loops_is_that_of_frames():
     for mode in AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP:
         ours = pair(20_000)[1]
