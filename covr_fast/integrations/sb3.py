@@ -21,8 +21,7 @@ from covr_fast.buffer.storage import size_text
 from ._sb3_agent import n_steps_and_gamma
 from ._sb3_arrays import BufferDict, guarded
 from ._sb3_rows import Infos, Shape, as_flags, as_rows, timeouts
-from ._sb3_stacks import Stack as _Stack  # saved buffers know it by this name
-from ._sb3_stacks import channels_last, finest_stack
+from ._sb3_stacks import Stack, channels_last, finest_stack
 
 _TERMINATED, _TRUNCATED = 1, 2  # flags of csrc/replay.h
 _CHUNK = 256  # transitions looked at together
@@ -82,15 +81,10 @@ class FastReplayBuffer(SB3ReplayBuffer):
         self._forget()
 
     def _forget(self) -> None:
-        self._stacks: dict[str, _Stack] = {}
+        self._stacks: dict[str, Stack] = {}
         self._proven = False  # the stacks are
         self._between = np.zeros((self.buffer_size, self.n_envs), bool)  # rows that are no transitions
         self._buffer: ReplayBuffer | None = None
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Also of buffers that were saved before rows between episodes were told apart."""
-        between = np.zeros((state["buffer_size"], state["n_envs"]), bool)
-        self.__dict__.update({"_proven": False, "_between": between, **state})
 
     def _space(self, name: str) -> spaces.Space:
         return self.observation_space if self._single else self.observation_space[name]  # type: ignore[index]
@@ -197,7 +191,7 @@ class FastReplayBuffer(SB3ReplayBuffer):
 
     # ---- frame stacks ----
 
-    def _recognise(self, name: str, rows: Rows) -> _Stack:
+    def _recognise(self, name: str, rows: Rows) -> Stack:
         shape = self._shapes[name]
         declared = self._frame_stack
         if isinstance(declared, Mapping):
@@ -205,7 +199,7 @@ class FastReplayBuffer(SB3ReplayBuffer):
         elif declared != "auto" and not self._single and len(shape) < 3:
             declared = 1  # an integer means the images
         if declared != "auto":
-            return _Stack(shape, declared, channels_last(shape))
+            return Stack(shape, declared, channels_last(shape))
         telling = ~rows[4] if not rows[4].all() else rows[4]  # after terminations may come anything
         stack = finest_stack(shape, rows[0][name][telling], rows[3][name][telling])
         if len(shape) >= 3 and stack.frames == 1 and rows[4].all():

@@ -5,7 +5,6 @@ import warnings
 import gymnasium as gym
 import numpy as np
 import pytest
-import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import FrameStackObservation
@@ -330,18 +329,3 @@ def test_frame_stacks_that_cannot_be_meant(keys):
     ):
         with pytest.raises(ValueError, match=rf"frame_stack.*{message}"):
             FastReplayBuffer(10, space, action, "cpu", 1, frame_stack=wrong)
-
-
-def test_buffers_that_were_saved_before_rows_between_episodes_were_told_apart():
-    ours = pair()[1]
-    rollout([ours], 20, AutoresetMode.SAME_STEP)
-    state = {name: value for name, value in ours.__dict__.items() if name not in ("_between", "_proven")}
-    again = FastReplayBuffer.__new__(FastReplayBuffer)
-    again.__setstate__(state)
-    for seed in range(3):
-        samples = []
-        for buffer in (ours, again):
-            np.random.seed(seed)  # noqa: NPY002
-            samples.append(buffer.sample(50))
-        assert_same(*samples)
-    assert torch.equal(torch.from_numpy(again.rewards), torch.from_numpy(ours.rewards))
