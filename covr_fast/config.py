@@ -125,8 +125,12 @@ class TrainConfig:
     """Environment steps between lines of metrics."""
     video: bool = True
     """Record an evaluation episode at the end."""
+    checkpoint_minutes: float = 10.0
+    """Minutes between checkpoints, from which a run goes on that was killed. They hold the replay buffer, and
+    wait longer where writing it would take more than 2 % of the time. 0: only when the run ends or is
+    interrupted."""
     checkpoint_every: int = 0
-    """Environment steps between checkpoints; 0: only when the run ends or is interrupted."""
+    """Environment steps between further checkpoints; 0: none."""
     save_replay: bool = False
     """Keep the replay buffer in the final checkpoint too, so that the run can be continued (--steps)."""
     env: EnvConfig = field(default_factory=EnvConfig)
@@ -136,6 +140,8 @@ class TrainConfig:
     tuner: TunerConfig = field(default_factory=TunerConfig)
     covr: COVRConfig = field(default_factory=COVRConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    begun_as: str = ""
+    """Name of the preset that the settings began as, for the record."""
 
     @staticmethod
     def preset(name: str) -> TrainConfig:
@@ -146,13 +152,15 @@ class TrainConfig:
         """
         if name not in PRESETS:
             raise unknown("preset", name, PRESETS)
-        return PRESETS[name].build()
+        config = PRESETS[name].build()
+        config.begun_as = name
+        return config
 
     def check(self) -> None:
         """Raises a UserError for settings that do not fit together."""
         least = {
             "steps": 1, "seed": 0, "warmup": 1, "steps_per_update": 1, "log_every": 1, "checkpoint_every": 0,
-            "threads": 0,
+            "checkpoint_minutes": 0, "threads": 0,
             "replay.batch_size": 1, "replay.n_step": 1, "replay.pad": 0, "vlm.every": 1, "vlm.decimals": 1,
             "covr.cold_start": 0, "covr.min_samples": 2, "eval.episodes": 1, "eval.every": 0,
         }  # fmt: skip
@@ -162,6 +170,8 @@ class TrainConfig:
                 value = getattr(value, part)
             if value < low:
                 raise UserError(f"{name}={value} must be at least {low}")
+        if self.vlm.decimals > 4:
+            raise UserError(f"vlm.decimals={self.vlm.decimals} must be at most 4")
         if self.vlm.temperature < 0:
             raise UserError(f"vlm.temperature={self.vlm.temperature} must not be negative")
         if (self.covr.publish_after or 0) < 0:
@@ -203,10 +213,11 @@ class TrainConfig:
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> TrainConfig:
-        """The inverse of to_dict, as read back from config.json.
+        """The inverse of to_dict, as read back from config.json. What is missing has its default: a later
+        version may have more settings than the one that wrote it.
 
         Raises:
-            UserError: a section is missing, or a setting is unknown; the message suggests near names.
+            UserError: a setting is unknown; the message suggests near names.
         """
         nested = {
             "env": EnvConfig, "agent": SACConfig, "replay": ReplayConfig, "vlm": VLMConfig,
@@ -215,10 +226,10 @@ class TrainConfig:
         known = {part.name for part in fields(TrainConfig)}
         known |= {f"{name}.{part.name}" for name, cls in nested.items() for part in fields(cls)}
         try:
-            for key in [*data, *(f"{name}.{key}" for name in nested for key in data[name])]:
+            for key in [*data, *(f"{name}.{key}" for name in nested for key in data.get(name, {}))]:
                 if key not in known:
                     raise UserError(f"{unknown('setting', key, known)} (rename it there, or remove it)")
-            parts = {name: cls(**data[name]) for name, cls in nested.items()}
+            parts = {name: cls(**data.get(name, {})) for name, cls in nested.items()}
             config = TrainConfig(**{**data, **parts})
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"config.json does not fit this version of covr_fast: {error}") from error

@@ -380,11 +380,13 @@ def test_no_seed_is_too_large_for_the_simulator(tmp_path):
 
 
 def test_resuming_nothing_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="no checkpoint in"):
+    with pytest.raises(UserError, match="holds no run to resume"):
         Trainer(small_config(), tmp_path, resume=True)
 
 
-def test_a_finished_run_without_its_replay_cannot_be_resumed(finished):
+def test_a_finished_run_says_so_and_needs_its_replay_to_train_on(finished):
     _, _, out, _ = finished
-    with pytest.raises(UserError, match="holds no replay buffer"):
+    with pytest.raises(UserError, match="is finished: its 160 steps are done"):
         Trainer(small_config(), out, resume=True)
+    with pytest.raises(UserError, match=r"cannot train on: .* holds no replay buffer"):
+        Trainer(small_config(steps=200), out, resume=True)
