@@ -595,7 +595,7 @@ class Trainer:
             raise UserError(f"{_reason(error)}: {what}{stays if self._has_checkpoint() else ''}") from error
 
     def _has_checkpoint(self) -> bool:
-        return (self.out / "checkpoint").is_dir()
+        return any((self.out / name).is_dir() for name in ("checkpoint", "checkpoint.old"))
 
     def _save(self, *, with_replay: bool) -> None:
         """Writes a checkpoint in the place of the former one.

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 
 import pytest
 import torch
@@ -131,6 +131,33 @@ def test_learning_rates_and_other_changes_take_effect(copied):
     assert 0 < moved < 1e-5
     assert load_config(copied) == config
     assert [r["step"] for r in trainer.rounds] == [90]
+
+
+def test_what_may_change_reaches_the_part_that_it_is_for(copied):
+    config = resumed_config(
+        threads=2, env__batch_size=4, agent__target_entropy=-7.0, replay__batch_size=8, vlm__background=True,
+        covr__horizon=3, covr__psi_0=9, covr__schedule="recurrence",
+    )  # fmt: skip
+    config.tuner = replace(config.tuner, epochs=5, learning_rate=1e-5)
+    trainer = Trainer(config, copied, resume=True)
+    assert torch.get_num_threads() == 2
+    assert [len(ids) for ids in trainer.envs.batches()] == [4]
+    assert trainer.agent.target_entropy == -7
+    assert len(trainer.sample().reward) == 8
+    assert trainer._labeller is not None
+    assert trainer.finished.horizon == 3
+    assert (trainer.schedule.next_round, trainer.schedule.rule) == (9, "recurrence")
+    assert trainer.tuner.config == config.tuner
+    assert trainer.run()["steps"] == 120
+
+
+def test_a_trainer_keeps_its_threads_whatever_was_built_since(copied, tmp_path):
+    trainer = Trainer(resumed_config(threads=1), copied, resume=True)
+    Trainer(small_config(threads=2), tmp_path / "another")
+    log, threads = trainer._log, []
+    trainer._log = lambda: (threads.append(torch.get_num_threads()), log())
+    trainer.run()
+    assert set(threads) == {1}
 
 
 def test_a_vlm_that_was_tuned_is_not_measured_as_if_untuned(copied):
