@@ -201,10 +201,13 @@ def load_config(run: Path) -> TrainConfig:
     path = run / "config.json"
     if not path.is_file():
         raise UserError(f"{run} holds no config.json: is it the folder of a run?")
+    settings = read_json(path, "put back a copy of it")
     try:
-        return TrainConfig.from_dict(read_json(path, "put back a copy of it"))
+        config = TrainConfig.from_dict(settings)
+        config.check_types()
     except UserError as error:
-        raise UserError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from error
+        raise UserError(f"{path}: {error}") from error
+    return config
 
 
 def load_actor(run: Path) -> tuple[Policy, TrainConfig]:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+import os
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+
+import numpy as np
 
 from .agents.sac import SACConfig
 from .envs import EnvConfig
@@ -157,7 +162,8 @@ class TrainConfig:
         return config
 
     def check(self) -> None:
-        """Raises a UserError for settings that do not fit together."""
+        """Raises a UserError for settings of a wrong type, or that do not fit together."""
+        self.check_types()
         least = {
             "steps": 1, "seed": 0, "warmup": 1, "steps_per_update": 1, "log_every": 1, "checkpoint_every": 0,
             "checkpoint_minutes": 0, "threads": 0,
@@ -207,9 +213,13 @@ class TrainConfig:
                 f"replay.pad={self.replay.pad} crops away all of a {self.env.height}x{self.env.width} frame"
             )
 
+    def check_types(self) -> None:
+        """Raises a UserError for the first setting whose value is not of its field's type."""
+        _check_types(self)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for config.json."""
-        return asdict(self)
+        return _plain(asdict(self))
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> TrainConfig:
@@ -239,6 +249,43 @@ class TrainConfig:
             tuple(config.agent.strides),
         )
         return config
+
+
+def _check_types(config: Any, section: str = "") -> None:
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if is_dataclass(hint) and isinstance(value, cast(type, hint)):
+            _check_types(value, f"{name}.")
+        elif not _fits(value, hint):
+            expected = " or ".join(repr(a) for a in get_args(hint)) if get_origin(hint) is Literal else hint
+            expected = getattr(expected, "__name__", str(expected))
+            raise UserError(f"{section}{name}={value!r} must be {expected}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a field's type; numpy's numbers are numbers, and paths are text."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in inner
+    if origin in (Union, UnionType):
+        return any(_fits(value, each) for each in inner)
+    if origin is tuple:
+        return isinstance(value, (tuple, list)) and all(_fits(each, inner[0]) for each in value)
+    kinds: dict[Any, tuple[type, ...]] = {
+        int: (Integral,), float: (Real,), str: (str, os.PathLike), bool: (bool, np.bool_),
+    }  # fmt: skip
+    if hint in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, kinds.get(hint, (hint,))) if isinstance(hint, type) else True
+
+
+def _plain(value: Any) -> Any:
+    """Numpy's scalars and paths as what JSON has for them."""
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, np.generic):
+        return value.item()
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ class Trainer:
                 that is going on.
         """
         config.check()
-        self.config = config
+        self.config = config = TrainConfig.from_dict(config.to_dict())  # the caller may change theirs
         self.folder = out if isinstance(out, RunFolder) else RunFolder(out)
         self.out = self.folder.path
         self._resumed = resume

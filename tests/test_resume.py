@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import fields, is_dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 from test_trainer import interrupt_at, small_config
@@ -225,6 +226,35 @@ def test_settings_of_an_older_version_have_their_defaults(copied):
     assert config.checkpoint_minutes > 0
     assert config.eval == TrainConfig().eval
     assert Trainer(config, copied, resume=True).step == 56
+
+
+def test_numpy_numbers_and_paths_are_settings_like_others(copied, tmp_path):
+    config = small_config(
+        steps=np.int64(48), covr__psi_0=1000, replay__gamma=np.float32(0.5), checkpoint_every=np.int32(40),
+        vlm__model=copied / "checkpoint" / "vlm",
+    )  # fmt: skip
+    Trainer(config, tmp_path / "run").run()
+    read = load_config(tmp_path / "run")
+    assert read.steps == 48
+    assert read.replay.gamma == 0.5
+    with pytest.raises(UserError, match="is finished"):
+        Trainer(config, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"steps": "many"}, "config.json: steps='many' must be int"),
+        ({"env": 3}, "config.json"),
+        ({"env": {"height": None}}, "config.json: env.height=None must be int"),
+        ({"tuner": {"mode": "half"}}, "config.json: .*mode must be 'lora' or 'full'"),
+    ],
+)
+def test_settings_that_cannot_be_are_told_with_their_file(settings, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=message) as caught:
+        load_config(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 # ---- a run that is killed ------------------------------------------------------------------------------

@@ -210,6 +210,12 @@ def test_held_priors_cover_the_steps_between_and_end_with_the_episode(tmp_path):
         ({"env__grayscale": False}, "vlm.motion shows three grey frames"),
         ({"vlm__model": "/nowhere/at/all"}, "/nowhere/at/all"),
         ({"env__id": "CarRacer-v3"}, "did you mean CarRacing-v3"),
+        ({"steps": "100"}, "steps='100' must be int"),
+        ({"save_replay": 1}, "save_replay=1 must be bool"),
+        ({"replay__gamma": True}, "replay.gamma=True must be float"),
+        ({"vlm__between": "hodl"}, "vlm.between='hodl' must be 'mask' or 'hold'"),
+        ({"agent__channels": (8, "8")}, r"agent.channels=\(8, '8'\) must be tuple"),
+        ({"covr__horizon": 3.5}, "covr.horizon=3.5 must be int"),
     ],
 )
 def test_bad_settings_are_one_line_errors(changes, message, tmp_path):
