@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import io
 import os
-import pickle
 import shutil
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -173,16 +173,19 @@ _REMEDY = "put back a copy of the checkpoint, or begin a new run"
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What `torch.save` wrote.
+    """What `torch.save` wrote, a ZIP archive with a checksum of each part, which torch does not look at.
 
     Raises:
         UserError: it is missing or damaged.
     """
     try:
+        with zipfile.ZipFile(path) as archive:
+            if (part := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"{part} does not match its checksum")
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): {_REMEDY}") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # of whatever type, by what the damaged bytes happen to say
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is damaged ({reason}): {_REMEDY}") from error
 

@@ -41,9 +41,18 @@ def main() -> None:
             print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
-        # The reader has gone (`| head`): nothing more to say, and nothing to flush into at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_output()
         sys.exit(0)
+    except OSError as error:
+        _forget_output()
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _forget_output() -> None:
+    """After the reader has gone (`| head`), or the disk is full: leaves nothing to flush at exit."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(arguments: list[str]) -> int:

@@ -128,9 +128,9 @@ class RunLogger:
             self._drop_lines_after(metrics, start)
         self._path = metrics
         self._file = metrics.open("a")
+        self._events = SummaryWriter(str(folder), purge_step=start + 1)
         self._threads_told = threading.excepthook
         threading.excepthook = self._tell_thread
-        self._events = SummaryWriter(str(folder), purge_step=start + 1)
         self._total = total
         self._last_line = 0.0
         # Step and seconds of the first progress: loading and evaluation before it say nothing of the pace.

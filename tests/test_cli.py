@@ -154,6 +154,13 @@ def test_a_run_outlives_its_display(ending, tmp_path):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 64
 
 
+def test_output_that_cannot_be_written_is_one_line():
+    command = f"{sys.executable} -m covr_fast.cli --help > /dev/full"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stderr == "error: [Errno 28] No space left on device\n"
+    assert done.returncode == 2
+
+
 def test_nothing_is_overwritten(run_folder, monkeypatch, capsys):
     out, _ = run_folder
     before = (out / "summary.json").read_bytes()

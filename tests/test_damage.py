@@ -98,6 +98,15 @@ def test_missing_parts_of_a_checkpoint(name, run, monkeypatch, capsys):
     assert str(path) in capsys.readouterr().err
 
 
+def test_a_changed_byte_is_found(run):
+    path = run / "checkpoint" / "agent.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"agent.pt is damaged .*does not match its checksum"):
+        load_actor(run)
+
+
 def test_another_file_in_the_place_of_one(run):
     shutil.copy(run / "checkpoint" / "counters.pt", run / "checkpoint" / "agent.pt")
     with pytest.raises(UserError, match=r"agent.pt does not fit the settings in config.json"):
