@@ -584,7 +584,8 @@ class Trainer:
             UserError: it could not be written; the message tells what was saved.
         """
         try:
-            self._save(with_replay=with_replay)
+            with _interrupt_afterwards():
+                self._save(with_replay=with_replay)
         except OSError as error:
             what = f"of step {self.step}, only the agent was saved, as {self.out / RESCUED}"
             try:
@@ -609,7 +610,7 @@ class Trainer:
         started = time.perf_counter()
         buffer = self.buffer if with_replay else None
         try:
-            with self.clock("checkpoint"), _interrupt_afterwards():
+            with self.clock("checkpoint"):
                 save_checkpoint(self.out, self.agent, self.prior, self._counters(), buffer)
         finally:
             self._saved_at = time.perf_counter()
@@ -737,7 +738,7 @@ def _deferred_interrupt() -> Iterator[list[int]]:
 
 @contextmanager
 def _interrupt_afterwards() -> Iterator[None]:
-    """An interrupt is honoured when the block ends; a second Ctrl-C at once."""
+    """An interrupt is honoured when the block ends, unless by an error; a second Ctrl-C at once."""
     with _deferred_interrupt() as received:
         yield
     if received:
