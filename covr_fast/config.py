@@ -283,6 +283,8 @@ def _plain(value: Any) -> Any:
     """Numpy's scalars and paths as what JSON has for them."""
     if isinstance(value, dict):
         return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_plain(each) for each in value)
     if isinstance(value, np.generic):
         return value.item()
     return os.fspath(value) if isinstance(value, os.PathLike) else value

@@ -66,6 +66,7 @@ class RunFolder:
                 "with --out"
             ) from error
         except OSError as error:
+            self._remove_if_empty()
             raise UserError(
                 f"{self.path} cannot be written ({error.strerror}): choose another folder with --out"
             ) from error
@@ -102,7 +103,7 @@ class RunFolder:
     def _remove_if_empty(self) -> None:
         if not self._made or {path.name for path in self.path.iterdir()} - {".lock"}:
             return
-        (self.path / ".lock").unlink()
+        (self.path / ".lock").unlink(missing_ok=True)
         with suppress(OSError):  # others have put something into one of them
             for path in self._made:
                 path.rmdir()

@@ -230,7 +230,8 @@ def test_settings_of_an_older_version_have_their_defaults(copied):
 
 def test_numpy_numbers_and_paths_are_settings_like_others(copied, tmp_path):
     config = small_config(
-        steps=np.int64(48), covr__psi_0=1000, replay__gamma=np.float32(0.5), checkpoint_every=np.int32(40),
+        steps=np.int64(48), covr__psi_0=1000, agent__channels=tuple(np.array([8, 8])),
+        replay__gamma=np.float32(0.5), checkpoint_every=np.int32(40),
         vlm__model=copied / "checkpoint" / "vlm",
     )  # fmt: skip
     Trainer(config, tmp_path / "run").run()
@@ -276,6 +277,16 @@ def test_checkpoints_are_written_without_being_asked_for(tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         trainer.run()
     assert 40 < Trainer(config, tmp_path, resume=True).step <= 80
+
+
+def test_checkpoints_change_nothing_in_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("covr_fast.trainer.CHECKPOINT_SHARE", 1.0)
+    ends = []
+    for minutes in (0.0, 1e-6):
+        trainer = Trainer(small_config(steps=100, checkpoint_minutes=minutes), tmp_path / str(minutes))
+        trainer.run()
+        ends.append([*trainer.agent.actor.parameters(), *trainer.prior.backbone.base.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
 def test_checkpoints_take_a_small_share_of_the_time(tmp_path, monkeypatch):
