@@ -147,14 +147,14 @@ def _train(arguments: list[str]) -> int:
 
 def _check_preset(name: str, config: "TrainConfig", run: str) -> None:
     """Raises a UserError unless the run began as this preset, or at least in its environment."""
-    from .config import PRESETS
+    from .config import TrainConfig
 
     begun = config.begun_as
     if begun and begun != name:
         raise UserError(
             f"the run was begun as {begun}, not {name}: covr-fast train {begun} --resume {run} continues it"
         )
-    if config.env.id != (env := PRESETS[name].config.env.id):
+    if config.env.id != (env := TrainConfig.preset(name).env.id):
         raise UserError(f"the run was begun with env.id={config.env.id}, and preset {name} is of {env}")
 
 
