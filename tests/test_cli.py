@@ -1,7 +1,9 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -124,7 +126,8 @@ def test_two_runs_started_together_get_a_folder_each_or_one_is_refused(chosen, t
     command = [sys.executable, "-m", "covr_fast.cli", "train", "carracing", *fields]
     command += ["--out", "mine"] if chosen else []
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    started = [subprocess.Popen(command, cwd=tmp_path, **pipes) for _ in range(2)]
+    here = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}  # whatever is installed
+    started = [subprocess.Popen(command, cwd=tmp_path, env=here, **pipes) for _ in range(2)]
     errors = sorted(process.communicate()[1] for process in started)
     codes = sorted(process.returncode for process in started)
     if chosen:
