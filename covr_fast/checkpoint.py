@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import errno
+import io
 import os
 import shutil
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +20,7 @@ from .config import TrainConfig
 from .envs import action_labels
 from .errors import UserError
 from .evaluate import Policy, actor_policy
+from .files import flush_tree, read_json, writing
 from .view import agent_obs_shape
 from .vlm import ActionPrior
 
@@ -34,6 +37,7 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     new.mkdir(parents=True)
     try:
         yield new
+        flush_tree(new)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
@@ -53,19 +57,85 @@ def newest_folder(target: Path) -> Path:
     for folder in (target, target.with_name(target.name + ".old")):
         if folder.is_dir():
             return folder
-    raise UserError(f"no checkpoint in {target.parent}: is it the folder of a run?")
+    raise UserError(
+        f"no checkpoint in {target.parent}: is it the folder of a run? If so, it ended before any was saved"
+    )
 
 
 def save_checkpoint(
     run: Path, agent: SAC, prior: ActionPrior, counters: dict[str, Any], buffer: ReplayBuffer | None
 ) -> None:
-    """Writes RUN/checkpoint: agent.pt, counters.pt, vlm/ (for ActionPrior.from_pretrained), replay."""
+    """Writes RUN/checkpoint: agent.pt, counters.pt, vlm/ (for ActionPrior.from_pretrained), replay.
+
+    Raises:
+        OSError: it could not be written; the former checkpoint is still there.
+    """
     with replaced_folder(run / "checkpoint") as new:
-        torch.save(agent.state_dict(), new / "agent.pt")
-        torch.save(counters, new / "counters.pt")
-        prior.save_pretrained(new / "vlm")
+        _write(agent.state_dict(), new / "agent.pt")
+        _write(counters, new / "counters.pt")
+        with _as_os_error(new / "vlm"):
+            prior.save_pretrained(new / "vlm")
         if buffer is not None:
             buffer.save(new / "replay")
+    (run / RESCUED).unlink(missing_ok=True)
+
+
+RESCUED = "agent.pt"
+"""The agent alone, in the run folder: saved where there was no room for a checkpoint, and newer than that."""
+_RESERVE = ".reserve"
+
+
+@contextmanager
+def reserved_room(run: Path, agent: SAC) -> Iterator[None]:
+    """Keeps room on the disk for `rescue_agent` until the block ends.
+
+    Raises:
+        OSError: there is none.
+    """
+    path = run / _RESERVE
+    weights = sum(p.numel() * p.element_size() for m in agent.modules().values() for p in m.parameters())
+    try:
+        with writing(path), path.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, 3 * weights + (1 << 20))  # with two moments of Adam each
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def rescue_agent(run: Path, agent: SAC) -> Path:
+    """Writes the agent alone, in the room reserved for it, and returns its path.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    path = run / RESCUED
+    beside = path.with_name(path.name + ".tmp")
+    (run / _RESERVE).unlink(missing_ok=True)
+    try:
+        _write(agent.state_dict(), beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
+
+
+def _write(content: dict[str, Any], path: Path) -> None:
+    # Through memory: torch's own writer does not say why a write failed.
+    serialized = io.BytesIO()
+    torch.save(content, serialized)
+    with writing(path), path.open("wb") as file:
+        file.write(serialized.getbuffer())
+
+
+@contextmanager
+def _as_os_error(path: Path) -> Iterator[None]:
+    """safetensors has an error of its own for what the system refuses."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error), str(path)) from error
 
 
 class Checkpoint:
@@ -74,27 +144,57 @@ class Checkpoint:
     def __init__(self, folder: Path):
         self.folder = folder
         self.vlm = folder / "vlm"
-        self.counters: dict[str, Any] = torch.load(folder / "counters.pt", weights_only=True)
+        self.counters = _read(folder / "counters.pt")
+        self.written = (folder / "counters.pt").stat().st_mtime_ns
 
     def agent_state(self) -> dict[str, Any]:
         """For SAC.load_state_dict."""
-        return torch.load(self.folder / "agent.pt", map_location="cpu", weights_only=True)
+        return _read(self.folder / "agent.pt")
+
+    def holds_replay(self) -> bool:
+        return (self.folder / "replay").is_file()
 
     def buffer(self, device: str) -> ReplayBuffer:
-        path = self.folder / "replay"
-        if not path.is_file():
-            raise UserError(
-                f"{self.folder} holds no replay buffer, so the run cannot be continued: it ended without "
-                "--save-replay"
-            )
-        return ReplayBuffer.load(path, device=device)
+        with self.opening(self.folder / "replay"):
+            return ReplayBuffer.load(self.folder / "replay", device=device)
+
+    @contextmanager
+    def opening(self, part: Path) -> Iterator[None]:
+        """Errors of the block are UserErrors that name this part of the checkpoint, and the remedy."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise UserError(f"{part} cannot be opened ({' '.join(str(error).split())}): {_REMEDY}") from error
+
+
+_REMEDY = "put back a copy of the checkpoint, or begin a new run"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What `torch.save` wrote, a ZIP archive with a checksum of each part, which torch does not look at.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if (part := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"{part} does not match its checksum")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): {_REMEDY}") from error
+    except Exception as error:  # of whatever type, by what the damaged bytes happen to say
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is damaged ({reason}): {_REMEDY}") from error
 
 
 def load_checkpoint(run: Path) -> Checkpoint:
     """RUN/checkpoint.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it is damaged.
     """
     return Checkpoint(newest_folder(run / "checkpoint"))
 
@@ -104,15 +204,34 @@ def load_config(run: Path) -> TrainConfig:
     path = run / "config.json"
     if not path.is_file():
         raise UserError(f"{run} holds no config.json: is it the folder of a run?")
+    settings = read_json(path, "put back a copy of it")
     try:
-        return TrainConfig.from_dict(json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
+        config = TrainConfig.from_dict(settings)
+        config.check_types()
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return config
 
 
 def load_actor(run: Path) -> tuple[Policy, TrainConfig]:
     """The trained actor of a run, deployed as in training's evaluations, and the run's configuration."""
     config = load_config(run)
+    config.check()
     agent = SAC(agent_obs_shape(config), (len(action_labels(config.env)),), config.agent, seed=config.seed)
-    agent.load_state_dict(load_checkpoint(run).agent_state())
+    rescued = run / RESCUED
+    path = rescued if rescued.is_file() else newest_folder(run / "checkpoint") / "agent.pt"
+    restore_agent(agent, _read(path), path)
     return actor_policy(agent, config), config
+
+
+def restore_agent(agent: SAC, state: dict[str, Any], path: Path) -> None:
+    """Loads what `path` held.
+
+    Raises:
+        UserError: it is of an agent of another form.
+    """
+    try:
+        agent.load_state_dict(state)
+    except (RuntimeError, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} does not fit the settings in config.json ({reason}): {_REMEDY}") from error

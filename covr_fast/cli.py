@@ -1,6 +1,7 @@
 """The command line: covr-fast train | evaluate | report | bench | doctor."""
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -28,17 +29,30 @@ covr-fast train --help lists the presets; covr-fast train PRESET --help every fi
 def main() -> None:
     """Entry point. User mistakes end with one line and exit code 2, an interrupt with 130."""
     try:
-        sys.exit(run(sys.argv[1:]))
+        code = run(sys.argv[1:])
+        if sys.stdout:
+            sys.stdout.flush()  # here, where a reader that has gone is still noticed
+        sys.exit(code)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        with contextlib.suppress(OSError):  # a terminal that has gone
+            print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
-        # The reader has gone (`| head`): nothing more to say, and nothing to flush into at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_output()
         sys.exit(0)
+    except OSError as error:
+        _forget_output()
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _forget_output() -> None:
+    """After the reader has gone (`| head`), or the disk is full: leaves nothing to flush at exit."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(arguments: list[str]) -> int:
@@ -87,6 +101,8 @@ def _train(arguments: list[str]) -> int:
 
     resumed = _value_of("--resume", rest)
     default = load_config(Path(resumed)) if resumed else suited
+    if resumed:
+        _check_preset(name, default, resumed)
     with as_user_error():
         parsed = tyro.cli(
             Arguments,
@@ -96,28 +112,61 @@ def _train(arguments: list[str]) -> int:
             args=rest,
         )
     config = parsed.config
+    if config.begun_as != default.begun_as:
+        raise UserError(
+            f"--begun-as is for the record: covr-fast train {config.begun_as} takes another preset"
+        )
     if parsed.resume and parsed.out:
         raise UserError("--resume continues in its own folder: leave out --out")
-    out = parsed.resume or _new_run_folder(parsed.out, f"{name}-seed{config.seed}")
+    config.check()
 
-    from rich.console import Console
     from transformers.utils.logging import disable_progress_bar
 
+    from .logger import display
     from .report import print_summary
+    from .run_folder import RunFolder
     from .trainer import Trainer
 
     # The run has a progress display of its own; transformers' bars would break into it.
     disable_progress_bar()
-    trainer = Trainer(config, out, resume=parsed.resume is not None)
-    # How schedulers end a job: the run is saved as on Ctrl-C.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    print(f"{PRESETS[name].summary}; seed {config.seed}, on {trainer.device}, into {out}", flush=True)
-    if not resumed and (changed := _differences(TrainConfig.preset(name), suited)):
-        print(f"for this VLM the preset sets {', '.join(changed)}", flush=True)
-    summary = trainer.run()
-    print_summary(summary, Console(highlight=False))
-    print(f"{out} holds {', '.join(sorted(path.name for path in out.iterdir()))}")
+    _interrupt_when_ended()
+    console = display()
+    asked = parsed.resume or parsed.out
+    folder = RunFolder(asked) if asked else RunFolder.numbered(Path("runs") / f"{name}-seed{config.seed}")
+    with folder.claimed(resume=parsed.resume is not None):
+        trainer = Trainer(config, folder, resume=parsed.resume is not None)
+        begun = f", from step {trainer.step}" if parsed.resume else ""
+        console.print(
+            f"{PRESETS[name].summary}; seed {config.seed}, on {trainer.device}, into {folder.path}{begun}"
+        )
+        if not resumed and (changed := _differences(TrainConfig.preset(name), suited)):
+            console.print(f"for this VLM the preset sets {', '.join(changed)}")
+        summary = trainer.run()
+    print_summary(summary, console)
+    names = sorted(path.name for path in folder.path.iterdir() if not path.name.startswith("."))
+    console.print(f"{folder.path} holds {', '.join(names)}")
     return 0
+
+
+def _check_preset(name: str, config: "TrainConfig", run: str) -> None:
+    """Raises a UserError unless the run began as this preset, or at least in its environment."""
+    from .config import TrainConfig
+
+    begun = config.begun_as
+    if begun and begun != name:
+        raise UserError(
+            f"the run was begun as {begun}, not {name}: covr-fast train {begun} --resume {run} continues it"
+        )
+    if config.env.id != (env := TrainConfig.preset(name).env.id):
+        raise UserError(f"the run was begun with env.id={config.env.id}, and preset {name} is of {env}")
+
+
+def _interrupt_when_ended() -> None:
+    """A scheduler's SIGTERM and a dropped terminal's SIGHUP save the run as Ctrl-C does, unless they are
+    ignored (nohup)."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
 
 
 def _differences(before: "TrainConfig", after: "TrainConfig") -> list[str]:
@@ -142,17 +191,6 @@ def _value_of(flag: str, arguments: list[str]) -> str | None:
     return None
 
 
-def _new_run_folder(asked: Path | None, name: str) -> Path:
-    """The folder to write, which must not hold a run already: nothing is overwritten."""
-    if asked is not None:
-        if (asked / "config.json").exists():
-            raise UserError(f"--out {asked} already holds a run: choose another folder")
-        return asked
-    base = Path("runs") / name
-    candidates = [base, *(base.with_name(f"{name}-{i}") for i in range(2, 10_000))]
-    return next(path for path in candidates if not path.exists())
-
-
 def _evaluate(arguments: list[str]) -> int:
     import tyro
 
@@ -173,6 +211,8 @@ def _evaluate(arguments: list[str]) -> int:
 
     if parsed.episodes < 1:
         raise UserError(f"--episodes {parsed.episodes} must be at least 1")
+    if parsed.seed < 0:
+        raise UserError(f"--seed {parsed.seed} must be at least 0")
     policy, config = load_actor(parsed.run)
     result = evaluate(policy, config.env, parsed.episodes, seed=parsed.seed)
     print("returns: " + " ".join(f"{value:.0f}" for value in result.returns))
@@ -196,17 +236,22 @@ def _report(arguments: list[str]) -> int:
     )
     from rich.console import Console
 
-    from .report import plot_curves, print_comparison, print_summary, read_summary
+    from .files import read_records
+    from .report import plot_curves, print_comparison, print_summary, read_summary, run_labels
 
     if not parsed.runs:
         raise UserError("report needs at least one run folder: covr-fast report runs/carracing-seed0")
     console = Console(highlight=False)
     summaries = [read_summary(run) for run in parsed.runs]
-    for run, summary in zip(parsed.runs, summaries, strict=True):
-        print_summary(summary, console)
-        print(f"drawn: {plot_curves(run)}")
+    labels = run_labels(parsed.runs)
+    for run, label, summary in zip(parsed.runs, labels, summaries, strict=True):
+        print_summary(summary, console, label if len(parsed.runs) > 1 else None)
+        with as_user_error():
+            print(f"drawn: {plot_curves(run)}")
+        if read_records(run / "metrics.jsonl")[1]:
+            print(f"{run / 'metrics.jsonl'}: its last line is torn and was left out")
     if len(summaries) > 1:
-        print_comparison(summaries, console)
+        print_comparison(labels, summaries, console)
     return 0
 
 

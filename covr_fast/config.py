@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+import os
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+
+import numpy as np
 
 from .agents.sac import SACConfig
 from .envs import EnvConfig
@@ -131,8 +136,12 @@ class TrainConfig:
     """Environment steps between lines of metrics."""
     video: bool = True
     """Record an evaluation episode at the end."""
+    checkpoint_minutes: float = 10.0
+    """Minutes between checkpoints, from which a run goes on that was killed. They hold the replay buffer, and
+    wait longer where writing it would take more than 2 % of the time. 0: only when the run ends or is
+    interrupted."""
     checkpoint_every: int = 0
-    """Environment steps between checkpoints; 0: only when the run ends or is interrupted."""
+    """Environment steps between further checkpoints; 0: none."""
     save_replay: bool = False
     """Keep the replay buffer in the final checkpoint too, so that the run can be continued (--steps)."""
     env: EnvConfig = field(default_factory=EnvConfig)
@@ -142,6 +151,8 @@ class TrainConfig:
     tuner: TunerConfig = field(default_factory=TunerConfig)
     covr: COVRConfig = field(default_factory=COVRConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    begun_as: str = ""
+    """Name of the preset that the settings began as, for the record."""
 
     @staticmethod
     def preset(name: str, model: str | None = None) -> TrainConfig:
@@ -161,13 +172,16 @@ class TrainConfig:
 
         if name not in PRESETS:
             raise unknown("preset", name, PRESETS)
-        return PRESETS[name].build(model)
+        config = PRESETS[name].build(model)
+        config.begun_as = name
+        return config
 
     def check(self) -> None:
-        """Raises a UserError for settings that do not fit together."""
+        """Raises a UserError for settings of a wrong type, or that do not fit together."""
+        self.check_types()
         least = {
             "steps": 1, "seed": 0, "warmup": 1, "steps_per_update": 1, "log_every": 1, "checkpoint_every": 0,
-            "threads": 0,
+            "checkpoint_minutes": 0, "threads": 0,
             "replay.batch_size": 1, "replay.n_step": 1, "replay.pad": 0, "vlm.every": 1, "vlm.decimals": 1,
             "covr.cold_start": 0, "covr.min_samples": 2, "eval.episodes": 1, "eval.every": 0,
         }  # fmt: skip
@@ -177,6 +191,8 @@ class TrainConfig:
                 value = getattr(value, part)
             if value < low:
                 raise UserError(f"{name}={value} must be at least {low}")
+        if self.vlm.decimals > 4:
+            raise UserError(f"vlm.decimals={self.vlm.decimals} must be at most 4")
         if self.vlm.temperature < 0:
             raise UserError(f"vlm.temperature={self.vlm.temperature} must not be negative")
         if (self.covr.publish_after or 0) < 0:
@@ -212,6 +228,10 @@ class TrainConfig:
                 f"replay.pad={self.replay.pad} crops away all of a {self.env.height}x{self.env.width} frame"
             )
 
+    def check_types(self) -> None:
+        """Raises a UserError for the first setting whose value is not of its field's type."""
+        _check_types(self)
+
     def doubts(self) -> list[str]:
         """Settings that are allowed but do not suit the VLM, a sentence each that names the remedy."""
         vlm, tuner = self.vlm, self.tuner
@@ -245,14 +265,15 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for config.json."""
-        return asdict(self)
+        return _plain(asdict(self))
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> TrainConfig:
-        """The inverse of to_dict, as read back from config.json.
+        """The inverse of to_dict, as read back from config.json. What is missing has its default: a later
+        version may have more settings than the one that wrote it.
 
         Raises:
-            UserError: a section is missing, or a setting is unknown; the message suggests near names.
+            UserError: a setting is unknown; the message suggests near names.
         """
         nested = {
             "env": EnvConfig, "agent": SACConfig, "replay": ReplayConfig, "vlm": VLMConfig,
@@ -261,10 +282,10 @@ class TrainConfig:
         known = {part.name for part in fields(TrainConfig)}
         known |= {f"{name}.{part.name}" for name, cls in nested.items() for part in fields(cls)}
         try:
-            for key in [*data, *(f"{name}.{key}" for name in nested for key in data[name])]:
+            for key in [*data, *(f"{name}.{key}" for name in nested for key in data.get(name, {}))]:
                 if key not in known:
                     raise UserError(f"{unknown('setting', key, known)} (rename it there, or remove it)")
-            parts = {name: cls(**data[name]) for name, cls in nested.items()}
+            parts = {name: cls(**data.get(name, {})) for name, cls in nested.items()}
             config = TrainConfig(**{**data, **parts})
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"config.json does not fit this version of covr_fast: {error}") from error
@@ -274,3 +295,42 @@ class TrainConfig:
             tuple(config.agent.strides),
         )
         return config
+
+
+def _check_types(config: Any, section: str = "") -> None:
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if is_dataclass(hint) and isinstance(value, cast(type, hint)):
+            _check_types(value, f"{name}.")
+        elif not _fits(value, hint):
+            expected = " or ".join(repr(a) for a in get_args(hint)) if get_origin(hint) is Literal else hint
+            expected = getattr(expected, "__name__", str(expected))
+            raise UserError(f"{section}{name}={value!r} must be {expected}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a field's type; numpy's numbers are numbers, and paths are text."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in inner
+    if origin in (Union, UnionType):
+        return any(_fits(value, each) for each in inner)
+    if origin is tuple:
+        return isinstance(value, (tuple, list)) and all(_fits(each, inner[0]) for each in value)
+    kinds: dict[Any, tuple[type, ...]] = {
+        int: (Integral,), float: (Real,), str: (str, os.PathLike), bool: (bool, np.bool_),
+    }  # fmt: skip
+    if hint in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, kinds.get(hint, (hint,))) if isinstance(hint, type) else True
+
+
+def _plain(value: Any) -> Any:
+    """Numpy's scalars and paths as what JSON has for them."""
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_plain(each) for each in value)
+    if isinstance(value, np.generic):
+        return value.item()
+    return os.fspath(value) if isinstance(value, os.PathLike) else value

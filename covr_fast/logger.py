@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import Any, TextIO, cast
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column
 from torch import Tensor
+
+from .files import read_records, write_whole, writing
 
 
 class Clock:
@@ -71,6 +75,37 @@ class MeanMetrics:
         return means
 
 
+class _Lasting:
+    """A text stream whose reader may go (a closed pipe, a dropped terminal, a full disk): what is written
+    after that is lost, and the run goes on."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        self._gone = False
+
+    def write(self, text: str) -> int:
+        return self._unless_gone(lambda: self._stream.write(text)) or len(text)
+
+    def flush(self) -> None:
+        self._unless_gone(self._stream.flush)
+
+    def _unless_gone(self, call: Callable[[], int | None]) -> int | None:
+        try:
+            return None if self._gone else call()
+        except (OSError, ValueError):  # ValueError: closed
+            self._gone = True
+            return None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def display() -> Console:
+    """Standard output, without which a run goes on."""
+    stream = cast(TextIO, _Lasting(sys.stdout)) if sys.stdout else None
+    return Console(file=stream, highlight=False, soft_wrap=True)
+
+
 class RunLogger:
     """Writes metrics of a run folder and shows its progress.
 
@@ -86,12 +121,16 @@ class RunLogger:
         # Imported here: TensorBoard takes a second to load.
         from torch.utils.tensorboard import SummaryWriter
 
-        self.console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self.console = console or display()
         self.clock = clock
-        if start:
-            _drop_lines_after(folder / "metrics.jsonl", start)
-        self._file = (folder / "metrics.jsonl").open("a")
-        self._events = SummaryWriter(str(folder))
+        metrics = folder / "metrics.jsonl"
+        if metrics.exists():
+            self._drop_lines_after(metrics, start)
+        self._path = metrics
+        self._file = metrics.open("a")
+        self._events = SummaryWriter(str(folder), purge_step=start + 1)
+        self._threads_told = threading.excepthook
+        threading.excepthook = self._tell_thread
         self._total = total
         self._last_line = 0.0
         # Step and seconds of the first progress: loading and evaluation before it say nothing of the pace.
@@ -117,10 +156,11 @@ class RunLogger:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one line to metrics.jsonl and the same figures to TensorBoard."""
         record = {"step": step, "seconds": round(self.clock.total, 3)}
-        self._file.write(json.dumps({**record, **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+        with writing(self._path):
+            self._file.write(json.dumps({**record, **values}) + "\n")
+            self._file.flush()
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
 
     def progress(self, step: int, figures: Mapping[str, str]) -> None:
         """Moves the bar, or prints a line if the last one is a while ago."""
@@ -144,11 +184,28 @@ class RunLogger:
         """A line that stays, above the bar."""
         self.console.print(text)
 
+    def _drop_lines_after(self, path: Path, step: int) -> None:
+        """Forgets what a run logged after the checkpoint that it continues from."""
+        records, torn = read_records(path)
+        if torn:
+            self.say(f"{path}: its last line was torn and is dropped")
+        write_whole(path, "".join(json.dumps(r) + "\n" for r in records if r["step"] <= step))
+
+    def _tell_thread(self, failed: threading.ExceptHookArgs) -> None:
+        """Prints no traceback of TensorBoard's thread: what it fails to write is raised in the next call."""
+        if not (
+            isinstance(failed.exc_value, OSError) and type(failed.thread).__module__.startswith("tensorb")
+        ):
+            self._threads_told(failed)
+
     def close(self) -> None:
         if self._progress:
             self._progress.stop()
-        self._events.close()
-        self._file.close()
+        with writing(self._path), self._file:
+            try:
+                self._events.close()
+            finally:
+                threading.excepthook = self._threads_told
 
     def __enter__(self) -> RunLogger:
         return self
@@ -156,12 +213,6 @@ class RunLogger:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
-
-
-def _drop_lines_after(path: Path, step: int) -> None:
-    """Forgets what a run logged after the checkpoint that it continues from."""
-    if not path.exists():
-        return
-    kept = [line for line in path.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step]
-    path.write_text("".join(kept))
+        # After an error, what cannot be written either has been told already.
+        with suppress(OSError) if error else nullcontext():
+            self.close()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .errors import UserError
+from .files import full_names, read_json, read_records, writing
 
 EVALUATIONS = {
     "random": "random policy",
@@ -33,35 +34,81 @@ ROUND_COLUMNS = {
 }
 """Heading -> (key of a round's record, format); the loss is that on held-out kept samples."""
 
+_SUMMARY_PARTS = {
+    "environment", "seed", "device", "steps", "frames", "updates", "episodes", "seconds", "time_shares",
+    "rounds", "evaluations",
+}  # fmt: skip
+
 
 def read_summary(run: Path) -> dict[str, Any]:
     """summary.json of a finished run."""
     path = run / "summary.json"
     if not path.is_file():
         raise UserError(f"{run} holds no summary.json: it is not the folder of a finished run")
-    return json.loads(path.read_text())
+    summary = read_json(path, f"covr-fast train PRESET --resume {run} writes it again")
+    if missing := _SUMMARY_PARTS - summary.keys():
+        raise UserError(f"{path} lacks {', '.join(sorted(missing))}: is it the summary of a run?")
+    return summary
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
-    """metrics.jsonl of a run, oldest first."""
+    """metrics.jsonl of a run, oldest first, without a torn last line."""
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{run} holds no metrics.jsonl: is it the folder of a run?")
-    return [json.loads(line) for line in path.read_text().splitlines() if line]
+    return read_records(path)[0]
 
 
-def print_summary(summary: dict[str, Any], console: Console) -> None:
-    """Prints the evaluations, the fine-tuning rounds and where the time went."""
-    episodes = {len(e["returns"]) for e in summary["evaluations"].values()}
-    table = Table(
-        title=f"{summary['environment']}, seed {summary['seed']}: episode returns", title_justify="left"
-    )
+def run_labels(runs: Sequence[Path]) -> list[str]:
+    """What tells runs apart: the shortest end of the path that no other has, and the settings that differ."""
+    settings = [_settings(run) for run in runs]
+    names = dict.fromkeys(name for own in settings for name in own if name not in _NOT_TELLING)
+    differing = [name for name in names if len({str(own.get(name)) for own in settings}) > 1]
+    labels = []
+    for name, own in zip(_shortest_names(runs), settings, strict=True):
+        told = [f"{setting}={own.get(setting)}" for setting in differing[:_MOST_TOLD]]
+        more = [f"{len(differing) - _MOST_TOLD} more"] if len(differing) > _MOST_TOLD else []
+        labels.append(", ".join([name, *told, *more]))
+    return labels
+
+
+_MOST_TOLD = 4
+_NOT_TELLING = {"log_every", "video", "checkpoint_minutes", "checkpoint_every", "save_replay"}
+
+
+def _settings(run: Path) -> dict[str, Any]:
+    """Those in config.json, whichever version wrote it; none where there is no such file."""
+    path = run / "config.json"
+    return full_names(read_json(path, "put back a copy of it")) if path.is_file() else {}
+
+
+def _shortest_names(runs: Sequence[Path]) -> list[str]:
+    """The folders' names, with as many folders above them as it takes to be different."""
+    parts = [run.resolve().parts for run in runs]
+    names = []
+    for own in parts:
+        others = {other for other in parts if other != own}
+        count = next(
+            (n for n in range(1, len(own)) if all(other[-n:] != own[-n:] for other in others)), len(own)
+        )
+        names.append("/".join(own[-count:]))
+    return names
+
+
+def print_summary(summary: dict[str, Any], console: Console, run: str | None = None) -> None:
+    """Prints the evaluations, the fine-tuning rounds and where the time went.
+
+    Args:
+        run: its label, where there are several.
+    """
+    title = f"{summary['environment']}, seed {summary['seed']}: episode returns"
+    table = Table(title=title if run is None else f"{run}: {title}", title_justify="left")
     table.add_column("policy")
     for name in ("mean", "std", "episodes"):
         table.add_column(name, justify="right")
     for name, label in EVALUATIONS.items():
         if (e := summary["evaluations"].get(name)) is not None:
-            table.add_row(label, f"{e['mean']:.1f}", f"{e['std']:.1f}", str(max(episodes)))
+            table.add_row(label, f"{e['mean']:.1f}", f"{e['std']:.1f}", str(len(e["returns"])))
     console.print(table)
 
     table = Table(title="fine-tuning rounds of the VLM", title_justify="left")
@@ -80,8 +127,8 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
     console.print("wall time: " + ", ".join(f"{name} {share:.0%}" for name, share in shares))
 
 
-def print_comparison(summaries: list[dict[str, Any]], console: Console) -> None:
-    """Prints one line per run, and the mean and standard deviation over runs."""
+def print_comparison(labels: Sequence[str], summaries: Sequence[dict[str, Any]], console: Console) -> None:
+    """Prints one line per run, and the mean and standard deviation over runs of one environment."""
     table = Table(title="runs compared: mean episode returns", title_justify="left")
     table.add_column("run")
     for label in EVALUATIONS.values():
@@ -90,11 +137,12 @@ def print_comparison(summaries: list[dict[str, Any]], console: Console) -> None:
         name: [s["evaluations"][name]["mean"] for s in summaries if name in s["evaluations"]]
         for name in EVALUATIONS
     }
-    for s in summaries:
+    for label, s in zip(labels, summaries, strict=True):
         cells = [f"{s['evaluations'][n]['mean']:.1f}" if n in s["evaluations"] else "-" for n in EVALUATIONS]
-        table.add_row(f"{s['environment']}, seed {s['seed']}", *cells)
-    table.add_section()
-    table.add_row("all", *(f"{np.mean(v):.1f} ± {np.std(v):.1f}" if v else "-" for v in means.values()))
+        table.add_row(label, *cells)
+    if len({s["environment"] for s in summaries}) == 1:
+        table.add_section()
+        table.add_row("all", *(f"{np.mean(v):.1f} ± {np.std(v):.1f}" if v else "-" for v in means.values()))
     console.print(table)
 
 
@@ -170,6 +218,12 @@ def plot_curves(run: Path) -> Path:
         ax.set_xlim(left=0)
     axes[0, 0].legend(fontsize=8)
     path = run / "curves.png"
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    beside = path.with_name("curves.png.tmp")
+    try:
+        with writing(path):
+            figure.savefig(beside, dpi=110, format="png")
+            beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+        plt.close(figure)
     return path

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,14 +21,25 @@ from . import _C, ops
 from .agents import SAC
 from .agents.sac import TransitionBatch
 from .buffer import Batch, FineTuneView, ReplayBuffer
-from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from .checkpoint import (
+    RESCUED,
+    Checkpoint,
+    load_checkpoint,
+    rescue_agent,
+    reserved_room,
+    restore_agent,
+    save_checkpoint,
+)
 from .config import TrainConfig
 from .envs import PixelEnvs, Rows, action_labels, make_env
 from .errors import UserError, as_user_error
 from .evaluate import Evaluation, Policy, actor_policy, evaluate, random_policy, vlm_policy
+from .files import write_whole
 from .labeller import PriorLabeller
 from .logger import Clock, MeanMetrics, RunLogger
 from .report import plot_curves
+from .resume import open_resumed
+from .run_folder import RunFolder
 from .schedule import FineTuneSchedule
 from .seeds import training_seed
 from .streams import Lane
@@ -62,6 +74,13 @@ class _Diverged(UserError):
     """The networks hold NaN, so nothing of the run's present state is worth saving."""
 
 
+_REMEDY = ": training diverged; lower agent.lr, or look at the settings that were changed"
+
+
+CHECKPOINT_SHARE = 0.02
+"""Of a run's time, what regular checkpoints take at most."""
+
+
 class Trainer:
     """Trains an agent and a VLM that teach each other, and writes a run folder.
 
@@ -71,27 +90,39 @@ class Trainer:
     their returns (RALW). After the cold start its priors guide the actor (Eq. 4).
     """
 
-    def __init__(self, config: TrainConfig, out: Path | str, *, resume: bool = False):
+    def __init__(self, config: TrainConfig, out: Path | str | RunFolder, *, resume: bool = False):
         """Builds everything, and writes nothing yet.
 
         Args:
             config: the settings; see TrainConfig.preset.
             out: the run folder.
             resume: continue the run in `out` from its checkpoint. Its unfinished episodes end where they were
-                cut and new ones start; everything else goes on as it was.
+                cut and new ones start; everything else goes on as it was. Settings of `config` that differ
+                from those of the run take effect, or are refused (see `resume.MAY_CHANGE`).
 
         Raises:
-            UserError: settings that do not fit together, or nothing to resume from.
+            UserError: settings that do not fit together or may not change, nothing to resume from, or a run
+                that is going on.
         """
         config.check()
-        self.config = config
-        self.out = Path(out)
+        self.config = config = TrainConfig.from_dict(config.to_dict())  # the caller may change theirs
+        self.folder = out if isinstance(out, RunFolder) else RunFolder(out)
+        self.out = self.folder.path
+        self._resumed = resume
+        if resume:
+            with self.folder.claimed(resume=True):
+                self._build(open_resumed(self.out, config))
+        else:
+            self._build(None)
+
+    def _build(self, saved: Checkpoint | None) -> None:
+        config = self.config
         self.device = _device(config.device)
         # The simulator keeps a core of its own: two pools on the same cores wait for each other.
         self.threads = config.threads or max(1, (os.cpu_count() or 2) - config.env.num_threads)
         # Before anything is computed: even the initial weights depend on it, through the order of sums.
         torch.set_num_threads(self.threads)
-        saved = load_checkpoint(self.out) if resume else None
+        self._continues = saved.written if saved else None
         self.step = saved.counters["step"] if saved else 0
         env_seed = training_seed(config.env.seed, config.seed, self.step, config.env.num_envs)
         self.envs: PixelEnvs = make_env(replace(config.env, seed=env_seed))
@@ -104,14 +135,21 @@ class Trainer:
                 device=self.device,
                 seed=config.seed,
             )
-            self.buffer = self._saved_buffer(saved) if saved else self._new_buffer(action_dim)
+            replay = saved is not None and saved.holds_replay()  # a run whose steps are done needs none
+            self.buffer = (
+                saved.buffer(self._replay_device()) if saved and replay else self._new_buffer(action_dim)
+            )
             self.finished = FineTuneView(
                 self.buffer,
                 gamma=config.replay.gamma,
                 horizon=config.covr.horizon,
                 bootstrap=self._values_after if config.covr.bootstrap else None,
             )
-            self.prior = load_prior(config, action_dim, self.device, saved.vlm if saved else config.vlm.model)
+            if saved is None:
+                self.prior = load_prior(config, action_dim, self.device, config.vlm.model)
+            else:
+                with saved.opening(saved.vlm):
+                    self.prior = load_prior(config, action_dim, self.device, saved.vlm)
             self.tuner = VLMTuner(self.prior, config.tuner)
         self._lane = Lane(self.device, urgent=True)
         self.schedule = FineTuneSchedule(config.covr.psi_0, config.covr.schedule)
@@ -135,6 +173,7 @@ class Trainer:
         self._before: dict[str, Evaluation] = {}
         self._earlier: tuple[dict[str, float], float] = ({}, 0.0)  # seconds by activity, and in all
         self._round: _Round | None = None
+        self._saved_at = self._saving_took = 0.0
         self._labeller: PriorLabeller | None = None
         if config.vlm.background:
             self._labeller = PriorLabeller(
@@ -155,19 +194,6 @@ class Trainer:
         if name == "auto":  # without CUDA kernels the frames stay on the host, and batches are sent over
             return "cuda" if self.device.type == "cuda" and _C.with_cuda else "cpu"
         return name
-
-    def _saved_buffer(self, saved: Checkpoint) -> ReplayBuffer:
-        """The replay buffer of a checkpoint, if it is such as these settings would make."""
-        buffer, config = saved.buffer(self._replay_device()), self.config
-        for option, had, asked in (
-            ("env.num_envs", buffer.num_envs, config.env.num_envs),
-            ("replay.capacity", buffer.capacity, config.replay.capacity),
-            ("replay.n_step", buffer.n_step, config.replay.n_step),
-            ("replay.gamma", buffer.gamma, config.replay.gamma),
-        ):
-            if had != asked:
-                raise UserError(f"the run was begun with {option}={had}: it cannot go on with {asked}")
-        return buffer
 
     def _new_buffer(self, action_dim: int) -> ReplayBuffer:
         config = self.config
@@ -192,33 +218,51 @@ class Trainer:
 
         An interrupt (Ctrl-C) is honoured after the step in progress: the run is saved, to be resumed, and
         KeyboardInterrupt is raised.
+
+        Raises:
+            UserError: the folder is another run's, or cannot be written (a full disk, say; the message tells
+                what was saved), or training diverged.
         """
-        with as_user_error():
-            self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
-        self.clock = Clock(*self._earlier)
-        with (
-            RunLogger(self.out, self.config.steps, self.clock, start=self.step) as self.log,
-            self.envs,
-            self._lane.work(),
-        ):
-            for doubt in self.config.doubts():
-                self.log.say(f"note: {doubt}")
-            with self._kept(Exception, KeyboardInterrupt), self.clock("evaluation"):
-                self._evaluate_before()
-            with self._kept(Exception), _deferred_interrupt() as interrupted, self._background():
-                self._train(interrupted)
-            self._save(with_replay=bool(interrupted) or self.config.save_replay)
-            if interrupted:
-                self.log.say(f"interrupted at step {self.step} and saved: --resume {self.out} continues")
-                raise KeyboardInterrupt
-            with self._kept(Exception, KeyboardInterrupt), self.clock("evaluation"):
-                evaluations = self._before | self._evaluate_after()
-            summary = self._summary(evaluations)
-            (self.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-            if self.config.video:
+        torch.set_num_threads(self.threads)  # another trainer may have been built since
+        with self.folder.claimed(resume=self._resumed), _writing_errors():
+            if self._continues is not None and load_checkpoint(self.out).written != self._continues:
+                raise UserError(
+                    f"the run in {self.out} has gone on since this trainer was built: build it again"
+                )
+            write_whole(self.out / "config.json", json.dumps(self.config.to_dict(), indent=2) + "\n")
+            self.clock = Clock(*self._earlier)
+            self._saved_at = time.perf_counter()
+            with (
+                RunLogger(self.out, self.config.steps, self.clock, start=self.step) as self.log,
+                self.envs,
+                self._lane.work(),
+                reserved_room(self.out, self.agent),
+            ):
+                summary = self._run()
+            with _writing_errors(f"the run is finished, and covr-fast report {self.out} draws it again"):
+                plot_curves(self.out)
+            return summary
+
+    def _run(self) -> dict[str, Any]:
+        for doubt in self.config.doubts():
+            self.log.say(f"note: {doubt}")
+        with self._kept(Exception, KeyboardInterrupt), self.clock("evaluation"):
+            self._evaluate_before()
+        with self._kept(Exception), _deferred_interrupt() as interrupted, self._background():
+            self._train(interrupted)
+        if interrupted:
+            self.log.say(f"interrupted at step {self.step}: saving")
+        self._save_last(with_replay=bool(interrupted) or self.config.save_replay)
+        if interrupted:
+            self.log.say(f"interrupted at step {self.step} and saved: --resume {self.out} continues")
+            raise KeyboardInterrupt
+        with self._kept(Exception, KeyboardInterrupt), self.clock("evaluation"):
+            evaluations = self._before | self._evaluate_after()
+        summary = self._summary(evaluations)
+        write_whole(self.out / "summary.json", json.dumps(summary, indent=2) + "\n")
+        if self.config.video:
+            with _writing_errors("the run is finished but for this video"):
                 self._record()
-        plot_curves(self.out)
         return summary
 
     @contextmanager
@@ -229,8 +273,9 @@ class Trainer:
         except _Diverged:
             raise  # an earlier checkpoint is worth more than one of NaN
         except endings as error:
-            self._save(with_replay=True)
             what = "interrupted" if isinstance(error, KeyboardInterrupt) else type(error).__name__
+            self.log.say(f"{what} at step {self.step}: saving")
+            self._save_last(with_replay=True)
             self.log.say(f"{what} at step {self.step} and saved: --resume {self.out} continues")
             if isinstance(error, MemoryError):
                 raise UserError(str(error)) from error
@@ -264,9 +309,8 @@ class Trainer:
             if config.eval.every and self.step // config.eval.every > before // config.eval.every:
                 with self.clock("evaluation"):
                     self._evaluate("actor", actor_policy(self.agent, config))
-            every = config.checkpoint_every
-            if every and self.step // every > before // every:
-                self._save(with_replay=True)
+            if self._checkpoint_due(before):
+                self._checkpoint()
         if self._round is not None and not interrupted:
             self._end_round(self._round, wait=True)
 
@@ -278,10 +322,7 @@ class Trainer:
             else:
                 action = self.agent.act(agent_view(self.config, torch.from_numpy(obs))).cpu().numpy()
                 if not np.isfinite(action).all():
-                    raise _Diverged(
-                        f"the actor's actions are NaN at step {self.step}: training diverged; lower "
-                        "agent.lr, or look at the settings that were changed"
-                    )
+                    raise _Diverged(f"the actor's actions are NaN at step {self.step}{_REMEDY}")
             self.envs.send(action, ids)
         doing = self._doing
         doing.obs[ids], doing.action[ids] = obs, action
@@ -493,7 +534,7 @@ class Trainer:
     def _evaluate_before(self) -> None:
         """Measures what was there before any training, where an earlier part of the run has not."""
         policies = {"random": random_policy(self.agent.action_dim, self.config.seed)}
-        if self.config.eval.vlm:
+        if self.config.eval.vlm and self.prior.version == 0:  # a tuned VLM cannot be measured untuned
             policies["vlm_before"] = vlm_policy(self.prior, self.config)
         for name, policy in policies.items():
             if name not in self._before:
@@ -520,8 +561,66 @@ class Trainer:
         evaluate(actor_policy(self.agent, self.config), config.env, 1, seed=config.eval.seed, watch=watch)
         video.write(self.out)
 
+    def _checkpoint_due(self, before: int) -> bool:
+        every, minutes = self.config.checkpoint_every, self.config.checkpoint_minutes
+        if every and self.step // every > before // every:
+            return True
+        # A large replay buffer on a slow disk is written less often.
+        pause = max(60 * minutes, self._saving_took / CHECKPOINT_SHARE)
+        return minutes > 0 and time.perf_counter() - self._saved_at >= pause
+
+    def _checkpoint(self) -> None:
+        """A checkpoint that the run can do without."""
+        try:
+            self._save(with_replay=True)
+        except OSError as error:
+            stays = "the one before it stays" if self._has_checkpoint() else "there is none yet"
+            self.log.say(
+                f"no checkpoint at step {self.step} ({_reason(error)}): {stays}, and training goes on"
+            )
+
+    def _save_last(self, *, with_replay: bool) -> None:
+        """The checkpoint that a run leaves; where there is no room for it, the agent alone.
+
+        Raises:
+            UserError: it could not be written; the message tells what was saved.
+        """
+        try:
+            with _interrupt_afterwards():
+                self._save(with_replay=with_replay)
+        except OSError as error:
+            what = f"of step {self.step}, only the agent was saved, as {self.out / RESCUED}"
+            try:
+                rescue_agent(self.out, self.agent)
+            except OSError:
+                what = f"of step {self.step}, nothing could be saved"
+            stays = f"; --resume {self.out} goes on from the checkpoint before it"
+            raise UserError(f"{_reason(error)}: {what}{stays if self._has_checkpoint() else ''}") from error
+
+    def _has_checkpoint(self) -> bool:
+        return any((self.out / name).is_dir() for name in ("checkpoint", "checkpoint.old"))
+
     def _save(self, *, with_replay: bool) -> None:
-        counters = {
+        """Writes a checkpoint in the place of the former one.
+
+        Raises:
+            OSError: it could not be written, and the former one is still there.
+            _Diverged: there is nothing worth saving.
+        """
+        if not all(torch.isfinite(p).all() for m in self.agent.modules().values() for p in m.parameters()):
+            raise _Diverged(f"the agent's weights are NaN at step {self.step}{_REMEDY}")
+        started = time.perf_counter()
+        buffer = self.buffer if with_replay else None
+        try:
+            with self.clock("checkpoint"):
+                save_checkpoint(self.out, self.agent, self.prior, self._counters(), buffer)
+        finally:
+            self._saved_at = time.perf_counter()
+            self._saving_took = self._saved_at - started
+
+    def _counters(self) -> dict[str, Any]:
+        return {
+            "settings": self.config.to_dict(),
             "step": self.step,
             "frames": self.frames,
             "updates": self.updates,
@@ -538,12 +637,19 @@ class Trainer:
             "total_seconds": self.clock.total,
             "finished": self._round.finished if self._round else self.finished.state_dict(),
         }
-        with self.clock("checkpoint"):
-            save_checkpoint(self.out, self.agent, self.prior, counters, self.buffer if with_replay else None)
 
     def _restore(self, saved: Checkpoint) -> None:
-        with as_user_error():
-            self.agent.load_state_dict(saved.agent_state())
+        restore_agent(self.agent, saved.agent_state(), saved.folder / "agent.pt")
+        try:
+            self._restore_counters(saved)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{saved.folder / 'counters.pt'} does not fit this version of covr_fast "
+                f"({type(error).__name__}: {error})"
+            ) from error
+        self.buffer.cut()
+
+    def _restore_counters(self, saved: Checkpoint) -> None:
         counters = saved.counters
         self.frames, self.updates = counters["frames"], counters["updates"]
         self.rounds, self.returns = counters["rounds"], counters["returns"]
@@ -557,8 +663,8 @@ class Trainer:
             self._labeller.load_state_dict(counters["labeller"])
         self._before = {name: Evaluation(np.array(r)) for name, r in counters["before"].items()}
         self._earlier = counters["seconds"], counters["total_seconds"]
-        self.finished.load_state_dict(counters["finished"])
-        self.buffer.cut()
+        if saved.holds_replay():
+            self.finished.load_state_dict(counters["finished"])
 
     def _summary(self, evaluations: dict[str, Evaluation]) -> dict[str, Any]:
         seconds = self.clock.total
@@ -582,39 +688,78 @@ class Trainer:
 
 
 def load_prior(config: TrainConfig, action_dim: int, device: torch.device, model: str | Path) -> ActionPrior:
-    """The VLM in `model` with the settings of config.vlm."""
+    """The VLM in `model` with the settings of config.vlm.
+
+    Raises:
+        UserError: a file of it is damaged. Else as ActionPrior.from_pretrained.
+    """
     dtypes = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    return ActionPrior.from_pretrained(
-        model,
-        action_dim=action_dim,
-        prompt=config.vlm.prompt,
-        decimals=config.vlm.decimals,
-        attention=config.vlm.attention,
-        dtype=dtypes[config.vlm.dtype],
-        device=device,
-        seed=config.seed,
-        graph=config.vlm.graph,
-    )
+    try:
+        return ActionPrior.from_pretrained(
+            model,
+            action_dim=action_dim,
+            prompt=config.vlm.prompt,
+            decimals=config.vlm.decimals,
+            attention=config.vlm.attention,
+            dtype=dtypes[config.vlm.dtype],
+            device=device,
+            seed=config.seed,
+            graph=config.vlm.graph,
+        )
+    except (OSError, ValueError, RuntimeError, MemoryError):
+        raise
+    except Exception as error:  # safetensors and tokenizers tell of damaged files by errors of their own
+        raise UserError(f"{model} cannot be opened: {' '.join(str(error).split())}") from error
 
 
 @contextmanager
 def _deferred_interrupt() -> Iterator[list[int]]:
-    """Collects SIGINT in the list it yields instead of raising; a second one raises at once."""
+    """Collects interrupts in the list it yields instead of raising; a second Ctrl-C raises at once.
+
+    SIGINT is one, and SIGTERM and SIGHUP (of which a dropped terminal may send several) where the program
+    handles them.
+    """
     received: list[int] = []
 
     def handle(number: int, _frame: object) -> None:
-        if received:
+        if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield received  # signals reach the main thread only
         return
-    previous = signal.signal(signal.SIGINT, handle)
+    handled = [n for n in (signal.SIGTERM, signal.SIGHUP) if callable(signal.getsignal(n))]
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, *handled)}
     try:
         yield received
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _interrupt_afterwards() -> Iterator[None]:
+    """An interrupt is honoured when the block ends, unless by an error; a second Ctrl-C at once."""
+    with _deferred_interrupt() as received:
+        yield
+    if received:
+        signal.raise_signal(received[0])
+
+
+@contextmanager
+def _writing_errors(consequence: str = "") -> Iterator[None]:
+    """Turns errors of the operating system, such as that of a full disk, into UserErrors of one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{_reason(error)}{consequence and ': '}{consequence}") from error
+
+
+def _reason(error: OSError) -> str:
+    """What is wrong with which file, in one line."""
+    text = error.strerror if error.errno is not None and error.strerror else str(error)
+    return " ".join((f"{error.filename}: {text}" if error.filename else text).split())
 
 
 def _device(name: str) -> torch.device:

@@ -8,6 +8,8 @@ import imageio.v3 as iio
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from .files import writing
+
 SCALE_TO = 448  # pixels of the enlarged frame's longer side
 ROW = 34  # pixels of the panel per action dimension
 AGENT, PRIOR, INK, PAPER = (66, 133, 244), (244, 143, 34), (235, 235, 235), (24, 26, 30)
@@ -52,13 +54,24 @@ class EpisodeVideo:
             draw.rectangle([min(middle, end), top, max(middle, end) + 1, top + 9], fill=colour)
 
     def write(self, folder: Path) -> Path:
-        """Writes episode.mp4, or episode.gif, and returns its path."""
+        """Writes episode.mp4, or episode.gif, and returns its path.
+
+        Raises:
+            OSError: it could not be written, and there is nothing of it.
+        """
         clip = np.stack(self.frames)
         path = folder / "episode.mp4"
         try:
-            iio.imwrite(path, clip, fps=self.fps, codec="libx264", macro_block_size=2)
+            iio.imwrite(
+                path, clip, fps=self.fps, codec="libx264", macro_block_size=2, ffmpeg_log_level="quiet"
+            )
         except (ImportError, OSError, RuntimeError):
             path.unlink(missing_ok=True)
             path = folder / "episode.gif"
-            iio.imwrite(path, clip, duration=1000 / self.fps, loop=0)
+            try:
+                with writing(path):
+                    iio.imwrite(path, clip, duration=1000 / self.fps, loop=0)
+            except OSError:
+                path.unlink(missing_ok=True)
+                raise
         return path

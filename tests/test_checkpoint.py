@@ -1,3 +1,7 @@
+import os
+import signal
+import time
+
 import pytest
 
 from covr_fast.checkpoint import newest_folder, replaced_folder
@@ -31,6 +35,32 @@ def test_killed_between_the_two_moves(tmp_path):
     fill(target, "one")
     target.rename(target.with_name("checkpoint.old"))
     assert (newest_folder(target) / "content").read_text() == "one"
+
+
+def test_killed_anywhere(tmp_path):
+    """Whatever is found afterwards is one whole generation, and no older than what was there before."""
+    target, newest = tmp_path / "checkpoint", 0
+    fill_both(target, newest)
+    for attempt in range(20):
+        writer = os.fork()
+        if writer == 0:
+            for number in range(newest + 1, newest + 1000):
+                fill_both(target, number)
+            os._exit(0)
+        time.sleep(0.002 * attempt)
+        os.kill(writer, signal.SIGKILL)
+        os.waitpid(writer, 0)
+        found = {name: (newest_folder(target) / name).read_text() for name in ("a", "b")}
+        assert found["a"] == found["b"]
+        assert int(found["a"]) >= newest
+        newest = int(found["a"])
+    assert newest > 0
+
+
+def fill_both(folder, number):
+    with replaced_folder(folder) as new:
+        for name in ("a", "b"):
+            (new / name).write_text(str(number))
 
 
 def test_nothing_there(tmp_path):

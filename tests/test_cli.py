@@ -1,6 +1,9 @@
 import json
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -78,12 +81,101 @@ def test_a_job_that_a_scheduler_ends_is_saved_and_continues(tmp_path):
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ["carracing-gpu"],
+            "the run was begun as carracing, not carracing-gpu: covr-fast train carracing --res",
+        ),
+        (["cartpole-swingup"], "the run was begun as carracing, not cartpole-swingup"),
+        (["carracing", "--out", "elsewhere"], "--resume continues in its own folder: leave out --out"),
+        (["carracing", "--begun-as", "cheetah-run"], "covr-fast train cheetah-run takes another preset"),
+        (["carracing", "--vlm.model", "/nope"], "begun with vlm.model=nano: it cannot go on with /nope"),
+        (["carracing", "--tuner.mode", "lora"], "begun with tuner.mode=full: it cannot go on with lora"),
+        (["carracing", "--env.height", "64"], "begun with env.height=48: it cannot go on with 64"),
+        (["carracing", "--steps", "40"], "has made 64 steps"),
+        (["carracing"], "is finished: its 64 steps are done"),
+        (["carracing", "--steps", "128"], "it holds no replay buffer"),
+    ],
+)
+def test_what_a_run_cannot_be_resumed_with(arguments, message, run_folder, monkeypatch, capsys):
+    out, _ = run_folder
+    before = {path.name: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != ".lock"}
+    assert call(monkeypatch, "train", *arguments, "--resume", str(out)) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
+    assert {path.name: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != ".lock"} == before
+
+
+def test_a_run_of_a_version_that_did_not_record_its_preset(run_folder, monkeypatch, capsys, tmp_path):
+    settings = json.loads((run_folder[0] / "config.json").read_text())
+    del settings["begun_as"]
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert call(monkeypatch, "train", "cheetah-run", "--resume", str(tmp_path)) == 2
+    assert (
+        "begun with env.id=CarRacing-v3, and preset cheetah-run is of CheetahRun-v1"
+        in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+def test_two_runs_started_together_get_a_folder_each_or_one_is_refused(chosen, tmp_path):
+    fields = [*(f"--{name}={value}" for name, value in TINY.items()), "--eval.no-vlm", "--no-video"]
+    command = [sys.executable, "-m", "covr_fast.cli", "train", "carracing", *fields]
+    command += ["--out", "mine"] if chosen else []
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    here = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}  # whatever is installed
+    started = [subprocess.Popen(command, cwd=tmp_path, env=here, **pipes) for _ in range(2)]
+    errors = sorted(process.communicate()[1] for process in started)
+    codes = sorted(process.returncode for process in started)
+    if chosen:
+        assert codes == [0, 2]
+        assert "mine is being written by another run" in "".join(errors) or "already holds a run" in "".join(
+            errors
+        )
+        runs = [tmp_path / "mine"]
+    else:
+        assert codes == [0, 0]
+        runs = [tmp_path / "runs" / "carracing-seed0", tmp_path / "runs" / "carracing-seed0-2"]
+    for run in runs:
+        steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert steps == sorted(steps)
+        assert steps.count(16) == 1
+
+
+@pytest.mark.parametrize("ending", ["| head -1", "> /dev/full", ">&-"])
+def test_a_run_outlives_its_display(ending, tmp_path):
+    fields = " ".join([*(f"--{name}={value}" for name, value in TINY.items()), "--eval.no-vlm", "--no-video"])
+    command = f"{sys.executable} -m covr_fast.cli train carracing --out {tmp_path / 'run'} {fields} {ending}"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False
+    )
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 64
+
+
+def test_output_that_cannot_be_written_is_one_line():
+    command = f"{sys.executable} -m covr_fast.cli --help > /dev/full"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stderr == "error: [Errno 28] No space left on device\n"
+    assert done.returncode == 2
+
+
 def test_nothing_is_overwritten(run_folder, monkeypatch, capsys):
     out, _ = run_folder
     before = (out / "summary.json").read_bytes()
     assert call(monkeypatch, "train", "carracing", "--out", str(out)) == 2
     assert "already holds a run" in capsys.readouterr().err
     assert (out / "summary.json").read_bytes() == before
+
+
+def test_evaluate_a_run_without_a_checkpoint(run_folder, monkeypatch, capsys, tmp_path):
+    shutil.copy(run_folder[0] / "config.json", tmp_path)
+    assert call(monkeypatch, "evaluate", str(tmp_path)) == 2
+    assert f"no checkpoint in {tmp_path}" in capsys.readouterr().err
 
 
 def test_evaluate(run_folder, monkeypatch, capsys):
@@ -98,6 +190,20 @@ def test_report_compares_runs(run_folder, monkeypatch, capsys):
     assert call(monkeypatch, "report", str(out), str(out)) == 0
     assert "runs compared" in capsys.readouterr().out
     assert (out / "curves.png").exists()
+
+
+def test_report_calls_runs_by_what_tells_them_apart(run_folder, monkeypatch, capsys, tmp_path):
+    first, second = (shutil.copytree(run_folder[0], tmp_path / name / "run") for name in ("a", "b"))
+    settings = json.loads((second / "config.json").read_text())
+    settings["covr"]["cold_start"] = 7
+    settings["log_every"] = 1  # changes nothing in the result
+    (second / "config.json").write_text(json.dumps(settings))
+    monkeypatch.setenv("COLUMNS", "200")
+    assert call(monkeypatch, "report", str(first), str(second)) == 0
+    said = capsys.readouterr().out
+    for label in ("a/run, covr.cold_start=2", "b/run, covr.cold_start=7"):
+        assert said.count(label) == 2  # in its own tables, and in the comparison
+    assert "log_every" not in said
 
 
 def test_doctor_speaks_json(monkeypatch, capsys):
@@ -172,6 +278,11 @@ def test_a_nan_reward_ends_the_run_with_one_line(monkeypatch, capsys, tmp_path):
         ),
         (["train", "carracing", "--seed", "-1", "--out", "OUT"], "seed=-1 must be at least 0"),
         (["evaluate", "OUT"], "is it the folder of a run?"),
+        (["train", "carracing", "--vlm.decimals", "0", "--out", "OUT"], "vlm.decimals=0 must be at least 1"),
+        (["train", "carracing", "--vlm.decimals", "5", "--out", "OUT"], "vlm.decimals=5 must be at most 4"),
+        (["train", "carracing", "--out", "/dev/null/run"], "/dev/null is a file, not a folder"),
+        (["train", "carracing", "--resume", "OUT"], "is it the folder of a run?"),
+        (["evaluate", "OUT", "--seed", "-1"], "--seed -1 must be at least 0"),
         (["report", "OUT"], "not the folder of a finished run"),
         (["report"], "at least one run folder"),
     ],

@@ -210,6 +210,12 @@ def test_held_priors_cover_the_steps_between_and_end_with_the_episode(tmp_path):
         ({"env__grayscale": False}, "vlm.motion shows three grey frames"),
         ({"vlm__model": "/nowhere/at/all"}, "/nowhere/at/all"),
         ({"env__id": "CarRacer-v3"}, "did you mean CarRacing-v3"),
+        ({"steps": "100"}, "steps='100' must be int"),
+        ({"save_replay": 1}, "save_replay=1 must be bool"),
+        ({"replay__gamma": True}, "replay.gamma=True must be float"),
+        ({"vlm__between": "hodl"}, "vlm.between='hodl' must be 'mask' or 'hold'"),
+        ({"agent__channels": (8, "8")}, r"agent.channels=\(8, '8'\) must be tuple"),
+        ({"covr__horizon": 3.5}, "covr.horizon=3.5 must be int"),
     ],
 )
 def test_bad_settings_are_one_line_errors(changes, message, tmp_path):
@@ -380,11 +386,13 @@ def test_no_seed_is_too_large_for_the_simulator(tmp_path):
 
 
 def test_resuming_nothing_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="no checkpoint in"):
+    with pytest.raises(UserError, match="holds no run to resume"):
         Trainer(small_config(), tmp_path, resume=True)
 
 
-def test_a_finished_run_without_its_replay_cannot_be_resumed(finished):
+def test_a_finished_run_says_so_and_needs_its_replay_to_train_on(finished):
     _, _, out, _ = finished
-    with pytest.raises(UserError, match="holds no replay buffer"):
+    with pytest.raises(UserError, match="is finished: its 160 steps are done"):
         Trainer(small_config(), out, resume=True)
+    with pytest.raises(UserError, match=r"cannot train on: .* holds no replay buffer"):
+        Trainer(small_config(steps=200), out, resume=True)

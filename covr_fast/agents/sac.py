@@ -197,8 +197,10 @@ class SAC:
             self.log_alpha.copy_(state["log_alpha"])
         for name, optimizer in self.optimizers().items():
             optimizer.load_state_dict(deepcopy(state[name]))  # it keeps the very moments that it is given
+            # Loading brought these of the agent that was saved.
             for group in optimizer.param_groups:
-                group["capturable"] = self._capturable  # loading brought that of the agent that was saved
+                group["capturable"] = self._capturable
+                group["lr"] = self.config.alpha_lr if name == "alpha_optimizer" else self.config.lr
         if self._captured is not None:
             self._captured.forget()  # optimizers replace their state when they load
         random_state = state["generator"].cpu()

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .prompt import CLOSING, JOINER, MAX_DECIMALS, OPENING, grid_size, spell
+from .prompt import CLOSING, JOINER, OPENING, check_decimals, grid_size, spell
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,7 @@ class ActionGrammar:
     def __init__(self, tokenizer: Any, context: str, *, action_dim: int, decimals: int) -> None:
         if action_dim < 1:
             raise ValueError(f"action_dim must be at least 1, not {action_dim}")
-        if not 1 <= decimals <= MAX_DECIMALS:
-            raise ValueError(f"decimals must be between 1 and {MAX_DECIMALS}, not {decimals}")
+        check_decimals(decimals)
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no eos_token, so answers could not end; set one")
         self.action_dim = action_dim

@@ -6,6 +6,7 @@ written only when negative and zero has none, so each value of the grid {k / 10^
 
 import re
 from collections.abc import Sequence
+from numbers import Integral
 
 OPENING = "Action: ["
 JOINER = ", "
@@ -15,8 +16,15 @@ MAX_DECIMALS = 4
 _ANSWER = re.compile(re.escape(OPENING) + r"(?P<body>[^\]]*)" + re.escape(CLOSING))
 
 
+def check_decimals(decimals: int) -> None:
+    """Raises a ValueError unless answers can have so many digits after the point."""
+    if not isinstance(decimals, Integral) or not 1 <= decimals <= MAX_DECIMALS:
+        raise ValueError(f"decimals must be an integer between 1 and {MAX_DECIMALS}, not {decimals}")
+
+
 def default_prompt(action_dim: int, decimals: int) -> str:
     """The task prompt used when none is given. It names the answer format and nothing of the task."""
+    check_decimals(decimals)
     example = ", ".join(spell(k, decimals) for k in _example_steps(action_dim, decimals))
     return (
         f"You control an agent. Look at the image and choose its next action: {action_dim} "

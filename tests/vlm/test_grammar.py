@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from covr_fast.vlm.grammar import ActionGrammar
 from covr_fast.vlm.nano import build_tokenizer
-from covr_fast.vlm.prompt import format_action, grid_size, parse_action, spell
+from covr_fast.vlm.prompt import default_prompt, format_action, grid_size, parse_action, spell
 
 CONTEXT = "<|im_end|>\n<|im_start|>assistant\n"
 
@@ -47,6 +47,16 @@ def test_every_value_has_one_spelling_that_parses_back(decimals):
     assert len(set(words)) == len(words) == grid_size(decimals)
     assert [float(word) for word in words] == [step / 10**decimals for step in steps]
     assert spell(0, decimals) == "0." + "0" * decimals
+
+
+@pytest.mark.parametrize("decimals", [0, 5, 2.0])
+def test_decimals_that_no_answer_can_have(tokenizer, decimals):
+    for use in (
+        lambda: default_prompt(2, decimals),
+        lambda: ActionGrammar(tokenizer, CONTEXT, action_dim=2, decimals=decimals),
+    ):
+        with pytest.raises(ValueError, match=f"decimals must be an integer between 1 and 4, not {decimals}"):
+            use()
 
 
 @pytest.mark.parametrize("decimals", [1, 2])

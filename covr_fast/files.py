@@ -1,0 +1,94 @@
+"""Files that are whole or absent, and errors that say which one is damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Errors of the system in the block tell that they are of `path`, which a failed write does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def write_whole(path: Path, content: str) -> None:
+    """Replaces what `path` held by `content`: interrupted anywhere, the old or the new is there."""
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with writing(path), beside.open("w") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises:
+        UserError: it is damaged; the message ends with `remedy`.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): {remedy}") from error
+    except ValueError as error:  # neither JSON nor text
+        raise UserError(f"{path} is damaged ({error}): {remedy}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged (no JSON object): {remedy}")
+    return content
+
+
+def read_records(path: Path) -> tuple[list[dict[str, Any]], bool]:
+    """The lines of a metrics.jsonl, and whether the last one was torn, as by a power cut, and left out.
+
+    Raises:
+        UserError: another line is damaged, or the file cannot be read.
+    """
+    try:
+        text = path.read_text(errors="replace")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    lines = [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+    records: list[dict[str, Any]] = []
+    for number, line in lines:
+        try:
+            record = json.loads(line)
+            records.append({"step": record["step"], **record})
+        except (ValueError, KeyError, TypeError) as error:
+            if number == lines[-1][0]:
+                return records, True
+            raise UserError(f"{path} is damaged in line {number}: remove that line ({error})") from error
+    return records, False
+
+
+def flush_tree(folder: Path) -> None:
+    """Waits until everything below `folder` is on the disk, so that a rename cannot come before it."""
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def full_names(settings: dict[str, Any]) -> dict[str, Any]:
+    """A run's settings without sections: {"env": {"height": 84}} -> {"env.height": 84}."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+    return flat

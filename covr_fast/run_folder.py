@@ -1,0 +1,109 @@
+"""A run folder belongs to one run, and to one process at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from .errors import UserError
+
+_TRACES = ("config.json", "metrics.jsonl", "checkpoint", "checkpoint.old", "summary.json")
+
+
+class RunFolder:
+    """A run folder that this process can claim.
+
+    The claim is a lock on the file `.lock` in it, which the system gives back when the process ends, in
+    whatever way.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        # Not per thread: a trainer may run in another thread than it was built in.
+        self._lock = FileLock(self.path / ".lock", timeout=0, thread_local=False)
+        self._made: list[Path] = []
+
+    @classmethod
+    def numbered(cls, base: Path) -> RunFolder:
+        """The first of `base`, `base`-2, `base`-3, ... that does not exist, made at once: two runs that look
+        for one at the same time get different ones."""
+        for path in (base, *(base.with_name(f"{base.name}-{i}") for i in range(2, 10_000))):
+            folder = cls(path)
+            if folder._make(exist_ok=False):
+                return folder
+        raise UserError(f"{base} and 9,998 more of its name exist: choose a folder with --out")
+
+    def holds_run(self) -> bool:
+        return any((self.path / name).exists() for name in _TRACES)
+
+    @contextmanager
+    def claimed(self, *, resume: bool) -> Iterator[None]:
+        """Keeps everybody else from writing a run here until the block ends. Claims nest.
+
+        A folder that the claim made is removed again if nothing was written into it.
+
+        Args:
+            resume: whether the folder must hold a run already, or must not.
+
+        Raises:
+            UserError: it does, or does not, hold a run; somebody else has claimed it; it cannot be written.
+        """
+        if self._lock.is_locked:
+            yield
+            return
+        if resume and not self.holds_run():
+            raise UserError(f"{self.path} holds no run to resume: is it the folder of a run?")
+        if not resume:
+            self._make(exist_ok=True)
+        try:
+            self._lock.acquire()
+        except Timeout as error:
+            raise UserError(
+                f"{self.path} is being written by another run: wait until it ends, or choose another folder "
+                "with --out"
+            ) from error
+        except OSError as error:
+            self._remove_if_empty()
+            raise UserError(
+                f"{self.path} cannot be written ({error.strerror}): choose another folder with --out"
+            ) from error
+        try:
+            if not resume and self.holds_run():
+                raise UserError(
+                    f"{self.path} already holds a run: choose another folder with --out, or continue it with "
+                    f"--resume {self.path}"
+                )
+            yield
+        finally:
+            self._remove_if_empty()
+            self._lock.release()
+
+    def _make(self, *, exist_ok: bool) -> bool:
+        """Makes the folder and those above it; False if it is there already."""
+        missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir()
+        except FileExistsError as error:
+            if self.path.is_dir():
+                return False
+            if not exist_ok and self.path.parent.is_dir():
+                return False
+            raise UserError(f"{error.filename} is a file, not a folder: choose another --out") from error
+        except OSError as error:
+            raise UserError(
+                f"{self.path} cannot be made ({error.strerror}): choose another folder with --out"
+            ) from error
+        self._made = missing
+        return True
+
+    def _remove_if_empty(self) -> None:
+        if not self._made or {path.name for path in self.path.iterdir()} - {".lock"}:
+            return
+        (self.path / ".lock").unlink(missing_ok=True)
+        with suppress(OSError):  # others have put something into one of them
+            for path in self._made:
+                path.rmdir()

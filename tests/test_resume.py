@@ -1,0 +1,338 @@
+"""What a resumed run takes from the command line and from library users, and what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import fields, is_dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from test_trainer import interrupt_at, small_config
+
+from covr_fast import TrainConfig, Trainer
+from covr_fast.checkpoint import load_config
+from covr_fast.errors import UserError
+from covr_fast.files import full_names
+from covr_fast.resume import FIXED, MAY_CHANGE
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """A run that was interrupted at step 56 of 120; tests that let it go on take a copy."""
+    out = tmp_path_factory.mktemp("interrupted")
+    trainer = Trainer(small_config(steps=120, covr__psi_0=1000), out)
+    interrupt_at(trainer, 56)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    return out
+
+
+def contents(folder):
+    return {
+        path.relative_to(folder): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def resumed_config(**changes) -> TrainConfig:
+    return small_config(steps=120, **({"covr__psi_0": 1000} | changes))
+
+
+def test_every_setting_is_known_to_take_effect_or_to_be_refused():
+    parts = {f.name for f in fields(TrainConfig) if is_dataclass(getattr(TrainConfig(), f.name))}
+    names = set(full_names(TrainConfig().to_dict()))
+    assert parts == {name.split(".")[0] for name in names if "." in name}
+    assert names == MAY_CHANGE | FIXED.keys()
+    assert not MAY_CHANGE & FIXED.keys()
+
+
+def other(value):
+    """Another value of the same kind, which the checks of a configuration let pass."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (int, float)):
+        return value + 1
+    if isinstance(value, tuple):
+        return (*value, 1)
+    return {"lora": "full", "full": "lora", "uniform": "recent", "crop": "shift"}.get(value, "another")
+
+
+@pytest.mark.parametrize("name", sorted(FIXED))
+def test_a_setting_that_a_run_keeps_is_refused_by_name(name, interrupted):
+    """In all at once: the first is told with its values."""
+    config = resumed_config()
+    before = contents(interrupted)
+    *section, leaf = name.split(".")
+    owner = getattr(config, section[0]) if section else config
+    object.__setattr__(owner, leaf, other(getattr(owner, leaf)))  # the tuner's settings are frozen
+    config.check = lambda: None  # what fits together is not asked here
+    with pytest.raises(UserError, match=f"begun with {name}=") as caught:
+        Trainer(config, interrupted, resume=True)
+    assert "\n" not in str(caught.value)
+    assert contents(interrupted) == before
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"replay__n_step": 1}, r"begun with replay.n_step=3: it cannot go on with 1"),
+        (
+            {"env__height": 64, "seed": 3},
+            r"begun with seed=0: it cannot go on with 3, .*; nor may env.height change",
+        ),
+        ({"steps": 40}, r"steps=40, but .* has made 56 steps"),
+    ],
+)
+def test_refusals_name_the_setting_and_the_remedy(changes, message, interrupted):
+    before = contents(interrupted)
+    config = resumed_config()
+    for name, value in changes.items():
+        part, _, leaf = name.rpartition("__")
+        setattr(getattr(config, part) if part else config, leaf, value)
+    with pytest.raises(UserError, match=message):
+        Trainer(config, interrupted, resume=True)
+    assert contents(interrupted) == before
+
+
+def test_settings_edited_in_config_json_are_refused_too(interrupted, copied):
+    settings = json.loads((copied / "config.json").read_text())
+    settings["replay"]["gamma"] = 0.5
+    (copied / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"begun with replay.gamma=0.98: it cannot go on with 0.5"):
+        Trainer(load_config(copied), copied, resume=True)
+
+
+@pytest.fixture
+def copied(interrupted, tmp_path):
+    import shutil
+
+    return shutil.copytree(interrupted, tmp_path / "copy")
+
+
+def test_learning_rates_and_other_changes_take_effect(copied):
+    config = resumed_config(
+        agent__lr=1e-7, agent__alpha_lr=2e-7, agent__tau=0.5, vlm__every=2, covr__psi_0=90
+    )
+    trainer = Trainer(config, copied, resume=True)
+    rates = {
+        name: {group["lr"] for group in optimizer.param_groups}
+        for name, optimizer in trainer.agent.optimizers().items()
+    }
+    assert rates == {"critic_optimizer": {1e-7}, "actor_optimizer": {1e-7}, "alpha_optimizer": {2e-7}}
+    before = [p.detach().clone() for p in trainer.agent.actor.parameters()]
+    trainer.run()
+    moved = max(
+        float((a - b.detach()).abs().max())
+        for a, b in zip(before, trainer.agent.actor.parameters(), strict=True)
+    )
+    assert 0 < moved < 1e-5
+    assert load_config(copied) == config
+    assert [r["step"] for r in trainer.rounds] == [90]
+
+
+def test_what_may_change_reaches_the_part_that_it_is_for(copied):
+    config = resumed_config(
+        threads=2, env__batch_size=4, agent__target_entropy=-7.0, replay__batch_size=8, vlm__background=True,
+        covr__horizon=3, covr__psi_0=9, covr__schedule="recurrence",
+    )  # fmt: skip
+    config.tuner = replace(config.tuner, epochs=5, learning_rate=1e-5)
+    trainer = Trainer(config, copied, resume=True)
+    assert torch.get_num_threads() == 2
+    assert [len(ids) for ids in trainer.envs.batches()] == [4]
+    assert trainer.agent.target_entropy == -7
+    assert len(trainer.sample().reward) == 8
+    assert trainer._labeller is not None
+    assert trainer.finished.horizon == 3
+    assert (trainer.schedule.next_round, trainer.schedule.rule) == (9, "recurrence")
+    assert trainer.tuner.config == config.tuner
+    assert trainer.run()["steps"] == 120
+
+
+def test_a_trainer_keeps_its_threads_whatever_was_built_since(copied, tmp_path):
+    trainer = Trainer(resumed_config(threads=1), copied, resume=True)
+    Trainer(small_config(threads=2), tmp_path / "another")
+    log, threads = trainer._log, []
+    trainer._log = lambda: (threads.append(torch.get_num_threads()), log())
+    trainer.run()
+    assert set(threads) == {1}
+
+
+def test_a_vlm_that_was_tuned_is_not_measured_as_if_untuned(copied):
+    """Asked for on resuming, `eval.vlm` gives what can still be measured."""
+    first = Trainer(resumed_config(covr__psi_0=60), copied, resume=True)
+    interrupt_at(first, 100)
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    assert first.prior.version > 0
+    summary = Trainer(resumed_config(covr__psi_0=60, eval__vlm=True), copied, resume=True).run()
+    assert summary["evaluations"].keys() == {"random", "actor", "vlm_after"}
+
+
+def test_config_json_is_left_alone_until_everything_is_built(copied, monkeypatch):
+    before = contents(copied)
+
+    def broken(*_):
+        raise UserError("no VLM today")
+
+    monkeypatch.setattr("covr_fast.trainer.VLMTuner", broken)
+    with pytest.raises(UserError, match="no VLM today"):
+        Trainer(resumed_config(agent__lr=1e-5), copied, resume=True)
+    assert contents(copied) == before
+
+
+def test_a_run_that_has_gone_on_meanwhile_is_not_resumed_from_the_older_state(copied):
+    early = Trainer(resumed_config(), copied, resume=True)
+    late = Trainer(resumed_config(), copied, resume=True)
+    interrupt_at(late, 80)
+    with pytest.raises(KeyboardInterrupt):
+        late.run()
+    before = contents(copied)
+    with pytest.raises(UserError, match="has gone on since this trainer was built"):
+        early.run()
+    assert contents(copied) == before
+
+
+def test_a_run_whose_steps_are_done_needs_no_replay_to_be_evaluated(tmp_path, monkeypatch):
+    config = small_config(steps=48, covr__psi_0=1000)
+    first = Trainer(config, tmp_path)
+
+    def killed():
+        raise SystemExit  # as little is tidied up as if the process had died
+
+    monkeypatch.setattr(first, "_evaluate_after", killed)
+    with pytest.raises(SystemExit):
+        first.run()
+    assert not (tmp_path / "checkpoint" / "replay").exists()
+    summary = Trainer(config, tmp_path, resume=True).run()
+    assert summary["steps"] == 48
+    assert summary["updates"] == 2
+    assert summary["evaluations"].keys() == {"random", "actor"}
+
+
+def test_settings_of_an_older_version_have_their_defaults(copied):
+    settings = json.loads((copied / "config.json").read_text())
+    for name in ("checkpoint_minutes", "begun_as", "eval"):
+        del settings[name]
+    del settings["vlm"]["graph"]
+    (copied / "config.json").write_text(json.dumps(settings))
+    counters = torch.load(copied / "checkpoint" / "counters.pt")
+    del counters["settings"]  # nor did it keep them in the checkpoint
+    torch.save(counters, copied / "checkpoint" / "counters.pt")
+    config = load_config(copied)
+    assert config.checkpoint_minutes > 0
+    assert config.eval == TrainConfig().eval
+    assert Trainer(config, copied, resume=True).step == 56
+
+
+def test_numpy_numbers_and_paths_are_settings_like_others(copied, tmp_path):
+    config = small_config(
+        steps=np.int64(48), covr__psi_0=1000, agent__channels=tuple(np.array([8, 8])),
+        replay__gamma=np.float32(0.5), checkpoint_every=np.int32(40),
+        vlm__model=copied / "checkpoint" / "vlm",
+    )  # fmt: skip
+    Trainer(config, tmp_path / "run").run()
+    read = load_config(tmp_path / "run")
+    assert read.steps == 48
+    assert read.replay.gamma == 0.5
+    with pytest.raises(UserError, match="is finished"):
+        Trainer(config, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"steps": "many"}, "config.json: steps='many' must be int"),
+        ({"env": 3}, "config.json"),
+        ({"env": {"height": None}}, "config.json: env.height=None must be int"),
+        ({"tuner": {"mode": "half"}}, "config.json: .*mode must be 'lora' or 'full'"),
+    ],
+)
+def test_settings_that_cannot_be_are_told_with_their_file(settings, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=message) as caught:
+        load_config(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+# ---- a run that is killed ------------------------------------------------------------------------------
+
+
+def test_checkpoints_are_written_without_being_asked_for(tmp_path, monkeypatch):
+    assert TrainConfig.preset("carracing-gpu").checkpoint_minutes > 0
+    config = small_config(steps=100, covr__psi_0=1000, checkpoint_minutes=1e-6)
+    trainer = Trainer(config, tmp_path)
+    monkeypatch.setattr("covr_fast.trainer.CHECKPOINT_SHARE", 1.0)
+    log = trainer._log
+
+    def killed_at_80():
+        log()
+        if trainer.step >= 80:
+            raise SystemExit
+
+    trainer._log = killed_at_80
+    with pytest.raises(SystemExit):
+        trainer.run()
+    assert 40 < Trainer(config, tmp_path, resume=True).step <= 80
+
+
+def test_checkpoints_change_nothing_in_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("covr_fast.trainer.CHECKPOINT_SHARE", 1.0)
+    ends = []
+    for minutes in (0.0, 1e-6):
+        trainer = Trainer(small_config(steps=100, checkpoint_minutes=minutes), tmp_path / str(minutes))
+        trainer.run()
+        ends.append([*trainer.agent.actor.parameters(), *trainer.prior.backbone.base.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_checkpoints_take_a_small_share_of_the_time(tmp_path, monkeypatch):
+    """However slow the disk: with one that takes 0.2 s there is none again for 10 s."""
+    import time
+
+    import covr_fast.trainer as module
+
+    saves = []
+
+    def slow(*_):
+        saves.append(time.perf_counter())
+        time.sleep(0.2)
+
+    monkeypatch.setattr(module, "save_checkpoint", slow)
+    Trainer(small_config(steps=100, covr__psi_0=1000, checkpoint_minutes=1e-6), tmp_path).run()
+    assert len(saves) == 2  # the first, and that at the end
+
+
+@pytest.mark.parametrize("signals", [[signal.SIGHUP], [signal.SIGHUP, signal.SIGHUP], [signal.SIGTERM]])
+def test_signals_that_end_a_job_save_it(signals, tmp_path):
+    """Also where SIGINT is ignored, as in a shell's background jobs; a dropped terminal sends two SIGHUPs."""
+    fields = "--steps 100000 --warmup 32 --log-every 16 --steps-per-update 8 --threads 1 --env.num-envs 2 "
+    fields += "--env.batch-size 2 --env.max-episode-steps 24 --env.height 48 --env.width 48 --no-video "
+    fields += "--replay.batch-size 16 --replay.capacity 200 --eval.episodes 1 --eval.no-vlm"
+    run = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "covr_fast.cli",
+        "train",
+        "carracing",
+        "--out",
+        str(run),
+        *fields.split(),
+    ]
+    ignored = (
+        "import os, sys, signal as s; s.signal(s.SIGINT, s.SIG_IGN); os.execv(sys.executable, sys.argv[1:])"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", ignored, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        next(line for line in process.stdout if "steps/s" in line)  # the loop's first report
+        for number in signals:
+            os.kill(process.pid, number)
+        said, _ = process.communicate()
+    assert process.returncode == 130
+    assert f"and saved: --resume {run} continues" in said
+    assert (run / "checkpoint" / "replay").is_file()
