@@ -91,7 +91,7 @@ def problem_of(code: str, *arguments: str, timeout: float = 120) -> str | None:
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            return f"no answer after {timeout:.0f} seconds"
+            return f"no answer after {timeout:g} seconds"
     if done.returncode == 0:
         return None
     said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]

@@ -41,7 +41,13 @@ def find_task(config: EnvConfig) -> Task:
         raise unknown("environment env.id", config.id, known)
     if _is_car_racing(config):
         return Task(2, _car_racing_action, lambda obs: obs[:, :_CAR_RACING_VIEW])
-    spec = envpool.make_spec(config.id)
+    try:
+        spec = envpool.make_spec(config.id)
+    except (ImportError, RuntimeError) as error:
+        raise UserError(
+            f"env.id={config.id!r} cannot be built ({' '.join(str(error).split())}): "
+            "choose CarRacing-v3 or a DMControl task, such as CheetahRun-v1"
+        ) from error
     action = spec.action_space
     if not (hasattr(action, "low") and np.issubdtype(action.dtype, np.floating)):
         raise UserError(
