@@ -175,7 +175,8 @@ class PixelEnvs:
         self._closed = True
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._sent.clear()
-        self._simulators = []
+        # Cleared, not replaced: EnvPool's import may keep a frame of make_env alive, which holds the list too.
+        self._simulators.clear()
         return_memory()
 
     def __enter__(self) -> PixelEnvs:
