@@ -175,7 +175,7 @@ class PixelEnvs:
         self._closed = True
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._sent.clear()
-        # Cleared, not replaced: EnvPool's import may keep a frame of make_env alive, which holds the list too.
+        # Cleared, not replaced: what EnvPool's import leaves behind may hold make_env's frame, and its list.
         self._simulators.clear()
         return_memory()
 
