@@ -241,20 +241,6 @@ class Preset:
         return TrainConfig.from_dict(self.config.to_dict())
 
 
-# nano knows nothing, so there is nothing for adapters to adapt: every weight learns, fast, from few samples.
-_NANO_TUNER = TunerConfig(
-    mode="full",
-    learning_rate=2e-3,
-    average=0.98,
-    label_smoothing=0.0,
-    epochs=40,
-    max_steps=400,
-    batch_size=128,
-    micro_batch=32,
-    shift=4,
-)
-
-
 def _car_racing() -> TrainConfig:
     """Ten minutes on two CPU cores; what was tried on the way to it is in docs/carracing.md."""
     return TrainConfig(
@@ -264,7 +250,17 @@ def _car_racing() -> TrainConfig:
         env=EnvConfig(height=56, width=56, grayscale=True, max_episode_steps=400),
         agent=SACConfig(channels=(16, 32, 32), strides=(3, 2, 2), latent=64, hidden=256, prior_weight=0.25),
         replay=ReplayConfig(capacity=28_000, batch_size=128, n_step=3, gamma=0.98),
-        tuner=_NANO_TUNER,
+        tuner=TunerConfig(
+            mode="full",
+            learning_rate=2e-3,
+            average=0.98,
+            label_smoothing=0.0,
+            epochs=40,
+            max_steps=400,
+            batch_size=128,
+            micro_batch=32,
+            shift=4,
+        ),
         vlm=VLMConfig(decimals=1, motion=True),
         covr=COVRConfig(psi_0=2500, cold_start=2, horizon=30),
     )
@@ -282,8 +278,7 @@ def _car_racing_gpu() -> TrainConfig:
 
 
 def _dm_control(env_id: str, action_repeat: int) -> TrainConfig:
-    """The paper's 100k environment steps, frames of 100 pixels cropped to 84, and cold start of 4 rounds;
-    nano, and an agent of a size for CPU cores."""
+    """The paper's DMControl settings: 100k environment steps, lambda 1, cold start 4, LoRA 128/16."""
     return TrainConfig(
         steps=100_000,
         env=EnvConfig(
@@ -292,14 +287,12 @@ def _dm_control(env_id: str, action_repeat: int) -> TrainConfig:
             batch_size=2,
             height=100,
             width=100,
-            grayscale=True,
             action_repeat=action_repeat,
             max_episode_steps=1000,
         ),
-        agent=SACConfig(channels=(16, 32, 32), strides=(3, 2, 2), latent=64, hidden=256, prior_weight=0.25),
-        replay=ReplayConfig(batch_size=128, pad=8),
-        tuner=_NANO_TUNER,
-        vlm=VLMConfig(decimals=1, motion=True),
+        agent=SACConfig(prior_weight=1.0),
+        replay=ReplayConfig(pad=8),
+        tuner=TunerConfig(lora_alpha=16),
         covr=COVRConfig(cold_start=4),
     )
 
