@@ -51,7 +51,8 @@ $(VENV)/%.stamp: $(VENV)/torch.stamp pyproject.toml constraints.txt $(NATIVE)
 	$(PY) -m pip install --quiet -c constraints.txt -e '.[$*]'
 	touch $@
 
-# A compiler, Python's headers and venv, and the OpenGL libraries DMControl renders with.
+# A compiler, Python's headers and venv, and the OpenGL libraries DMControl renders with: libegl1 does not bring
+# a driver with it.
 system:
 	@[ -n "$(PYTHON)" ] || { echo "no Python 3.11 or newer found: install one, or name it with PYTHON=..."; exit 1; }
 	@missing=""; \
@@ -60,8 +61,10 @@ system:
 	$(PYTHON) -c 'import os, sysconfig, sys; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' \
 	  || missing="$$missing python3-dev"; \
 	for library in libEGL.so.1:libegl1 libOpenGL.so.0:libopengl0; do \
-	  $(PYTHON) -c "import ctypes; ctypes.CDLL('$${library%%:*}')" 2>/dev/null || missing="$$missing $${library##*:} libgl1-mesa-dri"; \
+	  $(PYTHON) -c "import ctypes; ctypes.CDLL('$${library%%:*}')" 2>/dev/null || missing="$$missing $${library##*:}"; \
 	done; \
+	$(PYTHON) -c 'import glob, sys; sys.exit(not any(map(glob.glob, ("/usr/lib/*/dri/*_dri.so", "/usr/lib*/dri/*_dri.so", "/usr/share/glvnd/egl_vendor.d/*nvidia*"))))' \
+	  || missing="$$missing libgl1-mesa-dri"; \
 	if [ -n "$$missing" ]; then \
 	  run=""; [ "$$(id -u)" = 0 ] || run=sudo; \
 	  echo "installing system packages:$$missing"; \

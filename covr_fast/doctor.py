@@ -6,9 +6,16 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from .opengl import INSTALL
 
 REQUIRED = (
     "envpool",
@@ -29,6 +36,23 @@ OPTIONAL = {
     "stable-baselines3": "pip install 'covr-fast[sb3]'",
     "torchrl": "pip install 'covr-fast[torchrl]'",
 }
+ENVIRONMENTS = {
+    "CarRacing": ("CarRacing-v3", "pip install --force-reinstall envpool"),
+    "DMControl": ("CheetahRun-v1", INSTALL),
+}
+"""An environment of each kind, and what mends it where no frame of it can be had."""
+
+_FIRST_FRAME = """
+import sys
+from covr_fast.envs import EnvConfig, make_env
+from covr_fast.errors import UserError
+try:
+    with make_env(EnvConfig(id=sys.argv[1], num_envs=1, batch_size=1, frame_stack=1)) as envs:
+        if envs.reset().std() == 0:
+            sys.exit("its frame is empty")
+except UserError as error:
+    sys.exit(str(error))
+"""
 
 
 def _version(package: str) -> str | None:
@@ -46,10 +70,54 @@ def _extension() -> dict[str, Any]:
     return {"built": True, "with_cuda": bool(_C.with_cuda)}
 
 
+def problem_of(code: str, *arguments: str, timeout: float = 120) -> str | None:
+    """Runs Python code in a process of its own, which may abort or hang without harm to this one.
+
+    Returns what it ended with, in one line, or None if it ended well within `timeout` seconds.
+    """
+    with tempfile.TemporaryDirectory() as folder:  # where MuJoCo leaves a log when it gives up
+        path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+        command = [sys.executable, "-c", code, *arguments]
+        try:
+            done = subprocess.run(
+                command,
+                cwd=folder,
+                env=os.environ | {"PYTHONPATH": path},
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=timeout,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return f"no answer after {timeout:g} seconds"
+    if done.returncode == 0:
+        return None
+    said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    last = said[-1] if said else "it says nothing"
+    how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
+    return last if done.returncode == 1 else f"the process ended with {how}: {last}"
+
+
+def _problem_with(kind: str) -> str | None:
+    """Why no frame of this kind of environment can be had here, and the remedy; None if it can."""
+    env_id, remedy = ENVIRONMENTS[kind]
+    problem = problem_of(_FIRST_FRAME, env_id)
+    # What covr_fast itself says has its remedy in it.
+    return problem if problem is None or "install " in problem else f"{problem}: {remedy}"
+
+
 def diagnose() -> dict[str, Any]:
-    """The diagnosis as plain types; "ready_to_train" says whether `covr-fast train` can run."""
+    """The diagnosis as plain types.
+
+    "ready_to_train" says whether `covr-fast train carracing` can run. "environments" says, for "CarRacing"
+    and "DMControl", what keeps it from giving a frame here, None for nothing: DMControl needs OpenGL besides.
+    """
     extension = _extension()
     required = {name: _version(name) for name in REQUIRED}
+    with ThreadPoolExecutor() as pool:
+        environments = dict(zip(ENVIRONMENTS, pool.map(_problem_with, ENVIRONMENTS), strict=True))
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "covr-fast": _version("covr-fast"),
@@ -61,7 +129,8 @@ def diagnose() -> dict[str, Any]:
         "extension": extension,
         "required": required,
         "optional": {name: _version(name) for name in OPTIONAL},
-        "ready_to_train": extension["built"] and all(required.values()),
+        "environments": environments,
+        "ready_to_train": extension["built"] and all(required.values()) and environments["CarRacing"] is None,
     }
 
 
@@ -88,6 +157,7 @@ def print_diagnosis(d: dict[str, Any]) -> None:
             (f"{name} (optional)", version or f"missing: {OPTIONAL[name]}")
             for name, version in d["optional"].items()
         ),
+        *((f"{kind} frames", problem or "drawn") for kind, problem in d["environments"].items()),
         ("covr-fast train", "ready" if d["ready_to_train"] else "not ready, see above"),
     ]
     width = max(len(name) for name, _ in rows)

@@ -7,18 +7,22 @@ of the next episode with reward 0. Such a row is not a transition, so it is take
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import operator
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
-from .errors import UserError, unknown
+from .errors import UserError
+from .opengl import import_envpool, require_frames, return_memory
+from .seeds import SEEDS
+from .tasks import Task, find_task
+from .tasks import action_labels as action_labels
 
 
 @dataclass
@@ -26,7 +30,7 @@ class EnvConfig:
     """Which environment, how many, and what the agent sees of it."""
 
     id: str = "CarRacing-v3"
-    """EnvPool id of an environment with a continuous action space."""
+    """EnvPool id: CarRacing-v3, or a DMControl task such as CheetahRun-v1."""
     num_envs: int = 16
     """Environments simulated in all."""
     batch_size: int = 8
@@ -85,99 +89,15 @@ class Rows(NamedTuple):
 class Simulator(Protocol):
     """The part of EnvPool's gymnasium interface that is used here."""
 
-    def reset(self) -> tuple[np.ndarray, dict[str, Any]]: ...
+    def reset(self) -> tuple[Any, dict[str, Any]]: ...
 
     def step(
         self, action: np.ndarray, env_id: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]: ...
+    ) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]: ...
 
-
-@dataclass(frozen=True)
-class Task:
-    """How an environment's actions and frames map to the agent's."""
-
-    action_dim: int
-    to_sim: Callable[[np.ndarray], np.ndarray]
-    to_rgb: Callable[[np.ndarray], np.ndarray]
-    """[n, ...] simulator observation -> uint8[n, H, W, 3] newest frame."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of EnvPool."""
-
-
-def _car_racing_action(action: np.ndarray) -> np.ndarray:
-    """(steering, signed gas/brake) in [-1, 1]^2 -> (steering, gas, brake)."""
-    steer, pedal = action[:, 0], action[:, 1]
-    return np.stack([steer, np.maximum(pedal, 0), np.maximum(-pedal, 0)], axis=1)
-
-
-# The lowest 12 rows of CarRacing's 96 are the instrument panel, which the view above makes redundant.
-_CAR_RACING_VIEW = 84
-
-
-def action_labels(config: EnvConfig) -> list[str]:
-    """What each of the agent's action dimensions does at -1/+1, for people; one label per dimension."""
-    if config.id.startswith("CarRacing-"):
-        return ["left/right", "brake/gas"]
-    return [f"action {i}" for i in range(_find_task(config).action_dim)]
-
-
-def _find_task(config: EnvConfig) -> Task:
-    """The adapter for config.id, or an error for an environment that cannot be driven from pixels."""
-    envpool = _import_envpool()
-    known = envpool.list_all_envs()
-    if config.id not in known:
-        raise unknown("environment env.id", config.id, known)
-    if config.id.startswith("CarRacing-"):
-        return Task(2, _car_racing_action, lambda obs: obs[:, :_CAR_RACING_VIEW], {})
-
-    options: dict[str, Any] = {}
-    spec = envpool.make_spec(config.id)
-    if hasattr(spec.config, "from_pixels"):
-        options = {
-            "from_pixels": True,
-            "frame_stack": 1,
-            "render_width": config.width,
-            "render_height": config.height,
-        }
-        spec = envpool.make_spec(config.id, **options)
-    action, obs = spec.action_space, spec.observation_space
-    if not (hasattr(action, "low") and np.issubdtype(action.dtype, np.floating)):
-        raise UserError(
-            f"env.id={config.id!r} has a discrete action space: COVR's actor and its priors are continuous; "
-            "choose an environment with a Box action space, such as CarRacing-v3 or CheetahRun-v1"
-        )
-    shape = getattr(obs, "shape", None)
-    if getattr(obs, "dtype", None) != np.uint8 or shape is None or len(shape) != 3:
-        raise UserError(
-            f"env.id={config.id!r} does not give pixels (uint8 images): choose a pixel environment"
-        )
-    low, high = action.low, action.high
-    channels_first = shape[0] == 3
-
-    def to_sim(a: np.ndarray) -> np.ndarray:
-        return (low + (a + 1) * 0.5 * (high - low)).astype(np.float32)
-
-    def to_rgb(o: np.ndarray) -> np.ndarray:
-        return o.transpose(0, 2, 3, 1) if channels_first else o
-
-    return Task(action.shape[0], to_sim, to_rgb, options)
-
-
-def _import_envpool() -> Any:
-    """EnvPool, with the system's OpenGL loaded first.
-
-    The wheel bundles libEGL under a mangled name that MuJoCo's loader does not look for, so DMControl pixels
-    fail unless the system's libraries are already in the process.
-    """
-    for library in ("libOpenGL.so.0", "libEGL.so.1"):
-        # Only environments that render through OpenGL need it, and those say so themselves.
-        with contextlib.suppress(OSError):
-            ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
-    try:
-        import envpool
-    except ImportError as error:
-        raise UserError("envpool is not installed: pip install 'covr-fast[train]'") from error
-    return envpool
+    def render(self, env_ids: np.ndarray) -> np.ndarray:
+        """uint8[n, H, W, 3], asked for only where the task's observations hold no frames."""
+        ...
 
 
 class PixelEnvs:
@@ -186,6 +106,9 @@ class PixelEnvs:
     `send` starts a batch and returns at once; `recv` waits for the batch that was sent first. While the
     learner handles one batch the others simulate. The order of the batches is fixed, so a run depends on its
     seed alone, never on timing. (EnvPool's own asynchronous mode hands rows out as they arrive.)
+
+    Begin with `reset`. Calls out of order are RuntimeErrors: `send` of a batch that is simulating, `recv`
+    with none sent, `reset` while one is, anything after `close`.
     """
 
     def __init__(self, config: EnvConfig, simulators: list[Simulator], task: Task):
@@ -196,7 +119,9 @@ class PixelEnvs:
         self._simulators = simulators
         n = config.num_envs
         self._stacks = np.zeros((n, *config.obs_shape), np.uint8)
-        self._sent: deque[Future[Rows]] = deque()
+        self._sent: deque[tuple[int, Future[Rows]]] = deque()
+        self._begun = False
+        self._closed = False
         self._pool = ThreadPoolExecutor(
             len(simulators), "covr-simulator", initializer=torch.set_num_threads, initargs=(1,)
         )
@@ -207,37 +132,92 @@ class PixelEnvs:
 
     def reset(self) -> np.ndarray:
         """Starts every environment anew and returns uint8[num_envs, C, H, W]. Only while nothing is sent."""
+        self._check_open("reset()")
         if self._sent:
             raise RuntimeError("reset() while a batch is simulating: recv() it first")
         for ids, simulator in zip(self.batches(), self._simulators, strict=True):
-            frames, _ = simulator.reset()
-            self._start_stacks(ids, self._resize(self._task.to_rgb(frames)))
+            observation, _ = simulator.reset()
+            self._start_stacks(ids, self._frames(simulator, observation, np.arange(len(ids))))
+        self._begun = True
         return self._stacks.copy()
 
     def send(self, action: np.ndarray, env_ids: np.ndarray) -> None:
-        """Starts simulating one decision, action float[batch_size, A] in [-1, 1], of one of batches()."""
-        if action.shape != (len(env_ids), *self.action_shape):
-            raise ValueError(
-                f"action has shape {action.shape}, expected {(len(env_ids), *self.action_shape)}"
-            )
-        sim_action = np.ascontiguousarray(self._task.to_sim(np.clip(action, -1, 1)), np.float32)
-        self._sent.append(self._pool.submit(self._advance, sim_action, np.asarray(env_ids)))
+        """Starts simulating one decision of one of batches().
+
+        Args:
+            action: real numbers [batch_size, A]; those beyond [-1, 1] count as -1 or 1.
+            env_ids: integers [batch_size], the ids of the batch, in any order.
+
+        Raises:
+            ValueError: wrong shape or type, an action that is not finite, or env_ids that are no batch.
+            RuntimeError: before reset(), after close(), or while this batch is simulating.
+        """
+        self._check_open("send()")
+        if not self._begun:
+            raise RuntimeError("send() before reset(): an environment has to be started first")
+        ids = self._batch_ids(env_ids)
+        batch = int(ids[0]) // self.config.batch_size
+        if any(batch == sent for sent, _ in self._sent):
+            raise RuntimeError(f"env_ids={ids.tolist()} are simulating: recv() them before the next send()")
+        sim_action = np.ascontiguousarray(self._task.to_sim(self._checked_action(action, ids)), np.float32)
+        self._sent.append((batch, self._pool.submit(self._advance, sim_action, ids)))
 
     def recv(self) -> Rows:
         """Waits for the batch that was sent first."""
+        self._check_open("recv()")
         if not self._sent:
             raise RuntimeError("recv() without a send()")
-        return self._sent.popleft().result()
+        _, rows = self._sent.popleft()
+        return rows.result()
 
     def close(self) -> None:
-        """Waits for what is simulating and ends the threads."""
+        """Waits for what is simulating, and frees the simulators and their threads."""
+        self._closed = True
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._sent.clear()
+        # Cleared, not replaced: what EnvPool's import leaves behind may hold make_env's frame, and its list.
+        self._simulators.clear()
+        return_memory()
 
     def __enter__(self) -> PixelEnvs:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _check_open(self, what: str) -> None:
+        if self._closed:
+            raise RuntimeError(f"{what} after close(): make_env() builds new environments")
+
+    def _batch_ids(self, env_ids: np.ndarray) -> np.ndarray:
+        """env_ids as int64[batch_size], which are one of batches(): EnvPool reads memory at any others."""
+        ids = np.asarray(env_ids)
+        if not np.issubdtype(ids.dtype, np.integer) or ids.ndim != 1:
+            raise ValueError(
+                f"env_ids has shape {ids.shape} and dtype {ids.dtype}, expected integers "
+                f"[{self.config.batch_size}]: send one of batches()"
+            )
+        ids = ids.astype(np.int64)
+        if not any(np.array_equal(np.sort(ids), batch) for batch in self.batches()):
+            raise ValueError(
+                f"env_ids={ids.tolist()} are not one batch: send one of batches(), each env_id of it once, "
+                f"such as {self.batches()[0].tolist()}"
+            )
+        return ids
+
+    def _checked_action(self, action: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        action = np.asarray(action)
+        expected = (len(ids), *self.action_shape)
+        if action.shape != expected:
+            raise ValueError(f"action has shape {action.shape}, expected {expected}")
+        if not (np.issubdtype(action.dtype, np.floating) or np.issubdtype(action.dtype, np.integer)):
+            raise ValueError(f"action has dtype {action.dtype}, expected real numbers such as float32")
+        finite = np.isfinite(action).all(1)
+        if not finite.all():
+            raise ValueError(
+                f"action holds NaN or infinity for env_ids {ids[~finite].tolist()}: has the policy diverged?"
+            )
+        return np.clip(action, -1, 1)
 
     def _advance(self, action: np.ndarray, ids: np.ndarray) -> Rows:
         batch = int(ids[0]) // self.config.batch_size
@@ -249,34 +229,41 @@ class PixelEnvs:
         alive = np.arange(n)
         frames = 0
         for _ in range(self.config.action_repeat):
-            frame, r, term, trunc, _info = simulator.step(
+            observation, r, term, trunc, _info = simulator.step(
                 action[alive], (ids[alive] - first).astype(np.int32)
             )
             frames += len(alive)
-            if newest is None:
-                newest = np.empty((n, *frame.shape[1:]), frame.dtype)
-            newest[alive] = frame
+            if self._task.to_rgb:
+                if newest is None:
+                    newest = np.empty((n, *observation.shape[1:]), observation.dtype)
+                newest[alive] = observation
             reward[alive] += r
             terminated[alive], truncated[alive] = term, trunc
             alive = alive[~(term | trunc)]
             if len(alive) == 0:
                 break
-        assert newest is not None
         if not np.isfinite(reward).all():
             bad = ids[~np.isfinite(reward)].tolist()
             raise UserError(
                 f"environment {self.config.id} returned a reward that is not finite (env_ids {bad})"
             )
-        self._push(ids, self._resize(self._task.to_rgb(newest)))
+        # Where frames are drawn, that is once for all repeats; an ended episode still shows its last state.
+        self._push(ids, self._frames(simulator, newest, ids - first))
         next_obs = self._stacks[ids]
         obs = next_obs
         done = terminated | truncated
         if done.any():
             # The reset row: it belongs to no transition, it only starts the next episode's stack.
-            frame, *_ = simulator.step(action[done], (ids[done] - first).astype(np.int32))
-            self._start_stacks(ids[done], self._resize(self._task.to_rgb(frame)))
+            over = (ids[done] - first).astype(np.int32)
+            observation, *_ = simulator.step(action[done], over)
+            self._start_stacks(ids[done], self._frames(simulator, observation, over))
             obs = self._stacks[ids]
         return Rows(ids, next_obs, reward, terminated, truncated & ~terminated, obs, frames)
+
+    def _frames(self, simulator: Simulator, observation: Any, rows: np.ndarray) -> np.ndarray:
+        """uint8[n, channels, height, width]: what these rows of a simulator show."""
+        to_rgb = self._task.to_rgb
+        return self._resize(to_rgb(observation) if to_rgb else simulator.render(rows.astype(np.int32)))
 
     def _push(self, ids: np.ndarray, frames: np.ndarray) -> None:
         c = self.config.channels
@@ -310,24 +297,16 @@ def make_env(config: EnvConfig) -> PixelEnvs:
     """Builds config.num_envs environments.
 
     Raises:
-        UserError: unknown id, discrete actions, no pixels, or sizes that do not fit together.
+        UserError: unknown id, discrete or unbounded actions, no pixels, sizes that do not fit together, or
+            DMControl on a machine that cannot draw.
     """
-    for name in (
-        "num_envs", "batch_size", "num_threads", "height", "width", "frame_stack", "action_repeat",
-        "max_episode_steps",
-    ):  # fmt: skip
-        if getattr(config, name) < 1:
-            raise UserError(f"env.{name}={getattr(config, name)} must be at least 1")
-    if config.num_envs % config.batch_size:
-        raise UserError(
-            f"env.num_envs={config.num_envs} is not a multiple of env.batch_size={config.batch_size}"
-        )
+    _check(config)
     with _quiet_bounds():
-        task = _find_task(config)
-    envpool = _import_envpool()
-    with _quiet_bounds():
+        task = find_task(config)
+        if task.to_rgb is None:
+            require_frames()
         simulators = [
-            envpool.make_gymnasium(
+            import_envpool().make_gymnasium(
                 config.id,
                 num_envs=config.batch_size,
                 num_threads=config.num_threads,
@@ -338,3 +317,27 @@ def make_env(config: EnvConfig) -> PixelEnvs:
             for first in range(0, config.num_envs, config.batch_size)
         ]
     return PixelEnvs(config, simulators, task)
+
+
+def _check(config: EnvConfig) -> None:
+    """Raises a UserError for sizes and seeds that EnvPool would take for others, or that do not fit."""
+    for name, least in {
+        "num_envs": 1, "batch_size": 1, "num_threads": 1, "height": 1, "width": 1, "frame_stack": 1,
+        "action_repeat": 1, "max_episode_steps": 1, "seed": 0,
+    }.items():  # fmt: skip
+        value = getattr(config, name)
+        try:
+            operator.index(value)
+        except TypeError:
+            raise UserError(f"env.{name}={value!r} must be a whole number") from None
+        if value < least:
+            raise UserError(f"env.{name}={value} must be at least {least}")
+    if config.num_envs % config.batch_size:
+        raise UserError(
+            f"env.num_envs={config.num_envs} is not a multiple of env.batch_size={config.batch_size}"
+        )
+    if config.seed + config.num_envs > SEEDS + 1:
+        raise UserError(
+            f"env.seed={config.seed} leaves no 32-bit seeds for {config.num_envs} environments: "
+            f"it must be at most {SEEDS + 1 - config.num_envs}"
+        )

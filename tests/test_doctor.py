@@ -1,0 +1,55 @@
+"""What the doctor says of environments, which may abort or hang the process that draws them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import covr_fast._C
+from covr_fast.doctor import problem_of
+
+
+@pytest.mark.parametrize(
+    "code, problem",
+    [
+        ("print('fine')", None),
+        ("import os, sys; print('no EGL', file=sys.stderr, flush=True); os.abort()", "signal 6: no EGL"),
+        ("import os; os._exit(134)", "exit code 134: it says nothing"),
+        ("import sys; sys.exit('no frame: install it')", "no frame: install it"),
+        ("raise RuntimeError('broken')", "RuntimeError: broken"),
+        ("import sys; sys.exit(sys.argv[1])", "handed over"),
+    ],
+)
+def test_how_a_process_ended(code, problem):
+    found = problem_of(code, "handed over")
+    assert found is None if problem is None else found.endswith(problem)
+
+
+def test_a_process_that_hangs_is_ended():
+    assert problem_of("import time; time.sleep(600)", timeout=0.5) == "no answer after 0.5 seconds"
+
+
+def doctor(**environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "covr_fast.cli", "doctor", "--json"]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
+
+
+def test_frames_of_both_kinds_are_drawn_here():
+    diagnosis = json.loads(doctor().stdout)
+    assert diagnosis["environments"] == {"CarRacing": None, "DMControl": None}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="how Linux loads OpenGL")
+@pytest.mark.parametrize("library", ["one that cannot be loaded", "one without OpenGL in it"])
+def test_car_racing_trains_where_dm_control_would_end_the_process(library, tmp_path):
+    loads = library == "one without OpenGL in it"
+    (tmp_path / "libEGL.so.1").write_bytes(Path(covr_fast._C.__file__).read_bytes() if loads else b"")
+    done = doctor(LD_LIBRARY_PATH=str(tmp_path))
+    assert done.returncode == 0
+    diagnosis = json.loads(done.stdout)
+    assert diagnosis["ready_to_train"] is True
+    assert diagnosis["environments"]["CarRacing"] is None
+    assert "apt install libegl1" in diagnosis["environments"]["DMControl"]

@@ -1,0 +1,99 @@
+"""Every preset as a user runs it: its environment at full size, and a small run of all parts of the loop."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from covr_fast import TrainConfig, cli, make_env
+from covr_fast.envs import PixelEnvs
+
+NAMES = (
+    "carracing",
+    "carracing-gpu",
+    "cartpole-swingup",
+    "reacher-easy",
+    "cheetah-run",
+    "walker-walk",
+    "finger-spin",
+    "ball-in-cup-catch",
+)
+
+SMALL = {
+    "steps": 72,
+    "warmup": 24,
+    "log-every": 12,
+    "steps-per-update": 8,
+    "threads": 1,
+    "device": "cpu",
+    "env.num-envs": 4,
+    "env.batch-size": 2,
+    "env.num-threads": 1,
+    "agent.hidden": 32,
+    "replay.batch-size": 16,
+    "replay.capacity": 200,
+    "vlm.model": "nano",
+    "vlm.every": 2,
+    "tuner.mode": "full",
+    "tuner.max-steps": 3,
+    "covr.psi-0": 24,
+    "covr.min-samples": 4,
+    "covr.cold-start": 1,
+    "eval.episodes": 1,
+}
+
+
+def test_no_preset_is_left_out(capsys):
+    assert cli.run(["train", "--help"]) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert listed == list(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_environment_steps_and_shows_what_moves(name):
+    config = TrainConfig.preset(name).env
+    rng = np.random.default_rng(0)
+    with make_env(config) as envs:
+        first = envs.reset()
+        assert first.shape == (config.num_envs, *config.obs_shape)
+        assert (first.std(axis=(1, 2, 3)) > 10).all(), "an empty frame"
+        for _ in range(2):
+            for ids in envs.batches():
+                envs.send(rng.uniform(-1, 1, (len(ids), *envs.action_shape)), ids)
+            rows = [envs.recv() for _ in envs.batches()]
+        assert sum(r.frames for r in rows) == config.num_envs * config.action_repeat
+        for r in rows:
+            before, now = r.next_obs[:, : config.channels], r.next_obs[:, -config.channels :]
+            assert (before != now).any(axis=(1, 2, 3)).all(), "nothing moves in the picture"
+            assert np.isfinite(r.reward).all()
+            assert not r.terminated.any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_trains_fine_tunes_and_guides(name, monkeypatch, tmp_path):
+    recv, rng = PixelEnvs.recv, np.random.default_rng(0)
+
+    def paid(envs):
+        """Some tasks pay nothing for so few random steps, and of equal returns the filter keeps none."""
+        rows = recv(envs)
+        return rows._replace(reward=rows.reward + rng.random(len(rows.reward), np.float32))
+
+    monkeypatch.setattr(PixelEnvs, "recv", paid)
+    episode = 8 * TrainConfig.preset(name).env.action_repeat
+    fields = [f"--{key}={value}" for key, value in (SMALL | {"env.max-episode-steps": episode}).items()]
+    networks = ["--agent.channels", "8", "8", "--agent.strides", "4", "2"]
+    assert cli.run(["train", name, "--out", str(tmp_path), *fields, *networks]) == 0
+
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["updates"] == 6
+    first = summary["rounds"][0]
+    assert 0 < first["kept"] < first["samples"]
+    assert math.isfinite(first["loss_before"])
+    assert first["loss_after"] != first["loss_before"]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    guided = [line["guided"] for line in lines if "guided" in line]
+    assert guided[0] == 0
+    assert guided[-1] == 1
+    assert {"random", "vlm_before", "vlm_after", "actor"} <= summary["evaluations"].keys()
+    assert list(tmp_path.glob("episode.*"))
