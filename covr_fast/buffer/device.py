@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from ..border import CPU, address
+from .form import Form
 from .spec import KeySpec
 from .storage import Storage
 
@@ -21,7 +23,8 @@ class DeviceGather:
     """Plans on the CPU, gathers on the GPU."""
 
     def __init__(self, device: torch.device, storage: Storage, keys: list[KeySpec], pinned: bool) -> None:
-        self._device = device
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self._device = torch.device("cuda", index)
         self._core = storage.core
         self._keys = keys
         self._pinned = pinned
@@ -39,19 +42,20 @@ class DeviceGather:
         self._core.upload(self._upload_stream.cuda_stream)
         self._sent.record(self._upload_stream)
 
-    def gather(
-        self, request: Any, n: int, targets: list[Any], obs: list[Tensor], next_obs: list[Tensor]
-    ) -> None:
+    def gather(self, request: Any, n: int, form: Form, obs: list[Tensor], next_obs: list[Tensor]) -> None:
         """Fills obs and, unless it is empty, next_obs, one tensor per key, for the drawn `request`."""
         self.begin_read()
         current = torch.cuda.current_stream(self._device).cuda_stream
-        for k, target in enumerate(targets):
+        for k, target in enumerate(form.targets):
             halves = 2 if next_obs else 1
-            plans = torch.empty(halves, n, _C.stack_plan_bytes, dtype=torch.uint8, pin_memory=True)
-            self._core.plan(k, request, plans.data_ptr(), bool(next_obs))
+            plans = torch.empty(
+                halves, n, _C.stack_plan_bytes, dtype=torch.uint8, device=CPU, pin_memory=True
+            )
+            self._core.plan(k, request, address(plans, torch.uint8), bool(next_obs))
             on_device = plans.to(self._device, non_blocking=True)
             for plan, out in zip(on_device, (obs[k], next_obs[k]) if next_obs else (obs[k],), strict=True):
-                self._core.gather_cuda(k, plan.data_ptr(), n, target, out.data_ptr(), current)
+                where = address(plan, torch.uint8, self._device)
+                self._core.gather_cuda(k, where, n, target, form.address(k, out, self._device), current)
         self.end_read()
 
     def begin_read(self) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from ..border import CPU, address
 from .spec import KeySpec, Shape
 
 Augment = Literal["shift", "crop"]
@@ -61,7 +62,7 @@ class Form:
                 c, h, w = shape
                 shape = (h, w, c)
             if n * row_bytes < _POOLED:
-                values = torch.empty((n, *shape), dtype=dtype)
+                values = torch.empty((n, *shape), dtype=dtype, device=CPU)
             else:
                 values = torch.from_numpy(pool.take(n * row_bytes)).view(dtype).view(n, *shape)
             out.append(values.permute(0, 3, 1, 2) if channels_last else values)
@@ -77,6 +78,11 @@ class Form:
             )
             for shape, dtype, channels_last, _ in self._outputs
         ]
+
+    def address(self, key: int, out: Tensor, device: torch.device = CPU) -> int:
+        """Where the kernels write observations of a key that `allocate`, or `allocate_on`, has made."""
+        _, dtype, channels_last, _ = self._outputs[key]
+        return address(out.permute(0, 2, 3, 1) if channels_last else out, dtype, device)
 
 
 def _check(
