@@ -113,8 +113,9 @@ def _not_exact(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
         with np.errstate(over="ignore", invalid="ignore"):
             rounded = array.astype(dtype)
             back = rounded.astype(array.dtype)
-        beyond = float(np.iinfo(array.dtype).max) + 1  # where the cast back means nothing
-        return (np.abs(rounded) >= beyond) & (rounded > 0) | (back != array)
+        # Beyond the integers' own range the cast back means nothing.
+        beyond = ~np.isfinite(rounded) | (rounded >= np.float64(int(np.iinfo(array.dtype).max) + 1))
+        return beyond | (back != array)
     least, most = (0, 1) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
     if least <= low and high <= most:
         return np.zeros(1, bool)
@@ -138,8 +139,8 @@ def _refuse(array: np.ndarray, wrong: np.ndarray, why: str, what: str) -> NoRetu
     raise ValueError(f"{what}{at.tolist()} is {value!s}, {why}; nothing was stored")
 
 
-def _largest(dtype: np.dtype) -> float:
-    return float(np.finfo(dtype).max)
+def _largest(dtype: np.dtype) -> np.float64:
+    return np.float64(np.finfo(dtype).max)
 
 
 def _or_declare(argument: str) -> str:

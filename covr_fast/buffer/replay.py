@@ -1,5 +1,6 @@
 """The replay buffer."""
 
+import copyreg
 import os
 import secrets
 import threading
@@ -704,9 +705,20 @@ class ReplayBuffer:
                 self._gpu.end_read()  # the copies are made on the device, maybe later
         return {**state, "tensors": tensors, "device": str(self.device), "storage": self._placement}
 
+    def __reduce__(self) -> tuple:
+        # Arrays are pickled by value. Tensors would be handed to a spawned process as memory of this one,
+        # which is gone once these copies are.
+        state = self.__getstate__()
+        arrays = {name: tensor.cpu().numpy() for name, tensor in state["tensors"].items()}
+        return copyreg.__newobj__, (type(self),), {**state, "tensors": arrays}  # type: ignore[attr-defined]
+
     def __setstate__(self, state: dict[str, Any]) -> None:
+        tensors = {
+            name: torch.from_numpy(values) if isinstance(values, np.ndarray) else values
+            for name, values in state["tensors"].items()
+        }
         self.__dict__.update(self._from_config(state["config"], state["device"], state["storage"]).__dict__)
-        self.load_state_dict(state)
+        self.load_state_dict({**state, "tensors": tensors})
 
     # ---- streams ----
 
