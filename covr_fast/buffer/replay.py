@@ -258,8 +258,8 @@ class ReplayBuffer:
         )
 
     def _extra_rows(self, name: str, values: Rows) -> np.ndarray:
-        what = f"the dtype of extras[{name!r}]"
-        return stored_rows(values, self._numpy_types[name], name, what, infinite=True)
+        declared_by = f"dtype of extras[{name!r}]"
+        return stored_rows(values, self._numpy_types[name], name, declared_by, infinite=True)
 
     def _observation_rows(self, observation: ObservationRows, what: str) -> list[np.ndarray]:
         if self._single:
