@@ -11,16 +11,17 @@ from torch import Tensor
 CPU = torch.device("cpu")
 
 
-def address(tensor: Tensor, dtype: torch.dtype, device: torch.device = CPU) -> int:
-    """The address of a contiguous tensor of exactly this dtype and device.
+def address(tensor: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> int:
+    """The address of a contiguous tensor of exactly this dtype and device; None is the CPU.
 
     Raises:
         TypeError: it is another one.
     """
-    if tensor.dtype is not dtype or tensor.device != device or not tensor.is_contiguous():
-        layout = "contiguous" if tensor.is_contiguous() else f"with strides {tensor.stride()}"
-        raise TypeError(
-            f"a kernel was to get a contiguous {dtype} tensor on {device}, but was given {tensor.dtype} "
-            f"{list(tensor.shape)} on {tensor.device}, {layout}"
-        )
-    return tensor.data_ptr()
+    right_device = tensor.is_cpu if device is None else tensor.device == device
+    if right_device and tensor.dtype is dtype and tensor.is_contiguous():
+        return tensor.data_ptr()
+    layout = "contiguous" if tensor.is_contiguous() else f"with strides {tensor.stride()}"
+    raise TypeError(
+        f"a kernel was to get a contiguous {dtype} tensor on {device or CPU}, but was given {tensor.dtype} "
+        f"{list(tensor.shape)} on {tensor.device}, {layout}"
+    )

@@ -17,6 +17,7 @@ from .spec import KeySpec, Shape
 Rows = np.ndarray | Tensor | Sequence
 
 _ID = np.dtype(np.int64)
+_LARGEST = {n: float(np.finfo(f"f{n}").max) for n in (2, 4, 8)}  # by a float's bytes
 
 
 def stored_rows(
@@ -32,7 +33,11 @@ def stored_rows(
     Raises:
         ValueError: a value that `dtype` cannot hold, floats for integers, or NaN.
     """
-    return np.asarray(_cast(as_array(value), dtype, what, declared_by, infinite), order="C")
+    array = as_array(value)
+    if array.dtype == dtype:
+        _check_floats(array, dtype, what, declared_by, infinite)
+        return np.asarray(array, order="C")
+    return _cast(array, dtype, what, declared_by, infinite)
 
 
 def observation_rows(value: Rows, key: KeySpec, what: str) -> np.ndarray:
@@ -42,7 +47,9 @@ def observation_rows(value: Rows, key: KeySpec, what: str) -> np.ndarray:
         raise ValueError(
             f"{what} has shape {array.shape}: it must be [rows, {', '.join(map(str, key.shape))}]"
         )
-    array = _cast(array, key.numpy_dtype, what, "obs_dtype", infinite=False)
+    if array.dtype != key.numpy_dtype:
+        return _cast(array, key.numpy_dtype, what, "obs_dtype", infinite=False)
+    _check_floats(array, key.numpy_dtype, what, "obs_dtype", infinite=False)
     return array if array[:1].flags.c_contiguous else np.ascontiguousarray(array)
 
 
@@ -77,6 +84,8 @@ def shaped(array: np.ndarray, shape: Shape, what: str) -> np.ndarray:
 
 
 def as_array(value: Rows) -> np.ndarray:
+    if type(value) is np.ndarray:
+        return value
     if isinstance(value, Tensor):
         value = value.detach().cpu()
         # numpy has no bfloat16, as networks under autocast give it; float32 holds all of its values.
@@ -85,10 +94,6 @@ def as_array(value: Rows) -> np.ndarray:
 
 
 def _cast(array: np.ndarray, dtype: np.dtype, what: str, declared_by: str, infinite: bool) -> np.ndarray:
-    if array.dtype == dtype:
-        if dtype.kind == "f" and not _C.all_within(array, np.inf if infinite else _largest(dtype)):
-            _check_floats(array, dtype, what, declared_by, infinite)
-        return array
     if array.size == 0 and array.dtype.kind in "biuf":
         return array.astype(dtype)
     if array.dtype.kind not in ("biuf" if dtype.kind == "f" else "biu"):
@@ -96,11 +101,10 @@ def _cast(array: np.ndarray, dtype: np.dtype, what: str, declared_by: str, infin
             f"{what} has dtype {array.dtype}: it must be {dtype}; cast it{_or_declare(declared_by)}"
         )
     if array.dtype.kind == "f":
-        if not _C.all_within(array, _largest(dtype)):
-            _check_floats(array, dtype, what, declared_by, infinite)
+        _check_floats(array, dtype, what, declared_by, infinite)
     elif (wrong := _not_exact(array, dtype)).any():
         _refuse(array, wrong, f"which {dtype} cannot hold: mend it{_or_declare(declared_by)}", what)
-    return array.astype(dtype)
+    return array.astype(dtype, order="C")
 
 
 def _not_exact(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -123,12 +127,15 @@ def _not_exact(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def _check_floats(array: np.ndarray, dtype: np.dtype, what: str, declared_by: str, infinite: bool) -> None:
+    """Raises unless every float is a number that `dtype` has room for; passes what are no floats."""
+    if array.dtype.kind != "f" or _C.all_within(array, _LARGEST[dtype.itemsize]):
+        return
     undefined = np.isnan(array) if infinite else ~np.isfinite(array)
     if undefined.any():
         kind = "NaN" if infinite else "NaN or infinite"
         rows = np.unique(np.argwhere(np.atleast_1d(undefined))[:, 0])[:5].tolist()
         raise ValueError(f"{what} is {kind} in rows {rows}: nothing was stored; mend where it comes from")
-    too_large = np.isfinite(array) & (np.abs(array) > _largest(dtype))
+    too_large = np.isfinite(array) & (np.abs(array) > np.float64(_LARGEST[dtype.itemsize]))
     if too_large.any():
         _refuse(array, too_large, f"which {dtype} cannot hold: scale it{_or_declare(declared_by)}", what)
 
@@ -137,10 +144,6 @@ def _refuse(array: np.ndarray, wrong: np.ndarray, why: str, what: str) -> NoRetu
     at = np.argwhere(np.atleast_1d(wrong))[0]
     value = np.atleast_1d(array)[tuple(at)]
     raise ValueError(f"{what}{at.tolist()} is {value!s}, {why}; nothing was stored")
-
-
-def _largest(dtype: np.dtype) -> np.float64:
-    return np.float64(np.finfo(dtype).max)
 
 
 def _or_declare(argument: str) -> str:

@@ -46,16 +46,15 @@ class DeviceGather:
         """Fills obs and, unless it is empty, next_obs, one tensor per key, for the drawn `request`."""
         self.begin_read()
         current = torch.cuda.current_stream(self._device).cuda_stream
+        outputs = [form.addresses(out, self._device) for out in (obs, next_obs) if out]
         for k, target in enumerate(form.targets):
-            halves = 2 if next_obs else 1
             plans = torch.empty(
-                halves, n, _C.stack_plan_bytes, dtype=torch.uint8, device=CPU, pin_memory=True
+                len(outputs), n, _C.stack_plan_bytes, dtype=torch.uint8, device=CPU, pin_memory=True
             )
             self._core.plan(k, request, address(plans, torch.uint8), bool(next_obs))
             on_device = plans.to(self._device, non_blocking=True)
-            for plan, out in zip(on_device, (obs[k], next_obs[k]) if next_obs else (obs[k],), strict=True):
-                where = address(plan, torch.uint8, self._device)
-                self._core.gather_cuda(k, where, n, target, form.address(k, out, self._device), current)
+            for plan, to in zip(on_device, outputs, strict=True):
+                self._core.gather_cuda(k, address(plan, torch.uint8, self._device), n, target, to[k], current)
         self.end_read()
 
     def begin_read(self) -> None:

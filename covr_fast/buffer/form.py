@@ -79,10 +79,12 @@ class Form:
             for shape, dtype, channels_last, _ in self._outputs
         ]
 
-    def address(self, key: int, out: Tensor, device: torch.device = CPU) -> int:
-        """Where the kernels write observations of a key that `allocate`, or `allocate_on`, has made."""
-        _, dtype, channels_last, _ = self._outputs[key]
-        return address(out.permute(0, 2, 3, 1) if channels_last else out, dtype, device)
+    def addresses(self, out: list[Tensor], device: torch.device | None = None) -> list[int]:
+        """Where the kernels write what `allocate`, or with a device `allocate_on`, has made."""
+        return [
+            address(values.permute(0, 2, 3, 1) if channels_last else values, dtype, device)
+            for values, (_, dtype, channels_last, _) in zip(out, self._outputs, strict=True)
+        ]
 
 
 def _check(

@@ -43,7 +43,8 @@ class ReplayBuffer:
     An observation [C * stack, H, W] arrives stacked, as environments give it, and its one new frame is
     stored: about C * H * W bytes per transition instead of 2 * stack times that. What comes out of `sample`
     equals what went into `add`, byte for byte, at episode starts (whatever the first stack is padded with),
-    terminations, truncations, and across the ring's seam.
+    terminations, truncations, and across the ring's seam. What a column's dtype cannot hold is refused;
+    floats are rounded to it.
 
     Args:
         capacity: transitions held in all. Environment e keeps its latest capacity / num_envs; the oldest goes
@@ -62,15 +63,19 @@ class ReplayBuffer:
             latter two, pass `samplers.Prioritized(...)` or `samplers.Recent(...)` instead of the name.
         device: where frames live and batches arrive ("cuda" needs a build with CUDA kernels). `index` and the
             offsets of a batch stay on the CPU.
-        seed: of all sampling. None draws one.
+        seed: of all sampling. None draws one. Copies in forked processes and in the workers of a DataLoader
+            mix it with what tells these apart, so they draw batches of their own.
         extras: further values per transition, name -> shape, or name -> (shape, dtype); float32 unless given.
-        obs_dtype: uint8 for images, which have three dimensions, and float32 for the rest unless given.
+        obs_dtype: uint8 for images, which have three dimensions, or two without a stack (grey [H, W]), and
+            float32 for the rest unless given.
         action_dtype: dtype that actions are stored in.
         channels_last: images arrive as [H, W, C * stack] (a dict says it per key). They are sampled channels
             first all the same.
         on_jump: what to do where `obs` is not `next_obs` of the step before, in the middle of an episode:
             refuse it, or take it for the start of a new segment, as after `cut`. (With frame_stack=1 it
-            always is one.)
+            always is one.) Floats that differ by rounding are no jump, and come back as those of `next_obs`:
+            within 1e-5 (float16: 2e-3) of their value, plus a tenth of that of 1, or of the frame's largest
+            value if that is smaller. `jumps` counts, and a warning tells once if they are frequent.
         storage: "pinned", with device="cuda", keeps frames that are too many for the GPU in pinned host
             memory; the kernel that makes a batch reads them over the bus.
 
@@ -158,6 +163,12 @@ class ReplayBuffer:
         self._priorities: PriorityTree | None = None
         if isinstance(self.sampler, Prioritized):
             self._priorities = PriorityTree(self._core, self._storage.rows, num_envs, self.sampler.alpha)
+        options = {} if self._gpu is None else {"pin_memory": True}
+        # Makers of tensors [*sizes] by dtype, for what `sample` fills: dtype and device are settled here.
+        self._new: dict[torch.dtype, Callable[..., Tensor]] = {
+            dtype: partial(torch.empty(0, dtype=dtype, device=CPU).new_empty, **options)
+            for dtype in (torch.float32, torch.bool, *(dtype for _, dtype in self._columns.values()))
+        }
         # The C++ core locks by itself; kernel launches that belong together with it need one more.
         self._lock: AbstractContextManager = nullcontext() if self._gpu is None else threading.Lock()
 
@@ -203,12 +214,14 @@ class ReplayBuffer:
             env_ids: which environment each row belongs to, each at most once. None: all of them, in order.
             **extras: the values declared as `extras`, all of them.
 
+        Integers must be exact in their column's dtype. Floats are rounded to it, but do not become integers.
+
         Returns:
             int64 [E], the ids of the new transitions.
 
         Raises:
-            ValueError: rows of the wrong shape or dtype; a reward, action or observation that is NaN or
-                infinite; or an observation that contradicts its stream, in which case nothing was added.
+            ValueError: rows of the wrong shape or dtype; a value that its column cannot hold; NaN, or outside
+                of extras infinity; or an observation that contradicts its stream. Nothing was added then.
                 Stacks are compared in full where frames are small (at most 4 KiB) and at episode starts and
                 ends; in between by 256 bytes in every 8 KiB of `obs` and as much of `next_obs`, at other
                 places in each frame and on each step.
@@ -410,15 +423,11 @@ class ReplayBuffer:
     def _gather(self, index: Tensor, draw: Callable[[Any, int], None], n_step: int, form: Form) -> Batch:
         """The batch of the ids that `draw(request, threads)` puts into `index`, or finds there."""
         n = len(index)
-        empty = partial(torch.empty, device=CPU)
-        if self._gpu is not None:
-            empty = partial(empty, pin_memory=True)
-        reward, discount, weight = (empty(n, dtype=torch.float32) for _ in range(3))
-        terminated, truncated = (empty(n, dtype=torch.bool) for _ in range(2))
-        columns = {name: empty((n, *shape), dtype=kind) for name, (shape, kind) in self._columns.items()}
-        offsets = None
-        if form.offset_range:
-            offsets = torch.empty(2, n, 2, dtype=torch.int64, device=CPU)
+        floats, bools = self._new[torch.float32], self._new[torch.bool]
+        reward, discount, weight = floats(n), floats(n), floats(n)
+        terminated, truncated = bools(n), bools(n)
+        columns = {name: self._new[kind](n, *shape) for name, (shape, kind) in self._columns.items()}
+        offsets = index.new_empty(2, n, 2) if form.offset_range else None
         request = _C.BatchOut(
             n,
             n_step,
@@ -435,8 +444,8 @@ class ReplayBuffer:
         )
         obs, next_obs = self._allocate(form, n), self._allocate(form, n)
         if self._gpu is None:
-            for k, target in enumerate(form.targets):
-                request.add_key(target, form.address(k, obs[k]), form.address(k, next_obs[k]))
+            for key in zip(form.targets, form.addresses(obs), form.addresses(next_obs), strict=True):
+                request.add_key(*key)
         with self._lock:
             draw(request, torch.get_num_threads())
             if self._gpu:
@@ -484,8 +493,8 @@ class ReplayBuffer:
         out = self._allocate(form, len(at))
         request = _C.BatchOut(len(at), 1, address(at, torch.int64), 0, 0, 0, 0, 0, [], 0, 0, 0)
         if self._gpu is None:
-            for k, target in enumerate(form.targets):
-                request.add_key(target, form.address(k, out[k]), 0)
+            for target, to in zip(form.targets, form.addresses(out), strict=True):
+                request.add_key(target, to, 0)
         with self._lock:
             self._core.observe(request, torch.get_num_threads())
             if self._gpu:
