@@ -23,8 +23,7 @@ class DeviceGather:
     """Plans on the CPU, gathers on the GPU."""
 
     def __init__(self, device: torch.device, storage: Storage, keys: list[KeySpec], pinned: bool) -> None:
-        index = torch.cuda.current_device() if device.index is None else device.index
-        self._device = torch.device("cuda", index)
+        self._device = device
         self._core = storage.core
         self._keys = keys
         self._pinned = pinned
@@ -46,15 +45,16 @@ class DeviceGather:
         """Fills obs and, unless it is empty, next_obs, one tensor per key, for the drawn `request`."""
         self.begin_read()
         current = torch.cuda.current_stream(self._device).cuda_stream
-        outputs = [form.addresses(out, self._device) for out in (obs, next_obs) if out]
+        device = obs[0].device  # with its number, which that of the buffer may lack
+        outputs = [form.addresses(out, device) for out in (obs, next_obs) if out]
         for k, target in enumerate(form.targets):
             plans = torch.empty(
                 len(outputs), n, _C.stack_plan_bytes, dtype=torch.uint8, device=CPU, pin_memory=True
             )
             self._core.plan(k, request, address(plans, torch.uint8), bool(next_obs))
-            on_device = plans.to(self._device, non_blocking=True)
+            on_device = plans.to(device, non_blocking=True)
             for plan, to in zip(on_device, outputs, strict=True):
-                self._core.gather_cuda(k, address(plan, torch.uint8, self._device), n, target, to[k], current)
+                self._core.gather_cuda(k, address(plan, torch.uint8, device), n, target, to[k], current)
         self.end_read()
 
     def begin_read(self) -> None:
