@@ -59,9 +59,9 @@ double number(const uint8_t* item, int64_t bytes) {
   }
 }
 
-// What is computed twice, or rounded on the way, differs in its last bits. Floats count as equal within a
-// tolerance of 1e-5 (float16: 2e-3) of their value, and a tenth of that of 1, or of the largest value in the
-// two frames if that is smaller.
+// What is computed twice, or rounded on the way, differs in its last bits. Floats a and b count as equal
+// where |a - b| <= r (max(|a|, |b|) + 0.1 min(1, m)): r = 1e-5 (float16: 2e-3), m the largest magnitude in
+// the frames.
 template <typename A, typename B>
 bool close_numbers(int64_t n, int64_t item_bytes, const A& a, const B& b) {
   const double tolerance = item_bytes == 2 ? 2e-3 : 1e-5;

@@ -73,9 +73,9 @@ class ReplayBuffer:
             first all the same.
         on_jump: what to do where `obs` is not `next_obs` of the step before, in the middle of an episode:
             refuse it, or take it for the start of a new segment, as after `cut`. (With frame_stack=1 it
-            always is one.) Floats that differ by rounding are no jump, and come back as those of `next_obs`:
-            within 1e-5 (float16: 2e-3) of their value, plus a tenth of that of 1, or of the frame's largest
-            value if that is smaller. `jumps` counts, and a warning tells once if they are frequent.
+            always is one.) Floats a and b that differ by rounding are equal, and come back as in `next_obs`:
+            if |a - b| <= r (max(|a|, |b|) + 0.1 min(1, m)) with r = 1e-5 (float16: 2e-3) and m the largest
+            magnitude in the frame. `jumps` counts, and a warning says so once if they are frequent.
         storage: "pinned", with device="cuda", keeps frames that are too many for the GPU in pinned host
             memory; the kernel that makes a batch reads them over the bus.
 
