@@ -97,7 +97,7 @@ class PriorLabeller:
         """What waits for a label, and what has one."""
         asked = [] if self._asked is None else self._asked[0].tolist()
         lists = {"due": asked + self._due, "stale": self._stale, "labelled": list(self._labelled)}
-        return {name: torch.tensor(ids, dtype=torch.int64) for name, ids in lists.items()}
+        return {name: torch.tensor(ids, dtype=torch.int64, device="cpu") for name, ids in lists.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self._due = state["due"].tolist()
@@ -117,7 +117,7 @@ class PriorLabeller:
 
     def _next_ids(self) -> Tensor:
         queue = self._due or self._stale
-        ids = torch.tensor(queue[-self._max_batch :], dtype=torch.int64)
+        ids = torch.tensor(queue[-self._max_batch :], dtype=torch.int64, device="cpu")
         del queue[-self._max_batch :]
         return self._held(ids)
 
@@ -127,8 +127,8 @@ class PriorLabeller:
         self._buffer.set_extras(
             kept,
             prior=answer.action[held],
-            prior_mask=torch.ones(len(kept)),
-            prior_version=torch.full((len(kept),), answer.version),
+            prior_mask=torch.ones_like(kept),
+            prior_version=torch.full_like(kept, answer.version),
         )
         (self._labelled if answer.version >= self._wanted else self._stale).extend(kept.tolist())
         return len(kept)

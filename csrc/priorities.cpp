@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
+#include <string>
 
 #include "replay.h"
 #include "sum_tree.h"
@@ -56,8 +57,12 @@ void Priorities::draw(const Replay& replay, uint64_t seed, uint64_t batch, doubl
 }
 
 void Priorities::set(const Replay& replay, const int64_t* ids, const double* priority, int64_t n) {
-  if (!std::all_of(priority, priority + n, [](double p) { return p >= 0 && std::isfinite(p); }))
-    throw std::invalid_argument("priority must be finite and not negative: pass absolute TD errors");
+  const double* wrong =
+      std::find_if_not(priority, priority + n, [](double p) { return p >= 0 && std::isfinite(p); });
+  if (wrong != priority + n)
+    throw std::invalid_argument("priority[" + std::to_string(wrong - priority) + "] is " +
+                                std::to_string(*wrong) +
+                                ": priority must be finite and not negative: pass absolute TD errors");
   touched_.clear();
   values_.clear();
   double largest = *largest_;

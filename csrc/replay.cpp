@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "half.h"
 #include "parallel.h"
 
 namespace covr {
@@ -42,6 +43,61 @@ FrameView frame_of(const ObservationKey& key, const uint8_t* observation, int64_
     return {observation + position * f.frame_bytes(), 1, f.frame_bytes(), f.frame_bytes()};
   const int64_t pixel = f.channels * f.item_bytes;
   return {observation + position * pixel, f.plane_items(), pixel, f.stack * pixel};
+}
+
+double number(const uint8_t* item, int64_t bytes) {
+  double wide;
+  float narrow;
+  Float16 half;
+  switch (bytes) {
+    case 8:
+      return std::memcpy(&wide, item, sizeof wide), wide;
+    case 4:
+      return std::memcpy(&narrow, item, sizeof narrow), static_cast<double>(narrow);
+    default:
+      return std::memcpy(&half, item, sizeof half), static_cast<double>(to_float(half));
+  }
+}
+
+// What is computed twice, or rounded on the way, differs in its last bits. Floats a and b count as equal
+// where |a - b| <= r (max(|a|, |b|) + 0.1 min(1, m)): r = 1e-5 (float16: 2e-3), m the largest magnitude in
+// the frames.
+template <typename A, typename B>
+bool close_numbers(int64_t n, int64_t item_bytes, const A& a, const B& b) {
+  const double tolerance = item_bytes == 2 ? 2e-3 : 1e-5;
+  double largest = 0;
+  for (int64_t i = 0; i < n; ++i) largest = std::max({largest, std::fabs(a(i)), std::fabs(b(i))});
+  for (int64_t i = 0; i < n; ++i) {
+    const double x = a(i), y = b(i);
+    const double allowed = tolerance * (std::max(std::fabs(x), std::fabs(y)) + 0.1 * std::min(1.0, largest));
+    if (!(std::fabs(x - y) <= allowed)) return false;
+  }
+  return true;
+}
+
+// Item i of a frame, counted as it lies in the input.
+double input_number(const ObservationKey& key, const FrameView& in, int64_t i) {
+  const int64_t per_run = in.bytes / key.frames.item_bytes;
+  return number(in.data + i / per_run * in.stride + i % per_run * key.frames.item_bytes,
+                key.frames.item_bytes);
+}
+
+bool close_frames(const ObservationKey& key, const FrameView& a, const FrameView& b) {
+  return key.floating && close_numbers(
+                             key.frames.frame_items(), key.frames.item_bytes,
+                             [&](int64_t i) { return input_number(key, a, i); },
+                             [&](int64_t i) { return input_number(key, b, i); });
+}
+
+// An input frame against a stored one, which is channels-first; nullptr is the blank frame.
+bool close_stored(const ObservationKey& key, const FrameView& in, const uint8_t* stored) {
+  if (!key.floating) return false;
+  const int64_t per_run = in.bytes / key.frames.item_bytes, bytes = key.frames.item_bytes;
+  return close_numbers(
+      key.frames.frame_items(), bytes, [&](int64_t i) { return input_number(key, in, i); },
+      [&](int64_t i) {
+        return stored ? number(stored + (i % per_run * in.runs + i / per_run) * bytes, bytes) : 0.0;
+      });
 }
 
 bool equal_frames(const FrameView& a, const FrameView& b) {
@@ -178,7 +234,7 @@ int64_t Replay::probe_phase(const RowsIn& in, int64_t r, int64_t env, size_t k) 
   const FrameLayout& frames = keys_[k].frames;
   const bool small = frames.frame_bytes() <= kSmallFrame;
   const StackPlan expected = stack_after(static_cast<int64_t>(k), env);
-  const bool all = jumps || small || frames.stack == 1 || expected.depth < frames.stack - 1 ||
+  const bool all = cut_at_jumps || small || frames.stack == 1 || expected.depth < frames.stack - 1 ||
                    in.terminated[r] || in.truncated[r];
   return all ? -1 : count_[env] % kProbeEvery;
 }
@@ -218,10 +274,13 @@ const uint8_t* Replay::expected_frame(size_t k, int64_t env, int64_t position) c
 bool Replay::continues(const RowsIn& in, int64_t r, int64_t env, size_t k) const {
   const uint8_t* obs = in.obs[k] + r * in.obs_stride[k];
   const int64_t phase = probe_phase(in, r, env, k);
-  for (int64_t j = 0; j < keys_[k].frames.stack; ++j)
-    if (!equal_stored(keys_[k], frame_of(keys_[k], obs, j), expected_frame(k, env, j),
-                      frame_phase(phase, j, false)))
+  for (int64_t j = 0; j < keys_[k].frames.stack; ++j) {
+    const FrameView frame = frame_of(keys_[k], obs, j);
+    const uint8_t* stored = expected_frame(k, env, j);
+    if (!equal_stored(keys_[k], frame, stored, frame_phase(phase, j, false)) &&
+        !close_stored(keys_[k], frame, stored))
       return false;
+  }
   return true;
 }
 
@@ -232,9 +291,14 @@ bool Replay::slides(const RowsIn& in, int64_t r, int64_t env, size_t k, bool fre
   const int64_t phase = fresh ? -1 : probe_phase(in, r, env, k);
   for (int64_t j = 0; j + 1 < key.frames.stack; ++j) {
     const FrameView older = frame_of(key, next, j);
-    if (fresh ? !equal_frames(older, frame_of(key, obs, j + 1))
-              : !equal_stored(key, older, expected_frame(k, env, j + 1), frame_phase(phase, j, true)))
-      return false;
+    if (fresh) {
+      const FrameView newer = frame_of(key, obs, j + 1);
+      if (!equal_frames(older, newer) && !close_frames(key, older, newer)) return false;
+    } else {
+      const uint8_t* stored = expected_frame(k, env, j + 1);
+      if (!equal_stored(key, older, stored, frame_phase(phase, j, true)) && !close_stored(key, older, stored))
+        return false;
+    }
   }
   return true;
 }
@@ -247,10 +311,10 @@ Replay::Segment Replay::check(const RowsIn& in, int64_t r, int64_t env) const {
   Segment segment{count_[env] == ended_[env], false};
   // A single frame cannot contradict a stream: a jump is stored as the start of a new segment.
   for (size_t k = 0; k < keys_.size() && !segment.fresh; ++k)
-    if ((jumps || keys_[k].frames.stack == 1) && !continues(in, r, env, k)) segment = {true, true};
+    if ((cut_at_jumps || keys_[k].frames.stack == 1) && !continues(in, r, env, k)) segment = {true, true};
   for (size_t k = 0; k < keys_.size(); ++k) {
     if (keys_[k].frames.stack == 1) continue;
-    if (!segment.fresh && !jumps && !continues(in, r, env, k))
+    if (!segment.fresh && !cut_at_jumps && !continues(in, r, env, k))
       fail(k, "obs is not next_obs of the step before.");
     if (!slides(in, r, env, k, segment.fresh))
       fail(k, "the older frames of next_obs are not the newer frames of obs.");
@@ -335,7 +399,9 @@ void Replay::add(const RowsIn& in, int64_t* ids) {
   for (int64_t r = 0; r < in.rows; ++r) {
     ids[r] = count_[env_of(r)] * num_envs_ + env_of(r);
     append(in, r, env_of(r), segments_[static_cast<size_t>(r)]);
+    jumps_ += segments_[static_cast<size_t>(r)].cuts_previous;
   }
+  rows_added_ += in.rows;
   finish_streaming();
 }
 

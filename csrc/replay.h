@@ -27,6 +27,7 @@ struct ObservationKey {
   FrameLayout frames;  // the ring that samples are read from; on a GPU, a device address
   FrameLayout recent;  // the same frames where the CPU can read the latest `stack` of each stream
   bool input_channels_last = false;
+  bool floating = false;       // observations are compared as numbers then, not as bytes
   int64_t* written = nullptr;  // [num_envs] frames written so far
   int64_t* newest = nullptr;   // [rows] number of the newest frame of obs
   uint8_t* depth = nullptr;    // [rows] older frames stored for obs; kZeroPadding on top
@@ -120,7 +121,9 @@ class Replay {
 
   SharedLock lock;
   // An obs that does not continue its stream begins a new segment instead of being refused.
-  bool jumps = false;
+  bool cut_at_jumps = false;
+  int64_t rows_added() const { return rows_added_; }
+  int64_t jumps() const { return jumps_; }  // rows added that began a new segment because of their obs
 
   // The transitions of a stream that may be sampled are those from first(env) up to ready_end(env).
   int64_t first(int64_t env) const { return first_[env]; }
@@ -155,6 +158,7 @@ class Replay {
   std::vector<Column> columns_;
   std::vector<FrameWrite> writes_;
   std::vector<Segment> segments_;
+  int64_t rows_added_ = 0, jumps_ = 0;
 };
 
 }  // namespace covr

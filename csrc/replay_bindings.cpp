@@ -27,6 +27,12 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+std::string shape_text(const py::array& array) {
+  std::string text;
+  for (py::ssize_t d = 0; d < array.ndim(); ++d) text += (d ? ", " : "") + std::to_string(array.shape(d));
+  return "[" + text + "]";
+}
+
 // Rows that are each contiguous, however far apart.
 const uint8_t* rows_of(const py::array& array, int64_t rows, int64_t row_bytes, const std::string& what,
                        int64_t& stride) {
@@ -55,14 +61,15 @@ class PyReplay : public Replay {
 
   void add_observation_key(const std::string& name, uintptr_t data, uintptr_t recent, int64_t slots,
                            int64_t recent_slots, int64_t stack, int64_t channels, int64_t height,
-                           int64_t width, int64_t item_bytes, bool channels_last, uintptr_t written,
-                           uintptr_t newest, uintptr_t depth) {
+                           int64_t width, int64_t item_bytes, bool floating, bool channels_last,
+                           uintptr_t written, uintptr_t newest, uintptr_t depth) {
     ObservationKey key;
     key.name = name;
     key.frames = {at<uint8_t>(data), slots, stack, channels, height, width, item_bytes};
     key.recent = key.frames;
     key.recent.data = at<uint8_t>(recent);
     key.recent.slots = recent_slots;
+    key.floating = floating;
     key.input_channels_last = channels_last;
     key.written = at<int64_t>(written);
     key.newest = at<int64_t>(newest);
@@ -72,8 +79,12 @@ class PyReplay : public Replay {
     add_key(std::move(key));
   }
 
-  void add_named_column(const std::string& name, uintptr_t data, int64_t bytes) {
+  void add_named_column(const std::string& name, uintptr_t data, const std::vector<py::ssize_t>& shape,
+                        int64_t item_bytes) {
+    int64_t bytes = item_bytes;
+    for (py::ssize_t size : shape) bytes *= size;
     column_names_.push_back(name);
+    column_shapes_.push_back(shape);
     column_bytes_.push_back(bytes);
     add_column({at<uint8_t>(data), bytes});
   }
@@ -103,6 +114,7 @@ class PyReplay : public Replay {
     }
     for (size_t c = 0; c < column_names_.size(); ++c) {
       int64_t stride = 0;
+      check_row_shape(columns[c], column_shapes_[c], column_names_[c]);
       in.columns.push_back(rows_of(columns[c], in.rows, column_bytes_[c], column_names_[c], stride));
       if (in.rows > 1 && stride != column_bytes_[c])
         throw std::invalid_argument(column_names_[c] + " is not contiguous: pass a contiguous array");
@@ -191,6 +203,15 @@ class PyReplay : public Replay {
     for (size_t k = 0; k < out.keys.size(); ++k) gather_key(static_cast<int64_t>(k), out, threads);
   }
 
+  static void check_row_shape(const py::array& array, const std::vector<py::ssize_t>& shape,
+                              const std::string& what) {
+    const auto dimensions = static_cast<py::ssize_t>(shape.size()) + 1;
+    if (array.ndim() == dimensions && std::equal(shape.begin(), shape.end(), array.shape() + 1)) return;
+    std::string expected = "[rows";
+    for (py::ssize_t size : shape) expected += ", " + std::to_string(size);
+    throw std::invalid_argument(what + " has shape " + shape_text(array) + ": it must be " + expected + "]");
+  }
+
   static const uint8_t* one_per_row(const Flags& flags, int64_t rows, const char* what) {
     if (flags.ndim() != 1 || flags.shape(0) != rows)
       throw std::invalid_argument(std::string(what) + " must have one bool per row of reward");
@@ -214,6 +235,7 @@ class PyReplay : public Replay {
   }
 
   std::vector<std::string> names_, column_names_;
+  std::vector<std::vector<py::ssize_t>> column_shapes_;
   std::vector<int64_t> observation_bytes_, column_bytes_;
   std::vector<bool> seen_;
   std::unique_ptr<Priorities> priorities_;
@@ -314,9 +336,10 @@ void bind_replay(py::module_& m) {
            py::arg("first"), py::arg("ended"), py::arg("reward"), py::arg("flags"), py::arg("time"))
       .def("add_key", &PyReplay::add_observation_key, py::arg("name"), py::arg("data"), py::arg("recent"),
            py::arg("slots"), py::arg("recent_slots"), py::arg("stack"), py::arg("channels"),
-           py::arg("height"), py::arg("width"), py::arg("item_bytes"), py::arg("channels_last"),
-           py::arg("written"), py::arg("newest"), py::arg("depth"))
-      .def("add_column", &PyReplay::add_named_column, py::arg("name"), py::arg("data"), py::arg("bytes"))
+           py::arg("height"), py::arg("width"), py::arg("item_bytes"), py::arg("floating"),
+           py::arg("channels_last"), py::arg("written"), py::arg("newest"), py::arg("depth"))
+      .def("add_column", &PyReplay::add_named_column, py::arg("name"), py::arg("data"), py::arg("shape"),
+           py::arg("item_bytes"))
       .def("add", &PyReplay::add_rows, py::arg("obs"), py::arg("next_obs"), py::arg("reward"),
            py::arg("terminated"), py::arg("truncated"), py::arg("columns"), py::arg("env_ids"),
            py::arg("num_envs"))
@@ -344,7 +367,9 @@ void bind_replay(py::module_& m) {
              }
            })
 #endif
-      .def_readwrite("jumps", &PyReplay::jumps)
+      .def_readwrite("cut_at_jumps", &PyReplay::cut_at_jumps)
+      .def_property_readonly("rows_added", &PyReplay::rows_added)
+      .def_property_readonly("jumps", &PyReplay::jumps)
       .def(
           "reading", [](PyReplay& self) { return Hold{self, false}; }, py::keep_alive<0, 1>())
       .def(

@@ -424,7 +424,7 @@ def test_rows_are_checked():
         add(obs=obs.astype(np.float32), next_obs=obs, **good, prior=prior)
     with pytest.raises(ValueError, match=r"next_obs has shape.*\[rows, 6, 7, 5\]"):
         add(obs=obs, next_obs=obs[:, :3], **good, prior=prior)
-    with pytest.raises(ValueError, match="action has 12 bytes per row instead of 8"):
+    with pytest.raises(ValueError, match=r"action has shape \[2, 3\]: it must be \[rows, 2\]"):
         add(obs=obs, next_obs=obs, **{**good, "action": np.zeros((2, 3))}, prior=prior)
     with pytest.raises(ValueError, match="prior has 1 rows, but reward has 2"):
         add(obs=obs, next_obs=obs, **good, prior=prior[:1])
@@ -616,13 +616,18 @@ class TestDtypesOfRows:
 
     def test_fractions_are_not_rounded_to_integers(self):
         half = np.full((2, 3), 0.5, np.float32)
-        with pytest.raises(ValueError, match="action has dtype float64, the buffer stores int64"):
+        with pytest.raises(
+            ValueError,
+            match="action has dtype float64: it must be int64",
+        ):
             self.buffer(action_dtype=torch.int64).add(**self.rows(action=np.full(2, 0.5)))
         with pytest.raises(ValueError, match="obs has dtype float32: it must be int64"):
             self.buffer(obs_dtype=torch.int64).add(**self.rows(obs=half, next_obs=half))
         buffer = self.buffer(extras={"tokens": ((), torch.int32)})
         index = buffer.add(**self.rows(), tokens=[1, 2])
-        with pytest.raises(ValueError, match="tokens has dtype float64, the buffer stores int32"):
+        with pytest.raises(
+            ValueError, match=r"tokens has dtype float64: it must be int32; cast it, or .* extras\['tokens'\]"
+        ):
             buffer.set_extras(index, tokens=[0.5, 0.5])
 
     def test_a_mask_is_no_list_of_ids(self):

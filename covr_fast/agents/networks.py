@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import UserError
+
+# Whatever torch's defaults are at the moment: other libraries change them while they load.
+_MADE: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 
 
 def _orthogonal(module: nn.Module, gain: float = math.sqrt(2)) -> None:
@@ -22,7 +25,11 @@ def _orthogonal(module: nn.Module, gain: float = math.sqrt(2)) -> None:
 def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     """Two hidden layers of ReLU."""
     net = nn.Sequential(
-        nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, outputs)
+        nn.Linear(inputs, hidden, **_MADE),
+        nn.ReLU(),
+        nn.Linear(hidden, hidden, **_MADE),
+        nn.ReLU(),
+        nn.Linear(hidden, outputs, **_MADE),
     )
     net.apply(_orthogonal)
     return net
@@ -45,21 +52,21 @@ class Encoder(nn.Module):
         layers: list[nn.Module] = []
         inputs = obs_shape[0]
         for i, (width, stride) in enumerate(zip(channels, strides, strict=True)):
-            layers += [nn.Conv2d(inputs, width, 5 if i == 0 else 3, stride), nn.ReLU()]
+            layers += [nn.Conv2d(inputs, width, 5 if i == 0 else 3, stride, **_MADE), nn.ReLU()]
             inputs = width
         self.convolutions = nn.Sequential(*layers)
         self.convolutions.apply(_orthogonal)
         try:
             with torch.no_grad():
-                features = self.convolutions(torch.zeros(1, *obs_shape)).numel()
+                features = self.convolutions(torch.zeros(1, *obs_shape, **_MADE)).numel()
         except RuntimeError as error:
             raise UserError(
                 f"frames of {obs_shape[1]}x{obs_shape[2]} are too small for agent.strides={strides}: "
                 "use larger frames or fewer convolutions"
             ) from error
-        self.project = nn.Linear(features, latent)
+        self.project = nn.Linear(features, latent, **_MADE)
         _orthogonal(self.project, 1.0)
-        self.norm = nn.LayerNorm(latent)
+        self.norm = nn.LayerNorm(latent, **_MADE)
         # Two to five times as fast as channels first for these shapes on a CPU; tensor cores want it too.
         self.convolutions.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 

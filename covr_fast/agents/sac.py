@@ -80,7 +80,9 @@ class SAC:
             self.actor = Actor(c.latent, c.hidden, self.action_dim).to(self.device)
             self.critic = TwinQ(c.latent, c.hidden, self.action_dim).to(self.device)
         self.critic_target = deepcopy(self.critic).requires_grad_(False)
-        self.log_alpha = torch.tensor(c.init_alpha, device=self.device).log().requires_grad_()
+        self.log_alpha = (
+            torch.tensor(c.init_alpha, dtype=torch.float32, device=self.device).log().requires_grad_()
+        )
         self.target_entropy = float(-self.action_dim if c.target_entropy is None else c.target_entropy)
         self._capturable = c.graph and self.device.type == "cuda"
         adam = partial(torch.optim.Adam, fused=True, capturable=self._capturable)
@@ -158,7 +160,8 @@ class SAC:
         return metrics
 
     def _noise(self, rows: int) -> Tensor:
-        return torch.randn(rows, self.action_dim, device=self.device, generator=self.generator)
+        shape, generator = (rows, self.action_dim), self.generator
+        return torch.randn(shape, dtype=torch.float32, device=self.device, generator=generator)
 
     @property
     def networks(self) -> Networks:

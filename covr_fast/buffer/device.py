@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from ..border import CPU, address
+from .form import Form
 from .spec import KeySpec
 from .storage import Storage
 
@@ -39,19 +41,20 @@ class DeviceGather:
         self._core.upload(self._upload_stream.cuda_stream)
         self._sent.record(self._upload_stream)
 
-    def gather(
-        self, request: Any, n: int, targets: list[Any], obs: list[Tensor], next_obs: list[Tensor]
-    ) -> None:
+    def gather(self, request: Any, n: int, form: Form, obs: list[Tensor], next_obs: list[Tensor]) -> None:
         """Fills obs and, unless it is empty, next_obs, one tensor per key, for the drawn `request`."""
         self.begin_read()
         current = torch.cuda.current_stream(self._device).cuda_stream
-        for k, target in enumerate(targets):
-            halves = 2 if next_obs else 1
-            plans = torch.empty(halves, n, _C.stack_plan_bytes, dtype=torch.uint8, pin_memory=True)
-            self._core.plan(k, request, plans.data_ptr(), bool(next_obs))
-            on_device = plans.to(self._device, non_blocking=True)
-            for plan, out in zip(on_device, (obs[k], next_obs[k]) if next_obs else (obs[k],), strict=True):
-                self._core.gather_cuda(k, plan.data_ptr(), n, target, out.data_ptr(), current)
+        device = obs[0].device  # with its number, which that of the buffer may lack
+        outputs = [form.addresses(out, device) for out in (obs, next_obs) if out]
+        for k, target in enumerate(form.targets):
+            plans = torch.empty(
+                len(outputs), n, _C.stack_plan_bytes, dtype=torch.uint8, device=CPU, pin_memory=True
+            )
+            self._core.plan(k, request, address(plans, torch.uint8), bool(next_obs))
+            on_device = plans.to(device, non_blocking=True)
+            for plan, to in zip(on_device, outputs, strict=True):
+                self._core.gather_cuda(k, address(plan, torch.uint8, device), n, target, to[k], current)
         self.end_read()
 
     def begin_read(self) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from ..border import CPU, address
 from .spec import KeySpec, Shape
 
 Augment = Literal["shift", "crop"]
@@ -61,7 +62,7 @@ class Form:
                 c, h, w = shape
                 shape = (h, w, c)
             if n * row_bytes < _POOLED:
-                values = torch.empty((n, *shape), dtype=dtype)
+                values = torch.empty((n, *shape), dtype=dtype, device=CPU)
             else:
                 values = torch.from_numpy(pool.take(n * row_bytes)).view(dtype).view(n, *shape)
             out.append(values.permute(0, 3, 1, 2) if channels_last else values)
@@ -76,6 +77,13 @@ class Form:
                 memory_format=torch.channels_last if channels_last else torch.contiguous_format,
             )
             for shape, dtype, channels_last, _ in self._outputs
+        ]
+
+    def addresses(self, out: list[Tensor], device: torch.device | None = None) -> list[int]:
+        """Where the kernels write what `allocate`, or with a device `allocate_on`, has made."""
+        return [
+            address(values.permute(0, 2, 3, 1) if channels_last else values, dtype, device)
+            for values, (_, dtype, channels_last, _) in zip(out, self._outputs, strict=True)
         ]
 
 

@@ -1,9 +1,10 @@
 """The replay buffer."""
 
-import math
+import copyreg
 import os
 import secrets
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -15,20 +16,25 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from . import io
+from ..border import CPU, address
+from . import io, processes
+from .arguments import Rows, as_array, flags, ids, integers, observation_rows, shaped, stored_rows
 from .batch import Batch, Observation
 from .device import DeviceGather, check_device
 from .form import Augment, Form
 from .prefetch import Prefetch
 from .samplers import Prioritized, PriorityTree, Recent, Sampler, Uniform, as_sampler
-from .spec import KeySpec, ShapeAndType, as_shape, key_specs, numpy_dtype, shape_and_dtype
+from .scalars import as_float, as_int
+from .spec import ShapeAndType, as_name, as_shape, key_specs, numpy_dtype, shape_and_dtype
 from .storage import Storage, size_text
 
 _ARGUMENTS_OF_ADD = {"obs", "action", "reward", "next_obs", "terminated", "truncated", "env_ids", "self"}
+_REWARD = np.dtype(np.float32)
 _TERMINATED, _END = np.uint8(1), np.uint8(3)  # flags of csrc/replay.h; kEnd without kCut
 _TRUNCATED = np.uint8(2)
 
-Rows = np.ndarray | Tensor | Sequence
+_JUMPS_SEEN, _JUMPS_RARE = 100, 0.1  # rows before jumps are judged, and the share that is no news
+
 ObservationRows = Rows | Mapping[str, Rows]
 
 
@@ -38,7 +44,8 @@ class ReplayBuffer:
     An observation [C * stack, H, W] arrives stacked, as environments give it, and its one new frame is
     stored: about C * H * W bytes per transition instead of 2 * stack times that. What comes out of `sample`
     equals what went into `add`, byte for byte, at episode starts (whatever the first stack is padded with),
-    terminations, truncations, and across the ring's seam.
+    terminations, truncations, and across the ring's seam. What a column's dtype cannot hold is refused;
+    floats are rounded to it.
 
     Args:
         capacity: transitions held in all. Environment e keeps its latest capacity / num_envs; the oldest goes
@@ -57,15 +64,19 @@ class ReplayBuffer:
             latter two, pass `samplers.Prioritized(...)` or `samplers.Recent(...)` instead of the name.
         device: where frames live and batches arrive ("cuda" needs a build with CUDA kernels). `index` and the
             offsets of a batch stay on the CPU.
-        seed: of all sampling. None draws one.
+        seed: of all sampling. None draws one. Copies in forked processes and in the workers of a DataLoader
+            mix it with what tells these apart, so they draw batches of their own.
         extras: further values per transition, name -> shape, or name -> (shape, dtype); float32 unless given.
-        obs_dtype: uint8 for images, which have three dimensions, and float32 for the rest unless given.
+        obs_dtype: uint8 for images, which have three dimensions, or two without a stack (grey [H, W]), and
+            float32 for the rest unless given.
         action_dtype: dtype that actions are stored in.
         channels_last: images arrive as [H, W, C * stack] (a dict says it per key). They are sampled channels
             first all the same.
         on_jump: what to do where `obs` is not `next_obs` of the step before, in the middle of an episode:
             refuse it, or take it for the start of a new segment, as after `cut`. (With frame_stack=1 it
-            always is one.)
+            always is one.) Floats a and b that differ by rounding are equal, and come back as in `next_obs`:
+            if |a - b| <= r (max(|a|, |b|) + 0.1 min(1, m)) with r = 1e-5 (float16: 2e-3) and m the largest
+            magnitude in the frame. `jumps` counts, and a warning says so once if they are frequent.
         storage: "pinned", with device="cuda", keeps frames that are too many for the GPU in pinned host
             memory; the kernel that makes a batch reads them over the bus.
 
@@ -92,9 +103,9 @@ class ReplayBuffer:
         on_jump: Literal["error", "cut"] = "error",
         storage: Literal["device", "pinned"] = "device",
     ) -> None:
-        for name, value in (("capacity", capacity), ("num_envs", num_envs), ("n_step", n_step)):
-            if not isinstance(value, int | np.integer):
-                raise TypeError(f"{name} is {value!r}: it must be an integer")
+        capacity, num_envs = as_int(capacity, "capacity"), as_int(num_envs, "num_envs")
+        n_step, gamma = as_int(n_step, "n_step"), as_float(gamma, "gamma")
+        seed = None if seed is None else as_int(seed, "seed")
         if num_envs < 1:
             raise ValueError(f"num_envs is {num_envs}: it must be at least 1")
         if capacity < num_envs:
@@ -110,9 +121,9 @@ class ReplayBuffer:
             raise ValueError(f"on_jump is {on_jump!r}: it must be 'error' or 'cut'")
         if seed is not None and not 0 <= seed < 2**63:
             raise ValueError(f"seed is {seed}: it must lie in [0, 2**63)")
-        self.capacity = int(capacity)
-        self.num_envs = int(num_envs)
-        self.n_step = int(n_step)
+        self.capacity = capacity
+        self.num_envs = num_envs
+        self.n_step = n_step
         self.gamma = gamma
         self.sampler = as_sampler(sampler)
         self.beta = self.sampler.beta if isinstance(self.sampler, Prioritized) else 0.0
@@ -121,13 +132,15 @@ class ReplayBuffer:
             raise ValueError(f"storage is {storage!r}: it must be 'device' or 'pinned'")
         check_device(self.device, storage == "pinned")
         self._placement = storage
-        self.seed = secrets.randbits(63) if seed is None else int(seed)
+        self.seed = secrets.randbits(63) if seed is None else seed
+        self._drawn_in = processes.here()
         self._batches_drawn = 0
         self._counting = threading.Lock()
         self._keys = key_specs(obs_shape, obs_dtype, frame_stack, channels_last)
         self._single = not isinstance(obs_shape, Mapping)
         self._extras = {
-            name: shape_and_dtype(spec, f"extras[{name!r}]") for name, spec in (extras or {}).items()
+            as_name(name, "extras"): shape_and_dtype(spec, f"extras[{name!r}]")
+            for name, spec in (extras or {}).items()
         }
         if taken := self._extras.keys() & _ARGUMENTS_OF_ADD:
             raise ValueError(f"extras has {sorted(taken)}: add() has arguments of that name, choose others")
@@ -143,13 +156,20 @@ class ReplayBuffer:
             capacity, num_envs, self._keys, self._columns, n_step, gamma, self.device, pinned
         )
         self._core = self._storage.core
-        self._core.jumps = on_jump == "cut"
+        self._core.cut_at_jumps = on_jump == "cut"
+        self._jumps_said = False
         self._gpu: DeviceGather | None = None
         if self.device.type == "cuda":
             self._gpu = DeviceGather(self.device, self._storage, self._keys, pinned)
         self._priorities: PriorityTree | None = None
         if isinstance(self.sampler, Prioritized):
             self._priorities = PriorityTree(self._core, self._storage.rows, num_envs, self.sampler.alpha)
+        options = {} if self._gpu is None else {"pin_memory": True}
+        # Makers of tensors [*sizes] by dtype, for what `sample` fills: dtype and device are settled here.
+        self._new: dict[torch.dtype, Callable[..., Tensor]] = {
+            dtype: partial(torch.empty(0, dtype=dtype, device=CPU).new_empty, **options)
+            for dtype in (torch.float32, torch.bool, *(dtype for _, dtype in self._columns.values()))
+        }
         # The C++ core locks by itself; kernel launches that belong together with it need one more.
         self._lock: AbstractContextManager = nullcontext() if self._gpu is None else threading.Lock()
 
@@ -195,12 +215,14 @@ class ReplayBuffer:
             env_ids: which environment each row belongs to, each at most once. None: all of them, in order.
             **extras: the values declared as `extras`, all of them.
 
+        Integers must be exact in their column's dtype. Floats are rounded to it, but do not become integers.
+
         Returns:
             int64 [E], the ids of the new transitions.
 
         Raises:
-            ValueError: rows of the wrong shape or dtype; a reward, action or observation that is NaN or
-                infinite; or an observation that contradicts its stream, in which case nothing was added.
+            ValueError: rows of the wrong shape or dtype; a value that its column cannot hold; NaN, or outside
+                of extras infinity; or an observation that contradicts its stream. Nothing was added then.
                 Stacks are compared in full where frames are small (at most 4 KiB) and at episode starts and
                 ends; in between by 256 bytes in every 8 KiB of `obs` and as much of `next_obs`, at other
                 places in each frame and on each step.
@@ -210,33 +232,58 @@ class ReplayBuffer:
         rows = (
             self._observation_rows(obs, "obs"),
             self._observation_rows(next_obs, "next_obs"),
-            _finite(_rows(reward, np.float32, "reward"), "reward"),
-            _flags(terminated, "terminated"),
-            _flags(truncated, "truncated"),
+            stored_rows(reward, _REWARD, "reward", ""),
+            flags(terminated, "terminated"),
+            flags(truncated, "truncated"),
             [
-                _finite(_rows(action, self._numpy_types["action"], "action"), "action"),
-                *(_rows(extras[name], self._numpy_types[name], name) for name in self._extras),
+                stored_rows(action, self._numpy_types["action"], "action", "action_dtype"),
+                *(self._extra_rows(name, extras[name]) for name in self._extras),
             ],
-            None if env_ids is None else _integers(env_ids, "env_ids"),
+            None if env_ids is None else integers(env_ids, "env_ids"),
             self.num_envs,
         )
         with self._lock:
             if self._gpu:
                 self._gpu.before_add()
-            ids = self._core.add(*rows)
+            added = self._core.add(*rows)
             if self._gpu:
                 self._gpu.after_add()
-        return torch.from_numpy(ids)
+        if (jumps := self._core.jumps) and not self._jumps_said:
+            self._warn_if_often(jumps, self._core.rows_added)
+        return torch.from_numpy(added)
+
+    @property
+    def jumps(self) -> int:
+        """How many rows that this object was given began a new segment because their `obs` was not `next_obs`
+        of the step before. Starts after an episode's end or after `cut` are none."""
+        return self._core.jumps
+
+    def _warn_if_often(self, jumps: int, rows: int) -> None:
+        if rows < _JUMPS_SEEN or jumps <= _JUMPS_RARE * rows:
+            return
+        self._jumps_said = True
+        warnings.warn(
+            f"{jumps} of {rows} rows did not continue their environment's stream: their obs is not next_obs "
+            "of the step before. Each began a new segment, where n-step rewards stop, and cost one frame "
+            "more. Pass as obs what was next_obs, processed alike; set terminated or truncated at the end of "
+            "every episode; where environments were reset otherwise, call cut(env_ids). buffer.jumps counts "
+            "such rows",
+            stacklevel=3,
+        )
+
+    def _extra_rows(self, name: str, values: Rows) -> np.ndarray:
+        declared_by = f"dtype of extras[{name!r}]"
+        return stored_rows(values, self._numpy_types[name], name, declared_by, infinite=True)
 
     def _observation_rows(self, observation: ObservationRows, what: str) -> list[np.ndarray]:
         if self._single:
-            return [_checked_rows(observation, self._keys[0], what)]  # type: ignore[arg-type]
+            return [observation_rows(observation, self._keys[0], what)]  # type: ignore[arg-type]
         if not isinstance(observation, Mapping):
             raise ValueError(f"{what} must be a dict with the keys {[key.name for key in self._keys]}")
         missing = [key.name for key in self._keys if key.name not in observation]
         if missing:
             raise ValueError(f"{what} lacks the keys {missing}")
-        return [_checked_rows(observation[key.name], key, f"{what}[{key.name!r}]") for key in self._keys]
+        return [observation_rows(observation[key.name], key, f"{what}[{key.name!r}]") for key in self._keys]
 
     def cut(self, env_ids: Rows | None = None) -> None:
         """Declares that these environments (None: all) were reset outside, e.g. when a run is resumed.
@@ -244,7 +291,7 @@ class ReplayBuffer:
         Their next row begins a new segment. The last one ends as a truncated episode would: n-step returns
         stop there and bootstrap.
         """
-        self._core.cut(None if env_ids is None else _integers(env_ids, "env_ids"), self.num_envs)
+        self._core.cut(None if env_ids is None else integers(env_ids, "env_ids"), self.num_envs)
 
     # ---- sampling ----
 
@@ -302,7 +349,7 @@ class ReplayBuffer:
         """Batch `number` of the sequence that the seed determines."""
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
-        index = torch.empty(batch_size, dtype=torch.int64)
+        index = torch.empty(batch_size, dtype=torch.int64, device=CPU)
         return self._gather(index, partial(self._draw, number), self.n_step, form)
 
     def _draw(self, number: int, request: Any, threads: int) -> None:
@@ -316,6 +363,10 @@ class ReplayBuffer:
 
     def _next_number(self) -> int:
         with self._counting:
+            if (here := processes.here()) != self._drawn_in:
+                self._drawn_in = here
+                mixed = np.random.SeedSequence([self.seed, *here]).generate_state(1, np.uint64)
+                self.seed = int(mixed[0]) >> 1
             self._batches_drawn += 1
             return self._batches_drawn - 1
 
@@ -343,7 +394,7 @@ class ReplayBuffer:
         form = self._form(augment, pad, dtype, memory_format)
         number = self._next_number()
         return self._gather(
-            _index(index).clone(),
+            ids(index).clone(),
             lambda request, threads: self._core.get(request, self.seed, number, threads),
             n_step,
             form,
@@ -354,7 +405,12 @@ class ReplayBuffer:
         skipped."""
         if self._priorities is None:
             raise ValueError('update_priorities() needs sampler="prioritized"')
-        self._core.set_priorities(_index(index).numpy(), _rows(priority, np.float64, "priority").reshape(-1))
+        at, values = ids(index), as_array(priority)
+        if values.dtype.kind not in "biuf":
+            raise ValueError(f"priority has dtype {values.dtype}: it must be floating")
+        if values.ndim > 1 and values.shape not in ((len(at), 1), np.shape(index)):
+            raise ValueError(f"priority has shape {values.shape}: it must be {(len(at),)}, one per index")
+        self._core.set_priorities(at.numpy(), values.astype(np.float64, copy=False).reshape(-1))
 
     def _form(
         self, augment: Augment | None, pad: int, dtype: torch.dtype, memory_format: torch.memory_format
@@ -368,36 +424,33 @@ class ReplayBuffer:
     def _gather(self, index: Tensor, draw: Callable[[Any, int], None], n_step: int, form: Form) -> Batch:
         """The batch of the ids that `draw(request, threads)` puts into `index`, or finds there."""
         n = len(index)
-        pin = self._gpu is not None
-        reward, discount, weight = (torch.empty(n, pin_memory=pin) for _ in range(3))
-        terminated, truncated = (torch.empty(n, dtype=torch.bool, pin_memory=pin) for _ in range(2))
-        columns = {
-            name: torch.empty((n, *shape), dtype=kind, pin_memory=pin)
-            for name, (shape, kind) in self._columns.items()
-        }
-        offsets = torch.empty(2, n, 2, dtype=torch.int64) if form.offset_range else None
+        floats, bools = self._new[torch.float32], self._new[torch.bool]
+        reward, discount, weight = floats(n), floats(n), floats(n)
+        terminated, truncated = bools(n), bools(n)
+        columns = {name: self._new[kind](n, *shape) for name, (shape, kind) in self._columns.items()}
+        offsets = index.new_empty(2, n, 2) if form.offset_range else None
         request = _C.BatchOut(
             n,
             n_step,
-            index.data_ptr(),
-            reward.data_ptr(),
-            discount.data_ptr(),
-            terminated.data_ptr(),
-            truncated.data_ptr(),
-            weight.data_ptr(),
-            [values.data_ptr() for values in columns.values()],
-            0 if offsets is None else offsets.data_ptr(),
+            address(index, torch.int64),
+            address(reward, torch.float32),
+            address(discount, torch.float32),
+            address(terminated, torch.bool),
+            address(truncated, torch.bool),
+            address(weight, torch.float32),
+            [address(columns[name], kind) for name, (_, kind) in self._columns.items()],
+            0 if offsets is None else address(offsets, torch.int64),
             form.offset_range,
             form.shift_origin,
         )
         obs, next_obs = self._allocate(form, n), self._allocate(form, n)
         if self._gpu is None:
-            for target, one, other in zip(form.targets, obs, next_obs, strict=True):
-                request.add_key(target, one.data_ptr(), other.data_ptr())
+            for key in zip(form.targets, form.addresses(obs), form.addresses(next_obs), strict=True):
+                request.add_key(*key)
         with self._lock:
             draw(request, torch.get_num_threads())
             if self._gpu:
-                self._gpu.gather(request, n, form.targets, obs, next_obs)
+                self._gpu.gather(request, n, form, obs, next_obs)
         if self._gpu:
             columns = {name: self._arrive(values) for name, values in columns.items()}
             reward, discount, weight = map(self._arrive, (reward, discount, weight))
@@ -436,17 +489,17 @@ class ReplayBuffer:
         Raises:
             IndexError: a transition was overwritten (or never added). `contains` tells beforehand.
         """
-        ids = _index(index)
+        at = ids(index)
         form = self._form(None, 0, dtype, torch.contiguous_format)
-        out = self._allocate(form, len(ids))
-        request = _C.BatchOut(len(ids), 1, ids.data_ptr(), 0, 0, 0, 0, 0, [], 0, 0, 0)
+        out = self._allocate(form, len(at))
+        request = _C.BatchOut(len(at), 1, address(at, torch.int64), 0, 0, 0, 0, 0, [], 0, 0, 0)
         if self._gpu is None:
-            for target, values in zip(form.targets, out, strict=True):
-                request.add_key(target, values.data_ptr(), 0)
+            for target, to in zip(form.targets, form.addresses(out), strict=True):
+                request.add_key(target, to, 0)
         with self._lock:
             self._core.observe(request, torch.get_num_threads())
             if self._gpu:
-                self._gpu.gather(request, len(ids), form.targets, out, [])
+                self._gpu.gather(request, len(at), form, out, [])
         return self._join(out)
 
     def frames(self, index: Rows) -> Observation:
@@ -484,26 +537,25 @@ class ReplayBuffer:
         """Overwrites extras of these transitions, e.g. with a prior that arrives after its step."""
         if unknown := values.keys() - self._extras.keys():
             raise ValueError(f"set_extras() got {sorted(unknown)}, declared are {sorted(self._extras)}")
-        ids = _index(index)
+        at = ids(index)
         new = {
-            name: _shaped(
-                _rows(value, self._numpy_types[name], name), (len(ids), *self._extras[name][0]), name
-            )
+            name: shaped(self._extra_rows(name, value), (len(at), *self._extras[name][0]), name)
             for name, value in values.items()
         }
         with self._core.writing() as held:
-            rows = _held_rows(held, ids).numpy()
+            rows = _held_rows(held, at).numpy()
             for name, value in new.items():
                 self._storage.tensors[f"column.{name}"].numpy()[rows] = value
 
     def set_terminated(self, index: Rows, terminated: Rows) -> None:
         """Corrects afterwards which of these transitions [n] ended their episode: True terminates those that
         did not end, False takes back any end. What follows in the stream stays as it was added."""
-        flags, end = self._storage.tensors["flags"].numpy(), np.asarray(terminated, bool)
+        at, stored = ids(index), self._storage.tensors["flags"].numpy()
+        end = shaped(flags(terminated, "terminated"), (len(at),), "terminated")
         with self._core.writing() as held:
-            rows = _held_rows(held, index).numpy()
-            ended = flags[rows] & _END
-            flags[rows] = np.where(end, np.where(ended, ended, _TERMINATED), 0) | flags[rows] & ~_END
+            rows = _held_rows(held, at).numpy()
+            ended = stored[rows] & _END
+            stored[rows] = np.where(end, np.where(ended, ended, _TERMINATED), 0) | stored[rows] & ~_END
 
     def set_truncated(self, index: Rows, truncated: Rows) -> None:
         """Corrects afterwards which of these transitions [n] were truncated: True truncates them, also those
@@ -517,18 +569,18 @@ class ReplayBuffer:
 
     def contains(self, index: Rows) -> Tensor:
         """bool [n]: which of these transitions are still held."""
-        return torch.from_numpy(self._core.rows(_index(index).numpy())) >= 0
+        return torch.from_numpy(self._core.rows(ids(index).numpy())) >= 0
 
     def windows(self, index: Rows, n: int) -> tuple[np.ndarray, np.ndarray]:
         """(reward float32 [B, n], alive bool [B, n]): the n steps from each transition on, and which of them
         belong to its episode and were added already. Rewards of those that do not are zero."""
-        ids = _index(index).numpy()
-        stream, t = ids % self.num_envs, ids // self.num_envs
-        reward = np.zeros((len(ids), n), np.float32)
-        alive = np.zeros((len(ids), n), bool)
-        still = np.ones(len(ids), bool)
+        at = ids(index).numpy()
+        stream, t = at % self.num_envs, at // self.num_envs
+        reward = np.zeros((len(at), n), np.float32)
+        alive = np.zeros((len(at), n), bool)
+        still = np.ones(len(at), bool)
         with self._core.reading() as held:
-            _held_rows(held, ids)
+            _held_rows(held, at)
             count = self._storage.tensors["count"].numpy()[stream]
             for k in range(n):
                 still = still & (t + k < count)
@@ -548,8 +600,8 @@ class ReplayBuffer:
         if self._gpu:
             self._gpu.begin_read()  # frames may still be on their way
         tensors = self._storage.used()
-        tensors["sampling"] = torch.tensor([self.seed, self._batches_drawn], dtype=torch.int64)
-        tensors["beta"] = torch.tensor([self.beta], dtype=torch.float64)
+        tensors["sampling"] = torch.tensor([self.seed, self._batches_drawn], dtype=torch.int64, device=CPU)
+        tensors["beta"] = torch.tensor([self.beta], dtype=torch.float64, device=CPU)
         if self._priorities:
             tensors |= {f"priority.{name}": value for name, value in self._priorities.state_dict().items()}
         return {"config": self._config, "tensors": tensors}
@@ -606,7 +658,7 @@ class ReplayBuffer:
             for name, (dtype, shape) in reader.shapes().items():
                 own = buffer._storage.tensors.get(name)
                 if own is None:
-                    tensors[name] = torch.empty(shape, dtype=dtype)
+                    tensors[name] = torch.empty(shape, dtype=dtype, device=CPU)
                 else:
                     tensors[name] = own[:, : shape[1]] if name.startswith("frames.") else own
             reader.read_into(tensors)
@@ -659,7 +711,7 @@ class ReplayBuffer:
             "action_shape": list(action_shape),
             "action_dtype": _name(action_dtype),
             "extras": {name: [list(shape), _name(dtype)] for name, (shape, dtype) in self._extras.items()},
-            "on_jump": "cut" if self._core.jumps else "error",
+            "on_jump": "cut" if self._core.cut_at_jumps else "error",
             "n_step": self.n_step,
             "gamma": self.gamma,
             "sampler": {"kind": type(self.sampler).__name__, **asdict(self.sampler)},
@@ -673,9 +725,20 @@ class ReplayBuffer:
                 self._gpu.end_read()  # the copies are made on the device, maybe later
         return {**state, "tensors": tensors, "device": str(self.device), "storage": self._placement}
 
+    def __reduce__(self) -> tuple:
+        # Arrays are pickled by value. Tensors would be handed to a spawned process as memory of this one,
+        # which is gone once these copies are.
+        state = self.__getstate__()
+        arrays = {name: tensor.cpu().numpy() for name, tensor in state["tensors"].items()}
+        return copyreg.__newobj__, (type(self),), {**state, "tensors": arrays}  # type: ignore[attr-defined]
+
     def __setstate__(self, state: dict[str, Any]) -> None:
+        tensors = {
+            name: torch.from_numpy(values) if isinstance(values, np.ndarray) else values
+            for name, values in state["tensors"].items()
+        }
         self.__dict__.update(self._from_config(state["config"], state["device"], state["storage"]).__dict__)
-        self.load_state_dict(state)
+        self.load_state_dict({**state, "tensors": tensors})
 
     # ---- streams ----
 
@@ -700,83 +763,15 @@ class ReplayBuffer:
 
 def _held_rows(held: Any, index: Rows) -> Tensor:
     """The rows of these ids while the lock is `held`, as `reading()` and `writing()` of the core do."""
-    ids = _index(index)
-    rows = torch.from_numpy(held.rows(ids.numpy()))
+    at = ids(index)
+    rows = torch.from_numpy(held.rows(at.numpy()))
     if (rows < 0).any():
-        gone = ids[rows < 0]
+        gone = at[rows < 0]
         raise IndexError(
-            f"{len(gone)} of {len(ids)} transitions, first {int(gone[0])}, are not in the buffer: they "
+            f"{len(gone)} of {len(at)} transitions, first {int(gone[0])}, are not in the buffer: they "
             "were overwritten or never added (contains() tells which are held)"
         )
     return rows
-
-
-def _array(value: Rows) -> np.ndarray:
-    if isinstance(value, Tensor):
-        value = value.detach().cpu()
-        # numpy has no bfloat16, as networks under autocast give it; float32 holds all of its values.
-        return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
-    return np.asarray(value)
-
-
-def _rows(value: Rows, dtype: Any, what: str) -> np.ndarray:
-    """As a contiguous numpy array of that dtype, without a copy where it already is one."""
-    array = _array(value)
-    if array.dtype.kind == "f" and np.dtype(dtype).kind != "f":
-        raise ValueError(
-            f"{what} has dtype {array.dtype}, the buffer stores {np.dtype(dtype)}: cast it first"
-        )
-    return np.asarray(array, dtype, order="C")
-
-
-def _integers(value: Rows, what: str) -> np.ndarray:
-    """int64 [n]. A mask would pass for the numbers 0 and 1."""
-    array = _array(value)
-    if array.dtype.kind not in "iu" and array.size:
-        raise ValueError(
-            f"{what} has dtype {array.dtype}: it must be integers; of a mask take np.flatnonzero"
-        )
-    return np.asarray(array, np.int64, order="C")
-
-
-def _shaped(array: np.ndarray, shape: tuple[int, ...], what: str) -> np.ndarray:
-    if array.size != math.prod(shape):
-        raise ValueError(f"{what} has shape {array.shape}: it must be {shape}")
-    return array.reshape(shape)
-
-
-def _flags(value: Rows, what: str) -> np.ndarray:
-    array = _array(value)
-    if array.dtype != np.bool_:
-        raise ValueError(f"{what} has dtype {array.dtype}: it must be bool")
-    return array
-
-
-def _checked_rows(value: Rows, key: KeySpec, what: str) -> np.ndarray:
-    array = _array(value)
-    if array.shape[1:] != key.shape:
-        raise ValueError(
-            f"{what} has shape {array.shape}: it must be [rows, {', '.join(map(str, key.shape))}]"
-        )
-    expected = key.numpy_dtype
-    if array.dtype != expected:
-        if key.dtype == torch.uint8 or not np.can_cast(array.dtype, expected, "same_kind"):
-            raise ValueError(f"{what} has dtype {array.dtype}: it must be {expected} (see obs_dtype)")
-        array = array.astype(expected)
-    _finite(array, what)
-    return array if array[:1].flags.c_contiguous else np.ascontiguousarray(array)
-
-
-def _finite(array: np.ndarray, what: str) -> np.ndarray:
-    """The array, if all of it is finite: one NaN in the buffer would end in every network."""
-    if array.dtype.kind == "f" and not _C.all_finite(array):
-        rows = np.unique(np.argwhere(~np.isfinite(array))[:, 0])[:5].tolist()
-        raise ValueError(f"{what} is NaN or infinite in rows {rows}: nothing was added; mend the environment")
-    return array
-
-
-def _index(index: Rows) -> Tensor:
-    return torch.from_numpy(_integers(index, "index").reshape(-1))
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from ..border import CPU, address
+from .scalars import as_float, as_int
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Recent:
     floor: int = 5000
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "eta", as_float(self.eta, "eta"))
+        object.__setattr__(self, "floor", as_int(self.floor, "floor"))
         if not 0.0 < self.eta < 1.0:
             raise ValueError(f"eta is {self.eta}: it must lie strictly between 0 and 1")
         if self.floor < 1:
@@ -47,6 +51,7 @@ class Prioritized:
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta"):
+            object.__setattr__(self, name, as_float(getattr(self, name), name))
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must lie in [0, 1]")
 
@@ -60,6 +65,10 @@ def as_sampler(sampler: Sampler) -> Uniform | Recent | Prioritized:
         if sampler not in by_name:
             raise ValueError(f"sampler is {sampler!r}: it must be one of {', '.join(by_name)}")
         return by_name[sampler]()
+    if not isinstance(sampler, Uniform | Recent | Prioritized):
+        raise TypeError(
+            f"sampler is {sampler!r}: it must be one of {', '.join(by_name)}, or an object of them"
+        )
     return sampler
 
 
@@ -67,14 +76,15 @@ class PriorityTree:
     """The memory of the priorities by row of the buffer; csrc/priorities.h works on it."""
 
     def __init__(self, core: Any, rows: int, num_envs: int, alpha: float) -> None:
-        self._leaves = torch.zeros(rows)
-        self._sums = torch.zeros(_C.sum_tree_inner_nodes(rows), dtype=torch.float64)
-        self._largest = torch.ones(1, dtype=torch.float64)
-        self._bounds = torch.zeros(2, num_envs, dtype=torch.int64)
-        for tensor in (self._leaves, self._sums):
-            _C.prefer_huge_pages(tensor.data_ptr(), tensor.nbytes)
-        memory = (self._leaves, self._sums, self._largest, self._bounds)
-        core.prioritize(*(tensor.data_ptr() for tensor in memory), rows, alpha)
+        self._leaves = torch.zeros(rows, dtype=torch.float32, device=CPU)
+        self._sums = torch.zeros(_C.sum_tree_inner_nodes(rows), dtype=torch.float64, device=CPU)
+        self._largest = torch.ones(1, dtype=torch.float64, device=CPU)
+        self._bounds = torch.zeros(2, num_envs, dtype=torch.int64, device=CPU)
+        self._tree = address(self._leaves, torch.float32), address(self._sums, torch.float64)
+        for where, tensor in zip(self._tree, (self._leaves, self._sums), strict=True):
+            _C.prefer_huge_pages(where, tensor.nbytes)
+        followed = address(self._largest, torch.float64), address(self._bounds, torch.int64)
+        core.prioritize(*self._tree, *followed, rows, alpha)
 
     @property
     def nbytes(self) -> int:
@@ -86,8 +96,8 @@ class PriorityTree:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self._largest.copy_(state["largest"])
         self._bounds.copy_(state["bounds"])
-        priorities = state["priorities"].contiguous()
-        rows, n = torch.arange(len(self._leaves)), len(self._leaves)
-        _C.sum_tree_update(
-            self._leaves.data_ptr(), self._sums.data_ptr(), n, rows.data_ptr(), priorities.data_ptr(), n
-        )
+        n = len(self._leaves)
+        rows = torch.arange(n, dtype=torch.int64, device=CPU)
+        priorities = state["priorities"].to(CPU, torch.float32).contiguous()
+        entries = address(rows, torch.int64), address(priorities, torch.float32)
+        _C.sum_tree_update(*self._tree, n, *entries, n)

@@ -3,9 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
+
+from .scalars import as_int
 
 Shape = tuple[int, ...]
 ShapeAndType = Shape | tuple[Sequence[int], torch.dtype]
@@ -13,7 +16,10 @@ ShapeAndType = Shape | tuple[Sequence[int], torch.dtype]
 
 @dataclass(frozen=True)
 class KeySpec:
-    """One observation key: `stack` frames of [channels, height, width]; vectors have height = width = 1."""
+    """One observation key: `stack` frames of [channels, height, width].
+
+    A grey picture [height, width] has one channel; what is no picture has height = width = 1.
+    """
 
     name: str
     shape: Shape
@@ -30,7 +36,7 @@ class KeySpec:
 
     @property
     def is_image(self) -> bool:
-        return len(self.shape) == 3 and self.dtype == torch.uint8
+        return self.dtype == torch.uint8 and (len(self.shape) == 3 or _is_grey(self.shape, self.stack))
 
     @property
     def frame_bytes(self) -> int:
@@ -43,9 +49,10 @@ class KeySpec:
 
     def out_shape(self, crop: int = 0) -> Shape:
         """Shape of a sampled observation, `crop` pixels lost at every edge. Images come channels first."""
+        size = self.height - 2 * crop, self.width - 2 * crop
         if len(self.shape) == 3:
-            return (self.stack * self.channels, self.height - 2 * crop, self.width - 2 * crop)
-        return self.shape
+            return (self.stack * self.channels, *size)
+        return size if self.is_image else self.shape
 
     def _split(self) -> Shape:
         return (self.shape[0] // self.stack, *self.shape[1:]) if self.shape else ()
@@ -55,7 +62,8 @@ def key_spec(
     name: str, shape: Sequence[int], dtype: torch.dtype | None, stack: int, channels_last: bool
 ) -> KeySpec:
     """Splits a stacked shape into frames; says how to fix one that cannot be split."""
-    shape = as_shape(shape, f"obs_shape of {name!r}")
+    as_name(name, "obs_shape")
+    shape, stack = as_shape(shape, f"obs_shape of {name!r}"), as_int(stack, "frame_stack")
     if any(n < 1 for n in shape):
         raise ValueError(f"obs_shape of {name!r} is {shape}: every size must be at least 1")
     if not 1 <= stack <= 64:
@@ -68,9 +76,9 @@ def key_spec(
             "channels as by np.concatenate; to store something else as it is, give its obs_dtype"
         )
     if dtype is None:
-        dtype = torch.uint8 if len(shape) == 3 else torch.float32
+        dtype = torch.uint8 if len(shape) == 3 or _is_grey(shape, stack) else torch.float32
     numpy_dtype(dtype, f"obs_dtype of {name!r}")
-    channels_last = channels_last and len(shape) == 3
+    channels_last = bool(channels_last) and len(shape) == 3
     stacked = shape[-1 if channels_last else 0] if shape else 1
     if stacked % stack:
         where = "last" if channels_last else "first"
@@ -81,6 +89,8 @@ def key_spec(
     channels = stacked // stack
     if len(shape) == 3:
         height, width = shape[:2] if channels_last else shape[1:]
+    elif dtype == torch.uint8 and _is_grey(shape, stack):
+        channels, (height, width) = 1, shape
     else:
         height = width = 1
         for n in shape[1:]:
@@ -125,9 +135,22 @@ def key_specs(
     return specs
 
 
+def _is_grey(shape: Shape, stack: int) -> bool:
+    """Whether observations of this shape are grey pictures; stacked, they are vectors one after the other."""
+    return len(shape) == 2 and stack == 1
+
+
+def as_name(name: Any, what: str) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"{what} has the key {name!r}: keys must be strings")
+    return name
+
+
 def as_shape(sizes: Sequence[int], what: str) -> Shape:
     try:
-        return tuple(int(n) for n in sizes)
+        if isinstance(sizes, str):
+            raise TypeError
+        return tuple(as_int(n, what) for n in sizes)
     except TypeError:
         raise TypeError(f"{what} is {sizes!r}: it must be a tuple of integers, such as (3,) or ()") from None
 
@@ -141,7 +164,12 @@ def shape_and_dtype(spec: ShapeAndType, what: str) -> tuple[Shape, torch.dtype]:
 
 
 def numpy_dtype(dtype: torch.dtype, what: str) -> np.dtype:
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{what} is {dtype!r}: it must be a dtype of torch, such as torch.uint8")
     try:
-        return torch.empty(0, dtype=dtype).numpy().dtype
+        found = torch.empty(0, dtype=dtype, device="cpu").numpy().dtype
     except TypeError:
         raise ValueError(f"{what} is {dtype}, which numpy lacks: store it as torch.float32") from None
+    if found.kind not in "biuf":
+        raise ValueError(f"{what} is {dtype}: store booleans, integers or real numbers")
+    return found

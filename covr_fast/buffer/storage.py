@@ -10,9 +10,25 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from ..border import CPU, address
 from .spec import KeySpec, Shape
 
 Columns = dict[str, tuple[Shape, torch.dtype]]
+
+# What the C++ object takes its memory for: one entry per stream, or one per row of transitions.
+_CORE = {
+    "count": ("streams", torch.int64),
+    "first": ("streams", torch.int64),
+    "ended": ("streams", torch.int64),
+    "reward": ("rows", torch.float32),
+    "flags": ("rows", torch.uint8),
+    "time": ("rows", torch.int32),
+}
+_OF_KEY = {
+    "written": ("streams", torch.int64),
+    "newest": ("rows", torch.int64),
+    "depth": ("rows", torch.uint8),
+}
 
 
 class Storage:
@@ -42,45 +58,41 @@ class Storage:
         shapes = [_ring_shape(key, num_envs, self.rows_per_stream) for key in keys]
         rings = _frame_rings(keys, shapes, capacity, device, pinned)
         self.frame_bytes = sum(ring.nbytes for ring in rings)
+        sizes = {"streams": num_envs, "rows": self.rows}
         self.tensors: dict[str, Tensor] = {
-            name: torch.zeros(num_envs, dtype=torch.int64) for name in ("count", "first", "ended")
+            name: torch.zeros(sizes[size], dtype=dtype, device=CPU) for name, (size, dtype) in _CORE.items()
         }
-        self.tensors["reward"] = torch.zeros(self.rows)
-        self.tensors["flags"] = torch.zeros(self.rows, dtype=torch.uint8)
-        self.tensors["time"] = torch.zeros(self.rows, dtype=torch.int32)
         for name, (shape, dtype) in columns.items():
-            self.tensors[f"column.{name}"] = torch.zeros(self.rows, *shape, dtype=dtype)
+            self.tensors[f"column.{name}"] = torch.zeros((self.rows, *shape), dtype=dtype, device=CPU)
         self._recent: dict[str, Tensor] = {}  # the latest frames again, where the CPU can compare with them
         for key, frames in zip(keys, rings, strict=True):
             self.tensors[f"frames.{key.name}"] = frames
             if frames.is_cuda:
                 shape = (num_envs, key.stack + 1, *key.frame_shape)
-                self._recent[key.name] = torch.empty(shape, dtype=key.dtype, pin_memory=True)
-            self.tensors[f"written.{key.name}"] = torch.zeros(num_envs, dtype=torch.int64)
-            self.tensors[f"newest.{key.name}"] = torch.zeros(self.rows, dtype=torch.int64)
-            self.tensors[f"depth.{key.name}"] = torch.zeros(self.rows, dtype=torch.uint8)
+                self._recent[key.name] = torch.empty(shape, dtype=key.dtype, device=CPU, pin_memory=True)
+            for name, (size, dtype) in _OF_KEY.items():
+                self.tensors[f"{name}.{key.name}"] = torch.zeros(sizes[size], dtype=dtype, device=CPU)
         for tensor in self.tensors.values():
             if tensor.device.type == "cpu" and not tensor.is_pinned():
                 # Before anything is written: random rows of large buffers are bound by address translation.
-                _C.prefer_huge_pages(tensor.data_ptr(), tensor.nbytes)
+                _C.prefer_huge_pages(address(tensor, tensor.dtype), tensor.nbytes)
         self.core = self._connect(capacity, columns, gamma)
 
     def _connect(self, capacity: int, columns: Columns, gamma: float) -> Any:
-        address = {name: tensor.data_ptr() for name, tensor in self.tensors.items()}
         core = _C.Replay(
             capacity=capacity,
             num_envs=self.num_envs,
             n_step=self.n_step,
             gamma=gamma,
-            **{name: address[name] for name in ("count", "first", "ended", "reward", "flags", "time")},
+            **{name: address(self.tensors[name], dtype) for name, (_, dtype) in _CORE.items()},
         )
         for key in self.keys:
             frames = self.tensors[f"frames.{key.name}"]
             recent = self._recent.get(key.name, frames)
             core.add_key(
                 name=key.name,
-                data=address[f"frames.{key.name}"],
-                recent=recent.data_ptr(),
+                data=address(frames, key.dtype, frames.device),
+                recent=address(recent, key.dtype),
                 slots=frames.shape[1],
                 recent_slots=recent.shape[1],
                 stack=key.stack,
@@ -88,12 +100,15 @@ class Storage:
                 height=key.height,
                 width=key.width,
                 item_bytes=key.dtype.itemsize,
+                floating=key.dtype.is_floating_point,
                 channels_last=key.channels_last,
-                **{name: address[f"{name}.{key.name}"] for name in ("written", "newest", "depth")},
+                **{
+                    name: address(self.tensors[f"{name}.{key.name}"], dtype)
+                    for name, (_, dtype) in _OF_KEY.items()
+                },
             )
         for name, (shape, dtype) in columns.items():
-            row_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-            core.add_column(name, address[f"column.{name}"], row_bytes)
+            core.add_column(name, address(self.tensors[f"column.{name}"], dtype), shape, dtype.itemsize)
         return core
 
     @property

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .replay import ReplayBuffer
+from .scalars import as_float, as_int
 
 
 class FineTuneView:
@@ -38,6 +39,8 @@ class FineTuneView:
         horizon: int | None = None,
         bootstrap: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
+        gamma = as_float(gamma, "gamma")
+        horizon = None if horizon is None else as_int(horizon, "horizon")
         if not 0.0 <= gamma <= 1.0:
             raise ValueError(f"gamma is {gamma}: it must lie in [0, 1]")
         if horizon is not None and horizon < 1:

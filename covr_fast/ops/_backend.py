@@ -3,7 +3,7 @@
 import importlib.util
 import os
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ except ImportError as error:  # a checkout that was never built
         "the extension module covr_fast._C is not built: run `pip install .`, or in a checkout "
         "`python setup.py build_ext --inplace`"
     ) from error
+
+from covr_fast.border import address
 
 Backend = Literal["auto", "reference", "cpp", "cuda", "triton"]
 
@@ -77,16 +79,27 @@ def stream(tensor: Tensor) -> int:
     return torch.cuda.current_stream(tensor.device).cuda_stream
 
 
-def launch(kernel: str, *arguments: Tensor | float) -> None:
+def launch(kernel: str, *arguments: Any) -> None:
     """Calls `_C.<kernel>`, or on a GPU `_C.<kernel>_cuda` with the caller's stream as one more argument.
 
-    Tensors are handed over as addresses: contiguous, and all on the device of the first argument.
+    A tensor comes as a pair with the dtype that the kernel takes it for, and is handed over as its address:
+    contiguous, and on the device of the first argument, which is one. The rest is handed over as it is.
+
+    Raises:
+        TypeError: a tensor is of another dtype or device than that, is not contiguous, or came alone.
     """
-    raw = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
-    anchor = arguments[0]
-    assert isinstance(anchor, Tensor)
-    if anchor.is_cuda:
-        with torch.cuda.device(anchor.device):
+    anchor: Tensor = arguments[0][0]
+    device = anchor.device
+    raw = []
+    for value in arguments:
+        if isinstance(value, Tensor):
+            raise TypeError(f"{kernel}: a tensor must say which dtype the kernel takes it for")
+        if isinstance(value, tuple):
+            tensor, dtype = value
+            value = address(tensor, dtype, device)
+        raw.append(value)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
             getattr(_C, f"{kernel}_cuda")(*raw, stream(anchor))
     else:
         getattr(_C, kernel)(*raw)

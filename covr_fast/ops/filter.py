@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from covr_fast import _C
+from covr_fast.border import address
 
 from . import reference
 from ._backend import Backend, check_floating, launch, library, select
@@ -138,31 +139,27 @@ library.define(
 @torch.library.impl(library, "exploration_filter", "CPU")
 def _cpp(returns: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     returns = returns.contiguous()
-    statistics = torch.empty(4, dtype=torch.float64)
-    threads = torch.get_num_threads()
+    statistics = torch.empty(4, dtype=torch.float64, device=returns.device)
+    values, n, threads = address(returns, torch.float32), returns.numel(), torch.get_num_threads()
     # The count comes first, so that only the kept indices are allocated.
-    count = _C.exploration_threshold(
-        returns.data_ptr(), returns.numel(), scale, statistics.data_ptr(), threads
-    )
+    count = _C.exploration_threshold(values, n, scale, address(statistics, torch.float64), threads)
     if count < 0:
         raise ValueError(_NOT_FINITE)
     indices = empty((count,), torch.int64, returns.device)
     if count:
-        _C.indices_above(
-            returns.data_ptr(), returns.numel(), float(statistics[1]), indices.data_ptr(), threads
-        )
+        _C.indices_above(values, n, float(statistics[1]), address(indices, torch.int64), threads)
     return indices, statistics
 
 
 @torch.library.impl(library, "exploration_filter_padded", "CPU")
 def _cpp_padded(returns: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    indices = torch.full(returns.shape, -1, dtype=torch.int64)
+    indices = torch.full(returns.shape, -1, dtype=torch.int64, device=returns.device)
     try:
         kept, statistics = _cpp(returns, scale)
     except ValueError:
-        return indices, torch.tensor(-1), torch.full((4,), math.nan, dtype=torch.float64)
+        return indices, indices.new_tensor(-1), returns.new_full((4,), math.nan, dtype=torch.float64)
     indices[: kept.numel()] = kept
-    return indices, torch.tensor(kept.numel()), statistics
+    return indices, indices.new_tensor(kept.numel()), statistics
 
 
 @torch.library.impl(library, "exploration_filter_padded", "CUDA")
@@ -172,7 +169,8 @@ def _cuda_padded(returns: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]
     kept = indices.new_empty(())
     statistics = returns.new_empty(4, dtype=torch.float64)
     workspace = returns.new_zeros(_C.exploration_filter_workspace(returns.numel()), dtype=torch.uint8)
-    launch("exploration_filter", returns, returns.numel(), scale, indices, kept, statistics, workspace)
+    found = (indices, torch.int64), (kept, torch.int64), (statistics, torch.float64), (workspace, torch.uint8)
+    launch("exploration_filter", (returns, torch.float32), returns.numel(), scale, *found)
     return indices, kept, statistics
 
 

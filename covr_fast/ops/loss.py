@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from covr_fast import _C
+from covr_fast.border import address
 
 from . import reference
 from ._backend import Backend, check_floating, check_same_device, library, select
@@ -183,8 +184,8 @@ def _reduce_rows(
         return kernels.reduce_rows(logits, labels, scale, smoothing)
     losses, normaliser = torch.empty_like(scale), scale.new_empty(2, scale.numel())
     _C.cross_entropy_reduce(
-        losses.data_ptr(),
-        normaliser.data_ptr(),
+        address(losses, torch.float32),
+        address(normaliser, torch.float32),
         *_row_arguments(logits, labels, scale, smoothing),
     )
     return losses, normaliser
@@ -207,8 +208,8 @@ def _write_gradient(
         kernels.write_gradient(out, logits, labels, scale, smoothing, normaliser, upstream)
     else:
         _C.cross_entropy_gradient(
-            out.data_ptr(),
-            normaliser.data_ptr(),
+            address(out, logits.dtype),
+            address(normaliser, torch.float32),
             float(upstream),
             *_row_arguments(logits, labels, scale, smoothing),
         )
@@ -216,9 +217,9 @@ def _write_gradient(
 
 def _row_arguments(logits: Tensor, labels: Tensor, scale: Tensor, smoothing: float) -> tuple:
     return (
-        logits.data_ptr(),
-        labels.data_ptr(),
-        scale.data_ptr(),
+        address(logits, logits.dtype),
+        address(labels, torch.int64),
+        address(scale, torch.float32),
         *logits.shape,
         smoothing,
         _DTYPES.index(logits.dtype),
@@ -405,7 +406,7 @@ def _adds_in_float32(dtype: torch.dtype, device: torch.device) -> bool:
     It does on CUDA devices; torch 2.8 has the call, but wants the sum in the dtype of the factors.
     """
     a = torch.zeros(16, 16, dtype=dtype, device=device)
-    total = torch.zeros(16, 16, device=device)
+    total = torch.zeros(16, 16, dtype=torch.float32, device=device)
     try:
         torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
     except torch.OutOfMemoryError:

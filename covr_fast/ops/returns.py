@@ -54,13 +54,14 @@ library.define("discounted_returns(Tensor rewards, Tensor ends, float gamma) -> 
 @torch.library.impl("covr_fast::discounted_returns", ("cpu", "cuda"), lib=library)
 def _run(rewards: Tensor, ends: Tensor, gamma: float) -> Tensor:
     rewards, ends = rewards.contiguous(), ends.contiguous()
-    result = empty(rewards.shape, rewards.dtype, rewards.device)
+    dtype = rewards.dtype
+    result = empty(rewards.shape, dtype, rewards.device)
     # The last argument is the number of threads on the CPU, and on a GPU where chunks leave their summaries.
-    extra: int | Tensor = torch.get_num_threads()
+    extra: int | tuple[Tensor, torch.dtype] = torch.get_num_threads()
     if rewards.is_cuda:
-        extra = rewards.new_empty(_C.discounted_returns_workspace(*rewards.shape))
-    wide = rewards.dtype == torch.float64
-    launch("discounted_returns", result, rewards, ends, *rewards.shape, gamma, wide, extra)
+        extra = rewards.new_empty(_C.discounted_returns_workspace(*rewards.shape)), dtype
+    tensors = (result, dtype), (rewards, dtype), (ends, torch.bool)
+    launch("discounted_returns", *tensors, *rewards.shape, gamma, dtype == torch.float64, extra)
     return result
 
 

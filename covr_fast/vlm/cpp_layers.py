@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from covr_fast import _C
+from covr_fast.border import address
 
 from .attend import Heads, Held, signed
 from .layers import GatedMlp, LayerModules, Norm, Projection
@@ -35,8 +36,9 @@ class CppLayer:
         out = x.new_empty(batch, count - first, width) if first else x
         prefix, length = held.prefix or held, held.prefix_length
         self._layer.decode(
-            *(tensor.data_ptr() for tensor in (out, x, cos, sin)),
-            *(tensor.data_ptr() for tensor in (prefix.keys, prefix.values, held.keys, held.values)),
+            *(address(tensor, torch.float32) for tensor in (out, x, cos, sin)),
+            *(address(tensor, torch.float32) for tensor in (prefix.keys.mT, prefix.values)),
+            *(address(tensor, torch.float32) for tensor in (held.keys.mT, held.values)),
             *(prefix.values.shape[2], held.values.shape[2], length),
             *(batch, count, first, begin - length, torch.get_num_threads()),
         )
@@ -50,7 +52,7 @@ class CppLayer:
             cos, sin: [T, dim], the angles of every position; the sign of `sin` as `signed` makes it.
         """
         batch, count, _ = x.shape
-        addresses = (tensor.data_ptr() for tensor in (x, cos, sin))
+        addresses = (address(tensor, torch.float32) for tensor in (x, cos, sin))
         self._layer.encode(*addresses, segment, batch, count, torch.get_num_threads())
 
 

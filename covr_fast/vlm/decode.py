@@ -129,7 +129,7 @@ class Decoder:
         body = self._body.expand(batch, -1, -1)
         hidden = self._decoder(body, cache, image_at=self._layout.image_at, image=image)
         state = torch.zeros(batch, dtype=torch.int64, device=hidden.device)
-        action = torch.zeros(batch, self._action_dim, device=hidden.device)
+        action = torch.zeros(batch, self._action_dim, dtype=torch.float32, device=hidden.device)
         answer = [self._opening.expand(batch, -1)]
         for i, choice in enumerate(self._choices):
             scores = F.linear(hidden, choice.head).float()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from covr_fast import _C
+from covr_fast.border import address
 from covr_fast.ops._backend import launch
 
 
@@ -41,8 +42,10 @@ class Norm:
     def __init__(self, module: Any) -> None:
         self._weight = module.weight.detach().contiguous()
         self._epsilon: float = module.variance_epsilon
-        self.cpp = _C.Norm(self._weight.data_ptr(), self._epsilon) if in_cpp(self._weight) else None
+        self.cpp: Any = None
         """For the C++ that this norm is part of; good as long as this object is."""
+        if in_cpp(self._weight):
+            self.cpp = _C.Norm(address(self._weight, torch.float32), self._epsilon)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
@@ -51,7 +54,8 @@ class Norm:
         x = x.contiguous()
         out = torch.empty_like(x)
         width = x.shape[-1]
-        launch("rms_norm", out, x, self.cpp, x.numel() // width, width, torch.get_num_threads())
+        tensors = (out, torch.float32), (x, torch.float32)
+        launch("rms_norm", *tensors, self.cpp, x.numel() // width, width, torch.get_num_threads())
         return out
 
 
@@ -106,12 +110,14 @@ class Projection:
         self._bias = F.pad(bias, (0, missing))
         padded = F.pad(weight, (0, 0, 0, missing))
         self._weight = padded.view(-1, self.PANEL, inputs).transpose(1, 2).contiguous()
-        self.cpp = _C.Packed(self._weight.data_ptr(), self._bias.data_ptr(), inputs, self.outputs)
+        addresses = (address(tensor, torch.float32) for tensor in (self._weight, self._bias))
+        self.cpp = _C.Packed(*addresses, inputs, self.outputs)
 
     def _launch(self, out: Tensor, x: Tensor, *, add: bool) -> None:
         x = x.contiguous()
         rows = x.numel() // x.shape[-1]
-        launch("product", out, x, rows, self.cpp, add, torch.get_num_threads())
+        tensors = (out, torch.float32), (x, torch.float32)
+        launch("product", *tensors, rows, self.cpp, add, torch.get_num_threads())
 
 
 class GatedMlp:

@@ -29,7 +29,10 @@ class PatchPixels:
         self.patch = image_processor.patch_size
         self.merge = image_processor.merge_size
         self.frames = image_processor.temporal_patch_size
-        mean, std = torch.tensor(image_processor.image_mean), torch.tensor(image_processor.image_std)
+        mean, std = (
+            torch.tensor(values, dtype=torch.float32, device="cpu")
+            for values in (image_processor.image_mean, image_processor.image_std)
+        )
         self.scale, self.offset = 1 / (255 * std), mean / std
         """float32[3]: a byte of a channel is seen as byte * scale - offset."""
         self._scales: dict[torch.device, tuple[Tensor, Tensor]] = {}

@@ -34,7 +34,7 @@ class ServingTower:
         self, tower: Any, blocks: list[CppLayer], patches: PatchPixels, plan: Mapping[str, Any]
     ) -> None:
         order = plan["window_index"]
-        self._order = None if torch.equal(order, torch.arange(len(order))) else order
+        self._order = None if torch.equal(order, torch.arange(len(order), device=order.device)) else order
         self._inverse = order.argsort()
         self._merged = tower.spatial_merge_unit
         self._patches = patches
@@ -68,7 +68,8 @@ class ServingTower:
         x = p.scale.new_empty(batch, height // p.patch * (width // p.patch), self._embed.outputs)
         launch(
             "embed_patches",
-            *(x, images, p.scale, p.offset, 0 if self._order is None else self._order),
+            *((x, torch.float32), (images, torch.uint8), (p.scale, torch.float32), (p.offset, torch.float32)),
+            0 if self._order is None else (self._order, torch.int64),
             *(batch, height, width, p.patch, p.merge, self._embed.cpp, torch.get_num_threads()),
         )
         return x

@@ -1,0 +1,34 @@
+"""Which of the processes that hold copies of a buffer this one is.
+
+Forked processes and the workers of a DataLoader start with equal copies, which must not draw equal batches.
+"""
+
+import os
+
+from torch.utils.data import get_worker_info
+
+_lineage = 0  # of the process that Python was started in; a fork's follows from its parent's
+_forks = 0  # of this process
+
+
+def here() -> tuple[int, int]:
+    """The same numbers in every run of the same program; others in each process.
+
+    A worker of a DataLoader is known by its seed: torch draws one per epoch and adds the worker's number.
+    """
+    worker = get_worker_info()
+    return (0, _lineage) if worker is None else (1, worker.seed)
+
+
+def _before_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+def _in_fork() -> None:
+    global _lineage, _forks
+    _lineage = hash((_lineage, _forks)) % 2**63
+    _forks = 0
+
+
+os.register_at_fork(before=_before_fork, after_in_child=_in_fork)
