@@ -7,8 +7,9 @@ reached through transformers' auto classes; a subclass holds what is particular 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
+from types import MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -16,8 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from .adapters import bare, check_adapters, untouched
 from .attention import register_segmented_sdpa
 from .cache import Prefix
+from .mode import own_mode
 from .packing import Padded
 from .pixels import PatchPixels
 
@@ -31,6 +34,10 @@ class ImageFeatures:
     deep: tuple[Tensor, ...] = ()
     """[B, n, D] each: features added to the hidden states after the first decoder layers (Qwen3-VL)."""
 
+    @property
+    def requires_grad(self) -> bool:
+        return any(x.requires_grad for x in (self.tokens, *self.deep))
+
     def rows(self, index: Tensor | slice) -> "ImageFeatures":
         return ImageFeatures(self.tokens[index], tuple(x[index] for x in self.deep))
 
@@ -41,6 +48,9 @@ class Backbone:
     Args:
         model: transformers' `...ForConditionalGeneration`, or a peft model around one.
         processor: its processor.
+
+    Raises:
+        ValueError: the model has an adapter that is not supported, or the processor no image token.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ("llava",)
@@ -67,23 +77,41 @@ class Backbone:
         return int(token)
 
     @property
+    def model(self) -> Any:
+        return self._model
+
+    @model.setter
+    def model(self, model: Any) -> None:
+        check_adapters(model)
+        self._model = model.eval()  # what peft adds comes in training mode
+
+    @property
     def adapted(self) -> bool:
         """Whether peft has wrapped the model with adapters."""
-        return hasattr(self.model, "peft_config")
+        from peft import PeftModel
+
+        return isinstance(self.model, PeftModel)
 
     @property
     def base(self) -> Any:
         """The transformers model, without peft's wrapper."""
         return self.model.get_base_model() if self.adapted else self.model
 
-    @cached_property
+    @property
     def decoder(self) -> Any:
         """The language model: embeddings in, hidden states out."""
-        return self.base.get_decoder()
+        return bare(self.base.get_decoder())
 
-    @cached_property
-    def head(self) -> nn.Linear:
-        return self.base.get_output_embeddings()
+    @property
+    def head(self) -> Any:
+        """The module that makes logits of hidden states."""
+        return bare(self.base.get_output_embeddings())
+
+    @property
+    def plain_head(self) -> nn.Linear | None:
+        """The head, if its logits are products with the rows of a matrix and nothing else."""
+        head = self.head
+        return head if type(head) is nn.Linear and head.bias is None and untouched(head) else None
 
     @property
     def attention(self) -> str:
@@ -96,11 +124,11 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        return self.head.weight.device
+        return self.decoder.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.head.weight.dtype
+        return self.decoder.dtype
 
     def embed(self, tokens: Tensor) -> Tensor:
         """int64[...] -> [..., D]."""
@@ -117,7 +145,16 @@ class Backbone:
     # ------------------------------------------------------------------ the prompt
 
     def render(self, prompt: str) -> str:
-        """The conversation up to the answer. The task comes before the image, so that all frames share it."""
+        """The conversation up to the answer. The task comes before the image, so that all frames share it.
+
+        Raises:
+            ValueError: the prompt holds a token that conversations are made of, or the template has no image.
+        """
+        if (token := self._structure_in(prompt)) is not None:
+            raise ValueError(
+                f"the prompt holds {token!r}, which marks images or turns in this model's conversations; it "
+                "is put there for you: describe the task in words only"
+            )
         content = [{"type": "text", "text": prompt}, {"type": "image"}]
         messages = [{"role": "user", "content": content}]
         # By the tokenizer: some processors would ask their video half, which is not loaded, for settings.
@@ -132,6 +169,20 @@ class Backbone:
                 f"the chat template of {type(self.processor).__name__} puts no image token into {text!r}"
             )
         return text
+
+    def _structure_in(self, prompt: str) -> str | None:
+        """A token in the prompt that this model's conversations are made of, such as an image's place."""
+        for name in ("image_token", "video_token"):
+            token = getattr(self.processor, name, None)
+            if token and token in prompt:
+                return token
+        tokenizer, config = self.tokenizer, self.base.config
+        special = set(tokenizer.all_special_ids)
+        special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        special |= {getattr(config, f"{kind}_token_id", None) for kind in ("vision_start", "vision_end")}
+        special.discard(tokenizer.unk_token_id)  # stands for characters that the tokenizer does not know
+        found = [i for i in tokenizer(prompt, add_special_tokens=False)["input_ids"] if i in special]
+        return tokenizer.convert_ids_to_tokens(found[0]) if found else None
 
     def answer_context(self, text: str) -> str:
         """What an answer's tokens may depend on: the part of the rendered prompt that follows the image."""
@@ -215,8 +266,10 @@ class QwenVL(Backbone):
     def __init__(self, model: Any, processor: Any) -> None:
         super().__init__(model, processor)
         self.patches = PatchPixels(processor.image_processor)
-        self.plan = lru_cache(maxsize=16)(self._make_plan)
-        self.tower.patch_embed.forward = self._embed_patches
+        self._plans = lru_cache(maxsize=16)(self._make_plan)
+        patch_embed = bare(self.tower.patch_embed)
+        # Bound to the module, so that a copy of it has its own.
+        patch_embed.forward = MethodType(_embed_patches, patch_embed)
         config = self.tower.config
         if config._attn_implementation == "sdpa":
             # transformers would loop over the images; this is one call for all of them.
@@ -224,7 +277,7 @@ class QwenVL(Backbone):
 
     @property
     def tower(self) -> Any:
-        return self.base.model.visual
+        return bare(self.base.model.visual)
 
     def positions(self, inputs: Mapping[str, Tensor], extra: int) -> Tensor:
         tokens, kinds = inputs["input_ids"], inputs["mm_token_type_ids"]
@@ -247,14 +300,12 @@ class QwenVL(Backbone):
         )
         return ImageFeatures(tokens, tuple(deep))
 
-    def _embed_patches(self, patches: Tensor) -> Tensor:
-        """The patch embedding, whose convolution has a stride of its kernel's size, as the product it is."""
-        projection = self.tower.patch_embed.proj
-        weight = projection.weight
-        return F.linear(patches.to(weight.dtype), weight.flatten(1), projection.bias)
+    def plan(self, batch: int, size: tuple[int, int]) -> tuple[Tensor, dict[str, Any]]:
+        """The tower's index tensors: they depend only on batch and size, and are made on the host, once."""
+        with own_mode(self.device):
+            return self._plans(batch, size)
 
     def _make_plan(self, batch: int, size: tuple[int, int]) -> tuple[Tensor, dict[str, Any]]:
-        """The tower's index tensors: they depend only on batch and size, and are made on the host, once."""
         from transformers.vision_utils import (
             get_vision_cu_seqlens,
             get_vision_position_ids,
@@ -274,6 +325,15 @@ class QwenVL(Backbone):
             plan["window_index"], plan["cu_window_seqlens"] = get_vision_window_index(grid, *window)
             plan["max_window_seqlen"] = int(plan["cu_window_seqlens"].diff().max())
         return grid, {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in plan.items()}
+
+
+def _embed_patches(patch_embed: Any, patches: Tensor) -> Tensor:
+    """A patch embedding, whose convolution has a stride of its kernel's size, as the product it is."""
+    projection = bare(patch_embed.proj)
+    if type(projection) is not nn.Conv3d or not untouched(projection):
+        return type(patch_embed).forward(patch_embed, patches)
+    weight = projection.weight
+    return F.linear(patches.to(weight.dtype), weight.flatten(1), projection.bias)
 
 
 class Qwen3VL(QwenVL):

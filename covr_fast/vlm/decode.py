@@ -73,8 +73,10 @@ class _Choice:
 
     def __init__(self, level: Level, backbone: Backbone) -> None:
         tokens = level.tokens[:, None]
-        self.head = backbone.head.weight[level.tokens]
-        """[U, D]"""
+        head = backbone.plain_head
+        self._rows = None if head is None else head.weight[level.tokens]
+        """[U, D] of the head."""
+        self._head, self._tokens = backbone.head, level.tokens
         self.forbidden = ~level.allowed
         """bool[S, U]"""
         self.tokens = torch.cat((tokens, level.forced.expand(len(tokens), -1)), 1)
@@ -82,14 +84,20 @@ class _Choice:
         self.embeddings = backbone.embed(self.tokens)
         self.gain, self.next_state = level.gain, level.next_state
 
+    def scores(self, hidden: Tensor) -> Tensor:
+        """float32[B, U]: the logits of the tokens for hidden states [B, D]."""
+        if self._rows is None:
+            return self._head(hidden)[:, self._tokens].float()
+        return F.linear(hidden, self._rows).float()
+
 
 class Decoder:
     """Decodes frames of one layout with one set of weights.
 
     The prefix's keys and values are computed once. A call then costs the vision tower, one forward over
     [image, end of prompt, what every answer opens with], and one forward per choice but the last; forced
-    tokens ride along with the choice before them. Only the rows of the head that a choice allows are used,
-    and nothing is read back by the host.
+    tokens ride along with the choice before them. Of a plain head only the rows that a choice allows are
+    used. Nothing is read back by the host.
     """
 
     @torch.no_grad()
@@ -132,7 +140,7 @@ class Decoder:
         action = torch.zeros(batch, self._action_dim, dtype=torch.float32, device=hidden.device)
         answer = [self._opening.expand(batch, -1)]
         for i, choice in enumerate(self._choices):
-            scores = F.linear(hidden, choice.head).float()
+            scores = choice.scores(hidden)
             if noise is not None:
                 scores = scores / temperature + noise[:, i, : scores.shape[1]]
             chosen = scores.masked_fill_(choice.forbidden.index_select(0, state), -torch.inf).argmax(1)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .prompt import CLOSING, JOINER, OPENING, check_decimals, grid_size, spell
+from .prompt import CLOSING, JOINER, OPENING, answer_format, grid_size, spell
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,13 @@ class ActionGrammar:
         decimals: digits after the point, 1 to 4.
 
     Raises:
+        TypeError: `action_dim` or `decimals` is no whole number.
         ValueError: an argument out of range, or a tokenizer that cannot spell the answers (no end token,
             or the tokens of one number depend on another number).
     """
 
     def __init__(self, tokenizer: Any, context: str, *, action_dim: int, decimals: int) -> None:
-        if action_dim < 1:
-            raise ValueError(f"action_dim must be at least 1, not {action_dim}")
-        check_decimals(decimals)
+        action_dim, decimals = answer_format(action_dim, decimals)
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no eos_token, so answers could not end; set one")
         self.action_dim = action_dim
@@ -114,7 +113,7 @@ class ActionGrammar:
 
     def actions(self, answers: Tensor) -> Tensor:
         """The numbers float32[N, A] that complete answers [N, L] spell, found by walking the automaton."""
-        out = torch.zeros(len(answers), self.action_dim)
+        out = torch.zeros(len(answers), self.action_dim, dtype=torch.float32)
         for i, row in enumerate(answers.tolist()):
             state = self._root
             for token in row:

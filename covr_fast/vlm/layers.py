@@ -14,6 +14,8 @@ from covr_fast import _C
 from covr_fast.border import address
 from covr_fast.ops._backend import launch
 
+from .adapters import bare, linear_weights, untouched
+
 
 def in_cpp(like: Tensor) -> bool:
     """Whether layers with weights like this one run in C++."""
@@ -37,18 +39,24 @@ class LayerModules(NamedTuple):
 
 
 class Norm:
-    """The RMS norm of a module with `weight` and `variance_epsilon`."""
+    """The RMS norm of a module with `weight` and `variance_epsilon`; an adapted one is called."""
 
     def __init__(self, module: Any) -> None:
-        self._weight = module.weight.detach().contiguous()
-        self._epsilon: float = module.variance_epsilon
         self.cpp: Any = None
         """For the C++ that this norm is part of; good as long as this object is."""
+        module = bare(module)
+        self._module = None if untouched(module) else module
+        if self._module is not None:
+            return
+        self._weight = module.weight.detach().contiguous()
+        self._epsilon: float = module.variance_epsilon
         if in_cpp(self._weight):
             self.cpp = _C.Norm(address(self._weight, torch.float32), self._epsilon)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
+        if self._module is not None:
+            return self._module(x)
         if self.cpp is None:
             return F.rms_norm(x, self._weight.shape, self._weight, self._epsilon)
         x = x.contiguous()
@@ -60,23 +68,24 @@ class Norm:
 
 
 class Projection:
-    """Linear layers of the same input as one product; quantized ones are called one by one."""
+    """Linear layers of the same input as one product; where one of them is not plain, each is called."""
 
     PANEL = 32  # of Packed in csrc/product.h
 
     def __init__(self, *modules: nn.Module) -> None:
-        self._modules = modules
+        self._modules = [bare(module) for module in modules]
         self.cpp: Any = None
         """For the C++ that this product is part of; good as long as this object is."""
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
-        parts = [_plain(module) for module in modules]
+        parts = [linear_weights(module) for module in self._modules]
         if any(part is None for part in parts):
             return
         weights, biases = zip(*[part for part in parts if part is not None], strict=True)
         self._weight = torch.cat(weights)
-        if biases[0] is not None:
-            self._bias = torch.cat(biases)
+        if any(bias is not None for bias in biases):
+            pairs = zip(weights, biases, strict=True)
+            self._bias = torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in pairs])
         if in_cpp(self._weight):
             self._pack(self._weight)
 
@@ -136,16 +145,3 @@ class GatedMlp:
         """Adds what it makes of `y` to a contiguous `x` in place, both [..., D]."""
         gate, up = self.gate_up(y).chunk(2, -1)
         self.down.add_to(x, self._activation(gate) * up)
-
-
-def _plain(module: Any) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of a linear layer, LoRA merged in; None if its weight is not a plain matrix."""
-    adapted = hasattr(module, "get_delta_weight")
-    base = module.get_base_layer() if adapted else module
-    if type(base) is not nn.Linear:
-        return None
-    weight = base.weight
-    if adapted:
-        for adapter in module.active_adapters:
-            weight = weight + module.get_delta_weight(adapter).to(weight.dtype)
-    return weight.detach(), None if base.bias is None else base.bias.detach()

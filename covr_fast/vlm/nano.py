@@ -83,7 +83,8 @@ def write_nano(directory: str | Path, *, seed: int) -> None:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen2_5_VLForConditionalGeneration(config)
+        # The seed gives other numbers in another dtype, so that of the process must not be taken.
+        model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=torch.float32)
     model.generation_config = GenerationConfig(**ends)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

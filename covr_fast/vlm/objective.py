@@ -1,7 +1,8 @@
 """The fine-tuning loss: the answers' likelihood, weighted by return (RALW, Xia et al. 2026, Eq. 6)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -100,8 +101,9 @@ class AnswerModel:
 class RoundImages:
     """Image features of a round's samples by row, computed when asked for or, `cached`, once for the round.
 
-    Caching is exact where the vision tower is frozen. It holds the features of `rows`, those that the round
-    looks at: n x D numbers each. `shift` is the largest random shift of `shifted`, in pixels.
+    The cache holds the features of `rows`, those that the round looks at: n x D numbers each. Features that
+    depend on weights that are trained are not cached. `shift` is the largest random shift of `shifted`, in
+    pixels.
     """
 
     def __init__(
@@ -121,14 +123,19 @@ class RoundImages:
         self._generator = generator
         self._cache: ImageFeatures | None = None
         if cached:
-            self._place = torch.full((len(samples.weights),), -1)
+            self._place = torch.full((len(samples.weights),), -1, dtype=torch.int64)
             self._place[rows] = torch.arange(len(rows))
-            with torch.no_grad():
-                parts = [model.image(samples.frames[part]) for part in rows.split(micro_batch)]
-            deep = zip(*(part.deep for part in parts), strict=True)
-            self._cache = ImageFeatures(
-                torch.cat([part.tokens for part in parts]), tuple(map(torch.cat, deep))
-            )
+            self._cache = self._computed(rows.split(micro_batch))
+
+    def _computed(self, rows: Sequence[Tensor]) -> ImageFeatures | None:
+        """The features of all pieces of rows; None if they depend on weights that are trained."""
+        parts: list[ImageFeatures] = []
+        for piece in rows:
+            parts.append(self._model.image(self._samples.frames[piece]))
+            if parts[-1].requires_grad:
+                return None
+        deep = zip(*(part.deep for part in parts), strict=True)
+        return ImageFeatures(torch.cat([part.tokens for part in parts]), tuple(map(torch.cat, deep)))
 
     def __call__(self, rows: Tensor) -> ImageFeatures:
         if self._cache is None:
@@ -155,15 +162,14 @@ def weighted_loss(
     label_smoothing: float,
 ) -> Tensor:
     """What `rows` add to Eq. 6 over a batch with `valid` label tokens (N_v). Differentiable scalar."""
-    labels = samples.labels[rows]
-    loss = ops.return_weighted_linear_cross_entropy(
-        model.hidden(image, samples.answers[rows], samples.lengths(rows)),
-        model.backbone.head.weight,
-        labels,
-        samples.weights[rows],
-        label_smoothing=label_smoothing,
-        ignore_index=IGNORE,
-    )
+    labels, weights = samples.labels[rows], samples.weights[rows]
+    hidden = model.hidden(image, samples.answers[rows], samples.lengths(rows))
+    options: dict[str, Any] = {"label_smoothing": label_smoothing, "ignore_index": IGNORE}
+    head = model.backbone.plain_head
+    if head is not None:
+        loss = ops.return_weighted_linear_cross_entropy(hidden, head.weight, labels, weights, **options)
+    else:
+        loss = ops.return_weighted_cross_entropy(model.backbone.head(hidden), labels, weights, **options)
     # The op divides by the label tokens it was given; Eq. 6 divides by all of the batch's.
     return loss * (samples.valid_tokens(rows) / valid)
 
@@ -178,10 +184,10 @@ def mean_nll(
     """
     if len(rows) == 0:
         return float("nan")
-    total = torch.zeros((), device=model.backbone.device)
+    total = torch.zeros((), dtype=torch.float32, device=model.backbone.device)
     for part in rows.split(micro_batch):
         labels = samples.labels[part].to(total.device)
         hidden = model.hidden(images(part), samples.answers[part], samples.lengths(part))
-        logits = F.linear(hidden, model.backbone.head.weight).float()
+        logits = model.backbone.head(hidden).float()
         total += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
     return float(total) / samples.valid_tokens(rows)

@@ -1,6 +1,8 @@
 """The action prior: a VLM that looks at frames and answers with actions (Xia et al. 2026, Sec. 3)."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,15 @@ from torch import Tensor
 
 from ..cuda_graph import CudaGraphs
 from ..streams import Lane, receive
+from .adapters import check_adapter_directory
 from .backbones import Backbone, ImageFeatures
 from .decode import Decoder, Layout, make_layout
 from .grammar import ActionGrammar
 from .graphed import GraphedDecoder
 from .loading import Settings, load_backbone
 from .memory import out_of_memory
-from .prompt import default_prompt
+from .mode import own_mode
+from .prompt import answer_format, default_prompt
 from .tower import ServingTower, make_tower
 
 
@@ -50,6 +54,7 @@ class ActionPrior:
     `prior(images)` decodes fast (see `decode.Decoder`); `prior.reference(images)` gets the same answers from
     transformers' `generate`. Calls and `publish` exclude each other, so a tuner may run in another thread.
     On a GPU both are queued on a stream of the prior's own (see `streams`), whichever thread they come from.
+    Answers do not depend on the modes of torch that the caller has set (autograd, inference, autocast).
     """
 
     def __init__(self, backbone: Backbone, settings: Settings, *, graph: bool = False) -> None:
@@ -107,22 +112,30 @@ class ActionPrior:
 
         Raises:
             FileNotFoundError: no such model directory.
-            ValueError: unsupported architecture, no image token, a tokenizer that cannot spell the answers,
-                an attention that cannot run here, or an adapter that does not fit its base.
+            TypeError: `action_dim` or `decimals` is no whole number, or `prompt` no text.
+            ValueError: one of those is out of range, the prompt holds one of the tokens that conversations
+                are made of, unsupported architecture, no image token, a tokenizer that cannot spell the
+                answers, an attention that cannot run here, or an adapter that does not fit its base or is of
+                a type that is not supported.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if not isinstance(prompt, str | None):
+            raise TypeError(f"prompt must be text, not {prompt!r}")
         saved = Settings.load(Path(model))
         if saved is not None:
             seed = saved.seed
             prompt = saved.prompt if prompt is None else prompt
             decimals = saved.decimals if decimals is None else decimals
-        backbone = load_backbone(
-            model, seed=seed, attention=attention, dtype=dtype, device=device, quantization=quantization
-        )
-        # A saved adapter stays on its base; full weights are a base of their own.
-        base = saved.base if saved is not None and backbone.adapted else str(model)
-        settings = Settings(base, seed, action_dim, 2 if decimals is None else decimals, prompt)
-        return cls(backbone, settings, graph=graph)
+        action_dim, decimals = answer_format(action_dim, 2 if decimals is None else decimals)
+        check_adapter_directory(Path(model))
+        with own_mode(device, grad=True):
+            backbone = load_backbone(
+                model, seed=seed, attention=attention, dtype=dtype, device=device, quantization=quantization
+            )
+            # A saved adapter stays on its base; full weights are a base of their own.
+            base = saved.base if saved is not None and backbone.adapted else str(model)
+            settings = Settings(base, seed, action_dim, decimals, prompt)
+            return cls(backbone, settings, graph=graph)
 
     @property
     def device(self) -> torch.device:
@@ -145,7 +158,7 @@ class ActionPrior:
         self.check_images(images)
         noise = self._noise(len(images), temperature, generator)
         remedy = "ask about fewer at a time, or load a smaller or a quantized model"
-        with self.lock, torch.no_grad(), out_of_memory(f"answering for {len(images)} frames", remedy):
+        with self.lock, self._serving(), out_of_memory(f"answering for {len(images)} frames", remedy):
             with self.lane.work(images, noise):
                 size = (images.shape[2], images.shape[3])
                 features = self._image_features(images, size)
@@ -166,7 +179,7 @@ class ActionPrior:
 
         self.check_images(images)
         noise = self._noise(len(images), temperature, generator)
-        with self.lock, torch.no_grad():
+        with self.lock, self._serving():
             with self.lane.work(images, noise):
                 tokens = generate_answers(self.backbone, self.text, self.grammar, images, temperature, noise)
                 action = self.grammar.actions(tokens)
@@ -175,10 +188,19 @@ class ActionPrior:
 
     def layout(self, size: tuple[int, int]) -> Layout:
         """How the prompt is laid out for frames of `size` (height, width)."""
-        with self.lock:  # a tuner's thread asks, too, and tokenizers refuse two threads at a time
+        # A tuner's thread asks, too, and tokenizers refuse two threads at a time.
+        with self.lock, own_mode(self.device):
             if size not in self._layouts:
                 self._layouts[size] = make_layout(self.backbone, self.text, size, self.grammar.max_length)
             return self._layouts[size]
+
+    @contextmanager
+    def _serving(self) -> Iterator[None]:
+        """The mode that answers are made in: torch's, and that of the model, whose dropout is off."""
+        with own_mode(self.device):
+            if self.backbone.model.training:
+                self.backbone.model.eval()
+            yield
 
     def _image_features(self, images: Tensor, size: tuple[int, int]) -> ImageFeatures:
         if size not in self._towers:
@@ -193,7 +215,10 @@ class ActionPrior:
         return decoder if self._graphs is None else GraphedDecoder(decoder, self._graphs)
 
     def weights_changed(self) -> int:
-        """Drops what was made of the old weights (copies, prefix cache, graphs); returns the new version."""
+        """Drops what was made of the old weights (copies, prefix cache, graphs); returns the new version.
+
+        To be called whenever the model's weights, or which of its adapters are active, were changed by hand.
+        """
         with self.lock:
             self._decoders.clear()
             self._towers.clear()
@@ -232,6 +257,7 @@ class ActionPrior:
             return None
         levels = self.grammar.levels
         widest = max(len(level.tokens) for level in levels)
-        uniform = torch.rand(batch, len(levels), widest, generator=generator)
-        # Kept away from 0 and 1, where the logarithms are infinite.
-        return (-(-uniform.clamp(1e-10, 1 - 1e-7).log()).log()).to(self.device)
+        with own_mode(self.device):
+            uniform = torch.rand(batch, len(levels), widest, generator=generator, dtype=torch.float32)
+            # Kept away from 0 and 1, where the logarithms are infinite.
+            return (-(-uniform.clamp(1e-10, 1 - 1e-7).log()).log()).to(self.device)

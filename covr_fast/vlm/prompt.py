@@ -4,9 +4,10 @@ An action is written as `Action: [0.43, -0.37]`. Every number has a fixed count 
 written only when negative and zero has none, so each value of the grid {k / 10^decimals} has one spelling.
 """
 
+import operator
 import re
 from collections.abc import Sequence
-from numbers import Integral
+from typing import SupportsIndex
 
 OPENING = "Action: ["
 JOINER = ", "
@@ -16,15 +17,33 @@ MAX_DECIMALS = 4
 _ANSWER = re.compile(re.escape(OPENING) + r"(?P<body>[^\]]*)" + re.escape(CLOSING))
 
 
-def check_decimals(decimals: int) -> None:
-    """Raises a ValueError unless answers can have so many digits after the point."""
-    if not isinstance(decimals, Integral) or not 1 <= decimals <= MAX_DECIMALS:
-        raise ValueError(f"decimals must be an integer between 1 and {MAX_DECIMALS}, not {decimals}")
+def answer_format(action_dim: SupportsIndex, decimals: SupportsIndex) -> tuple[int, int]:
+    """Both as Python integers.
+
+    Raises:
+        TypeError: one is no whole number.
+        ValueError: `action_dim` is below 1, or `decimals` not in [1, MAX_DECIMALS].
+    """
+    dim, digits = _whole("action_dim", action_dim), _whole("decimals", decimals)
+    if dim < 1:
+        raise ValueError(f"action_dim must be at least 1, not {dim}")
+    if not 1 <= digits <= MAX_DECIMALS:
+        raise ValueError(f"decimals must be between 1 and {MAX_DECIMALS}, not {digits}")
+    return dim, digits
+
+
+def _whole(name: str, value: SupportsIndex) -> int:
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be a whole number, not {value!r}")
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, not {value!r}") from None
 
 
 def default_prompt(action_dim: int, decimals: int) -> str:
     """The task prompt used when none is given. It names the answer format and nothing of the task."""
-    check_decimals(decimals)
+    action_dim, decimals = answer_format(action_dim, decimals)
     example = ", ".join(spell(k, decimals) for k in _example_steps(action_dim, decimals))
     return (
         f"You control an agent. Look at the image and choose its next action: {action_dim} "

@@ -1,10 +1,12 @@
 """The reference decoder: transformers' `generate` under the grammar, one token at a time."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from .backbones import Backbone
 from .grammar import ActionGrammar
@@ -47,6 +49,21 @@ class GrammarProcessor(LogitsProcessor):
         return out
 
 
+@contextmanager
+def _owned(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """`model` has this generation config until the block ends.
+
+    What `generate` is not told it takes from the model's own, in which checkpoints ship penalties, forbidden
+    tokens, sampling and more: those would be other answers than the grammar's most probable.
+    """
+    own = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 def generate_answers(
     backbone: Backbone,
     text: str,
@@ -63,14 +80,19 @@ def generate_answers(
     for name, value in inputs.items():
         if value.is_floating_point():
             inputs[name] = value.to(backbone.dtype)
-    out = backbone.model.generate(
-        **inputs,
+    config = GenerationConfig(
         max_new_tokens=grammar.max_length,
         do_sample=False,
-        logits_processor=LogitsProcessorList([GrammarProcessor(grammar, prompt_length, temperature, noise)]),
+        num_beams=1,
+        use_cache=True,
         eos_token_id=grammar.eos_token_id,
         pad_token_id=grammar.pad_token_id,
     )
+    processors = LogitsProcessorList([GrammarProcessor(grammar, prompt_length, temperature, noise)])
+    # Of the model within peft's wrapper, which would bring a generation config of its own.
+    model = backbone.base
+    with _owned(model, config):
+        out = model.generate(**inputs, generation_config=config, logits_processor=processors)
     answers = out[:, prompt_length:]
     missing = grammar.max_length - answers.shape[1]
     return torch.nn.functional.pad(answers, (0, missing), value=grammar.pad_token_id)

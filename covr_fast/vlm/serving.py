@@ -3,7 +3,8 @@
 Every supported backbone has the same decoder: RMS norm, attention with rotary positions, RMS norm, gated
 MLP. Running it here instead of through transformers' modules merges LoRA adapters into the weights, makes
 one product of the query, key and value projections and one of the gate and up projections, and prepares
-positions and masks beforehand. The results are those of the modules; tests compare them on every backbone.
+positions and masks beforehand. Layers of other adapters are called as the modules they are. The results are
+those of the modules; tests compare them on every backbone.
 
 The merged weights are a second copy of the decoder's (5.5 GB for Qwen2.5-VL-3B in bfloat16), refreshed when
 weights are published.
@@ -11,8 +12,10 @@ weights are published.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from .adapters import bare, wrapped
 from .attend import Heads, Held
 from .backbones import Backbone, ImageFeatures
 from .cpp_layers import cpp_layers
@@ -42,12 +45,12 @@ class ServingDecoder:
         decoder: Any = backbone.decoder
         if any(kind != "full_attention" for kind in getattr(decoder.config, "layer_types", None) or ()):
             raise ValueError("decoders with sliding-window layers are not supported")
-        attention = decoder.layers[0].self_attn
+        attention = bare(bare(decoder.layers[0]).self_attn)
         kv = decoder.config.num_key_value_heads
         heads = Heads(kv, attention.num_key_value_groups, attention.head_dim, attention.scaling)
         modules = [_modules(layer) for layer in decoder.layers]
         self._norm = Norm(decoder.norm)
-        self._like = backbone.head.weight.detach()
+        self._like = torch.empty(0, dtype=backbone.dtype, device=backbone.device)
         cos, sin = (x[0] for x in decoder.rotary_emb(self._like.new_zeros(1, 1, 1), positions))
         self._layers = cpp_layers(modules, heads, cos, sin) or TorchLayers(modules, heads, cos, sin)
 
@@ -84,12 +87,16 @@ class ServingDecoder:
 
 
 def _modules(layer: Any) -> LayerModules:
-    attention = layer.self_attn
+    layer = bare(layer)
+    attention, mlp = bare(layer.self_attn), bare(layer.mlp)
+    for part in (layer, attention, mlp):
+        if wrapped(part):
+            raise ValueError(f"an adapter replaces a whole {type(part).__name__}, which cannot be served")
     return LayerModules(
         input_norm=layer.input_layernorm,
         qkv=(attention.q_proj, attention.k_proj, attention.v_proj),
         out=attention.o_proj,
         mlp_norm=layer.post_attention_layernorm,
-        mlp=layer.mlp,
+        mlp=mlp,
         head_norms=(attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None,
     )

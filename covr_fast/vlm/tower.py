@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from covr_fast.ops._backend import launch
 
+from .adapters import mergeable, untouched, wrapped
 from .attend import Heads, signed
 from .backbones import Backbone, ImageFeatures, QwenVL
 from .cpp_layers import CppLayer, cpp_layer
@@ -79,7 +80,7 @@ def make_tower(backbone: Backbone, size: tuple[int, int]) -> ServingTower | None
     """The tower of `backbone` for frames of `size` (height, width).
 
     None where transformers' modules have to run: for another architecture, dtype or device, sizes that do not
-    divide into equal windows, and where `cpp_layer` says so.
+    divide into equal windows, adapters that cannot be merged, and where `cpp_layer` says so.
     """
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
@@ -87,6 +88,10 @@ def make_tower(backbone: Backbone, size: tuple[int, int]) -> ServingTower | None
         return None
     tower = backbone.tower
     if not isinstance(tower, Qwen2_5_VisionTransformerPretrainedModel):
+        return None
+    if any(wrapped(module) and not mergeable(module) for module in tower.modules()):
+        return None
+    if type(tower.patch_embed.proj) is not nn.Conv3d or not untouched(tower.patch_embed.proj):
         return None
     attention: Any = tower.blocks[0].attn
     heads = Heads(attention.num_heads, 1, attention.head_dim, attention.scaling)

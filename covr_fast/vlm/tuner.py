@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..streams import Lane, mark
+from .adapters import check_tunable
 from .memory import out_of_memory
+from .mode import own_mode
 from .objective import AnswerModel, RoundImages, Samples, mean_nll, weighted_loss
 from .packing import training_attention
 from .prior import ActionPrior
@@ -62,8 +64,9 @@ class TunerConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     cache_image_features: bool = True
-    """Run the vision tower once per frame and round where it is frozen (mode "lora") and frames are not
-    shifted, which changes nothing in the result; costs memory for the features."""
+    """Run the vision tower once per frame and round where it is frozen (mode "lora", unless the prior's own
+    adapter reaches it) and frames are not shifted, which changes nothing in the result; costs memory for the
+    features."""
     overlap: bool = False
     """Train in a thread of its own, while the prior goes on answering and the agent on learning."""
     seed: int = 0
@@ -120,32 +123,41 @@ class VLMTuner:
     the tuner's own weights, whether they were published or not. On a GPU a round is queued on a stream of its
     own, behind what the caller of `start` had queued; `publish` on the prior's (see `streams`).
 
+    A round depends on its samples, its seed and the weights only: not on the modes of torch that the caller
+    has set, and dropout, that of adapters too, is off. One that was stopped or failed leaves no trace:
+    neither weights nor gradients, and it is not counted.
+
     Args:
-        prior: mode "lora" adds adapters to its model if it has none.
+        prior: mode "lora" adds adapters to its model if it has none, and trains those that it has.
 
     Raises:
-        ValueError: the prior's attention cannot do what `config.packing` asks for.
+        ValueError: the prior's attention cannot do what `config.packing` asks for, or its adapter cannot be
+            trained.
     """
 
     def __init__(self, prior: ActionPrior, config: TunerConfig | None = None) -> None:
         self.prior = prior
         self.config = config = config or TunerConfig()
         self.rounds = 0
-        """Rounds started so far; part of each round's seed, so set it when a run is resumed."""
+        """Rounds so far, the running one included; part of each round's seed, so set it when a run is
+        resumed."""
         attention = training_attention(prior.backbone.attention, config.packing)
-        with prior.lock:
+        if config.mode == "lora":
+            check_tunable(prior.backbone.model)
+        with prior.lock, own_mode(prior.device, grad=True):
             if config.mode == "lora":
                 add_lora(prior.backbone, config.lora_rank, config.lora_alpha, config.seed)
             self._backbone = make_replica(prior.backbone, config.mode)
         self._backbone.attention = attention
         if config.gradient_checkpointing:
-            self._backbone.base.gradient_checkpointing_enable({"use_reentrant": False})
-            self._backbone.model.train()
+            self._checkpoint_activations()
         self._device = self._backbone.device
         self._lane = Lane(self._device)
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self._report: RoundReport | None = None
+        self._before: list[Tensor] | None = None
+        """The weights before the round of `_report`, until that is asked for or published."""
         self._error: BaseException | None = None
 
     @property
@@ -172,11 +184,12 @@ class VLMTuner:
         if self.running:
             raise RuntimeError("a round is still running; wait until poll() returns its report")
         self.check()
-        self._check(frames, actions, returns)
+        with own_mode(self._device):
+            self._check(frames, actions, returns)
+            samples = Samples.build(self.prior.grammar, frames, actions, returns)
         self.rounds += 1
         self._stop.clear()
-        self._report = None
-        samples = Samples.build(self.prior.grammar, frames, actions, returns)
+        self._report = self._before = None
         if not self.config.overlap:
             with self._enough_memory(), self._lane.work(frames):
                 self._report = self._train(samples)
@@ -197,7 +210,7 @@ class VLMTuner:
         if self.running:
             return None
         self.check()
-        report, self._report = self._report, None
+        report, self._report, self._before = self._report, None, None
         return report
 
     def wait(self) -> RoundReport | None:
@@ -215,8 +228,9 @@ class VLMTuner:
         if self.running:
             raise RuntimeError("a round is still running; publish after poll() returns its report")
         self.check()
-        with self.prior.lock, self.prior.lane.work():
+        with self.prior.lock, own_mode(self._device), self.prior.lane.work():
             copy_weights(self._backbone.model, self.prior.backbone.model)
+            self._before = None
             return self.prior.weights_changed()
 
     def check(self) -> None:
@@ -227,15 +241,15 @@ class VLMTuner:
 
     def stop(self) -> None:
         """Ends a running round within one micro-batch (or one held-out evaluation) and drops what it has
-        trained so far; a round whose report was not asked for yet is dropped too."""
+        trained so far; a round that was neither asked for its report nor published is dropped too."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-        if self._report is not None:
-            with self._lane.work():
-                copy_weights(self.prior.backbone.model, self._backbone.model)
+        if self._before is not None:
+            with own_mode(self._device), self._lane.work():
+                self._undo(self._before)
         self._thread = None
-        self._report = None
+        self._report = self._before = None
 
     # ------------------------------------------------------------------ the round
 
@@ -256,6 +270,28 @@ class VLMTuner:
 
     def _train(self, samples: Samples) -> RoundReport | None:
         """One round; None if it was stopped."""
+        report = None
+        with own_mode(self._device, grad=True):
+            weights = trainable(self._backbone.model)
+            before = [w.detach().clone() for w in weights]
+            try:
+                report = self._optimize(samples, weights, before)
+            finally:
+                for weight in weights:
+                    weight.grad = None
+                if report is None:
+                    self._undo(before)
+                else:
+                    self._before = before
+        return report
+
+    def _undo(self, before: list[Tensor]) -> None:
+        """As if the last round had not been."""
+        self._restore(trainable(self._backbone.model), before)
+        self.rounds -= 1
+
+    def _optimize(self, samples: Samples, weights: list[Tensor], before: list[Tensor]) -> RoundReport | None:
+        """Trains `weights`, which are `before`; None if it was stopped."""
         config = self.config
         began = time.perf_counter()
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.rounds)
@@ -264,7 +300,6 @@ class VLMTuner:
         model = AnswerModel(
             self._backbone, self.prior.layout(size), checkpointing=config.gradient_checkpointing
         )
-        weights = trainable(self._backbone.model)
         optimizer = torch.optim.AdamW(
             weights, lr=config.learning_rate, weight_decay=config.weight_decay, foreach=True
         )
@@ -282,15 +317,14 @@ class VLMTuner:
             shift=config.shift,
             generator=generator,
         )
-        before = best = mean_nll(model, samples, held, images, config.micro_batch)
-        start = best_weights = [w.detach().clone() for w in weights]
-        average = [w.clone() for w in start] if config.average else None
+        loss_before = best = mean_nll(model, samples, held, images, config.micro_batch)
+        best_weights = before
+        average = [w.clone() for w in before] if config.average else None
         steps = 0
         while steps < total:
             order = training[torch.randperm(len(training), generator=generator)]
             for rows in order.split(config.batch_size)[: total - steps]:
                 if not self._backward(model, samples, rows, images):
-                    self._restore(weights, start)
                     return None
                 nn.utils.clip_grad_norm_(weights, config.max_grad_norm)
                 optimizer.step()
@@ -310,11 +344,20 @@ class VLMTuner:
             trained=len(trained),
             held_out=len(held),
             nonzero_share=float((samples.weights > 0).float().mean()),
-            loss_before=before,
+            loss_before=loss_before,
             loss_after=best,
             steps=steps,
             seconds=time.perf_counter() - began,
         )
+
+    def _checkpoint_activations(self) -> None:
+        """Layers recompute their activations; what training mode does otherwise, such as dropout, is off."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        self._backbone.base.gradient_checkpointing_enable({"use_reentrant": False})
+        for module in self._backbone.model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True
 
     def _split(self, samples: Samples, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Rows held out, and all others. The best sample stays: with it there is something to train on."""

@@ -1,11 +1,14 @@
 """The fast prior: the answers of `generate`, through the directory path, with clear errors."""
 
 import json
+import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from tiny import WRITERS
 
 from covr_fast.vlm import ActionPrior
 from covr_fast.vlm.nano import write_nano
@@ -156,6 +159,57 @@ def test_images_of_another_dtype_or_layout(shared_nano, frames):
         shared_nano(frames[:0])
     with pytest.raises(ValueError, match="temperature"):
         shared_nano(frames, temperature=-1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"decimals": 0}, ValueError, "decimals must be between 1 and 4, not 0"),
+        ({"decimals": 5}, ValueError, "decimals must be between 1 and 4, not 5"),
+        ({"decimals": np.int64(0)}, ValueError, "decimals must be between 1 and 4, not 0"),
+        ({"decimals": 2.0}, TypeError, "decimals must be a whole number, not 2.0"),
+        ({"decimals": np.float32(1)}, TypeError, "decimals must be a whole number"),
+        ({"decimals": True}, TypeError, "decimals must be a whole number, not True"),
+        ({"decimals": "2"}, TypeError, "decimals must be a whole number, not '2'"),
+        ({"action_dim": 0}, ValueError, "action_dim must be at least 1, not 0"),
+        ({"action_dim": 2.0}, TypeError, "action_dim must be a whole number, not 2.0"),
+        ({"action_dim": True}, TypeError, "action_dim must be a whole number, not True"),
+        ({"action_dim": None}, TypeError, "action_dim must be a whole number, not None"),
+        ({"prompt": b"Drive."}, TypeError, "prompt must be text, not b'Drive.'"),
+        ({"prompt": 5}, TypeError, "prompt must be text, not 5"),
+    ],
+)
+def test_options_are_refused_before_a_model_is_looked_for(options, error, message):
+    with pytest.raises(error, match=message):
+        ActionPrior.from_pretrained("no/such/model", **{"action_dim": 2} | options)
+
+
+def test_options_that_are_numpys(tmp_path, frames):
+    options = {"action_dim": np.int64(2), "decimals": np.uint8(1)}
+    prior = ActionPrior.from_pretrained("nano", device="cpu", **options)
+    prior.save_pretrained(tmp_path)
+    opened = ActionPrior.from_pretrained(tmp_path, action_dim=2, device="cpu")
+    assert opened.settings.decimals == 1
+    assert torch.equal(opened(frames).token_ids, prior(frames).token_ids)
+
+
+@pytest.mark.parametrize("name", sorted(WRITERS))
+def test_tokens_of_the_conversation_in_a_prompt(name, tmp_path):
+    WRITERS[name](tmp_path)
+    tokenizer = ActionPrior.from_pretrained(tmp_path, action_dim=2, device="cpu").backbone.tokenizer
+    special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+    assert tokenizer.eos_token in special
+    assert any("image" in token for token in special)
+    for token in special:
+        with pytest.raises(ValueError, match=re.escape(f"the prompt holds {token!r}, which marks images")):
+            ActionPrior.from_pretrained(tmp_path, action_dim=2, prompt=f"Drive{token}.", device="cpu")
+
+
+def test_a_prompt_of_any_other_text(frames):
+    prompt = "Fahre <left|right> \u2192 {{ x }} <image pad> 100% \n\n Action: [0.40, -0.30]"
+    prior = ActionPrior.from_pretrained("nano", action_dim=2, prompt=prompt, device="cpu")
+    assert prompt in prior.text
+    assert torch.equal(prior(frames).token_ids, prior.reference(frames).token_ids)
 
 
 def test_another_architecture(tmp_path):

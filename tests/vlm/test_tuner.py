@@ -336,6 +336,107 @@ def test_stop_undoes_the_steps_that_were_taken(nano, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+def broken_at(call: int, error: BaseException):
+    """An optimizer step that fails the given time."""
+    steps = []
+    step = torch.optim.AdamW.step
+
+    def stepping(*args, **kwargs):
+        steps.append(1)
+        if len(steps) == call:
+            raise error
+        return step(*args, **kwargs)
+
+    return stepping
+
+
+def of_a_round(tuner):
+    """Report and weights of a round."""
+    frames, actions = colours(32)
+    tuner.start(frames, actions, torch.linspace(0, 1, 32))
+    report = tuner.wait()
+    return report.round, report.loss_after, [p.detach().clone() for p in tuner._backbone.model.parameters()]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("error", [ArithmeticError("broken"), KeyboardInterrupt()])
+def test_a_round_that_fails_leaves_no_trace(monkeypatch, error, overlap):
+    priors = [ActionPrior.from_pretrained("nano", action_dim=2, device="cpu") for _ in range(2)]
+    tuner, other = (VLMTuner(prior, TunerConfig(**vars(QUICK) | {"overlap": overlap})) for prior in priors)
+    before = [p.detach().clone() for p in priors[0].backbone.model.parameters()]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", broken_at(3, error))
+        with pytest.raises(type(error)):
+            of_a_round(tuner)
+    assert all(p.grad is None for p in tuner._backbone.model.parameters())
+    tuner.publish()
+    after = list(priors[0].backbone.model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert tuner.rounds == 0
+    (*ours, weights), (*theirs, expected) = of_a_round(tuner), of_a_round(other)
+    assert ours == theirs
+    assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
+
+
+def test_a_stopped_round_leaves_no_trace(monkeypatch):
+    priors = [ActionPrior.from_pretrained("nano", action_dim=2, device="cpu") for _ in range(2)]
+    options = {"overlap": True, "micro_batch": 2, "epochs": 2}
+    tuner, other = (VLMTuner(prior, TunerConfig(**vars(QUICK) | options)) for prior in priors)
+    frames, actions = colours(32)
+    begun, halted = threading.Event(), threading.Event()
+    loss = weighted_loss
+
+    def held(*args):
+        value = loss(*args)
+        if begun.is_set():  # the micro-batch after the first: gradients of one are there
+            halted.wait(60)
+        begun.set()
+        return value
+
+    with monkeypatch.context() as patch:
+        patch.setattr("covr_fast.vlm.tuner.weighted_loss", held)
+        tuner.start(frames, actions, torch.linspace(0, 1, 32))
+        assert begun.wait(60)
+        tuner._stop.set()
+        halted.set()
+        tuner.stop()
+    assert all(p.grad is None for p in tuner._backbone.model.parameters())
+    (*ours, weights), (*theirs, expected) = of_a_round(tuner), of_a_round(other)
+    assert ours == theirs
+    assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
+
+
+def test_a_round_keeps_no_gradients(nano):
+    tuner = VLMTuner(nano, QUICK)
+    of_a_round(tuner)
+    assert all(p.grad is None for p in tuner._backbone.model.parameters())
+
+
+def test_stop_keeps_the_rounds_before_the_one_it_drops(nano):
+    """Published or not."""
+    tuner = VLMTuner(nano, QUICK)
+    _, _, kept = of_a_round(tuner)
+    frames, actions = colours(32)
+    tuner.start(frames, -actions, torch.linspace(0, 1, 32))
+    tuner.stop()
+    assert all(torch.equal(a, b) for a, b in zip(kept, tuner._backbone.model.parameters(), strict=True))
+    assert tuner.rounds == 1
+    tuner.start(frames, -actions, torch.linspace(0, 1, 32))
+    tuner.publish()
+    published = [p.detach().clone() for p in nano.backbone.model.parameters()]
+    tuner.stop()
+    assert all(torch.equal(a, b) for a, b in zip(published, tuner._backbone.model.parameters(), strict=True))
+    assert tuner.rounds == 2
+
+
+def test_arguments_that_do_not_fit_are_no_round(nano):
+    frames, actions = colours(8)
+    tuner = VLMTuner(nano, QUICK)
+    with pytest.raises(ValueError, match="finite"):
+        tuner.start(frames, actions, torch.full((8,), torch.inf))
+    assert tuner.rounds == 0
+
+
 def test_stop_also_drops_a_round_that_had_just_ended(nano):
     frames, actions = colours(12)
     tuner = VLMTuner(nano, TunerConfig(**(vars(QUICK) | {"overlap": True})))
