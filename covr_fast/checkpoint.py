@@ -59,7 +59,16 @@ def newest_folder(target: Path) -> Path:
 def save_checkpoint(
     run: Path, agent: SAC, prior: ActionPrior, counters: dict[str, Any], buffer: ReplayBuffer | None
 ) -> None:
-    """Writes RUN/checkpoint: agent.pt, counters.pt, vlm/ (for ActionPrior.from_pretrained), replay."""
+    """Writes RUN/checkpoint: agent.pt, counters.pt, vlm/ (for ActionPrior.from_pretrained), replay.
+
+    Raises:
+        UserError: the prior is an adapter of a model in the checkpoint that would be replaced.
+    """
+    if prior.needs(run / "checkpoint"):
+        raise UserError(
+            f"the VLM is an adapter of {prior.backbone.source}, which saving would remove: copy that model "
+            "to another place, and begin a run with it as vlm.model"
+        )
     with replaced_folder(run / "checkpoint") as new:
         torch.save(agent.state_dict(), new / "agent.pt")
         torch.save(counters, new / "counters.pt")

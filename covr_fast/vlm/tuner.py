@@ -121,10 +121,12 @@ class VLMTuner:
     own, behind what the caller of `start` had queued; `publish` on the prior's (see `streams`).
 
     Args:
-        prior: mode "lora" adds adapters to its model if it has none.
+        prior: mode "lora" adds adapters to its model if it has none; mode "full" folds those that it has into
+            its weights.
 
     Raises:
-        ValueError: the prior's attention cannot do what `config.packing` asks for.
+        ValueError: the prior's attention cannot do what `config.packing` asks for, or `config.mode` does not
+            fit its model.
     """
 
     def __init__(self, prior: ActionPrior, config: TunerConfig | None = None) -> None:
@@ -133,9 +135,12 @@ class VLMTuner:
         self.rounds = 0
         """Rounds started so far; part of each round's seed, so set it when a run is resumed."""
         attention = training_attention(prior.backbone.attention, config.packing)
+        self._check_mode(prior, config.mode)
         with prior.lock:
             if config.mode == "lora":
                 add_lora(prior.backbone, config.lora_rank, config.lora_alpha, config.seed)
+            else:
+                prior.merge_adapter()
             self._backbone = make_replica(prior.backbone, config.mode)
         self._backbone.attention = attention
         if config.gradient_checkpointing:
@@ -217,6 +222,7 @@ class VLMTuner:
         self.check()
         with self.prior.lock, self.prior.lane.work():
             copy_weights(self._backbone.model, self.prior.backbone.model)
+            self.prior.base_tuned |= self.config.mode == "full"
             return self.prior.weights_changed()
 
     def check(self) -> None:
@@ -359,6 +365,19 @@ class VLMTuner:
     @torch.no_grad()
     def _restore(weights: list[Tensor], values: list[Tensor]) -> None:
         torch._foreach_copy_(weights, values)
+
+    @staticmethod
+    def _check_mode(prior: ActionPrior, mode: str) -> None:
+        if mode == "full" and prior.backbone.quantized:
+            raise ValueError(
+                "mode='full' cannot train quantized weights: take mode='lora', or open the prior with "
+                "quantization='none'"
+            )
+        if mode == "lora" and prior.base_tuned:
+            raise ValueError(
+                "mode='lora' would adapt weights that were tuned and are in no checkpoint yet: save the "
+                "prior and open it again, or take mode='full'"
+            )
 
     def _check(self, frames: Tensor, actions: Tensor, returns: Tensor) -> None:
         self.prior.check_images(frames, "frames")
