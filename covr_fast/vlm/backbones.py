@@ -129,7 +129,8 @@ class Backbone:
             self.model.save_pretrained(directory, save_embedding_layers=self.adapter_has_embeddings)
             (directory / "README.md").unlink()  # a form for the model's author to fill in
         else:
-            self.model.save_pretrained(directory)
+            # transformers cannot undo what it did to weights that were quantized in the checkpoint.
+            self.model.save_pretrained(directory, save_original_format=not self.quantized)
         self.processor.save_pretrained(directory)
         # It is in the processor's file, too; other tools look for it here, and for their video half.
         self.processor.image_processor.save_pretrained(directory)

@@ -375,8 +375,8 @@ class VLMTuner:
             )
         if mode == "lora" and prior.base_tuned:
             raise ValueError(
-                "mode='lora' would adapt weights that were tuned and are in no checkpoint yet: save the "
-                "prior and open it again, or take mode='full'"
+                f"mode='lora' would adapt weights that are no longer those of {prior.backbone.source!r}: "
+                "save the prior and open it again, or take mode='full'"
             )
 
     def _check(self, frames: Tensor, actions: Tensor, returns: Tensor) -> None:

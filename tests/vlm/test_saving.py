@@ -210,7 +210,7 @@ def test_an_adapter_does_not_replace_its_base(nano_base, tmp_path):
 
 def test_an_adapter_of_weights_that_are_in_no_checkpoint(tmp_path):
     prior = tuned(ActionPrior.from_pretrained("nano", **OPTIONS), FULL, 0)
-    with pytest.raises(ValueError, match=r"mode='lora'.*in no checkpoint yet: save the prior"):
+    with pytest.raises(ValueError, match=r"mode='lora'.*no longer those of 'nano': save the prior"):
         VLMTuner(prior, LORA)
     prior.save_pretrained(tmp_path / "full")
     again = tuned(ActionPrior.from_pretrained(tmp_path / "full", **OPTIONS), LORA, 1)
