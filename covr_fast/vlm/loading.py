@@ -183,7 +183,8 @@ def load_processor(source: str, config: Any) -> Any:
     """The model's own processor, without its video half.
 
     Video processors need torchvision, which frames do not. Where a processor has one, the class is used with
-    None in its place; what it does with text and images is unchanged.
+    None in its place; what it does with text and images is unchanged, and the video half's settings are saved
+    with it as they were found.
 
     Raises:
         ValueError: files of it are missing or damaged.
@@ -204,7 +205,8 @@ def load_processor(source: str, config: Any) -> Any:
             settings, _ = cls.get_processor_dict(source)
             settings.setdefault("chat_template", parts["tokenizer"].chat_template)
             arguments = [parts[name] for name in cls.get_attributes()]
-            return _without_video(cls).from_args_and_dict(arguments, settings)
+            video = settings.get(VIDEO) or _video_settings(source)
+            return _without_video(cls, video).from_args_and_dict(arguments, settings)
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"cannot open the processor of {source!r}: {error}") from error
 
@@ -212,14 +214,23 @@ def load_processor(source: str, config: Any) -> Any:
 VIDEO = "video_processor"
 
 
-def _without_video(cls: Any) -> Any:
+def _video_settings(source: str) -> dict[str, Any]:
+    """What a file of its own says of the video half, if there is one."""
+    from transformers.utils import VIDEO_PROCESSOR_NAME, cached_file
+
+    file = cached_file(source, VIDEO_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False)
+    return {} if file is None else json.loads(Path(file).read_text())
+
+
+def _without_video(cls: Any, video: dict[str, Any]) -> Any:
     def check_argument_for_proper_class(self: Any, name: str, argument: Any) -> Any:
         if name == VIDEO and argument is None:
             return None
         return cls.check_argument_for_proper_class(self, name, argument)
 
     def to_dict(self: Any) -> dict[str, Any]:
-        return {name: value for name, value in cls.to_dict(self).items() if name != VIDEO}
+        settings = {name: value for name, value in cls.to_dict(self).items() if name != VIDEO}
+        return settings | ({VIDEO: video} if video else {})
 
     def save_pretrained(self: Any, directory: str | Path) -> None:
         parts = [name for name in cls.get_attributes() if name != VIDEO]

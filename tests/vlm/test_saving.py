@@ -290,3 +290,21 @@ def test_other_tools_open_full_weights(base, tmp_path):
     written = json.loads((tmp_path / "full" / "processor_config.json").read_text())
     assert written["processor_class"] == type(prior.backbone.processor).__name__
     assert "video_processor" not in written
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_settings_for_videos_are_handed_on(nested, tmp_path):
+    """Nothing here looks at videos, but others may, with what is saved."""
+    base = tmp_path / "base"
+    base.mkdir()
+    WRITERS["qwen3_vl"](base)
+    settings = {"video_processor_type": "Qwen3VLVideoProcessor", "fps": 7}
+    name, content = (
+        ("processor", {"video_processor": settings}) if nested else ("video_preprocessor", settings)
+    )
+    (base / f"{name}_config.json").write_text(json.dumps(content))
+    for folder in ("a", "b"):
+        ActionPrior.from_pretrained(base, **OPTIONS).save_pretrained(tmp_path / folder)
+        base = tmp_path / folder
+        written = json.loads((base / "processor_config.json").read_text())
+        assert written["video_processor"] == settings
