@@ -64,7 +64,7 @@ def save_checkpoint(
     Raises:
         UserError: the prior is an adapter of a model in the checkpoint that would be replaced.
     """
-    if prior.needs(run / "checkpoint"):
+    if prior.needs(run / "checkpoint") or prior.needs(run / "checkpoint.old"):
         raise UserError(
             f"the VLM is an adapter of {prior.backbone.source}, which saving would remove: copy that model "
             "to another place, and begin a run with it as vlm.model"

@@ -127,7 +127,7 @@ class Backbone:
         if self.adapted:
             # peft's default would look the base up on the hub.
             self.model.save_pretrained(directory, save_embedding_layers=self.adapter_has_embeddings)
-            (directory / "README.md").unlink()  # a form for the model's author to fill in
+            (directory / "README.md").unlink(missing_ok=True)  # a form for the model's author to fill in
         else:
             # transformers cannot undo what it did to weights that were quantized in the checkpoint.
             self.model.save_pretrained(directory, save_original_format=not self.quantized)

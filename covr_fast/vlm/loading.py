@@ -17,6 +17,8 @@ from .model_folder import ADAPTER_FILE, SETTINGS_FILE
 from .nano import write_nano
 from .quantized import bitsandbytes_config, check_own_quantization, prepare
 
+VIDEO = "video_processor"
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -143,7 +145,7 @@ def _load_checkpoint(
     config = _read_config(source)
     cls = backbone_class(config.model_type)
     check_own_quantization(source, config, asked=quantization is not None)
-    quantized = bool(quantization) or hasattr(config, "quantization_config")
+    quantized = bool(quantization) or getattr(config, "quantization_config", None) is not None
     options: dict[str, Any] = {"device_map": {"": device}} if quantized else {}
     if quantization:
         options["quantization_config"] = bitsandbytes_config(quantization, dtype)
@@ -209,9 +211,6 @@ def load_processor(source: str, config: Any) -> Any:
             return _without_video(cls, video).from_args_and_dict(arguments, settings)
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"cannot open the processor of {source!r}: {error}") from error
-
-
-VIDEO = "video_processor"
 
 
 def _video_settings(source: str) -> dict[str, Any]:

@@ -48,7 +48,9 @@ def replaced_model(folder: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
     except OSError as error:
-        raise _irreplaceable(folder, error) from error
+        if folder.exists():
+            raise _irreplaceable(folder, error) from error
+        raise
     try:
         yield new
         if folder.exists():

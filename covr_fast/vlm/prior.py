@@ -250,7 +250,7 @@ class ActionPrior:
             OSError: the system cannot replace or write `directory`.
         """
         directory = Path(directory)
-        if self.backbone.adapted and same_folder(Path(self.backbone.source), directory):
+        if self.backbone.adapted and same_folder(Path(self.backbone.source), Path(model_folder(directory))):
             raise ValueError(
                 f"{directory} holds the base of this adapter, which must stay: save into another directory"
             )

@@ -3,20 +3,18 @@
 import importlib.util
 import logging
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
-
-Quantization = Literal["none", "8bit", "4bit"]
-"""How a model's linear layers are held: as they are, LLM.int8(), or NF4 with quantized scales (QLoRA)."""
 
 
 def quantization_settings(asked: Any) -> dict[str, Any]:
     """The settings of `bitsandbytes_config` that an argument stands for, as JSON has them; none for "none".
 
     Args:
-        asked: a `Quantization` or a `transformers.BitsAndBytesConfig`.
+        asked: "none", "8bit" (LLM.int8()), "4bit" (NF4 with quantized scales, as in QLoRA) or a
+            `transformers.BitsAndBytesConfig`.
 
     Raises:
         ValueError: it is something else.

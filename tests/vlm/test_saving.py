@@ -208,6 +208,14 @@ def test_an_adapter_does_not_replace_its_base(nano_base, tmp_path):
     assert {path.name: path.read_bytes() for path in nano_base.iterdir()} == before
 
 
+def test_an_adapter_does_not_replace_a_base_that_an_interrupted_save_left(nano_base):
+    left = nano_base.rename(nano_base.with_name(".base.old"))
+    prior = tuned(ActionPrior.from_pretrained(nano_base, **OPTIONS), LORA, 0)
+    with pytest.raises(ValueError, match="holds the base of this adapter"):
+        prior.save_pretrained(nano_base)
+    assert (left / "model.safetensors").is_file()
+
+
 def test_an_adapter_of_weights_that_are_in_no_checkpoint(tmp_path):
     prior = tuned(ActionPrior.from_pretrained("nano", **OPTIONS), FULL, 0)
     with pytest.raises(ValueError, match=r"mode='lora'.*no longer those of 'nano': save the prior"):
@@ -290,6 +298,15 @@ def test_other_tools_open_full_weights(base, tmp_path):
     written = json.loads((tmp_path / "full" / "processor_config.json").read_text())
     assert written["processor_class"] == type(prior.backbone.processor).__name__
     assert "video_processor" not in written
+
+
+def test_a_generation_config_that_transformers_warns_of(nano_base, tmp_path):
+    file = nano_base / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"temperature": 0.9, "top_p": 0.6}))
+    prior = tuned(ActionPrior.from_pretrained(nano_base, **OPTIONS), FULL, 0)
+    prior.reference(images())
+    prior.save_pretrained(tmp_path / "full")
+    assert_same(ActionPrior.from_pretrained(tmp_path / "full", **OPTIONS), prior)
 
 
 @pytest.mark.parametrize("nested", [False, True])
