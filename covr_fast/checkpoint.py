@@ -68,8 +68,14 @@ def save_checkpoint(
     """Writes RUN/checkpoint: agent.pt, counters.pt, vlm/ (for ActionPrior.from_pretrained), replay.
 
     Raises:
+        UserError: the prior is an adapter of a model in the checkpoint that would be replaced.
         OSError: it could not be written; the former checkpoint is still there.
     """
+    if prior.needs(run / "checkpoint") or prior.needs(run / "checkpoint.old"):
+        raise UserError(
+            f"the VLM is an adapter of {prior.backbone.source}, which saving would remove: copy that model "
+            "to another place, and begin a run with it as vlm.model"
+        )
     with replaced_folder(run / "checkpoint") as new:
         _write(agent.state_dict(), new / "agent.pt")
         _write(counters, new / "counters.pt")

@@ -58,7 +58,10 @@ class VLMConfig:
     attention: str = "auto"
     """flash_attention_4, 3 or 2, sdpa, eager; auto takes the first that works."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Weights' type. auto: bfloat16 on a GPU, float32 on a CPU."""
+    """Weights' type. auto: as a saved model was saved, else bfloat16 on a GPU, float32 on a CPU."""
+    quantization: Literal["auto", "none", "8bit", "4bit"] = "auto"
+    """Hold the linear layers in 8 or 4 bits, by bitsandbytes, for tuner.mode="lora". auto: as a saved adapter
+    had its base, else as the checkpoint comes."""
     every: int = 10
     """Decisions of an environment between two priors (the paper: every 10 frames)."""
     between: Literal["mask", "hold"] = "mask"
@@ -209,6 +212,11 @@ class TrainConfig:
             )
         if self.replay.capacity < self.warmup:
             raise UserError(f"replay.capacity={self.replay.capacity} is smaller than warmup={self.warmup}")
+        if self.vlm.quantization in ("8bit", "4bit") and self.tuner.mode == "full":
+            raise UserError(
+                f"vlm.quantization={self.vlm.quantization!r} makes weights that tuner.mode='full' cannot "
+                "train: use tuner.mode='lora'"
+            )
         if self.vlm.background and self.vlm.between == "hold":
             raise UserError(
                 "vlm.between='hold' needs the answer in the step: use 'mask' or leave vlm.background"

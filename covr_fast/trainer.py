@@ -704,6 +704,7 @@ def load_prior(config: TrainConfig, action_dim: int, device: torch.device, model
             dtype=dtypes[config.vlm.dtype],
             device=device,
             seed=config.seed,
+            quantization=None if config.vlm.quantization == "auto" else config.vlm.quantization,
             graph=config.vlm.graph,
         )
     except (OSError, ValueError, RuntimeError, MemoryError):

@@ -4,8 +4,11 @@ import time
 
 import pytest
 
-from covr_fast.checkpoint import newest_folder, replaced_folder
+from covr_fast import SAC
+from covr_fast.agents.sac import SACConfig
+from covr_fast.checkpoint import newest_folder, replaced_folder, save_checkpoint
 from covr_fast.errors import UserError
+from covr_fast.vlm import ActionPrior, TunerConfig, VLMTuner
 
 
 def fill(folder, text):
@@ -66,3 +69,18 @@ def fill_both(folder, number):
 def test_nothing_there(tmp_path):
     with pytest.raises(UserError, match="is it the folder of a run"):
         newest_folder(tmp_path / "checkpoint")
+
+
+def test_an_adapter_of_the_vlm_that_would_be_replaced(tmp_path):
+    agent = SAC((3, 48, 48), (2,), SACConfig(channels=(8,), strides=(4,), latent=8, hidden=8), seed=0)
+    options = {"action_dim": 2, "device": "cpu"}
+    save_checkpoint(tmp_path, agent, ActionPrior.from_pretrained("nano", **options), {}, None)
+    folder = tmp_path / "checkpoint" / "vlm"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    prior = ActionPrior.from_pretrained(folder, **options)
+    VLMTuner(prior, TunerConfig(mode="lora", lora_rank=2))
+    with pytest.raises(UserError, match=r"adapter of .*vlm, which saving would remove: copy that model"):
+        save_checkpoint(tmp_path, agent, prior, {}, None)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    save_checkpoint(tmp_path / "another", agent, prior, {}, None)

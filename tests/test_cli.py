@@ -276,6 +276,7 @@ def test_a_nan_reward_ends_the_run_with_one_line(monkeypatch, capsys, tmp_path):
             ["train", "carracing", "--replay.batch-size", "5000", "--out", "OUT"],
             "replay.batch_size=5000 is larger",
         ),
+        (["train", "carracing", "--vlm.quantization", "4bit", "--out", "OUT"], "use tuner.mode='lora'"),
         (["train", "carracing", "--seed", "-1", "--out", "OUT"], "seed=-1 must be at least 0"),
         (["evaluate", "OUT"], "is it the folder of a run?"),
         (["train", "carracing", "--vlm.decimals", "0", "--out", "OUT"], "vlm.decimals=0 must be at least 1"),
@@ -320,6 +321,7 @@ def test_help_lists_presets_and_fields(monkeypatch, capsys):
     text = capsys.readouterr().out
     for field in ("--covr.threshold", "--vlm.model", "--tuner.", "--env.action-repeat", "--replay.augment"):
         assert field in text
+    assert "--vlm.quantization {auto,none,8bit,4bit}" in text
 
 
 def test_importing_the_package_is_light():

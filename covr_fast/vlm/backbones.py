@@ -64,6 +64,8 @@ class Backbone:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.image_token_id = self._find_image_token()
+        self.adapter_has_embeddings = False
+        """Whether the adapter was saved with embeddings of its own, which replace those of the base."""
 
     def _find_image_token(self) -> int:
         config = self.base.config
@@ -96,6 +98,20 @@ class Backbone:
     def base(self) -> Any:
         """The transformers model, without peft's wrapper."""
         return self.model.get_base_model() if self.adapted else self.model
+
+    @property
+    def source(self) -> str:
+        """Where the weights without an adapter came from: "nano", an absolute directory or a hub id."""
+        return str(self.base.config.name_or_path)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether weights are held in fewer bits than they compute in: only adapters can be trained then."""
+        return getattr(self.base, "hf_quantizer", None) is not None
+
+    def merged(self) -> "Backbone":
+        """The same with an adapter folded into the weights, for good: this backbone's model is used up."""
+        return type(self)(self.model.merge_and_unload(), self.processor)
 
     @property
     def decoder(self) -> Any:
@@ -135,11 +151,16 @@ class Backbone:
         return self.base.get_input_embeddings()(tokens)
 
     def save(self, directory: Path) -> None:
-        """Writes weights (or the adapter), tokenizer, chat template and image processor."""
-        # peft's default would look the base up on the hub; these adapters never touch the embeddings.
-        options = {"save_embedding_layers": False} if self.adapted else {}
-        self.model.save_pretrained(directory, **options)
-        self.tokenizer.save_pretrained(directory)
+        """Writes weights (or the adapter) and the processor into an empty directory."""
+        if self.adapted:
+            # peft's default would look the base up on the hub.
+            self.model.save_pretrained(directory, save_embedding_layers=self.adapter_has_embeddings)
+            (directory / "README.md").unlink(missing_ok=True)  # a form for the model's author to fill in
+        else:
+            # transformers cannot undo what it did to weights that were quantized in the checkpoint.
+            self.model.save_pretrained(directory, save_original_format=not self.quantized)
+        self.processor.save_pretrained(directory)
+        # It is in the processor's file, too; other tools look for it here, and for their video half.
         self.processor.image_processor.save_pretrained(directory)
 
     # ------------------------------------------------------------------ the prompt

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from .graphed import GraphedDecoder
 from .loading import Settings, load_backbone
 from .memory import out_of_memory
 from .mode import own_mode
+from .model_folder import model_folder, replaced_model, same_folder
 from .prompt import answer_format, default_prompt
+from .quantized import quantization_settings
 from .tower import ServingTower, make_tower
 
 
@@ -70,6 +73,8 @@ class ActionPrior:
             decimals=settings.decimals,
         )
         self.version = 0
+        self.base_tuned = False
+        """Whether weights below an adapter differ from those in `backbone.source`."""
         self._layouts: dict[tuple[int, int], Layout] = {}
         # One for all decoders that come and go: torch has 32 streams and hands out the first again after
         # that, and nobody else may be on the one that a graph is recorded on.
@@ -103,38 +108,53 @@ class ActionPrior:
             prompt: the task in words. None: what a saved prior was saved with, else a generic prompt.
             decimals: digits after the point in answers, 1 to 4. None: as a saved prior was saved, else 2.
             attention: "auto", "flash_attention_4" / "_3" / "_2", "sdpa" or "eager".
-            dtype: of the weights; None is bfloat16 on CUDA, float32 elsewhere.
+            dtype: of the weights; None: as a saved prior was saved, else bfloat16 on CUDA, float32 elsewhere.
             device: None is CUDA where there is one, else the CPU.
             seed: of nano's random weights; no other model reads it.
-            quantization: a transformers quantization config, passed on.
+            quantization: "8bit" or "4bit" hold the linear layers in fewer bits (bitsandbytes), for serving
+                and as the frozen base of LoRA; "none" does not; a `transformers.BitsAndBytesConfig` says
+                more. None: as a saved adapter had its base, else as the checkpoint comes.
             graph: on CUDA, replay the decode as CUDA graphs (`graphed.GraphedDecoder`) instead of launching
-                it kernel by kernel. Not all quantized layers can be recorded.
+                it kernel by kernel. Not for quantized models.
 
         Raises:
-            FileNotFoundError: no such model directory.
+            FileNotFoundError: no such model directory, or none of an adapter's base.
             TypeError: `action_dim` or `decimals` is no whole number, or `prompt` no text.
             ValueError: one of those is out of range, the prompt holds one of the tokens that conversations
                 are made of, unsupported architecture, no image token, a tokenizer that cannot spell the
-                answers, an attention that cannot run here, or an adapter that does not fit its base or is of
-                a type that is not supported.
+                answers, an attention that cannot run here, an adapter that does not fit its base or is of
+                a type that is not supported, another kind of quantization than bitsandbytes', or that
+                without bitsandbytes.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if not isinstance(prompt, str | None):
             raise TypeError(f"prompt must be text, not {prompt!r}")
-        saved = Settings.load(Path(model))
+        model = model_folder(model)
+        saved = Settings.load(Path(model)) if str(model) != "nano" else None
+        asked = None if quantization is None else quantization_settings(quantization)
         if saved is not None:
             seed = saved.seed
             prompt = saved.prompt if prompt is None else prompt
             decimals = saved.decimals if decimals is None else decimals
+            dtype = getattr(torch, saved.dtype) if dtype is None and saved.dtype else dtype
+            asked = saved.quantization if asked is None else asked
         action_dim, decimals = answer_format(action_dim, 2 if decimals is None else decimals)
         check_adapter_directory(Path(model))
         with own_mode(device, grad=True):
             backbone = load_backbone(
-                model, seed=seed, attention=attention, dtype=dtype, device=device, quantization=quantization
+                model, seed=seed, attention=attention, dtype=dtype, device=device, quantization=asked
             )
-            # A saved adapter stays on its base; full weights are a base of their own.
-            base = saved.base if saved is not None and backbone.adapted else str(model)
-            settings = Settings(base, seed, action_dim, decimals, prompt)
+            if graph and backbone.quantized:
+                raise ValueError("graph=True cannot record quantized layers: leave out graph or quantization")
+            settings = Settings(
+                base=backbone.source,
+                seed=seed,
+                action_dim=action_dim,
+                decimals=decimals,
+                prompt=prompt,
+                dtype=str(backbone.dtype).removeprefix("torch."),
+                quantization=asked,
+            )
             return cls(backbone, settings, graph=graph)
 
     @property
@@ -225,17 +245,45 @@ class ActionPrior:
             self.version += 1
             return self.version
 
+    def merge_adapter(self) -> None:
+        """Folds an adapter into the weights, for good, so that all of them can be trained and saved."""
+        with self.lock, torch.no_grad(), self.lane.work():
+            if self.backbone.adapted:
+                self.backbone = self.backbone.merged()
+                self.base_tuned = True
+                self._decoders.clear()
+                self._towers.clear()
+
+    def needs(self, directory: str | Path) -> bool:
+        """Whether what `save_pretrained` writes refers to files in `directory`: those of its base."""
+        source = Path(self.backbone.source)
+        if not self.backbone.adapted or not source.is_absolute():
+            return False
+        return any(same_folder(folder, Path(directory)) for folder in (source, *source.parents))
+
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes what `from_pretrained(directory)` opens again.
 
-        A fine-tuned adapter is written in peft's own format (the base is only named), full weights as a
-        transformers checkpoint; tokenizer, image processor and chat template beside them.
+        A fine-tuned adapter is written in peft's own format (the base is only named: hub ids as they are,
+        directories by their absolute path), full weights as a transformers checkpoint; the processor beside
+        them. A model that `directory` held is replaced, by the whole new one or not at all; other files in it
+        stay.
+
+        Raises:
+            ValueError: `directory` holds the base of the adapter.
+            FileExistsError: `directory` is a file, or holds a file that is no model's under a model's name.
+            OSError: the system cannot replace or write `directory`.
         """
         directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        with self.lock:
-            self.backbone.save(directory)
-        self.settings.save(directory)
+        if self.backbone.adapted and same_folder(Path(self.backbone.source), Path(model_folder(directory))):
+            raise ValueError(
+                f"{directory} holds the base of this adapter, which must stay: save into another directory"
+            )
+        with self.lock, replaced_model(directory) as new:
+            self.backbone.save(new)
+            # Full weights say themselves how they are quantized.
+            quantization = self.settings.quantization if self.backbone.adapted else None
+            replace(self.settings, quantization=quantization).save(new)
 
     @staticmethod
     def check_images(images: Tensor, name: str = "images") -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .backbones import Backbone
+from .quantized import shared_state
 
 
 def trainable(model: nn.Module) -> list[Tensor]:
@@ -28,7 +29,7 @@ def add_lora(backbone: Backbone, rank: int, alpha: int, seed: int) -> None:
         lora_alpha=alpha,
         target_modules=backbone.lora_targets,
         bias="none",
-        base_model_name_or_path=str(backbone.base.config.name_or_path),
+        base_model_name_or_path=backbone.source,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -39,7 +40,8 @@ def make_replica(backbone: Backbone, mode: Literal["lora", "full"]) -> Backbone:
     """A backbone that computes the same with trainable weights of its own; frozen weights are shared."""
     if mode == "full":
         backbone.model.requires_grad_(True)
-    shared = {id(p): p for p in backbone.model.parameters() if not p.requires_grad}
+    frozen = (p for p in backbone.model.parameters() if not p.requires_grad)
+    shared = {id(x): x for x in (*frozen, *shared_state(backbone.model))}
     return type(backbone)(copy.deepcopy(backbone.model, shared), backbone.processor)
 
 

@@ -128,11 +128,12 @@ class VLMTuner:
     neither weights nor gradients, and it is not counted.
 
     Args:
-        prior: mode "lora" adds adapters to its model if it has none, and trains those that it has.
+        prior: mode "lora" adds adapters to its model if it has none, and trains those that it has; mode
+            "full" folds those that it has into its weights.
 
     Raises:
-        ValueError: the prior's attention cannot do what `config.packing` asks for, or its adapter cannot be
-            trained.
+        ValueError: the prior's attention cannot do what `config.packing` asks for, `config.mode` does not fit
+            its model, or its adapter cannot be trained.
     """
 
     def __init__(self, prior: ActionPrior, config: TunerConfig | None = None) -> None:
@@ -142,11 +143,14 @@ class VLMTuner:
         """Rounds so far, the running one included; part of each round's seed, so set it when a run is
         resumed."""
         attention = training_attention(prior.backbone.attention, config.packing)
+        self._check_mode(prior, config.mode)
         if config.mode == "lora":
             check_tunable(prior.backbone.model)
         with prior.lock, own_mode(prior.device, grad=True):
             if config.mode == "lora":
                 add_lora(prior.backbone, config.lora_rank, config.lora_alpha, config.seed)
+            else:
+                prior.merge_adapter()
             self._backbone = make_replica(prior.backbone, config.mode)
         self._backbone.attention = attention
         if config.gradient_checkpointing:
@@ -231,6 +235,7 @@ class VLMTuner:
         with self.prior.lock, own_mode(self._device), self.prior.lane.work():
             copy_weights(self._backbone.model, self.prior.backbone.model)
             self._before = None
+            self.prior.base_tuned |= self.config.mode == "full"
             return self.prior.weights_changed()
 
     def check(self) -> None:
@@ -402,6 +407,19 @@ class VLMTuner:
     @torch.no_grad()
     def _restore(weights: list[Tensor], values: list[Tensor]) -> None:
         torch._foreach_copy_(weights, values)
+
+    @staticmethod
+    def _check_mode(prior: ActionPrior, mode: str) -> None:
+        if mode == "full" and prior.backbone.quantized:
+            raise ValueError(
+                "mode='full' cannot train quantized weights: take mode='lora', or open the prior with "
+                "quantization='none'"
+            )
+        if mode == "lora" and prior.base_tuned:
+            raise ValueError(
+                f"mode='lora' would adapt weights that are no longer those of {prior.backbone.source!r}: "
+                "save the prior and open it again, or take mode='full'"
+            )
 
     def _check(self, frames: Tensor, actions: Tensor, returns: Tensor) -> None:
         self.prior.check_images(frames, "frames")

@@ -1,0 +1,124 @@
+"""The folder of a saved model: replaced whole, while what others keep in it stays."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+
+SETTINGS_FILE = "action_prior.json"
+ADAPTER_FILE = "adapter_config.json"
+
+_MODEL_FILES = (
+    *(SETTINGS_FILE, "config.json", "generation_config.json"),
+    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json"),
+    *(ADAPTER_FILE, "adapter_model.safetensors", "adapter_model.bin"),
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates"),
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
+)
+"""What transformers, peft and `ActionPrior.save_pretrained` write: stale once another model is saved."""
+
+
+@contextmanager
+def replaced_model(folder: Path) -> Iterator[Path]:
+    """A new folder to fill, which takes the place of `folder` when the block ends without an error.
+
+    A model in `folder` goes, and files that belong to no model stay. Interrupted anywhere, either the old or
+    the new model is there, whole (the old one beside its place at worst, where `model_folder` finds it).
+
+    Raises:
+        FileExistsError: a file has the name of `folder`, or one that is no model's has the name of one that
+            is to be written. Nothing has changed then.
+        OSError: the system cannot replace this folder.
+    """
+    folder = Path(os.path.realpath(folder))  # a link to a folder stays one
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file: give the name of a folder")
+    if same_folder(folder, Path()):
+        raise _irreplaceable(folder, OSError(errno.EBUSY, "it is the working directory"))
+    new, old = folder.parent / f".{folder.name}.new", _old(folder)
+    try:
+        _settle(folder)
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+    except OSError as error:
+        if folder.exists():
+            raise _irreplaceable(folder, error) from error
+        raise
+    try:
+        yield new
+        if folder.exists():
+            _check_names(folder, new)
+            shutil.copymode(folder, new)
+            try:
+                os.replace(folder, old)
+            except OSError as error:  # such as a mounted folder
+                raise _irreplaceable(folder, error) from error
+        os.replace(new, folder)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        _settle(folder)
+        raise
+    _settle(folder)
+
+
+def model_folder(model: str | Path) -> str | Path:
+    """`model` as it is, or where an interrupted `replaced_model` left the model that was in this folder."""
+    folder = Path(model)
+    return model if folder.exists() or not _old(folder).is_dir() else _old(folder)
+
+
+def same_folder(a: Path, b: Path) -> bool:
+    return a.is_dir() and b.is_dir() and a.samefile(b)
+
+
+def _old(folder: Path) -> Path:
+    return folder.parent / f".{folder.name}.old"
+
+
+def _settle(folder: Path) -> None:
+    """Ends what an interrupted `replaced_model` began: moves the old folder back, or the rest out of it."""
+    old = _old(folder)
+    if not old.is_dir():
+        return
+    if not folder.exists():
+        os.replace(old, folder)
+        return
+    for path in old.iterdir():
+        if not _of_model(path) and not (folder / path.name).exists():
+            os.replace(path, folder / path.name)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _of_model(path: Path) -> bool:
+    if path.name == "config.json":
+        return _names_architecture(path)  # others have a config.json, too
+    return any(fnmatch(path.name, pattern) for pattern in _MODEL_FILES)
+
+
+def _names_architecture(path: Path) -> bool:
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "model_type" in config
+
+
+def _check_names(folder: Path, new: Path) -> None:
+    for path in new.iterdir():
+        taken = folder / path.name
+        if taken.exists() and not _of_model(taken):
+            raise FileExistsError(f"{taken} belongs to no model: move it away, or save into another folder")
+
+
+def _irreplaceable(folder: Path, error: OSError) -> OSError:
+    return OSError(
+        error.errno,
+        f"the folder {folder} cannot be replaced ({error.strerror}): save into a new folder inside it",
+    )

@@ -1,0 +1,111 @@
+"""Models whose frozen weights bitsandbytes holds in 8 or 4 bits: for serving, and as a base of LoRA."""
+
+import importlib.util
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def quantization_settings(asked: Any) -> dict[str, Any]:
+    """The settings of `bitsandbytes_config` that an argument stands for, as JSON has them; none for "none".
+
+    Args:
+        asked: "none", "8bit" (LLM.int8()), "4bit" (NF4 with quantized scales, as in QLoRA) or a
+            `transformers.BitsAndBytesConfig`.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if asked == "none":
+        return {}
+    if asked == "8bit":
+        return {"load_in_8bit": True}
+    if asked == "4bit":
+        return {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    from transformers import BitsAndBytesConfig
+
+    if not isinstance(asked, BitsAndBytesConfig):
+        given = repr(asked) if isinstance(asked, str) else type(asked).__name__
+        raise ValueError(
+            f"quantization={given} is not supported: give 'none', '8bit', '4bit' or a BitsAndBytesConfig"
+        )
+    if not asked.is_quantizable() or asked.llm_int8_has_fp16_weight:
+        raise ValueError(
+            "quantization must set load_in_8bit or load_in_4bit, and not llm_int8_has_fp16_weight, which "
+            "would keep weights that are not quantized"
+        )
+    return asked.to_dict()
+
+
+def bitsandbytes_config(settings: dict[str, Any], dtype: torch.dtype) -> Any:
+    """A `BitsAndBytesConfig`; `dtype` is what 4-bit layers compute in where the settings say nothing.
+
+    Raises:
+        ValueError: bitsandbytes is not installed.
+    """
+    from transformers import BitsAndBytesConfig
+
+    check_installed()
+    return BitsAndBytesConfig.from_dict({"bnb_4bit_compute_dtype": dtype} | settings)
+
+
+def check_own_quantization(source: str, config: Any, *, asked: bool) -> None:
+    """Raises ValueError if a checkpoint comes with quantized weights that cannot be used.
+
+    Args:
+        config: the checkpoint's configuration.
+        asked: whether the caller asks for a quantization, "none" included.
+    """
+    own = getattr(config, "quantization_config", None)
+    if own is None:
+        return
+    method = own.get("quant_method") if isinstance(own, dict) else own.quant_method
+    method = str(getattr(method, "value", method))
+    if method != "bitsandbytes":
+        raise ValueError(
+            f"the checkpoint {source!r} is quantized by {method!r}, which is not supported: give the one "
+            "that it was made from, with quantization='8bit' or '4bit'"
+        )
+    if asked:
+        raise ValueError(f"the checkpoint {source!r} is quantized already: leave out quantization")
+    check_installed()
+
+
+def check_installed() -> None:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("quantized weights need bitsandbytes: pip install 'covr-fast[quantize]'")
+
+
+def prepare(model: nn.Module) -> None:
+    """Brings the layers of a quantized model into the state in which a replica can share their weights.
+
+    bitsandbytes would do so at the first call, for the module that is called and no other.
+    """
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_news)
+    for module in model.modules():
+        weight: Any = getattr(module, "weight", None)
+        if isinstance(module, Linear8bitLt) and weight.CB is not None:
+            module.init_8bit_state()
+        elif isinstance(module, Linear4bit):
+            # For some CPUs it would pack the weights anew, in place, for a product without a gradient.
+            module.support_avx512bf16_for_cpu = False
+
+
+def shared_state(model: nn.Module) -> Iterator[Any]:
+    """What quantized layers hold besides parameters and never change: scales, and the weights once more."""
+    for module in model.modules():
+        state: Any = getattr(module, "state", None)
+        if type(state).__name__ == "MatmulLtState":
+            yield from (state.CB, state.SCB)
+        elif getattr(module, "quant_state", None) is not None:
+            yield module.quant_state
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for what bitsandbytes says at every call of every 8-bit layer: that it computes in float16."""
+    return "inputs will be cast" not in str(record.msg)
