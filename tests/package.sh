@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# The package as strangers get it: an archive of the sources, installed from twice in one folder, into an environment
+# of the lowest versions that the metadata allows, where every part is tried once.
+#
+#   PYTHON and TORCH name the interpreter and the build of torch (see the Makefile). torch alone is not the lowest
+#   allowed: older builds for the CPU are not on PyPI.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+root=$PWD
+stage=$root/build/package
+rm -rf "$stage"
+mkdir -p "$stage"
+"${PYTHON:-python3}" -m venv "$stage/venv"
+python=$stage/venv/bin/python
+export COVR_CUDA=OFF TRITON_INTERPRET=1
+"$python" -m pip install --quiet --upgrade pip
+"$python" -m pip install --quiet build "${TORCH:-torch}"
+
+echo "== the source archive"
+"$python" -m build --sdist --outdir "$stage" . >"$stage/sdist.log" || { cat "$stage/sdist.log"; exit 1; }
+mkdir "$stage/source"
+tar -xzf "$stage"/covr_fast-*.tar.gz -C "$stage/source" --strip-components=1
+
+echo "== installed from it, with the lowest versions"
+extras=(train sb3 torchrl triton)
+"$python" tests/lowest.py "${extras[@]}" >"$stage/lowest.txt"
+"$python" tests/lowest.py --build >"$stage/lowest-build.txt"
+cat "$stage/lowest.txt" "$stage/lowest-build.txt"
+all=$(IFS=,; echo "${extras[*]}")
+"$python" -m pip install --quiet -c "$stage/lowest.txt" --build-constraint "$stage/lowest-build.txt" "$stage/source[$all]"
+
+echo "== and again in the same folder, with the newest build tools"
+"$python" -m pip install --quiet --no-deps --force-reinstall "$stage/source"
+"$python" -m pip check
+"$python" -m pip install --quiet --dry-run "covr-fast[flash]"
+
+echo "== every part once"
+mkdir "$stage/elsewhere"
+cd "$stage/elsewhere"
+"$python" "$root/tests/smoke.py"
