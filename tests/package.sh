@@ -21,20 +21,22 @@ echo "== the source archive"
 mkdir "$stage/source"
 tar -xzf "$stage"/covr_fast-*.tar.gz -C "$stage/source" --strip-components=1
 
-echo "== installed from it, with the lowest versions"
+echo "== installed from it, alone, with the lowest versions"
 extras=(train sb3 torchrl triton)
 "$python" tests/lowest.py "${extras[@]}" >"$stage/lowest.txt"
 "$python" tests/lowest.py --build >"$stage/lowest-build.txt"
 cat "$stage/lowest.txt" "$stage/lowest-build.txt"
-all=$(IFS=,; echo "${extras[*]}")
-"$python" -m pip install --quiet -c "$stage/lowest.txt" --build-constraint "$stage/lowest-build.txt" "$stage/source[$all]"
+"$python" -m pip install --quiet -c "$stage/lowest.txt" --build-constraint "$stage/lowest-build.txt" "$stage/source"
+mkdir "$stage/elsewhere"
+cd "$stage/elsewhere"
+"$python" -c 'from covr_fast import ReplayBuffer, ops
+print(ReplayBuffer(8, num_envs=1, obs_shape=(3,), action_shape=(1,)), ops)'
 
-echo "== and again in the same folder, with the newest build tools"
-"$python" -m pip install --quiet --no-deps --force-reinstall "$stage/source"
+echo "== again in the same folder, with the newest build tools, and with the extras"
+all=$(IFS=,; echo "${extras[*]}")
+"$python" -m pip install --quiet -c "$stage/lowest.txt" "$stage/source[$all]"
 "$python" -m pip check
 "$python" -m pip install --quiet --dry-run "covr-fast[flash]"
 
 echo "== every part once"
-mkdir "$stage/elsewhere"
-cd "$stage/elsewhere"
 "$python" "$root/tests/smoke.py"
