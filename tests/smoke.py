@@ -3,6 +3,7 @@
 TRITON_INTERPRET=1 python tests/smoke.py, from a folder of one's own.
 """
 
+import importlib.metadata
 import io
 import itertools
 import json
@@ -40,6 +41,7 @@ def covr(*arguments: str, expect: int = 0) -> str:
 
 def the_package_is_the_installed_one() -> None:
     assert "site-packages" in covr_fast.__file__, covr_fast.__file__
+    assert importlib.metadata.version("covr-fast") == covr_fast.__version__
     home = Path(covr_fast.__file__).parent
     assert (home / "py.typed").is_file()
     assert (home / "_C.pyi").is_file()
