@@ -17,7 +17,7 @@ export COVR_CUDA=OFF TRITON_INTERPRET=1
 "$python" -m pip install --quiet build "${TORCH:-torch}"
 
 echo "== the source archive"
-"$python" -m build --sdist --outdir "$stage" . >"$stage/sdist.log" || { cat "$stage/sdist.log"; exit 1; }
+"$python" -m build --sdist --outdir "$stage" . >"$stage/sdist.log" 2>&1 || { cat "$stage/sdist.log"; exit 1; }
 mkdir "$stage/source"
 tar -xzf "$stage"/covr_fast-*.tar.gz -C "$stage/source" --strip-components=1
 
