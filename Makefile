@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 NATIVE := setup.py CMakeLists.txt $(wildcard csrc/* kernels/cuda/*)
 CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp kernels/cuda/*.h kernels/cuda/*.cuh kernels/cuda/*.cu)
 
-.PHONY: demo test sanitize lint format gpu-check clean system
+.PHONY: demo test package sanitize lint format gpu-check clean system
 
 demo: $(VENV)/train.stamp
 	$(VENV)/bin/covr-fast train carracing
@@ -17,6 +17,10 @@ demo: $(VENV)/train.stamp
 test: $(VENV)/dev.stamp
 	TRITON_INTERPRET=1 $(PY) -m pytest -q tests/ops/test_loss.py
 	$(PY) -m pytest
+
+# The package as strangers get it: from a source archive, twice in one folder, at the lowest versions allowed.
+package: | system
+	PYTHON=$(PYTHON) TORCH="$(TORCH)" tests/package.sh
 
 # The C++ once more, under address, undefined-behaviour and thread sanitizers.
 sanitize: $(VENV)/dev.stamp

@@ -4,6 +4,7 @@ Set COVR_CUDA=OFF|ON|AUTO (default AUTO: CUDA kernels are built when nvcc is fou
 COVR_CUDA_ARCHITECTURES (CMake syntax) to choose what is compiled.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,9 +13,18 @@ from pathlib import Path
 
 import pybind11
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+
+
+class CleanBuild(build):
+    """Starts from an empty staging folder: the wheel gets all that lies there, modules of old included."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
 
 
 class CMakeBuild(build_ext):
@@ -25,11 +35,10 @@ class CMakeBuild(build_ext):
         if cuda not in {"OFF", "ON", "AUTO"}:
             raise SystemExit(f"COVR_CUDA={cuda!r} is not one of OFF, ON, AUTO")
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve()
-        build.mkdir(parents=True, exist_ok=True)
+        folder = Path(self.build_temp).resolve()
         cmake = shutil.which("cmake") or "cmake"
         configure = [
-            cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DCOVR_CUDA={cuda}",
             f"-DCOVR_OUTPUT_DIR={target.parent}",
@@ -39,15 +48,34 @@ class CMakeBuild(build_ext):
         if architectures := os.environ.get("COVR_CUDA_ARCHITECTURES"):
             configure.append(f"-DCMAKE_CUDA_ARCHITECTURES={architectures}")
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)
+        tools = _tools(configure)
+        record = folder / "configured_with.json"
+        if not record.is_file() or record.read_text() != tools:
+            shutil.rmtree(folder, ignore_errors=True)
         subprocess.run(configure, check=True)
-        subprocess.run([cmake, "--build", str(build), "--parallel", jobs], check=True)
+        record.write_text(tools)
+        subprocess.run([cmake, "--build", str(folder), "--parallel", jobs], check=True)
+
+
+def _tools(configure: list[str]) -> str:
+    """What CMake's cache depends on: its options, where the tools lie, and what chooses them.
+
+    CMake keeps what it found the first time: also the ninja of an isolated build, whose environment is gone
+    by the next, and that there was no nvcc yet. So a folder that was configured otherwise is begun anew.
+    """
+    paths = {name: shutil.which(name) for name in ("ninja", "c++", "nvcc")}
+    chosen = {
+        name: os.environ.get(name)
+        for name in ("CC", "CXX", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDAHOSTCXX", "CUDAFLAGS")
+    }
+    return json.dumps([configure, paths, chosen], indent=1)
 
 
 setup(
     packages=[*find_packages(include=["covr_fast", "covr_fast.*"]), "covr_fast.kernels.triton"],
     # The Triton sources live beside the CUDA ones and install as part of the package.
     package_dir={"covr_fast.kernels.triton": "kernels/triton"},
-    package_data={"covr_fast": ["py.typed"]},
+    package_data={"covr_fast": ["py.typed", "*.pyi"]},
     ext_modules=[Extension("covr_fast._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build": CleanBuild, "build_ext": CMakeBuild},
 )

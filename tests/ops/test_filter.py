@@ -205,8 +205,8 @@ def test_padded_form_compiles_into_one_graph():
         assert torch.equal(one, other)
 
 
-def test_plain_form_compiles_where_scalars_are_captured(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "capture_scalar_outputs", True)
+@torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True)
+def test_plain_form_compiles_where_scalars_are_captured():
     returns = torch.randn(100)
     compiled = torch.compile(
         lambda x: exploration_filter(x * 2, ENTROPY), fullgraph=True, backend="aot_eager"
