@@ -85,7 +85,7 @@ def _train(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: covr-fast train PRESET [--out DIR] [--FIELD VALUE ...]\n\npresets:")
         for name, preset in PRESETS.items():
-            print(f"  {name:<20}{preset.summary}")
+            print(f"  {name:<20}{preset.summary}, with {preset.model}")
         print("\ncovr-fast train PRESET --help lists every field with its default in that preset.")
         return 0 if arguments else 2
     name, rest = arguments[0], arguments[1:]
@@ -137,7 +137,8 @@ def _train(arguments: list[str]) -> int:
         trainer = Trainer(config, folder, resume=parsed.resume is not None)
         begun = f", from step {trainer.step}" if parsed.resume else ""
         console.print(
-            f"{PRESETS[name].summary}; seed {config.seed}, on {trainer.device}, into {folder.path}{begun}"
+            f"{PRESETS[name].summary}, with {config.vlm.model}; seed {config.seed}, on {trainer.device}, "
+            f"into {folder.path}{begun}"
         )
         if not resumed and (changed := _differences(TrainConfig.preset(name), suited)):
             console.print(f"for this VLM the preset sets {', '.join(changed)}")

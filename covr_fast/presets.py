@@ -1,8 +1,9 @@
 """Named starting points; every field of one can be overridden.
 
-A preset is made for a VLM: for nano, whose random weights learn everything from the agent, or for a
-pretrained one, whose knowledge is adapted. What the VLM is shown, how it is tuned and how much its word
-weighs differ between the two; the environment's rules, the agent and the schedule do not.
+A preset is made for a VLM: for nano, whose random weights learn everything from the agent on two CPU cores,
+or for a pretrained one, whose knowledge is adapted. What the VLM is shown, how it is tuned and how much its
+word weighs differ between the two, and with nano the agent is as small as it is; the environment's rules and
+the schedule do not differ.
 """
 
 from __future__ import annotations
@@ -56,6 +57,13 @@ def _vlm(nano: bool) -> VLMConfig:
     return VLMConfig(decimals=1, motion=True) if nano else VLMConfig()
 
 
+def _small_agent(prior_weight: float) -> SACConfig:
+    """An agent for a CPU."""
+    return SACConfig(
+        channels=(16, 32, 32), strides=(3, 2, 2), latent=64, hidden=256, prior_weight=prior_weight
+    )
+
+
 def _car_racing(nano: bool) -> TrainConfig:
     """Ten minutes on two CPU cores; what was tried on the way to it is in docs/carracing.md."""
     size = 56 if nano else 84
@@ -64,13 +72,7 @@ def _car_racing(nano: bool) -> TrainConfig:
         warmup=2_000,
         steps_per_update=4,
         env=EnvConfig(height=size, width=size, grayscale=nano, max_episode_steps=400),
-        agent=SACConfig(
-            channels=(16, 32, 32),
-            strides=(3, 2, 2),
-            latent=64,
-            hidden=256,
-            prior_weight=0.25 if nano else 2.0,
-        ),
+        agent=_small_agent(0.25 if nano else 2.0),
         replay=ReplayConfig(capacity=28_000, batch_size=128, n_step=3, gamma=0.98),
         tuner=_tuner(nano),
         vlm=_vlm(nano),
@@ -91,7 +93,7 @@ def _car_racing_gpu(nano: bool) -> TrainConfig:
 
 
 def _dm_control(env_id: str, action_repeat: int) -> Callable[[bool], TrainConfig]:
-    """The paper's DMControl settings: 100k environment steps, lambda 1, cold start 4, LoRA 128/16."""
+    """The paper's settings for DMControl: lambda 1, cold start 4, LoRA 128/16; with nano a smaller agent."""
 
     def make(nano: bool) -> TrainConfig:
         return TrainConfig(
@@ -106,8 +108,8 @@ def _dm_control(env_id: str, action_repeat: int) -> Callable[[bool], TrainConfig
                 action_repeat=action_repeat,
                 max_episode_steps=1000,
             ),
-            agent=SACConfig(prior_weight=0.25 if nano else 1.0),
-            replay=ReplayConfig(pad=8),
+            agent=_small_agent(0.25) if nano else SACConfig(prior_weight=1.0),
+            replay=ReplayConfig(pad=8, batch_size=128 if nano else 256),
             tuner=_tuner(nano, lora_alpha=16),
             vlm=_vlm(nano),
             covr=COVRConfig(cold_start=4),
@@ -117,11 +119,9 @@ def _dm_control(env_id: str, action_repeat: int) -> Callable[[bool], TrainConfig
 
 
 PRESETS: dict[str, Preset] = {
-    "carracing": Preset(
-        "CarRacing on two CPU cores in ten minutes, with the untrained nano VLM", _car_racing
-    ),
+    "carracing": Preset("CarRacing in a small picture, ten minutes on two CPU cores", _car_racing),
     "carracing-gpu": Preset(
-        "CarRacing at full size on one GPU, with Qwen2.5-VL-3B",
+        "CarRacing at full size on one GPU",
         _car_racing_gpu,
         "Qwen/Qwen2.5-VL-3B-Instruct",
     ),

@@ -22,7 +22,7 @@ mkdir "$stage/source"
 tar -xzf "$stage"/covr_fast-*.tar.gz -C "$stage/source" --strip-components=1
 
 echo "== installed from it, alone, with the lowest versions"
-extras=(train sb3 torchrl triton)
+extras=(train sb3 torchrl triton quantize)
 "$python" tests/lowest.py "${extras[@]}" >"$stage/lowest.txt"
 "$python" tests/lowest.py --build >"$stage/lowest-build.txt"
 cat "$stage/lowest.txt" "$stage/lowest-build.txt"

@@ -132,6 +132,8 @@ def vlm() -> None:
     answers = prior(images)
     prior.save_pretrained("adapter")
     assert ActionPrior.from_pretrained("adapter", action_dim=2, decimals=1)(images).text == answers.text
+    quantized = ActionPrior.from_pretrained("nano", action_dim=2, quantization="4bit")
+    assert torch.equal(quantized(images).token_ids, quantized.reference(images).token_ids)
 
 
 def command_line() -> None:

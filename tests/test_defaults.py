@@ -7,12 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
+from tensordict import TensorDict
 
 import covr_fast
 from covr_fast import ReplayBuffer, ops
 from covr_fast.agents import SAC, SACConfig
 from covr_fast.border import address
 from covr_fast.buffer import FineTuneView, Prioritized, Recent
+from covr_fast.integrations import sb3, torchrl
 from covr_fast.ops._backend import launch
 from covr_fast.vlm import ActionPrior
 
@@ -231,17 +234,55 @@ def test_prior(other_defaults, nano):
     assert_same(ours, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_what_a_prior_makes_at_its_first_call(dtype, nano):
+def test_what_a_prior_makes_at_its_first_call(other_defaults, nano):
     """The tower, the prompt's cache and the tables of its decoder."""
     images = frames_of(64)
     first = ActionPrior.from_pretrained("nano", action_dim=2, device="cpu", seed=0)
-    torch.set_default_dtype(dtype)
-    try:
+    with other_defaults():
         ours = use_prior(first, images)
-    finally:
-        torch.set_default_dtype(torch.float32)
     assert_same(ours, use_prior(nano, images))
+
+
+def use_torchrl() -> list[dict[str, torch.Tensor]]:
+    buffer = torchrl.FastReplayBuffer(100, obs_keys=("observation",), seed=0)
+    states = torch.linspace(0, 1, 42, dtype=torch.float32, device="cpu").view(21, 2)
+    following = {
+        "observation": states[1:],
+        "reward": states[1:, :1],
+        "done": torch.zeros(20, 1, dtype=torch.bool, device="cpu"),
+        "terminated": torch.zeros(20, 1, dtype=torch.bool, device="cpu"),
+    }
+    buffer.extend(
+        TensorDict({"observation": states[:-1], "action": states[1:], "next": following}, batch_size=[20])
+    )
+    again = torchrl.FastReplayBuffer(100, obs_keys=("observation",), seed=0)
+    again.load_state_dict(buffer.state_dict())
+    return [dict(each.sample(8).flatten_keys(".").items()) for each in (buffer, again)]
+
+
+def test_torchrl_drop_in(other_defaults):
+    expected = use_torchrl()
+    with other_defaults():
+        ours = use_torchrl()
+    assert_same(ours, expected)
+
+
+def use_sb3() -> list[dict[str, torch.Tensor]]:
+    space = spaces.Box(0, 255, (3, 16, 16), np.uint8)
+    buffer = sb3.FastReplayBuffer(40, space, spaces.Box(-1, 1, (2,)), "cpu", n_steps=2, gamma=0.9)
+    frames = np.random.default_rng(0).integers(0, 256, (23, 1, 16, 16), np.uint8)
+    for t in range(20):
+        stacks = [np.concatenate(frames[i : i + 3])[None] for i in (t, t + 1)]
+        buffer.add(*stacks, np.full((1, 2), t / 20), np.ones(1), np.array([t % 7 == 6]), [{}])
+    np.random.seed(0)  # noqa: NPY002
+    return [buffer.sample(8)._asdict(), {"rewards": torch.from_numpy(buffer.rewards)}]
+
+
+def test_sb3_drop_in(other_defaults):
+    expected = use_sb3()
+    with other_defaults():
+        ours = use_sb3()
+    assert_same(ours, expected)
 
 
 def test_batches_stay_right_while_another_thread_changes_the_default():

@@ -48,7 +48,7 @@ def test_what_teaches_random_weights_is_not_done_to_a_pretrained_model(name):
     assert not real.vlm.motion
     assert real.vlm.decimals == 2
     assert min(real.env.height, real.env.width) >= 84
-    assert (nano.steps, nano.covr, nano.replay) == (real.steps, real.covr, real.replay)
+    assert (nano.steps, nano.covr, nano.env.id) == (real.steps, real.covr, real.env.id)
 
 
 def test_doubtful_settings_are_named_with_a_remedy():
