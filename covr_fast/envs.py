@@ -7,7 +7,6 @@ of the next episode with reward 0. Such a row is not a transition, so it is take
 from __future__ import annotations
 
 import contextlib
-import operator
 import warnings
 from collections import deque
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import torch
 
 from .errors import UserError
 from .opengl import import_envpool, require_frames, return_memory
+from .scalars import as_int
 from .seeds import SEEDS
 from .tasks import Task, find_task
 from .tasks import action_labels as action_labels
@@ -327,9 +327,9 @@ def _check(config: EnvConfig) -> None:
     }.items():  # fmt: skip
         value = getattr(config, name)
         try:
-            operator.index(value)
-        except TypeError:
-            raise UserError(f"env.{name}={value!r} must be a whole number") from None
+            as_int(value, f"env.{name}")
+        except TypeError as error:
+            raise UserError(str(error)) from None
         if value < least:
             raise UserError(f"env.{name}={value} must be at least {least}")
     if config.num_envs % config.batch_size:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import _C
 from ..border import CPU, address
+from ..scalars import as_float, as_int
 from . import io, processes
 from .arguments import Rows, as_array, flags, ids, integers, observation_rows, shaped, stored_rows
 from .batch import Batch, Observation
@@ -24,7 +25,6 @@ from .device import DeviceGather, check_device
 from .form import Augment, Form
 from .prefetch import Prefetch
 from .samplers import Prioritized, PriorityTree, Recent, Sampler, Uniform, as_sampler
-from .scalars import as_float, as_int
 from .spec import ShapeAndType, as_name, as_shape, key_specs, numpy_dtype, shape_and_dtype
 from .storage import Storage, size_text
 

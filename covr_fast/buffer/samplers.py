@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import _C
 from ..border import CPU, address
-from .scalars import as_float, as_int
+from ..scalars import as_float, as_int
 
 
 @dataclass(frozen=True)

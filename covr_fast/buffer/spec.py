@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .scalars import as_int
+from ..scalars import as_int
 
 Shape = tuple[int, ...]
 ShapeAndType = Shape | tuple[Sequence[int], torch.dtype]

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..scalars import as_float, as_int
 from .replay import ReplayBuffer
-from .scalars import as_float, as_int
 
 
 class FineTuneView:

@@ -52,7 +52,7 @@ class ActionGrammar:
         decimals: digits after the point, 1 to 4.
 
     Raises:
-        TypeError: `action_dim` or `decimals` is no whole number.
+        TypeError: `action_dim` or `decimals` is no integer.
         ValueError: an argument out of range, or a tokenizer that cannot spell the answers (no end token,
             or the tokens of one number depend on another number).
     """

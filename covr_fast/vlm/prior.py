@@ -119,7 +119,7 @@ class ActionPrior:
 
         Raises:
             FileNotFoundError: no such model directory, or none of an adapter's base.
-            TypeError: `action_dim` or `decimals` is no whole number, or `prompt` no text.
+            TypeError: `action_dim` or `decimals` is no integer, or `prompt` no text.
             ValueError: one of those is out of range, the prompt holds one of the tokens that conversations
                 are made of, unsupported architecture, no image token, a tokenizer that cannot spell the
                 answers, an attention that cannot run here, an adapter that does not fit its base or is of

@@ -4,10 +4,11 @@ An action is written as `Action: [0.43, -0.37]`. Every number has a fixed count 
 written only when negative and zero has none, so each value of the grid {k / 10^decimals} has one spelling.
 """
 
-import operator
 import re
 from collections.abc import Sequence
 from typing import SupportsIndex
+
+from ..scalars import as_int
 
 OPENING = "Action: ["
 JOINER = ", "
@@ -21,24 +22,15 @@ def answer_format(action_dim: SupportsIndex, decimals: SupportsIndex) -> tuple[i
     """Both as Python integers.
 
     Raises:
-        TypeError: one is no whole number.
+        TypeError: one is no integer.
         ValueError: `action_dim` is below 1, or `decimals` not in [1, MAX_DECIMALS].
     """
-    dim, digits = _whole("action_dim", action_dim), _whole("decimals", decimals)
+    dim, digits = as_int(action_dim, "action_dim"), as_int(decimals, "decimals")
     if dim < 1:
         raise ValueError(f"action_dim must be at least 1, not {dim}")
     if not 1 <= digits <= MAX_DECIMALS:
         raise ValueError(f"decimals must be between 1 and {MAX_DECIMALS}, not {digits}")
     return dim, digits
-
-
-def _whole(name: str, value: SupportsIndex) -> int:
-    if isinstance(value, bool):
-        raise TypeError(f"{name} must be a whole number, not {value!r}")
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be a whole number, not {value!r}") from None
 
 
 def default_prompt(action_dim: int, decimals: int) -> str:

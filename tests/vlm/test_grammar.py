@@ -55,7 +55,7 @@ def test_decimals_that_no_answer_can_have(tokenizer, decimals, error):
         lambda: default_prompt(2, decimals),
         lambda: ActionGrammar(tokenizer, CONTEXT, action_dim=2, decimals=decimals),
     ):
-        with pytest.raises(error, match=f"decimals must be .*, not {decimals}"):
+        with pytest.raises(error, match=f"decimals .*{decimals}"):
             use()
 
 
