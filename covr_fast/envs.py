@@ -280,7 +280,7 @@ class PixelEnvs:
         if frames.shape[-2:] != size:
             frames = torch.nn.functional.interpolate(frames, size=size, mode="bilinear", antialias=True)
         if self.config.grayscale:
-            luma = torch.tensor([0.299, 0.587, 0.114])
+            luma = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float32, device="cpu")
             frames = torch.einsum("nchw,c->nhw", frames.float(), luma).round().to(torch.uint8)[:, None]
         return frames.contiguous().numpy()
 

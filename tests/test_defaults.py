@@ -9,9 +9,10 @@ import pytest
 import torch
 from gymnasium import spaces
 from tensordict import TensorDict
+from test_trainer import small_config
 
 import covr_fast
-from covr_fast import ReplayBuffer, ops
+from covr_fast import ReplayBuffer, Trainer, ops
 from covr_fast.agents import SAC, SACConfig
 from covr_fast.border import address
 from covr_fast.buffer import FineTuneView, Prioritized, Recent
@@ -283,6 +284,18 @@ def test_sb3_drop_in(other_defaults):
     with other_defaults():
         ours = use_sb3()
     assert_same(ours, expected)
+
+
+@pytest.mark.parametrize("name", ["float64", "meta"])
+def test_a_whole_run(name, tmp_path):
+    expected = Trainer(small_config(), tmp_path / "expected").run()
+    with _Defaults(name):
+        ours = Trainer(small_config(), tmp_path / "ours").run()
+    assert ours["evaluations"] == expected["evaluations"]
+    losses = ("loss_before", "loss_after")
+    assert [[r[x] for x in losses] for r in ours["rounds"]] == [
+        [r[x] for x in losses] for r in expected["rounds"]
+    ]
 
 
 def test_batches_stay_right_while_another_thread_changes_the_default():
