@@ -1,5 +1,6 @@
 """Copies of a buffer in other processes draw batches of their own."""
 
+import multiprocessing
 import os
 import pickle
 
@@ -90,3 +91,20 @@ def test_a_copy_in_the_same_process_goes_on_as_its_original():
     buffer.sample(8)
     copy = pickle.loads(pickle.dumps(buffer))
     assert torch.equal(copy.sample(32).index, buffer.sample(32).index)
+
+
+def put_a_batch(buffer: ReplayBuffer, queue) -> None:
+    queue.put(buffer.sample(32).index.tolist())
+
+
+@pytest.mark.parametrize("start", ["spawn", "fork"])
+def test_processes_that_got_the_buffer_draw_different_batches(start):
+    buffer, context = make(), multiprocessing.get_context(start)
+    queue = context.Queue()
+    processes = [context.Process(target=put_a_batch, args=(buffer, queue)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    batches = [tuple(queue.get(timeout=120)) for _ in processes]
+    for process in processes:
+        process.join()
+    assert len({*batches, tuple(buffer.sample(32).index.tolist())}) == 3

@@ -262,6 +262,22 @@ class TestGreyPictures:
         assert make(obs_shape=(4, 7), frame_stack=4)._keys[0].dtype == torch.float32
 
 
+def test_corrected_ends_are_one_flag_per_row():
+    buffer = make()
+    index = buffer.add(**rows(buffer))
+    for correct in (buffer.set_truncated, buffer.set_terminated):
+        for wrong in ([True], [2, 3]):
+            with pytest.raises(ValueError, match=r"truncated|terminated"):
+                correct(index, wrong)
+
+
+def test_a_long_double_is_a_float():
+    buffer = make()
+    index = buffer.add(**rows(buffer, action=np.full((2, 2), 0.5, np.longdouble)))
+    assert (buffer.actions(index) == 0.5).all()
+    refused(buffer, "action.*NaN or infinite", action=np.full((2, 2), np.nan, np.longdouble))
+
+
 def test_frames_whose_dtype_fits_are_not_scanned(monkeypatch):
     """The check of ranges would cost as much as storing them."""
     buffer = make(obs_shape=(3, 8, 8))

@@ -128,7 +128,11 @@ def _not_exact(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 def _check_floats(array: np.ndarray, dtype: np.dtype, what: str, declared_by: str, infinite: bool) -> None:
     """Raises unless every float is a number that `dtype` has room for; passes what are no floats."""
-    if array.dtype.kind != "f" or _C.all_within(array, _LARGEST[dtype.itemsize]):
+    if array.dtype.kind != "f":
+        return
+    with np.errstate(over="ignore"):  # C++ knows no long double
+        known = array if array.dtype.itemsize <= 8 else array.astype(np.float64)
+    if _C.all_within(known, _LARGEST[dtype.itemsize]):
         return
     undefined = np.isnan(array) if infinite else ~np.isfinite(array)
     if undefined.any():

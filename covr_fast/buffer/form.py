@@ -104,7 +104,7 @@ def _check(
         raise ValueError(f"augment is {augment!r}: it must be None, 'shift' or 'crop'")
     images = [key for key in keys if key.is_image]
     if not images:
-        raise ValueError(f"augment={augment!r} needs an image observation (uint8, three dimensions)")
+        raise ValueError(f"augment={augment!r} needs an image observation (uint8, [C, H, W] or [H, W])")
     if pad < 0 or pad > 1024:
         raise ValueError(f"pad is {pad}: it must lie in [0, 1024]")
     if augment == "crop" and any(2 * pad >= min(key.height, key.width) for key in images):

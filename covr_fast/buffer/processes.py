@@ -3,6 +3,7 @@
 Forked processes and the workers of a DataLoader start with equal copies, which must not draw equal batches.
 """
 
+import multiprocessing
 import os
 
 from torch.utils.data import get_worker_info
@@ -11,13 +12,16 @@ _lineage = 0  # of the process that Python was started in; a fork's follows from
 _forks = 0  # of this process
 
 
-def here() -> tuple[int, int]:
+def here() -> tuple[int, ...]:
     """The same numbers in every run of the same program; others in each process.
 
     A worker of a DataLoader is known by its seed: torch draws one per epoch and adds the worker's number.
     """
     worker = get_worker_info()
-    return (0, _lineage) if worker is None else (1, worker.seed)
+    if worker is not None:
+        return 1, worker.seed
+    # Those that multiprocessing starts afresh know their place among its children.
+    return 0, _lineage, *multiprocessing.current_process()._identity
 
 
 def _before_fork() -> None:

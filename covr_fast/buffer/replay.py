@@ -560,12 +560,12 @@ class ReplayBuffer:
     def set_truncated(self, index: Rows, truncated: Rows) -> None:
         """Corrects afterwards which of these transitions [n] were truncated: True truncates them, also those
         that terminated; False turns a truncation into a termination. Otherwise as `set_terminated`."""
-        flags, now = self._storage.tensors["flags"].numpy(), np.asarray(truncated, bool)
+        at, stored = ids(index), self._storage.tensors["flags"].numpy()
+        now = shaped(flags(truncated, "truncated"), (len(at),), "truncated")
         with self._core.writing() as held:
-            rows = _held_rows(held, index).numpy()
-            ended = flags[rows] & _END
-            ended = np.where(now, _TRUNCATED, np.where(ended, _TERMINATED, 0)).astype(np.uint8)
-            flags[rows] = ended | flags[rows] & ~_END
+            rows = _held_rows(held, at).numpy()
+            ended = np.where(stored[rows] & _END, _TERMINATED, 0)
+            stored[rows] = np.where(now, _TRUNCATED, ended) | stored[rows] & ~_END
 
     def contains(self, index: Rows) -> Tensor:
         """bool [n]: which of these transitions are still held."""
@@ -730,7 +730,7 @@ class ReplayBuffer:
         # which is gone once these copies are.
         state = self.__getstate__()
         arrays = {name: tensor.cpu().numpy() for name, tensor in state["tensors"].items()}
-        return copyreg.__newobj__, (type(self),), {**state, "tensors": arrays}  # type: ignore[attr-defined]
+        return copyreg.__newobj__, (type(self),), {**state, "tensors": arrays, "drawn_in": self._drawn_in}  # type: ignore[attr-defined]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         tensors = {
@@ -739,6 +739,7 @@ class ReplayBuffer:
         }
         self.__dict__.update(self._from_config(state["config"], state["device"], state["storage"]).__dict__)
         self.load_state_dict({**state, "tensors": tensors})
+        self._drawn_in = state.get("drawn_in", self._drawn_in)
 
     # ---- streams ----
 

@@ -3,6 +3,8 @@
 import math
 import sys
 from inspect import signature
+from types import FrameType
+from typing import Any
 
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
@@ -47,9 +49,15 @@ def _agent_in_setup(buffer: object) -> OffPolicyAlgorithm | None:
     frame = sys._getframe(1)
     while frame is not None and frame.f_code.co_name != "__init__":  # functions of this module
         frame = frame.f_back  # type: ignore[assignment]
-    while frame is not None and frame.f_locals.get("self") is buffer:  # the buffer's and its subclasses'
+    while frame is not None and _first_argument(frame) is buffer:  # the buffer's and its subclasses'
         frame = frame.f_back  # type: ignore[assignment]
     if frame is None or frame.f_code.co_name != "_setup_model":
         return None
-    caller = frame.f_locals.get("self")
+    caller = _first_argument(frame)
     return caller if isinstance(caller, OffPolicyAlgorithm) else None
+
+
+def _first_argument(frame: FrameType) -> Any:
+    """`self` of a method, whatever it calls it."""
+    names = frame.f_code.co_varnames[:1]
+    return frame.f_locals.get(names[0]) if names else None

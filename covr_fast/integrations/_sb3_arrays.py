@@ -49,6 +49,22 @@ class BufferArray(np.ndarray):
         return out[0] if len(out) == 1 else result
 
 
+class MemoryArray(np.ndarray):
+    """The memory of a buffer, to be written into; where numpy can rearrange it only as a copy, the copy is
+    read-only, so that nothing written into it is lost in silence."""
+
+    def reshape(self, *shape: Any, **options: Any) -> Any:
+        return self._view_or_read_only(super().reshape(*shape, **options))
+
+    def ravel(self, *order: Any, **options: Any) -> Any:
+        return self._view_or_read_only(super().ravel(*order, **options))
+
+    def _view_or_read_only(self, array: Any) -> Any:
+        if not np.may_share_memory(array, self):
+            array.flags.writeable = False
+        return array
+
+
 class BufferDict(dict[str, np.ndarray]):
     """The arrays of a dict observation; none of them can be replaced."""
 

@@ -19,7 +19,7 @@ from covr_fast.buffer.batch import Observation
 from covr_fast.buffer.storage import size_text
 
 from ._sb3_agent import n_steps_and_gamma
-from ._sb3_arrays import BufferDict, guarded
+from ._sb3_arrays import BufferDict, MemoryArray, guarded
 from ._sb3_rows import Infos, Shape, as_flags, as_rows, timeouts
 from ._sb3_stacks import Stack, channels_last, finest_stack
 
@@ -490,7 +490,7 @@ class FastReplayBuffer(SB3ReplayBuffer):
     def _memory(self, name: str, shape: Shape, dtype: Any) -> np.ndarray:
         if self._buffer is None:
             return guarded(np.zeros((self.buffer_size, self.n_envs, *shape), dtype), _NOTHING_TO_CHANGE)
-        return self._buffer._storage.ring(name).swapaxes(0, 1)
+        return self._buffer._storage.ring(name).swapaxes(0, 1).view(MemoryArray)
 
     def _replace(self, name: str, values: np.ndarray) -> None:
         own = getattr(self, name)
@@ -500,7 +500,7 @@ class FastReplayBuffer(SB3ReplayBuffer):
 
     def _ends(self, name: str, bits: int) -> np.ndarray:
         flags = self._memory("flags", (), np.uint8)
-        ends = (np.asarray(flags) & bits != 0).astype(np.float32)
+        ends = (np.asarray(flags) & bits != 0).astype(np.float32, order="C")
         if self._buffer is None:
             return guarded(ends, _NOTHING_TO_CHANGE)
         return guarded(ends, _WHOLE_ARRAY.format(name), lambda *change: self._set_ends(name, *change))

@@ -62,8 +62,8 @@ class FastReplayBuffer:
         priority_key: where `update_tensordict_priority` and `extend` find priorities: one per row, or several
             of which the largest counts.
         device: where samples go; frames are kept in host memory.
-        pixels_dtype: dtype of sampled uint8 images (three dimensions): uint8 as stored; float32, bfloat16 or
-            float16 divided by 255.
+        pixels_dtype: dtype of sampled uint8 images, [C, H, W] or [H, W]: uint8 as stored; float32, bfloat16
+            or float16 divided by 255.
 
     Raises:
         TypeError, ValueError: arguments that no buffer can be built with.
@@ -346,8 +346,10 @@ class FastReplayBuffer:
                 "rows"
             )
         priority = priority.reshape(n, -1).double().abs().amax(1)
-        if not torch.isfinite(priority).all():
-            raise ValueError(f"{self.priority_key!r} is NaN or infinite: priorities stay as they were")
+        if not torch.isfinite(priority.float()).all():
+            raise ValueError(
+                f"{self.priority_key!r} is NaN, infinite or beyond float32: priorities stay as they were"
+            )
         return priority
 
     # ---- saving ----
@@ -406,7 +408,11 @@ class FastReplayBuffer:
     def __getstate__(self) -> dict[str, Any]:
         with self._lock:  # what can change is copied before others may change it
             state = {**self.__dict__, "_streams": copy.deepcopy(self._streams)}
-            state["_buffer"] = None if self._buffer is None else self._buffer.__getstate__()
+            state["_buffer"] = (
+                None
+                if self._buffer is None
+                else {**self._buffer.__getstate__(), "drawn_in": self._buffer._drawn_in}
+            )
             del state["_lock"]
             return state
 

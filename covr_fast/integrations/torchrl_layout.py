@@ -51,6 +51,10 @@ class Entry:
         """As the buffer takes them; dtypes that numpy lacks go by their bits."""
         return tensor.contiguous().view(self.stored_dtype).numpy()
 
+    def frames(self, tensor: Tensor) -> np.ndarray:
+        """As `rows`, of an observation: bfloat16 is compared by its bits, so -0.0 becomes 0.0."""
+        return self.rows(tensor.masked_fill(tensor == 0, 0) if self.dtype == torch.bfloat16 else tensor)
+
     def restored(self, stored: Tensor) -> Tensor:
         return stored if self.dtype == self.stored_dtype else stored.view(self.dtype)
 
@@ -176,8 +180,8 @@ class Layout:
         _refuse(self.reward.key, ~torch.isfinite(reward), "beyond the range of float32")
         terminated, truncated = _ends(entries)
         return Rows(
-            obs={str(e.column): e.rows(entries[e.key]) for e in self.obs},
-            next_obs={str(e.column): e.rows(entries["next", *e.key]) for e in self.obs},
+            obs={str(e.column): e.frames(entries[e.key]) for e in self.obs},
+            next_obs={str(e.column): e.frames(entries["next", *e.key]) for e in self.obs},
             action=self.action.rows(entries[self.action.key]),
             reward=reward.numpy(),
             terminated=terminated,

@@ -107,6 +107,20 @@ def test_slices_of_rewards_and_actions_are_the_buffers():
     same_samples(theirs, ours)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_another_arrangement_is_the_buffers_or_cannot_be_written(name):
+    ours = filled()[1]
+    for arrange in (np.ravel, lambda array: array.reshape(-1, 1), lambda array: array.reshape(-1)):
+        before = np.array(getattr(ours, name))
+        array = arrange(getattr(ours, name))
+        try:
+            array[:1] = 1 - array[:1]
+        except ValueError:
+            assert np.array_equal(getattr(ours, name), before)
+        else:
+            assert not np.array_equal(getattr(ours, name), before)
+
+
 def test_ends_that_were_written_end_n_step_returns():
     env = vec_env(2, 3, length=30)
     buffers = pair(env, 40, NStepReplayBuffer, n_steps=3, gamma=0.9)

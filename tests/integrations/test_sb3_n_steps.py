@@ -85,7 +85,7 @@ def test_a_contradiction_is_an_error(given, to_agent, message):
 
 def test_subclasses_of_buffer_and_agent():
     class Buffer(FastReplayBuffer):
-        def __init__(self, *args, **kwargs):
+        def __init__(this, *args, **kwargs):
             super().__init__(*args, **kwargs)
 
     class Agent(SAC):

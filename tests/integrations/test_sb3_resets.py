@@ -329,3 +329,16 @@ def test_frame_stacks_that_cannot_be_meant(keys):
     ):
         with pytest.raises(ValueError, match=rf"frame_stack.*{message}"):
             FastReplayBuffer(10, space, action, "cpu", 1, frame_stack=wrong)
+
+
+def test_float_stacks_that_differ_by_rounding_are_stacks():
+    space = spaces.Box(-1, 1, (4, 8, 8), np.float32)
+    buffer = FastReplayBuffer(20, space, spaces.Discrete(3), "cpu", 1)
+    frames = np.random.default_rng(0).uniform(0.1, 1, (15, 8, 8)).astype(np.float32)
+    for t in range(10):
+        again = frames[t + 1 : t + 5] * np.float32(1 + 2e-7)  # normalised once more
+        zero = np.zeros(1)
+        buffer.add(frames[None, t : t + 4], again[None], np.zeros((1, 1)), zero, zero, [{}])
+        frames[t + 1 : t + 5] = again
+    assert buffer._stacks["obs"].frames == 4
+    assert buffer.buffer.jumps == 0

@@ -257,3 +257,15 @@ def test_flat_rows_of_unknown_environments_are_said_to_be():
     data["collector", "traj_ids"] = torch.zeros(24, 2, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"'traj_ids'\) are 48 values .* for 24 rows"):
         make(num_envs=3).extend(data)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_a_negative_zero_continues_a_stream(dtype):
+    data = transitions(n=4, episode=9, dtype=dtype)
+    data["observation"], data["next", "observation"] = torch.zeros(2, 4, 3, dtype=dtype)
+    data["observation"][1:] = -0.0
+    data["next", "reward"] = torch.ones(4, 1)
+    buffer = make(n_step=3, gamma=1.0)
+    buffer.extend(data)
+    assert buffer[[0]]["next", "reward"].item() == 3
+    assert buffer.buffer.jumps == 0

@@ -203,3 +203,10 @@ def test_keys_that_do_not_fit_are_named(options, match):
     data["nothing"] = torch.ones(24, 2, 0)
     with pytest.raises(ValueError, match=match):
         make(**options).extend(data)
+
+
+def test_priorities_beyond_the_trees_range_are_refused_before_anything_is_added():
+    buffer = make(sampler="prioritized")
+    buffer.extend(transitions(td_error=torch.ones(24, dtype=torch.float64)))
+    wrong = transitions(td_error=torch.full((24,), 1e300, dtype=torch.float64))
+    assert_refused(buffer, wrong, ValueError, "'td_error' is NaN, infinite or beyond float32")
