@@ -4,14 +4,14 @@ A layer is merged by peft's own merge, or called as the module it is, or its mod
 """
 
 import copy
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-ADAPTER_FILE = "adapter_config.json"
+from ..files import read_json
+from .model_folder import ADAPTER_FILE
 
 LAYERWISE = frozenset(
     {
@@ -44,41 +44,103 @@ def check_adapter_directory(directory: Path) -> None:
     """`check_adapter` for a directory that may hold an adapter."""
     file = directory / ADAPTER_FILE
     if file.is_file():
-        check_adapter(json.loads(file.read_text()))
+        check_adapter(read_json(file, "put back a copy of it"))
 
 
 def check_adapters(model: Any) -> None:
     """Raises ValueError unless all adapters of a model can be served."""
     from peft import PeftModel
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
     if isinstance(model, PeftModel):
         for config in model.peft_config.values():
             check_adapter(config.to_dict())
-    elif any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        if any(_is_dora_on_8bit_cpu(layer) for layer in _layers(model)):
+            raise ValueError(
+                "DoRA adapters on 8-bit weights do not run on the CPU (peft drops their scales at the first "
+                "call): take quantization='4bit' or 'none'"
+            )
+    elif _layers(model):
         raise ValueError(
             f"a {type(model).__name__} holds adapters, but only a peft.PeftModel may: open the adapter's own "
             "directory"
         )
 
 
-def check_tunable(model: Any) -> None:
-    """Raises ValueError unless the adapters that a model has, if any, can be trained."""
+def _layers(model: Any) -> list[Any]:
+    """The layers of a model that adapters change."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _is_dora_on_8bit_cpu(layer: Any) -> bool:
+    weight: Any = getattr(layer.get_base_layer(), "weight", None)
+    eight_bits_on_cpu = type(weight).__name__ == "Int8Params" and weight.device.type == "cpu"
+    return eight_bits_on_cpu and any(getattr(layer, "use_dora", {}).values())
+
+
+def disabled(model: Any) -> bool:
+    """Whether a model has adapters that are switched off."""
+    return any(layer.disable_adapters for layer in _layers(model))
+
+
+def check_savable(model: Any) -> None:
+    """Raises ValueError unless the adapters of a peft model, opened again, answer as they do now."""
+    if list(model.peft_config) != ["default"] or model.active_adapters != ["default"] or disabled(model):
+        raise ValueError(
+            "only one adapter, named 'default', active and enabled, can be saved: delete_adapter() the "
+            "others, or merge them into the base"
+        )
+
+
+def check_tunable(model: Any) -> None:
+    """Raises ValueError unless the adapters that a model has, if any, can be trained."""
     for config in getattr(model, "peft_config", {}).values():
-        if config.to_dict()["peft_type"] == "ADALORA":
+        settings = config.to_dict()
+        if settings["peft_type"] == "ADALORA":
             raise ValueError(
                 "AdaLoRA adapters are served but not tuned, because their training shifts ranks and has a "
                 "loss of its own: merge the adapter into its base, and tune that"
             )
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+        if settings.get("ensure_weight_tying") and _both_ends_are_adapted(model):
+            raise ValueError(
+                "an adapter that ties those of head and embeddings (ensure_weight_tying) is served but not "
+                "tuned, because peft's layers of it cannot be copied: take mode='full'"
+            )
+    layers = _layers(model)
     if any(layer.merged for layer in layers):
         raise ValueError("merged adapters cannot be tuned: call unmerge_adapter() of the peft model")
-    if any(layer.disable_adapters for layer in layers):
+    if disabled(model):
         raise ValueError("disabled adapters cannot be tuned: call enable_adapter_layers() of the peft model")
     if layers and not any(p.requires_grad for p in model.parameters()):
         raise ValueError("all weights of the prior's adapter are frozen: unfreeze them, or set mode='full'")
+
+
+def _both_ends_are_adapted(model: Any) -> bool:
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    return all(end in _layers(model) for end in ends)
+
+
+def check_foldable(model: Any) -> None:
+    """Raises ValueError unless a model's adapters, if any, can be folded into its weights."""
+    for layer in _layers(model):
+        biased = any(getattr(layer, "lora_bias", {}).values())
+        if biased and getattr(layer.get_base_layer(), "bias", None) is None:
+            raise ValueError(
+                "an adapter with lora_bias=True cannot be folded into layers that have no bias: take "
+                "mode='lora'"
+            )
+
+
+def untie(model: Any) -> None:
+    """Gives the head of a transformers model its own weight, where an adapter changes the one it shares."""
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    embeddings, head = (end.get_base_layer() if end in _layers(model) else end for end in ends)
+    if (embeddings, head) == ends or head.weight is not embeddings.weight:
+        return
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
 
 
 def wrapped(module: Any) -> bool:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from .adapters import bare, check_adapters, untouched
+from .adapters import bare, check_adapters, check_savable, disabled, untie, untouched
 from .attention import register_segmented_sdpa
 from .cache import Prefix
 from .mode import own_mode
@@ -111,7 +111,9 @@ class Backbone:
 
     def merged(self) -> "Backbone":
         """The same with an adapter folded into the weights, for good: this backbone's model is used up."""
-        return type(self)(self.model.merge_and_unload(), self.processor)
+        untie(self.base)
+        model = self.model.unload() if disabled(self.model) else self.model.merge_and_unload()
+        return type(self)(model, self.processor)
 
     @property
     def decoder(self) -> Any:
@@ -153,6 +155,7 @@ class Backbone:
     def save(self, directory: Path) -> None:
         """Writes weights (or the adapter) and the processor into an empty directory."""
         if self.adapted:
+            check_savable(self.model)
             # peft's default would look the base up on the hub.
             self.model.save_pretrained(directory, save_embedding_layers=self.adapter_has_embeddings)
             (directory / "README.md").unlink(missing_ok=True)  # a form for the model's author to fill in

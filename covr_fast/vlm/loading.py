@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..files import read_json
 from .attention import choose_attention
 from .backbones import Backbone, backbone_class
 from .model_folder import ADAPTER_FILE, SETTINGS_FILE
@@ -18,6 +19,7 @@ from .nano import write_nano
 from .quantized import bitsandbytes_config, check_own_quantization, prepare
 
 VIDEO = "video_processor"
+_PUT_BACK = "put back a copy of it, or save the prior anew"
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,21 @@ class Settings:
 
     @classmethod
     def load(cls, directory: Path) -> "Settings | None":
+        """None where a directory has none.
+
+        Raises:
+            ValueError: they are damaged.
+        """
         file = directory / SETTINGS_FILE
-        return cls(**json.loads(file.read_text())) if file.is_file() else None
+        if not file.is_file():
+            return None
+        try:
+            settings = cls(**read_json(file, _PUT_BACK))
+        except TypeError as error:
+            raise ValueError(f"{file} is damaged ({error}): {_PUT_BACK}") from error
+        if settings.dtype is not None and not isinstance(getattr(torch, settings.dtype, None), torch.dtype):
+            raise ValueError(f"{file} is damaged (dtype {settings.dtype!r}): {_PUT_BACK}")
+        return settings
 
 
 def load_backbone(
@@ -71,10 +86,12 @@ def load_backbone(
     adapter = Path(model) / ADAPTER_FILE
     if str(model) == "nano" or not adapter.is_file():
         return _load_base(str(model), seed, **options)
-    if any(Path(model).glob("model*.safetensors*")):
+    full = [*Path(model).glob("model*.safetensors*"), *Path(model).glob("pytorch_model*.bin*")]
+    if full:
+        weights = ", ".join(sorted(path.name for path in full))
         raise ValueError(
             f"{str(model)!r} holds full weights and an adapter, of which one is stale: remove "
-            f"{ADAPTER_FILE} and adapter_model.safetensors, or config.json and model.safetensors"
+            f"{ADAPTER_FILE} and adapter_model.safetensors, or config.json and {weights}"
         )
     settings = Settings.load(adapter.parent)
     seed = seed if settings is None else settings.seed
@@ -84,7 +101,8 @@ def load_backbone(
 
 def _base_of(adapter: Path, settings: Settings | None) -> str:
     """The base that an adapter's configuration names, which is there."""
-    base = json.loads(adapter.read_text()).get("base_model_name_or_path") or (settings and settings.base)
+    config = read_json(adapter, _PUT_BACK)
+    base = config.get("base_model_name_or_path") or (settings and settings.base)
     remedy = f'write where it is into "base_model_name_or_path" of {adapter}'
     if not base:
         raise ValueError(f"the adapter in {str(adapter.parent)!r} names no base: {remedy}")

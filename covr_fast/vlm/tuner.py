@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..streams import Lane, mark
-from .adapters import check_tunable
+from .adapters import check_foldable, check_tunable
 from .memory import out_of_memory
 from .mode import own_mode
 from .objective import AnswerModel, RoundImages, Samples, mean_nll, weighted_loss
@@ -146,6 +146,8 @@ class VLMTuner:
         self._check_mode(prior, config.mode)
         if config.mode == "lora":
             check_tunable(prior.backbone.model)
+        else:
+            check_foldable(prior.backbone.model)
         with prior.lock, own_mode(prior.device, grad=True):
             if config.mode == "lora":
                 add_lora(prior.backbone, config.lora_rank, config.lora_alpha, config.seed)

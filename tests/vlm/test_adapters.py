@@ -135,6 +135,71 @@ def theirs(prior: ActionPrior, frames: torch.Tensor) -> torch.Tensor:
     return backbone.model(**inputs).loss
 
 
+@pytest.mark.parametrize("place", [place for place in PLACES if place != "lora_bias"])
+def test_full_training_begins_with_what_the_adapter_knew(opened, place, tmp_path):
+    """Where head and embeddings share a matrix, an adapter of one leaves the other alone."""
+    prior, frames = opened
+    adapt(prior, PLACES[place](prior))
+    loss, answers = theirs(prior, frames).item(), prior(frames).token_ids
+    VLMTuner(prior, TunerConfig(mode="full", **QUICK))
+    prior.save_pretrained(tmp_path / "full")
+    for folded in (prior, open_prior(tmp_path / "full")):
+        assert theirs(folded, frames).item() == pytest.approx(loss, rel=1e-4)
+        assert torch.equal(folded(frames).token_ids, answers)
+
+
+def test_a_bias_that_the_base_has_no_place_for_is_not_folded_in(opened):
+    prior, frames = opened
+    adapt(prior, PLACES["lora_bias"](prior))
+    answers = prior(frames).token_ids
+    with pytest.raises(ValueError, match=r"lora_bias=True cannot be folded .* take mode='lora'"):
+        VLMTuner(prior, TunerConfig(mode="full", **QUICK))
+    prior.weights_changed()
+    assert torch.equal(prior(frames).token_ids, answers)
+
+
+def test_tied_adapters_are_served_and_not_tuned(tmp_path):
+    WRITERS["qwen2_vl"](tmp_path)
+    prior, frames = open_prior(tmp_path), random_frames((60, 84))
+    adapt(prior, lora(prior, target_modules=["embed_tokens"], ensure_weight_tying=True))
+    assert torch.equal(prior(frames).token_ids, prior.reference(frames).token_ids)
+    with pytest.raises(ValueError, match=r"ensure_weight_tying.* take mode='full'"):
+        VLMTuner(prior, TunerConfig(mode="lora", **QUICK))
+
+
+def test_disabled_adapters_are_not_folded_in(nano, frames):
+    answers = nano(frames).token_ids
+    adapt(nano, lora(nano))
+    nano.weights_changed()
+    assert not torch.equal(nano(frames).token_ids, answers)
+    nano.backbone.model.disable_adapter_layers()
+    VLMTuner(nano, TunerConfig(mode="full", **QUICK))
+    assert torch.equal(nano(frames).token_ids, answers)
+
+
+@pytest.mark.parametrize("state", ["disabled", "two", "another name"])
+def test_what_would_open_as_something_else_is_not_saved(state, nano, frames, tmp_path):
+    folder = tmp_path / "saved"
+    nano.save_pretrained(folder)
+    before = nano(frames).token_ids
+    name = "mine" if state == "another name" else "default"
+    model = get_peft_model(nano.backbone.model, lora(nano), adapter_name=name)
+    if state == "two":
+        model.add_adapter("other", lora(nano))
+    randomize(trainable(model))
+    nano.backbone.model = model
+    if state == "disabled":
+        model.disable_adapter_layers()
+    with pytest.raises(ValueError, match="only one adapter, named 'default', active and enabled"):
+        nano.save_pretrained(folder)
+    assert torch.equal(open_prior_of(folder)(frames).token_ids, before)
+
+
+def open_prior_of(folder) -> ActionPrior:
+    """With the prompt that it was saved with."""
+    return ActionPrior.from_pretrained(folder, action_dim=2, device="cpu")
+
+
 @pytest.mark.parametrize("place", ["lora_bias", "vision", "head"])
 def test_rounds_are_published(opened, place):
     prior, frames = opened

@@ -7,6 +7,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from peft import LoraConfig, get_peft_model
 from test_saving import tuned
 from tiny import WRITERS
 from transformers import BitsAndBytesConfig, QuantoConfig
@@ -255,3 +256,14 @@ def test_the_setting_of_a_run(tmp_path):
     assert load_prior(config, 2, torch.device("cpu"), tmp_path / "vlm").backbone.quantized
     config.vlm.quantization = "none"
     assert not load_prior(config, 2, torch.device("cpu"), tmp_path / "vlm").backbone.quantized
+
+
+def test_dora_on_8_bits_is_refused_where_peft_cannot_run_it(frames, tmp_path):
+    prior = ActionPrior.from_pretrained("nano", **OPTIONS)
+    config = LoraConfig(r=2, target_modules=["q_proj"], use_dora=True, base_model_name_or_path="nano")
+    prior.backbone.model = get_peft_model(prior.backbone.model, config)
+    prior.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"DoRA .* 8-bit .* take quantization='4bit' or 'none'"):
+        ActionPrior.from_pretrained(tmp_path, quantization="8bit", **OPTIONS)
+    four = ActionPrior.from_pretrained(tmp_path, quantization="4bit", **OPTIONS)
+    assert torch.equal(four(frames).token_ids, four.reference(frames).token_ids)

@@ -257,6 +257,31 @@ def test_a_folder_with_an_adapter_and_full_weights(nano_base, tmp_path):
         ActionPrior.from_pretrained(tmp_path / "both", **OPTIONS)
 
 
+def test_an_adapter_beside_weights_of_an_older_form(nano_base, tmp_path):
+    tuned(ActionPrior.from_pretrained(nano_base, **OPTIONS), LORA, 0).save_pretrained(tmp_path / "both")
+    (tmp_path / "both" / "pytorch_model.bin").write_bytes(b"stale")
+    with pytest.raises(ValueError, match=r"of which one is stale: remove .*pytorch_model\.bin"):
+        ActionPrior.from_pretrained(tmp_path / "both", **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("action_prior.json", '{"base": "nan'),
+        ("action_prior.json", "[]"),
+        ("action_prior.json", '{"base": "nano", "sead": 0}'),
+        ("adapter_config.json", '{"base_model'),
+    ],
+)
+def test_a_damaged_file_is_named(name, content, nano_base, tmp_path):
+    tuned(ActionPrior.from_pretrained(nano_base, **OPTIONS), LORA, 0).save_pretrained(tmp_path / "a")
+    (tmp_path / "a" / name).write_text(content)
+    with pytest.raises(
+        ValueError, match=f"{name} is damaged" if "sead" not in content else "is damaged|type None"
+    ):
+        ActionPrior.from_pretrained(tmp_path / "a", **OPTIONS)
+
+
 # ---------------------------------------------------------------------- dtypes
 
 
