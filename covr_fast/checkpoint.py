@@ -172,7 +172,8 @@ class Checkpoint:
         except torch.OutOfMemoryError:
             raise
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise UserError(f"{part} cannot be opened ({' '.join(str(error).split())}): {_REMEDY}") from error
+            reason = " ".join(str(error).split())
+            raise UserError(f"{part} cannot be opened ({reason}): if it is damaged, {_REMEDY}") from error
 
 
 _REMEDY = "put back a copy of the checkpoint, or begin a new run"

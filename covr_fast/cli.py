@@ -183,13 +183,14 @@ def _differences(before: "TrainConfig", after: "TrainConfig") -> list[str]:
 
 
 def _value_of(flag: str, arguments: list[str]) -> str | None:
-    """The value given to a flag, as `--flag value` or `--flag=value`."""
+    """The last value given to a flag, as `--flag value` or `--flag=value`."""
+    value = None
     for i, argument in enumerate(arguments):
         if argument == flag and i + 1 < len(arguments):
-            return arguments[i + 1]
-        if argument.startswith(flag + "="):
-            return argument.removeprefix(flag + "=")
-    return None
+            value = arguments[i + 1]
+        elif argument.startswith(flag + "="):
+            value = argument.removeprefix(flag + "=")
+    return value
 
 
 def _evaluate(arguments: list[str]) -> int:

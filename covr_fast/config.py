@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from numbers import Integral, Real
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
@@ -41,7 +42,7 @@ class ReplayConfig:
     """Random crop (RAD), random shift (DrQ), or neither."""
     pad: int = 4
     """Pixels that a crop takes off, or a shift adds, on each side."""
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where frames are kept: auto (with the agent), cpu or cuda."""
 
 
@@ -55,7 +56,9 @@ class VLMConfig:
     """Task prompt. None: the backbone's default."""
     decimals: int = 2
     """Digits after the point in the action text."""
-    attention: str = "auto"
+    attention: Literal[
+        "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4"
+    ] = "auto"
     """flash_attention_4, 3 or 2, sdpa, eager; auto takes the first that works."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Weights' type. auto: as a saved model was saved, else bfloat16 on a GPU, float32 on a CPU."""
@@ -192,12 +195,14 @@ class TrainConfig:
             value: Any = self
             for part in name.split("."):
                 value = getattr(value, part)
-            if value < low:
+            if not value >= low:  # as NaN is not
                 raise UserError(f"{name}={value} must be at least {low}")
         if self.vlm.decimals > 4:
             raise UserError(f"vlm.decimals={self.vlm.decimals} must be at most 4")
-        if self.vlm.temperature < 0:
+        if not self.vlm.temperature >= 0:
             raise UserError(f"vlm.temperature={self.vlm.temperature} must not be negative")
+        if not 0 < self.agent.tau <= 1:
+            raise UserError(f"agent.tau={self.agent.tau} must lie in (0, 1]")
         if (self.covr.publish_after or 0) < 0:
             raise UserError(f"covr.publish_after={self.covr.publish_after} must not be negative")
         if self.warmup < self.replay.n_step * self.env.num_envs:
@@ -251,6 +256,12 @@ class TrainConfig:
                 "weights: use tuner.mode='full'"
             ]
         said = []
+        run = Path(vlm.model).absolute().parent.parent
+        if tuner.mode == "lora" and Path(vlm.model).name == "vlm" and (run / "config.json").is_file():
+            said.append(
+                f"vlm.model={vlm.model!r} is the checkpoint of {run}, which changes when that run goes on, "
+                "and an adapter needs its base as it is: copy the folder to another place"
+            )
         rate = FASTEST[tuner.mode]
         if tuner.learning_rate > rate:
             said.append(

@@ -162,8 +162,15 @@ def print_diagnosis(d: dict[str, Any]) -> None:
             for name, version in d["optional"].items()
         ),
         *((f"{kind} frames", problem or "drawn") for kind, problem in d["environments"].items()),
-        ("covr-fast train", "ready" if d["ready_to_train"] else "not ready, see above"),
+        ("covr-fast train", _verdict(d)),
     ]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:<{width}}  {value}")
+
+
+def _verdict(d: dict[str, Any]) -> str:
+    if not d["ready_to_train"]:
+        return "not ready, see above"
+    without = [kind for kind, problem in d["environments"].items() if problem]
+    return f"ready, but for {' and '.join(without)}: see above" if without else "ready"

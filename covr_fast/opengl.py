@@ -54,7 +54,8 @@ def require_frames() -> None:
     """Draws one small frame, once in a process.
 
     Raises:
-        UserError: this machine cannot; the message says how to mend it. MuJoCo would end the process.
+        UserError: this machine cannot; the message says how to mend it. (A libEGL without OpenGL in it ends
+            the process even here: `covr-fast doctor` finds that in a child.)
     """
     envpool = import_envpool()
     problem = load_opengl()

@@ -106,6 +106,8 @@ class Trainer:
         """
         config.check()
         self.config = config = TrainConfig.from_dict(config.to_dict())  # the caller may change theirs
+        if config.vlm.model != "nano" and Path(config.vlm.model).is_dir():
+            config.vlm.model = str(Path(config.vlm.model).resolve())  # wherever the run is resumed from
         self.folder = out if isinstance(out, RunFolder) else RunFolder(out)
         self.out = self.folder.path
         self._resumed = resume
@@ -193,6 +195,8 @@ class Trainer:
         name = self.config.replay.device
         if name == "auto":  # without CUDA kernels the frames stay on the host, and batches are sent over
             return "cuda" if self.device.type == "cuda" and _C.with_cuda else "cpu"
+        if name == "cuda" and not torch.cuda.is_available():
+            raise UserError("replay.device='cuda' but torch sees no CUDA device: use --replay.device auto")
         return name
 
     def _new_buffer(self, action_dim: int) -> ReplayBuffer:

@@ -332,3 +332,9 @@ def test_importing_the_package_is_light():
         "heavy = {'transformers', 'envpool', 'peft', 'gymnasium'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_of_a_flag_that_is_repeated_the_last_value_counts():
+    arguments = ["--resume", "a", "--vlm.model=b", "--resume=c", "--vlm.model", "d"]
+    assert cli._value_of("--resume", arguments) == "c"
+    assert cli._value_of("--vlm.model", arguments) == "d"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import covr_fast._C
-from covr_fast.doctor import problem_of
+from covr_fast.doctor import print_diagnosis, problem_of
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,16 @@ def doctor(**environment: str) -> subprocess.CompletedProcess[str]:
 def test_frames_of_both_kinds_are_drawn_here():
     diagnosis = json.loads(doctor().stdout)
     assert diagnosis["environments"] == {"CarRacing": None, "DMControl": None}
+
+
+def test_the_verdict_names_what_cannot_be_drawn(capsys):
+    diagnosis = json.loads(doctor().stdout)
+    for environments, verdict in (
+        ({"CarRacing": None, "DMControl": None}, "ready"),
+        ({"CarRacing": None, "DMControl": "no libEGL"}, "ready, but for DMControl: see above"),
+    ):
+        print_diagnosis(diagnosis | {"environments": environments})
+        assert capsys.readouterr().out.splitlines()[-1].removeprefix("covr-fast train").strip() == verdict
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="how Linux loads OpenGL")

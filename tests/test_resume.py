@@ -1,6 +1,7 @@
 """What a resumed run takes from the command line and from library users, and what it refuses."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from covr_fast.checkpoint import load_config
 from covr_fast.errors import UserError
 from covr_fast.files import full_names
 from covr_fast.resume import FIXED, MAY_CHANGE
+from covr_fast.vlm import ActionPrior
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +152,37 @@ def test_what_may_change_reaches_the_part_that_it_is_for(copied):
     assert (trainer.schedule.next_round, trainer.schedule.rule) == (9, "recurrence")
     assert trainer.tuner.config == config.tuner
     assert trainer.run()["steps"] == 120
+
+
+def test_a_models_folder_is_known_from_anywhere(tmp_path, monkeypatch):
+    ActionPrior.from_pretrained("nano", action_dim=2, decimals=1).save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    config = small_config(vlm__model="model", save_replay=True, steps=40)
+    Trainer(config, "run").run()
+    assert load_config(tmp_path / "run").vlm.model == str(tmp_path / "model")
+    monkeypatch.chdir("/")
+    for model in (str(tmp_path / "model"), os.path.relpath(tmp_path / "model")):
+        config = small_config(vlm__model=model, save_replay=True, steps=50)
+        assert Trainer(config, tmp_path / "run", resume=True).step == 40
+    assert config.doubts() == []
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"replay__device": "cuda"}, "replay.device='cuda' but torch sees no CUDA device"),
+        ({"replay__device": "foo"}, "replay.device='foo' must be"),
+        ({"vlm__attention": "foo"}, "vlm.attention='foo' must be"),
+        ({"checkpoint_minutes": math.nan}, "checkpoint_minutes=nan must be at least 0"),
+        ({"vlm__temperature": math.nan}, "vlm.temperature=nan must not be negative"),
+        ({"agent__tau": 3.0}, r"agent.tau=3.0 must lie in \(0, 1\]"),
+    ],
+)
+def test_a_wrong_setting_is_not_taken_for_a_damaged_checkpoint(changes, message, copied, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=message) as told:
+        Trainer(resumed_config(**changes), copied, resume=True)
+    assert "copy of the checkpoint" not in str(told.value)
 
 
 def test_a_trainer_keeps_its_threads_whatever_was_built_since(copied, tmp_path):

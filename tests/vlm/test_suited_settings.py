@@ -1,6 +1,7 @@
 """Settings that belong to the VLM change with it, and what does not suit it is said."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -61,6 +62,15 @@ def test_doubtful_settings_are_named_with_a_remedy():
     config.tuner = replace(config.tuner, mode="lora")
     (sentence,) = config.doubts()
     assert "use tuner.mode='full'" in sentence
+
+
+def test_an_adapter_on_another_runs_checkpoint_is_doubted(tmp_path, pretrained):
+    shutil.copytree(pretrained, tmp_path / "run" / "checkpoint" / "vlm")
+    (tmp_path / "run" / "config.json").write_text("{}")
+    (sentence,) = TrainConfig.preset("carracing", str(tmp_path / "run" / "checkpoint" / "vlm")).doubts()
+    assert "changes when that run goes on" in sentence
+    assert "copy the folder to another place" in sentence
+    assert TrainConfig.preset("carracing", str(pretrained)).doubts() == []
 
 
 def test_nano_is_recognised_where_it_was_saved(tmp_path, pretrained):
