@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from .errors import UserError
-from .opengl import import_envpool, require_frames, return_memory
+from .opengl import DRAWING, import_envpool, require_frames, return_memory
 from .scalars import as_int
 from .seeds import SEEDS
 from .tasks import Task, find_task
@@ -176,7 +176,8 @@ class PixelEnvs:
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._sent.clear()
         # Cleared, not replaced: what EnvPool's import leaves behind may hold make_env's frame, and its list.
-        self._simulators.clear()
+        with DRAWING:
+            self._simulators.clear()
         return_memory()
 
     def __enter__(self) -> PixelEnvs:
@@ -262,8 +263,11 @@ class PixelEnvs:
 
     def _frames(self, simulator: Simulator, observation: Any, rows: np.ndarray) -> np.ndarray:
         """uint8[n, channels, height, width]: what these rows of a simulator show."""
-        to_rgb = self._task.to_rgb
-        return self._resize(to_rgb(observation) if to_rgb else simulator.render(rows.astype(np.int32)))
+        if self._task.to_rgb:
+            return self._resize(self._task.to_rgb(observation))
+        with DRAWING:
+            rgb = simulator.render(rows.astype(np.int32))
+        return self._resize(rgb)
 
     def _push(self, ids: np.ndarray, frames: np.ndarray) -> None:
         c = self.config.channels

@@ -5,10 +5,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import sys
+import threading
 from functools import cache
 from typing import Any
 
 from .errors import UserError
+
+DRAWING = threading.Lock()
+"""Taken by whoever draws, or frees what was drawn with: of two threads that draw at the same time, each in a
+context of its own, one may never come back from Mesa (seen in 22.3)."""
 
 INSTALL = "apt install libegl1 libopengl0 libgl1-mesa-dri (without a GPU too: Mesa draws on the CPU)"
 
@@ -61,11 +66,13 @@ def require_frames() -> None:
     problem = load_opengl()
     if problem is None:
         try:
-            env = envpool.make_gymnasium(
-                "CartpoleBalance-v1", render_mode="rgb_array", render_width=16, render_height=16
-            )
-            env.reset()
-            env.render()
+            with DRAWING:
+                env = envpool.make_gymnasium(
+                    "CartpoleBalance-v1", render_mode="rgb_array", render_width=16, render_height=16
+                )
+                env.reset()
+                env.render()
+                del env
         except RuntimeError as error:
             problem = f"{error}: {INSTALL}"
     if problem is not None:

@@ -1,6 +1,9 @@
 import os
 import subprocess
 import sys
+import threading
+import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -363,6 +366,28 @@ for _ in range(3):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_one_thread_draws_at_a_time():
+    drawing = threading.Semaphore(1)
+    envs = make_env(EnvConfig(id="CartpoleSwingup-v1", num_envs=3, batch_size=1, height=16, width=16))
+
+    def alone(draw, rows):
+        assert drawing.acquire(blocking=False), "two threads draw at the same time"
+        time.sleep(0.02)
+        frames = draw(rows)
+        drawing.release()
+        return frames
+
+    for simulator in envs._simulators:
+        simulator.render = partial(alone, simulator.render)
+    with envs:
+        envs.reset()
+        for _ in range(3):
+            for ids in envs.batches():
+                envs.send(np.zeros((1, 1)), ids)
+            for _ in envs.batches():
+                envs.recv()
+
+
 def test_closed_environments_give_their_opengl_memory_back():
     rounds = [[int(n) for n in line.split()] for line in run_python(CLOSE_AND_MEASURE).splitlines()]
     for held, closed in rounds:
