@@ -6,7 +6,6 @@ block before it on its page.
 
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import tomllib
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 from test_cli import TINY, call
 from test_trainer import interrupt_at
+from transformers import Qwen2_5_VLConfig
 
 from covr_fast import TrainConfig, Trainer
 
@@ -97,7 +97,8 @@ def _signals():
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder as README's reader has it: an interrupted run, a finished one, and a model."""
+    """A folder as README's reader has it: an interrupted run, a finished one, and a model (that no command
+    gets to load: its configuration tells what suits it)."""
     folder = tmp_path_factory.mktemp("home")
     interrupted = Trainer(tiny(TrainConfig.preset("carracing")), folder / "runs/carracing-seed0")
     interrupt_at(interrupted, 48)
@@ -105,7 +106,7 @@ def home(tmp_path_factory):
         interrupted.run()
     finished = folder / "runs/carracing-seed1"
     Trainer(tiny(TrainConfig.preset("carracing"), seed=1), finished).run()
-    shutil.copytree(finished / "checkpoint/vlm", folder / "models/Qwen2.5-VL-3B-Instruct")
+    Qwen2_5_VLConfig().save_pretrained(folder / "models/Qwen2.5-VL-3B-Instruct")
     return folder
 
 

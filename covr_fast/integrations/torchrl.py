@@ -348,7 +348,7 @@ class FastReplayBuffer:
         priority = priority.reshape(n, -1).double().abs().amax(1)
         if not torch.isfinite(priority.float()).all():
             raise ValueError(
-                f"{self.priority_key!r} is NaN, infinite or beyond float32: priorities stay as they were"
+                f"{self.priority_key!r} is NaN or infinite, or beyond float32: priorities stay as they were"
             )
         return priority
 

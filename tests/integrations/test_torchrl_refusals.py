@@ -209,4 +209,4 @@ def test_priorities_beyond_the_trees_range_are_refused_before_anything_is_added(
     buffer = make(sampler="prioritized")
     buffer.extend(transitions(td_error=torch.ones(24, dtype=torch.float64)))
     wrong = transitions(td_error=torch.full((24,), 1e300, dtype=torch.float64))
-    assert_refused(buffer, wrong, ValueError, "'td_error' is NaN, infinite or beyond float32")
+    assert_refused(buffer, wrong, ValueError, "'td_error' is NaN or infinite, or beyond float32")
