@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .errors import UserError
 
@@ -18,22 +18,35 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno is not None:  # or its text would be lost
             error.filename = str(path)
         raise
 
 
-def write_whole(path: Path, content: str) -> None:
-    """Replaces what `path` held by `content`: interrupted anywhere, the old or the new is there."""
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which takes the place of `path` when the block ends without an error: interrupted
+    anywhere, the old or the new is there."""
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with writing(path), beside.open("w") as file:
-            file.write(content)
+        with writing(path), beside.open("wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # or a crash could forget the rename
+    finally:
+        os.close(directory)
+
+
+def write_whole(path: Path, content: str) -> None:
+    """Replaces what `path` held by `content`."""
+    with replacing(path) as file:
+        file.write(bytes(content, "utf-8"))
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from ..files import replacing
+
 MAGIC = b"COVRBUF\n"
 VERSION = 1
 _PREFIX = struct.Struct("<8sQI")
@@ -42,24 +44,12 @@ def write(path: str | os.PathLike, config: dict[str, Any], tensors: dict[str, Te
             }
         )
     header = json.dumps({"version": VERSION, "config": config, "tensors": entries}).encode()
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(_PREFIX.pack(MAGIC, len(header), zlib.crc32(header)))
-            file.write(header)
-            for tensor in tensors.values():
-                for chunk in _chunks(tensor):
-                    file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)  # or a crash could forget the rename
-    finally:
-        os.close(directory)
+    with replacing(path) as file:
+        file.write(_PREFIX.pack(MAGIC, len(header), zlib.crc32(header)))
+        file.write(header)
+        for tensor in tensors.values():
+            for chunk in _chunks(tensor):
+                file.write(chunk)
 
 
 class Reader:
