@@ -36,8 +36,13 @@ NEEDED = [
     *("setuptools", "pybind11", "cmake", "ninja", "numpy"),
     *("pytest", "pytest-timeout", "pytest-benchmark", "hypothesis"),
 ]
-KERNELS = ["tests/ops", "tests/test_buffer_cuda.py"]
-TESTS = [*KERNELS, "tests/test_buffer.py", "tests/test_cuda_graph.py", "tests/test_sac_graph.py"]
+KERNELS = ["tests/ops", "tests/buffer/test_buffer_cuda.py"]
+TESTS = [
+    *KERNELS,
+    "tests/buffer/test_buffer.py",
+    "tests/test_cuda_graph.py",
+    "tests/agents/test_sac_graph.py",
+]
 VLM_TESTS = ["tests/test_streams.py", "tests/vlm/test_graphed.py"]
 VLM_NEEDS = ["transformers", "tokenizers", "peft", "safetensors"]
 # Small inputs that still take every kernel and branch: a sanitizer slows kernels down a hundredfold. Matrix
@@ -208,7 +213,7 @@ def main() -> int:
             check.steps["VLM tests"] = {"ok": False, "seconds": 0.0, "said": said}
         else:
             check.run("VLM tests", [*pytest, *VLM_TESTS], 120)
-        check.run("compiled update", [*pytest, "tests/test_sac_compile.py"], 120)
+        check.run("compiled update", [*pytest, "tests/agents/test_sac_compile.py"], 120)
         check.result["ceilings"] = ceilings()
         raw = out.with_name(out.stem + "_benchmarks.json")
         if check.run("benchmarks", [*pytest, "benchmarks/bench_ops.py", f"--benchmark-json={raw}"], 180):

@@ -16,7 +16,7 @@ from .envs import EnvConfig
 from .errors import UserError, unknown
 from .schedule import Rule
 from .vlm import TunerConfig
-from .vlm.nano import is_nano
+from .vlm.model.nano import is_nano
 
 FASTEST = {"lora": 1e-3, "full": 1e-4}
 """Learning rates above which fine-tuning a pretrained VLM is doubted, by tuner.mode."""

@@ -15,7 +15,7 @@ from .agents.sac import SACConfig
 from .config import COVRConfig, ReplayConfig, TrainConfig, VLMConfig
 from .envs import EnvConfig
 from .vlm import TunerConfig
-from .vlm.nano import is_nano
+from .vlm.model.nano import is_nano
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from covr_fast import ReplayBuffer, streams
-from covr_fast.buffer.device import DeviceGather
+from covr_fast.buffer.gpu import DeviceGather
 from covr_fast.labeller import PriorLabeller
 from covr_fast.streams import Lane
 from covr_fast.vlm import ActionPrior, TunerConfig, VLMTuner

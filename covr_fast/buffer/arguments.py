@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .spec import KeySpec, Shape
+from .observation import KeySpec, Shape
 
 Rows = np.ndarray | Tensor | Sequence
 

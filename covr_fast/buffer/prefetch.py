@@ -5,7 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from .batch import Batch
-from .form import Form
+from .output import Form
 
 if TYPE_CHECKING:
     from .replay import ReplayBuffer

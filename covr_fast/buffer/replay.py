@@ -18,14 +18,15 @@ from torch import Tensor
 from .. import _C
 from ..border import CPU, address
 from ..scalars import as_float, as_int
-from . import io, processes
+from . import file as io
+from . import processes
 from .arguments import Rows, as_array, flags, ids, integers, observation_rows, shaped, stored_rows
 from .batch import Batch, Observation
-from .device import DeviceGather, check_device
-from .form import Augment, Form
+from .gpu import DeviceGather, check_device
+from .observation import ShapeAndType, as_name, as_shape, key_specs, numpy_dtype, shape_and_dtype
+from .output import Augment, Form
 from .prefetch import Prefetch
 from .samplers import Prioritized, PriorityTree, Recent, Sampler, Uniform, as_sampler
-from .spec import ShapeAndType, as_name, as_shape, key_specs, numpy_dtype, shape_and_dtype
 from .storage import Storage, size_text
 
 _ARGUMENTS_OF_ADD = {"obs", "action", "reward", "next_obs", "terminated", "truncated", "env_ids", "self"}

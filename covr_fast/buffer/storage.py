@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _C
 from ..border import CPU, address
-from .spec import KeySpec, Shape
+from .observation import KeySpec, Shape
 
 Columns = dict[str, tuple[Shape, torch.dtype]]
 

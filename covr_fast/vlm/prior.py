@@ -13,18 +13,18 @@ from torch import Tensor
 
 from ..cuda_graph import CudaGraphs
 from ..streams import Lane, receive
-from .adapters import check_adapter_directory
-from .backbones import Backbone, ImageFeatures
-from .decode import Decoder, Layout, make_layout
-from .grammar import ActionGrammar
-from .graphed import GraphedDecoder
-from .loading import Settings, load_backbone
+from .answer.grammar import ActionGrammar
+from .answer.prompt import answer_format, default_prompt
+from .decode.decoder import Decoder, Layout, make_layout
+from .decode.graph import GraphedDecoder
+from .decode.tower import ServingTower, make_tower
 from .memory import out_of_memory
 from .mode import own_mode
-from .model_folder import model_folder, replaced_model, same_folder
-from .prompt import answer_format, default_prompt
-from .quantized import quantization_settings
-from .tower import ServingTower, make_tower
+from .model.adapters import check_adapter_directory
+from .model.backbones import Backbone, ImageFeatures
+from .model.folder import model_folder, replaced_model, same_folder
+from .model.loading import Settings, load_backbone
+from .model.quantized import quantization_settings
 
 
 class PriorBatch:
@@ -102,7 +102,7 @@ class ActionPrior:
         """Opens a VLM as an action prior.
 
         Args:
-            model: "nano" (tiny, random, see `covr_fast.vlm.nano`), a checkpoint directory, what
+            model: "nano" (tiny, random, see `covr_fast.vlm.model.nano`), a checkpoint directory, what
                 `save_pretrained` wrote, a directory with a peft adapter, or a hub id.
             action_dim: numbers in an action.
             prompt: the task in words. None: what a saved prior was saved with, else a generic prompt.
@@ -195,7 +195,7 @@ class ActionPrior:
 
         This is the truth that `__call__` must equal token for token: same arguments, same answers.
         """
-        from .reference import generate_answers
+        from .decode.reference import generate_answers
 
         self.check_images(images)
         noise = self._noise(len(images), temperature, generator)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ..streams import Lane, mark
-from .adapters import check_foldable, check_tunable
+from .finetune.lora import add_lora, copy_weights, make_replica, trainable
+from .finetune.objective import AnswerModel, RoundImages, Samples, mean_nll, weighted_loss
 from .memory import out_of_memory
 from .mode import own_mode
-from .objective import AnswerModel, RoundImages, Samples, mean_nll, weighted_loss
-from .packing import training_attention
+from .model.adapters import check_foldable, check_tunable
+from .model.rows import training_attention
 from .prior import ActionPrior
-from .replica import add_lora, copy_weights, make_replica, trainable
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from tiny import WRITERS
 from torch import nn
 
 from covr_fast.vlm import ActionPrior, TunerConfig, VLMTuner
-from covr_fast.vlm.adapters import LAYERWISE, check_adapter, linear_weights
-from covr_fast.vlm.objective import IGNORE, AnswerModel, RoundImages, Samples, weighted_loss
-from covr_fast.vlm.replica import trainable
+from covr_fast.vlm.finetune.lora import trainable
+from covr_fast.vlm.finetune.objective import IGNORE, AnswerModel, RoundImages, Samples, weighted_loss
+from covr_fast.vlm.model.adapters import LAYERWISE, check_adapter, linear_weights
 
 SIZES = {"qwen2_vl": (60, 84), "qwen2_5_vl": (84, 84)}
 ACTIONS = torch.tensor([[0.1, -0.2], [1.0, 0.0], [-1.0, 0.55], [0.3, 0.3]])

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from covr_fast.vlm.grammar import ActionGrammar
-from covr_fast.vlm.nano import build_tokenizer
-from covr_fast.vlm.prompt import default_prompt, format_action, grid_size, parse_action, spell
+from covr_fast.vlm.answer.grammar import ActionGrammar
+from covr_fast.vlm.answer.prompt import default_prompt, format_action, grid_size, parse_action, spell
+from covr_fast.vlm.model.nano import build_tokenizer
 
 CONTEXT = "<|im_end|>\n<|im_start|>assistant\n"
 

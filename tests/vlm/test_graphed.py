@@ -9,8 +9,8 @@ from fake_graphs import FakeGraphs
 from tiny import WRITERS
 
 from covr_fast.vlm import ActionPrior
-from covr_fast.vlm.decode import Decoder
-from covr_fast.vlm.graphed import GraphedDecoder
+from covr_fast.vlm.decode.decoder import Decoder
+from covr_fast.vlm.decode.graph import GraphedDecoder
 
 SIZE = (84, 84)
 

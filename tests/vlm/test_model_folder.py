@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from covr_fast.vlm.model_folder import model_folder, replaced_model
+from covr_fast.vlm.model.folder import model_folder, replaced_model
 
 
 def save(folder, text):

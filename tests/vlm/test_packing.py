@@ -9,11 +9,13 @@ import torch.nn.functional as F
 from tiny import WRITERS
 from torch import Tensor, nn
 
-from covr_fast.vlm import ActionPrior, TunerConfig, VLMTuner, nano
-from covr_fast.vlm.attention import choose_attention
-from covr_fast.vlm.cache import TrainingCache
-from covr_fast.vlm.objective import AnswerModel, Samples, weighted_loss
-from covr_fast.vlm.packing import (
+from covr_fast.vlm import ActionPrior, TunerConfig, VLMTuner
+from covr_fast.vlm.finetune.lora import add_lora, trainable
+from covr_fast.vlm.finetune.objective import AnswerModel, Samples, weighted_loss
+from covr_fast.vlm.model import nano
+from covr_fast.vlm.model.attention import choose_attention
+from covr_fast.vlm.model.cache import TrainingCache
+from covr_fast.vlm.model.rows import (
     PACKED_SDPA,
     FlashPacked,
     Packed,
@@ -22,7 +24,6 @@ from covr_fast.vlm.packing import (
     packed_sdpa,
     training_attention,
 )
-from covr_fast.vlm.replica import add_lora, trainable
 
 CPU = torch.device("cpu")
 SIZES = {"qwen2_vl": (60, 84), "qwen2_5_vl": (84, 84)}

@@ -11,9 +11,9 @@ import torch
 from tiny import WRITERS
 
 from covr_fast.vlm import ActionPrior
-from covr_fast.vlm.nano import write_nano
-from covr_fast.vlm.prompt import parse_action
-from covr_fast.vlm.serving import ServingDecoder
+from covr_fast.vlm.answer.prompt import parse_action
+from covr_fast.vlm.decode.transformer import ServingDecoder
+from covr_fast.vlm.model.nano import write_nano
 
 
 def seeded(seed: int) -> torch.Generator:

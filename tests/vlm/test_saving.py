@@ -10,7 +10,7 @@ import torch
 from tiny import WRITERS
 
 from covr_fast.vlm import ActionPrior, TunerConfig, VLMTuner
-from covr_fast.vlm.replica import trainable
+from covr_fast.vlm.finetune.lora import trainable
 
 OPTIONS = {"action_dim": 2, "prompt": "Drive.", "device": "cpu"}
 LORA = TunerConfig(mode="lora", lora_rank=2, lora_alpha=4)

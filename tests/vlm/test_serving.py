@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from covr_fast import _C
-from covr_fast.vlm.attend import Heads, signed
-from covr_fast.vlm.cpp_layers import CppLayer, CppLayers, cpp_layer, cpp_layers
-from covr_fast.vlm.layers import GatedMlp, LayerModules, Norm, Projection
-from covr_fast.vlm.torch_layers import TorchLayers
+from covr_fast.vlm.decode.attend import Heads, signed
+from covr_fast.vlm.decode.cpp_layers import CppLayer, CppLayers, cpp_layer, cpp_layers
+from covr_fast.vlm.decode.layers import GatedMlp, LayerModules, Norm, Projection
+from covr_fast.vlm.decode.torch_layers import TorchLayers
 
 
 @pytest.fixture(autouse=True)

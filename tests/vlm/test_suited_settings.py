@@ -12,7 +12,7 @@ import tiny
 from covr_fast import TrainConfig
 from covr_fast.presets import PRESETS
 from covr_fast.vlm import ActionPrior, TunerConfig, VLMTuner
-from covr_fast.vlm.nano import is_nano
+from covr_fast.vlm.model.nano import is_nano
 
 SMALL = {
     "steps": 60, "warmup": 32, "steps-per-update": 8, "threads": 1, "log-every": 30,

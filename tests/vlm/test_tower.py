@@ -6,9 +6,10 @@ from peft import LoraConfig, get_peft_model
 from test_tuner import QUICK, colours
 from tiny import WRITERS
 
-from covr_fast.vlm import ActionPrior, VLMTuner, nano
-from covr_fast.vlm.backbones import Backbone
-from covr_fast.vlm.tower import ServingTower, make_tower
+from covr_fast.vlm import ActionPrior, VLMTuner
+from covr_fast.vlm.decode.tower import ServingTower, make_tower
+from covr_fast.vlm.model import nano
+from covr_fast.vlm.model.backbones import Backbone
 
 # 56: one block of 2x2 image tokens a window, 16 patches. Two frames fill a temporal patch, as in real ones.
 SMALL_WINDOWS = {"window_size": 56, "depth": 3, "fullatt_block_indexes": [1], "temporal_patch_size": 2}

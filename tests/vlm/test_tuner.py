@@ -12,10 +12,17 @@ from test_grammar import CONTEXT, TOKENIZERS
 
 from covr_fast import ops
 from covr_fast.vlm import ActionPrior, TunerConfig, VLMTuner
-from covr_fast.vlm.attention import causal_mask
-from covr_fast.vlm.grammar import ActionGrammar
-from covr_fast.vlm.loading import load_backbone
-from covr_fast.vlm.objective import IGNORE, AnswerModel, RoundImages, Samples, mean_nll, weighted_loss
+from covr_fast.vlm.answer.grammar import ActionGrammar
+from covr_fast.vlm.finetune.objective import (
+    IGNORE,
+    AnswerModel,
+    RoundImages,
+    Samples,
+    mean_nll,
+    weighted_loss,
+)
+from covr_fast.vlm.model.attention import causal_mask
+from covr_fast.vlm.model.loading import load_backbone
 
 QUICK = TunerConfig(
     mode="full",

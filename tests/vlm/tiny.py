@@ -20,7 +20,7 @@ from transformers import (
     SmolVLMForConditionalGeneration,
 )
 
-from covr_fast.vlm.nano import CHAT_TEMPLATE, SPECIAL_TOKENS, write_nano
+from covr_fast.vlm.model.nano import CHAT_TEMPLATE, SPECIAL_TOKENS, write_nano
 
 ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 TEXT = {

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapters import bare, wrapped
+from ..model.adapters import bare, wrapped
+from ..model.backbones import Backbone, ImageFeatures
 from .attend import Heads, Held
-from .backbones import Backbone, ImageFeatures
 from .cpp_layers import cpp_layers
 from .layers import LayerModules, Norm
 from .torch_layers import TorchLayers

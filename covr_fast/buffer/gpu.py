@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .. import _C
 from ..border import CPU, address
-from .form import Form
-from .spec import KeySpec
+from .observation import KeySpec
+from .output import Form
 from .storage import Storage
 
 

@@ -8,7 +8,7 @@ seen no text and no image: it serves to run the whole method anywhere, not to su
 import json
 from pathlib import Path
 
-from .prompt import JOINER, OPENING, default_prompt
+from ..answer.prompt import JOINER, OPENING, default_prompt
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from covr_fast import ops
 
-from .backbones import Backbone, ImageFeatures
-from .cache import TrainingCache
-from .decode import Layout, record_prefix
-from .grammar import ActionGrammar
-from .packing import arrange
+from ..answer.grammar import ActionGrammar
+from ..decode.decoder import Layout, record_prefix
+from ..model.backbones import Backbone, ImageFeatures
+from ..model.cache import TrainingCache
+from ..model.rows import arrange
 
 IGNORE = -100
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import SupportsIndex
 
-from ..scalars import as_int
+from ...scalars import as_int
 
 OPENING = "Action: ["
 JOINER = ", "

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..files import read_json
-from .model_folder import ADAPTER_FILE
+from ...files import read_json
+from .folder import ADAPTER_FILE
 
 LAYERWISE = frozenset(
     {

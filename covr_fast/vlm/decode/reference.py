@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from .backbones import Backbone
-from .grammar import ActionGrammar
+from ..answer.grammar import ActionGrammar
+from ..model.backbones import Backbone
 
 
 class GrammarProcessor(LogitsProcessor):

@@ -3,7 +3,7 @@
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from .packing import Padded
+from .rows import Padded
 
 Prefix = list[tuple[Tensor, Tensor]]
 """Per layer the keys and values [1, heads, P, head_dim] of the tokens that every row begins with."""

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..cuda_graph import Captured, Graphs, Tensors
-from .backbones import ImageFeatures
-from .decode import Decoder
-from .serving import KeyValueCache
+from ...cuda_graph import Captured, Graphs, Tensors
+from ..model.backbones import ImageFeatures
+from .decoder import Decoder
+from .transformer import KeyValueCache
 
 
 class GraphedDecoder:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _C
 from ..border import CPU, address
-from .spec import KeySpec, Shape
+from .observation import KeySpec, Shape
 
 Augment = Literal["shift", "crop"]
 

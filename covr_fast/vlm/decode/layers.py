@@ -14,7 +14,7 @@ from covr_fast import _C
 from covr_fast.border import address
 from covr_fast.ops._backend import launch
 
-from .adapters import bare, linear_weights, untouched
+from ..model.adapters import bare, linear_weights, untouched
 
 
 def in_cpp(like: Tensor) -> bool:

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from ..files import read_json
+from ...files import read_json
 from .attention import choose_attention
 from .backbones import Backbone, backbone_class
-from .model_folder import ADAPTER_FILE, SETTINGS_FILE
+from .folder import ADAPTER_FILE, SETTINGS_FILE
 from .nano import write_nano
 from .quantized import bitsandbytes_config, check_own_quantization, prepare
 

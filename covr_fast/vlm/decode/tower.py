@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from covr_fast.ops._backend import launch
 
-from .adapters import mergeable, untouched, wrapped
+from ..model.adapters import mergeable, untouched, wrapped
+from ..model.backbones import Backbone, ImageFeatures, QwenVL
+from ..model.patches import PatchPixels
 from .attend import Heads, signed
-from .backbones import Backbone, ImageFeatures, QwenVL
 from .cpp_layers import CppLayer, cpp_layer
 from .layers import LayerModules, Norm, Projection
-from .pixels import PatchPixels
 
 
 class ServingTower:

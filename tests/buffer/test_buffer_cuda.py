@@ -5,7 +5,7 @@ import torch
 from test_buffer import Driver, make
 
 from covr_fast import _C
-from covr_fast.buffer.device import check_device
+from covr_fast.buffer.gpu import check_device
 
 
 @pytest.mark.needs_cuda

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backbones import Backbone, ImageFeatures
-from .cache import Prefix, RecordingCache
-from .grammar import ActionGrammar, Level
-from .packing import arrange
-from .serving import KeyValueCache, ServingDecoder
+from ..answer.grammar import ActionGrammar, Level
+from ..model.backbones import Backbone, ImageFeatures
+from ..model.cache import Prefix, RecordingCache
+from ..model.rows import arrange
+from .transformer import KeyValueCache, ServingDecoder
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from ..mode import own_mode
 from .adapters import bare, check_adapters, check_savable, disabled, untie, untouched
 from .attention import register_segmented_sdpa
 from .cache import Prefix
-from .mode import own_mode
-from .packing import Padded
-from .pixels import PatchPixels
+from .patches import PatchPixels
+from .rows import Padded
 
 
 @dataclass(frozen=True)

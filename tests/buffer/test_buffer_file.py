@@ -12,7 +12,8 @@ import torch
 from test_buffer import Driver, make
 
 from covr_fast import ReplayBuffer
-from covr_fast.buffer import Prioritized, io
+from covr_fast.buffer import Prioritized
+from covr_fast.buffer import file as io
 
 FEW, WRAPPED = 7, 100
 

@@ -6,8 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .backbones import Backbone
-from .quantized import shared_state
+from ..model.backbones import Backbone
+from ..model.quantized import shared_state
 
 
 def trainable(model: nn.Module) -> list[Tensor]:

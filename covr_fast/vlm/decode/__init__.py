@@ -1,0 +1,1 @@
+"""How an answer is made: the fast decoder, and the reference that it must equal."""

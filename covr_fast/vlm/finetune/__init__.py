@@ -1,0 +1,1 @@
+"""How the VLM learns: the loss of a round, and the weights that it changes."""

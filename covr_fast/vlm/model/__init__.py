@@ -1,0 +1,1 @@
+"""The VLM itself: architectures, loading and saving, adapters, attention, images and rows."""
