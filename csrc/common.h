@@ -10,9 +10,6 @@
 #define COVR_HD inline __attribute__((always_inline))
 #endif
 
-// For lambdas, where the compiler has to see through them.
-#define COVR_INLINE __attribute__((always_inline))
-
 // One binary, the best vector instructions of the machine it runs on: the loader picks the clone.
 // Sanitizers cannot instrument ifunc resolvers, so they build the plain function.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \

@@ -7,15 +7,11 @@ namespace covr {
 void bind_filter(py::module_& m);
 void bind_finite(py::module_& m);
 void bind_frames(py::module_& m);
-void bind_lanes(py::module_& m);
 void bind_loss(py::module_& m);
 void bind_output_pool(py::module_& m);
-void bind_patches(py::module_& m);
-void bind_product(py::module_& m);
 void bind_replay(py::module_& m);
 void bind_returns(py::module_& m);
 void bind_sum_tree(py::module_& m);
-void bind_transformer(py::module_& m);
 void bind_weights(py::module_& m);
 }  // namespace covr
 
@@ -29,14 +25,10 @@ PYBIND11_MODULE(_C, m) {
   covr::bind_filter(m);
   covr::bind_finite(m);
   covr::bind_frames(m);
-  covr::bind_lanes(m);
   covr::bind_loss(m);
   covr::bind_output_pool(m);
-  covr::bind_patches(m);
-  covr::bind_product(m);
   covr::bind_replay(m);
   covr::bind_returns(m);
   covr::bind_sum_tree(m);
-  covr::bind_transformer(m);
   covr::bind_weights(m);
 }

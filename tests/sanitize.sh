@@ -53,15 +53,15 @@ for kind in "${kinds[@]}"; do
       build address address,undefined
       # Python itself leaks at exit, and torch allocates with mismatched pairs. A child that was forked while another
       # thread allocated would wait for the sanitizer's own lock for ever.
-      check address libasan.so detect_leaks=0:alloc_dealloc_mismatch=0 tests/ops tests/test_buffer*.py \
-        tests/vlm/test_serving.py --ignore=tests/buffer/test_buffer_processes.py
+      check address libasan.so detect_leaks=0:alloc_dealloc_mismatch=0 tests/ops tests/buffer \
+        --ignore=tests/buffer/test_buffer_processes.py
       ;;
     thread)
       build thread thread
       # Three threads even where the tests ask for one. torch's own are not instrumented: only races in this
       # project's code count.
       COVR_TEST_THREADS=3 check thread libtsan.so ignore_noninstrumented_modules=1:halt_on_error=1:exitcode=66 \
-        tests/ops tests/buffer/test_buffer_threads.py tests/buffer/test_buffer.py tests/vlm/test_serving.py
+        tests/ops tests/buffer/test_buffer_threads.py tests/buffer/test_buffer.py
       ;;
     *)
       echo "unknown sanitizer: $kind (address or thread)" >&2
