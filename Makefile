@@ -5,8 +5,8 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 PY := $(VENV)/bin/python
-NATIVE := setup.py CMakeLists.txt $(wildcard csrc/* kernels/cuda/*)
-CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp kernels/cuda/*.h kernels/cuda/*.cuh kernels/cuda/*.cu)
+NATIVE := setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/* kernels/cuda/*)
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp kernels/cuda/*.h kernels/cuda/*.cu)
 
 .PHONY: demo test package sanitize lint format gpu-check clean system
 

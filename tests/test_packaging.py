@@ -54,7 +54,7 @@ def unpacked(tmp_path_factory):
 @pytest.fixture
 def small_source(source):
     """The same with an extension that compiles in a moment."""
-    for path in source.glob("csrc/*.cpp"):
+    for path in source.glob("csrc/**/*.cpp"):
         path.unlink()
     (source / "csrc/module.cpp").write_text(
         "#include <Python.h>\n"

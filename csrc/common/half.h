@@ -4,7 +4,7 @@
 
 #include <cstring>
 
-#include "common.h"
+#include "common/macros.h"
 
 namespace covr {
 

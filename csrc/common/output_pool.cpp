@@ -1,4 +1,4 @@
-#include "output_pool.h"
+#include "common/output_pool.h"
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>

@@ -1,7 +1,7 @@
 // The exponential that vectorises: exp(x) for x <= 0, which is what a softmax and a sigmoid need.
 #pragma once
 
-#include "half.h"
+#include "common/half.h"
 
 namespace covr {
 

@@ -1,6 +1,6 @@
 // EDDF on the CPU: one pass for moments and a histogram, the ranks from the few bins that hold them, one
 // counting pass and one compacting pass. Nothing is sorted and no z-score is written.
-#include "filter.h"
+#include "ops/filter.h"
 
 #include <pybind11/pybind11.h>
 
@@ -9,7 +9,7 @@
 #include <atomic>
 #include <vector>
 
-#include "parallel.h"
+#include "common/parallel.h"
 
 namespace py = pybind11;
 

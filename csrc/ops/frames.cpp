@@ -1,5 +1,5 @@
 // Integer shift and crop of image batches, with conversion to the asked pixel format in the same pass.
-#include "frames.h"
+#include "ops/frames.h"
 
 #include <pybind11/pybind11.h>
 
@@ -7,7 +7,7 @@
 #include <array>
 #include <stdexcept>
 
-#include "parallel.h"
+#include "common/parallel.h"
 
 namespace py = pybind11;
 

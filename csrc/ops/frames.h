@@ -2,8 +2,8 @@
 // replay sampling.
 #pragma once
 
-#include "common.h"
-#include "half.h"
+#include "common/macros.h"
+#include "common/half.h"
 
 namespace covr {
 

@@ -8,9 +8,9 @@
 #include <stdexcept>
 #include <string>
 
-#include "exp.h"
-#include "half.h"
-#include "parallel.h"
+#include "ops/exp.h"
+#include "common/half.h"
+#include "common/parallel.h"
 
 namespace py = pybind11;
 

@@ -1,12 +1,12 @@
 // Discounted returns within episodes: a segmented scan over time, last step first.
-#include "returns.h"
+#include "ops/returns.h"
 
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
 #include <array>
 
-#include "parallel.h"
+#include "common/parallel.h"
 
 namespace py = pybind11;
 

@@ -1,7 +1,7 @@
 // The recurrence of a discounted return, shared by the CPU and CUDA kernels.
 #pragma once
 
-#include "common.h"
+#include "common/macros.h"
 
 namespace covr {
 

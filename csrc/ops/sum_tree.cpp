@@ -1,5 +1,5 @@
 // The sum tree on the CPU: single-threaded, since a batch touches a few kilobytes.
-#include "sum_tree.h"
+#include "ops/sum_tree.h"
 
 #include <pybind11/pybind11.h>
 

@@ -4,7 +4,7 @@
 // levels lie one after the other in one array, lowest first, the root last.
 #pragma once
 
-#include "common.h"
+#include "common/macros.h"
 
 namespace covr {
 

@@ -1,5 +1,5 @@
 // Return-aware loss weights.
-#include "weights.h"
+#include "ops/weights.h"
 
 #include <pybind11/pybind11.h>
 

@@ -1,7 +1,7 @@
 // RALW's weight, shared by the CPU and CUDA kernels.
 #pragma once
 
-#include "common.h"
+#include "common/macros.h"
 
 namespace covr {
 

@@ -11,10 +11,10 @@
 #include <shared_mutex>
 #include <stdexcept>
 
-#include "priorities.h"
-#include "replay.h"
+#include "replay/priorities.h"
+#include "replay/replay.h"
 #ifdef COVR_WITH_CUDA
-#include "gather_cuda.h"
+#include "replay/gather_cuda.h"
 #endif
 
 namespace py = pybind11;

@@ -1,6 +1,6 @@
 // The CPU side of gather.h. A shifted plane is first cut out into a scratch area that stays in the cache, so
 // that the expensive part, casting and writing, always runs over long contiguous spans.
-#include "gather.h"
+#include "replay/gather.h"
 
 #include <algorithm>
 #include <cstring>

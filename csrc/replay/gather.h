@@ -1,7 +1,7 @@
 // Rebuilding observations from a ring of single frames: gather, stack, shift or crop, normalise, cast, write.
 #pragma once
 
-#include "gather_index.h"
+#include "replay/gather_index.h"
 
 namespace covr {
 

@@ -1,7 +1,7 @@
 // What kernels/cuda/gather.cu offers; nothing of it waits for the device.
 #pragma once
 
-#include "gather.h"
+#include "replay/gather.h"
 
 namespace covr {
 

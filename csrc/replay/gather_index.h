@@ -2,7 +2,7 @@
 // random numbers decide it. Nothing here touches memory.
 #pragma once
 
-#include "common.h"
+#include "common/macros.h"
 
 namespace covr {
 

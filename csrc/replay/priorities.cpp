@@ -1,12 +1,12 @@
-#include "priorities.h"
+#include "replay/priorities.h"
 
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
 #include <string>
 
-#include "replay.h"
-#include "sum_tree.h"
+#include "replay/replay.h"
+#include "ops/sum_tree.h"
 
 namespace covr {
 

@@ -1,4 +1,4 @@
-#include "replay.h"
+#include "replay/replay.h"
 
 #include <algorithm>
 #include <cmath>
@@ -6,8 +6,8 @@
 #include <stdexcept>
 #include <utility>
 
-#include "half.h"
-#include "parallel.h"
+#include "common/half.h"
+#include "common/parallel.h"
 
 namespace covr {
 namespace {

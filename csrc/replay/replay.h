@@ -12,8 +12,8 @@
 #include <string>
 #include <vector>
 
-#include "gather.h"
-#include "shared_lock.h"
+#include "replay/gather.h"
+#include "replay/shared_lock.h"
 
 namespace covr {
 

@@ -6,7 +6,7 @@
 // only. Sums are taken in a fixed order, so results repeat.
 #include <algorithm>
 
-#include "filter.h"
+#include "ops/filter.h"
 #include "launch.h"
 
 namespace covr::cuda {

@@ -1,7 +1,7 @@
 // Integer shift and crop of image batches on the GPU, with conversion to the asked pixel format.
 #include <algorithm>
 
-#include "frames.h"
+#include "ops/frames.h"
 #include "launch.h"
 
 namespace covr::cuda {

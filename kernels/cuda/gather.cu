@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "gather_cuda.h"
+#include "replay/gather_cuda.h"
 
 namespace covr {
 namespace {

@@ -8,7 +8,7 @@
 #include <algorithm>
 
 #include "launch.h"
-#include "returns.h"
+#include "ops/returns.h"
 
 namespace covr::cuda {
 namespace {

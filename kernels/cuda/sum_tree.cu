@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "launch.h"
-#include "sum_tree.h"
+#include "ops/sum_tree.h"
 
 namespace covr::cuda {
 namespace {

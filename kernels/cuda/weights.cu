@@ -1,9 +1,9 @@
 // Return-aware loss weights on the GPU: extremes, then the map.
 #include <algorithm>
 
-#include "filter.h"
+#include "ops/filter.h"
 #include "launch.h"
-#include "weights.h"
+#include "ops/weights.h"
 
 namespace covr::cuda {
 namespace {
