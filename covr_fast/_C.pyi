@@ -1,4 +1,4 @@
-# The compiled module takes raw pointers; ops and the buffer check what they pass and are the typed layer.
+# Functions on tensors check dtype, dimensions, device and contiguity of each argument: see csrc/common/border.h.
 from typing import Any
 
 with_cuda: bool

@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,13 +10,10 @@ from gymnasium import spaces
 from tensordict import TensorDict
 from test_trainer import small_config
 
-import covr_fast
 from covr_fast import ReplayBuffer, Trainer, ops
 from covr_fast.agents import SAC, SACConfig
-from covr_fast.border import address
 from covr_fast.buffer import FineTuneView, Prioritized, Recent
 from covr_fast.integrations import sb3, torchrl
-from covr_fast.ops._backend import launch
 from covr_fast.vlm import ActionPrior
 
 DEFAULTS = ["float64", "bfloat16", "float16", "meta"]
@@ -319,32 +315,3 @@ def test_batches_stay_right_while_another_thread_changes_the_default():
         torch.set_default_dtype(torch.float32)
     assert_same(sampled, [fields(expected.sample(16)) for _ in range(300)])
     assert_same([fields(made.sample(16))], [fields(make_buffer("recent").sample(16))])
-
-
-@pytest.mark.parametrize(
-    "tensor",
-    [
-        torch.zeros(4, dtype=torch.float64),
-        torch.zeros(4, device="meta"),
-        torch.zeros(8)[::2],
-        torch.zeros(4, 2).T,
-    ],
-    ids=["dtype", "device", "strides", "transposed"],
-)
-def test_the_border_refuses_what_a_kernel_would_misread(tensor):
-    with pytest.raises(TypeError, match=r"contiguous torch\.float32 tensor on cpu, but was given torch"):
-        address(tensor, torch.float32)
-    with pytest.raises(TypeError, match="was given"):
-        launch("return_weights", (torch.zeros(4), torch.float32), (tensor, torch.float32), 4)
-
-
-def test_a_kernel_gets_no_tensor_whose_dtype_nobody_states():
-    with pytest.raises(TypeError, match="return_weights: a tensor must say which dtype"):
-        launch("return_weights", (torch.zeros(4), torch.float32), torch.zeros(4), 4)
-
-
-def test_addresses_leave_python_in_one_place_only():
-    """`address` checks; a bare data_ptr would not."""
-    root = Path(covr_fast.__file__).parent
-    found = [p.relative_to(root).as_posix() for p in root.rglob("*.py") if ".data_ptr()" in p.read_text()]
-    assert found == ["border.py"]

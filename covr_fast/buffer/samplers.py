@@ -99,5 +99,4 @@ class PriorityTree:
         n = len(self._leaves)
         rows = torch.arange(n, dtype=torch.int64, device=CPU)
         priorities = state["priorities"].to(CPU, torch.float32).contiguous()
-        entries = address(rows, torch.int64), address(priorities, torch.float32)
-        _C.sum_tree_update(*self._tree, n, *entries, n)
+        _C.sum_tree_update(self._leaves, self._sums, rows, priorities)

@@ -16,8 +16,6 @@ except ImportError as error:  # a checkout that was never built
         "`python setup.py build_ext --inplace`"
     ) from error
 
-from covr_fast.border import address
-
 Backend = Literal["auto", "reference", "cpp", "cuda", "triton"]
 
 _BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
@@ -79,30 +77,19 @@ def stream(tensor: Tensor) -> int:
     return torch.cuda.current_stream(tensor.device).cuda_stream
 
 
-def launch(kernel: str, *arguments: Any) -> None:
-    """Calls `_C.<kernel>`, or on a GPU `_C.<kernel>_cuda` with the caller's stream as one more argument.
-
-    A tensor comes as a pair with the dtype that the kernel takes it for, and is handed over as its address:
-    contiguous, and on the device of the first argument, which is one. The rest is handed over as it is.
+def launch(kernel: str, first: Tensor, *others: Any) -> None:
+    """Calls `_C.<kernel>`, or on a GPU `_C.<kernel>_cuda` with the caller's stream as the last argument.
 
     Raises:
-        TypeError: a tensor is of another dtype or device than that, is not contiguous, or came alone.
+        TypeError: a tensor has not the dtype, shape, device or layout that the kernel takes.
     """
-    anchor: Tensor = arguments[0][0]
-    device = anchor.device
-    raw = []
-    for value in arguments:
-        if isinstance(value, Tensor):
-            raise TypeError(f"{kernel}: a tensor must say which dtype the kernel takes it for")
-        if isinstance(value, tuple):
-            tensor, dtype = value
-            value = address(tensor, dtype, device)
-        raw.append(value)
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            getattr(_C, f"{kernel}_cuda")(*raw, stream(anchor))
-    else:
-        getattr(_C, kernel)(*raw)
+    if not first.is_cuda:
+        return getattr(_C, kernel)(first, *others)
+    for other in others:
+        if isinstance(other, Tensor) and other.device != first.device:
+            raise TypeError(f"{kernel}: one tensor is on {first.device}, another one on {other.device}")
+    with torch.cuda.device(first.device):
+        getattr(_C, f"{kernel}_cuda")(first, *others, stream(first))
 
 
 def check_floating(operation: str, name: str, tensor: Tensor, shape: str) -> None:

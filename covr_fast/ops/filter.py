@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from covr_fast import _C
-from covr_fast.border import address
 
 from . import reference
 from ._backend import Backend, check_floating, launch, library, select
@@ -140,14 +139,14 @@ library.define(
 def _cpp(returns: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     returns = returns.contiguous()
     statistics = torch.empty(4, dtype=torch.float64, device=returns.device)
-    values, n, threads = address(returns, torch.float32), returns.numel(), torch.get_num_threads()
+    threads = torch.get_num_threads()
     # The count comes first, so that only the kept indices are allocated.
-    count = _C.exploration_threshold(values, n, scale, address(statistics, torch.float64), threads)
+    count = _C.exploration_threshold(returns, scale, statistics, threads)
     if count < 0:
         raise ValueError(_NOT_FINITE)
     indices = empty((count,), torch.int64, returns.device)
     if count:
-        _C.indices_above(values, n, float(statistics[1]), address(indices, torch.int64), threads)
+        _C.indices_above(returns, float(statistics[1]), indices, threads)
     return indices, statistics
 
 
@@ -169,8 +168,7 @@ def _cuda_padded(returns: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]
     kept = indices.new_empty(())
     statistics = returns.new_empty(4, dtype=torch.float64)
     workspace = returns.new_zeros(_C.exploration_filter_workspace(returns.numel()), dtype=torch.uint8)
-    found = (indices, torch.int64), (kept, torch.int64), (statistics, torch.float64), (workspace, torch.uint8)
-    launch("exploration_filter", (returns, torch.float32), returns.numel(), scale, *found)
+    launch("exploration_filter", returns, scale, indices, kept, statistics, workspace)
     return indices, kept, statistics
 
 

@@ -117,9 +117,7 @@ def _run(frames: Tensor, offsets: Tensor, pad: int, height: int, width: int, dty
     frames, offsets = frames.contiguous(), offsets.contiguous()
     result = empty((*frames.shape[:2], height, width), dtype, frames.device)
     threads = () if frames.is_cuda else (torch.get_num_threads(),)
-    output = _OUTPUTS.index(dtype)
-    tensors = (result, dtype), (frames, torch.uint8), (offsets, torch.int64)
-    launch("window", *tensors, *frames.shape, height, width, pad, output, *threads)
+    launch("window", result, frames, offsets, pad, *threads)
     return result
 
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from covr_fast import _C
-from covr_fast.border import address
 
 from . import reference
 from ._backend import Backend, check_floating, check_same_device, library, select
@@ -183,11 +182,8 @@ def _reduce_rows(
 
         return kernels.reduce_rows(logits, labels, scale, smoothing)
     losses, normaliser = torch.empty_like(scale), scale.new_empty(2, scale.numel())
-    _C.cross_entropy_reduce(
-        address(losses, torch.float32),
-        address(normaliser, torch.float32),
-        *_row_arguments(logits, labels, scale, smoothing),
-    )
+    threads = torch.get_num_threads()
+    _C.cross_entropy_reduce(losses, normaliser, logits, labels, scale, smoothing, threads)
     return losses, normaliser
 
 
@@ -207,24 +203,8 @@ def _write_gradient(
 
         kernels.write_gradient(out, logits, labels, scale, smoothing, normaliser, upstream)
     else:
-        _C.cross_entropy_gradient(
-            address(out, logits.dtype),
-            address(normaliser, torch.float32),
-            float(upstream),
-            *_row_arguments(logits, labels, scale, smoothing),
-        )
-
-
-def _row_arguments(logits: Tensor, labels: Tensor, scale: Tensor, smoothing: float) -> tuple:
-    return (
-        address(logits, logits.dtype),
-        address(labels, torch.int64),
-        address(scale, torch.float32),
-        *logits.shape,
-        smoothing,
-        _DTYPES.index(logits.dtype),
-        torch.get_num_threads(),
-    )
+        threads = torch.get_num_threads()
+        _C.cross_entropy_gradient(out, normaliser, float(upstream), logits, labels, scale, smoothing, threads)
 
 
 library.define(

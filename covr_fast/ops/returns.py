@@ -54,14 +54,12 @@ library.define("discounted_returns(Tensor rewards, Tensor ends, float gamma) -> 
 @torch.library.impl("covr_fast::discounted_returns", ("cpu", "cuda"), lib=library)
 def _run(rewards: Tensor, ends: Tensor, gamma: float) -> Tensor:
     rewards, ends = rewards.contiguous(), ends.contiguous()
-    dtype = rewards.dtype
-    result = empty(rewards.shape, dtype, rewards.device)
-    # The last argument is the number of threads on the CPU, and on a GPU where chunks leave their summaries.
-    extra: int | tuple[Tensor, torch.dtype] = torch.get_num_threads()
+    result = empty(rewards.shape, rewards.dtype, rewards.device)
     if rewards.is_cuda:
-        extra = rewards.new_empty(_C.discounted_returns_workspace(*rewards.shape)), dtype
-    tensors = (result, dtype), (rewards, dtype), (ends, torch.bool)
-    launch("discounted_returns", *tensors, *rewards.shape, gamma, dtype == torch.float64, extra)
+        workspace = rewards.new_empty(_C.discounted_returns_workspace(*rewards.shape))
+        launch("discounted_returns", result, rewards, ends, gamma, workspace)
+    else:
+        launch("discounted_returns", result, rewards, ends, gamma, torch.get_num_threads())
     return result
 
 

@@ -110,20 +110,15 @@ library.define("sum_tree_sample(Tensor leaves, Tensor sums, Tensor jitter) -> (T
 @torch.library.impl("covr_fast::sum_tree_update", ("cpu", "cuda"), lib=library)
 def _update(leaves: Tensor, sums: Tensor, claims: Tensor, indices: Tensor, priorities: Tensor) -> None:
     indices, priorities = indices.contiguous(), priorities.contiguous()
-    tree = [(leaves, torch.float32), (sums, torch.float64)]
-    if leaves.is_cuda:
-        tree.append((claims, torch.int32))
-    entries = (indices, torch.int64), (priorities, torch.float32)
-    launch("sum_tree_update", *tree, leaves.numel(), *entries, indices.numel())
+    tree = (leaves, sums, claims) if leaves.is_cuda else (leaves, sums)
+    launch("sum_tree_update", *tree, indices, priorities)
 
 
 @torch.library.impl("covr_fast::sum_tree_sample", ("cpu", "cuda"), lib=library)
 def _sample(leaves: Tensor, sums: Tensor, jitter: Tensor) -> tuple[Tensor, Tensor]:
     jitter = jitter.contiguous()
     indices, probabilities = torch.empty_like(jitter, dtype=torch.int64), torch.empty_like(jitter)
-    tree = (leaves, torch.float32), (sums, torch.float64)
-    out = (indices, torch.int64), (probabilities, torch.float64)
-    launch("sum_tree_sample", *tree, leaves.numel(), (jitter, torch.float64), jitter.numel(), *out)
+    launch("sum_tree_sample", leaves, sums, jitter, indices, probabilities)
     return indices, probabilities
 
 

@@ -37,7 +37,7 @@ library.define("return_weights(Tensor returns) -> Tensor")
 def _cpp(returns: Tensor) -> Tensor:
     returns = returns.contiguous()
     weights = empty(returns.shape, returns.dtype, returns.device)
-    launch("return_weights", (weights, torch.float32), (returns, torch.float32), returns.numel())
+    launch("return_weights", weights, returns)
     return weights
 
 
@@ -45,9 +45,7 @@ def _cpp(returns: Tensor) -> Tensor:
 def _cuda(returns: Tensor) -> Tensor:
     returns = returns.contiguous()
     weights = torch.empty_like(returns)
-    extremes = returns.new_zeros(2, dtype=torch.int32)
-    tensors = (weights, torch.float32), (returns, torch.float32)
-    launch("return_weights", *tensors, returns.numel(), (extremes, torch.int32))
+    launch("return_weights", weights, returns, returns.new_zeros(2, dtype=torch.int32))
     return weights
 
 

@@ -2,16 +2,14 @@
 // counting pass and one compacting pass. Nothing is sorted and no z-score is written.
 #include "ops/filter.h"
 
-#include <pybind11/pybind11.h>
-
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <stdexcept>
 #include <vector>
 
+#include "common/border.h"
 #include "common/parallel.h"
-
-namespace py = pybind11;
 
 namespace covr {
 namespace {
@@ -201,8 +199,12 @@ bool sorted_values(const float* values, int64_t n, double* ranked, Moments& mome
 }
 
 // Writes the statistics and returns how many values are above the cutoff, or -1 for a NaN or infinite value.
-int64_t exploration_threshold(uintptr_t values_, int64_t n, double scale, uintptr_t statistics, int threads) {
-  const auto* values = reinterpret_cast<const float*>(values_);
+int64_t exploration_threshold(View<const float, 1> returns, double scale, View<double, 1> statistics,
+                              int threads) {
+  const float* values = returns.data;
+  const int64_t n = returns.size();
+  if (n == 0) throw std::invalid_argument("returns are empty");
+  require_shape("statistics", statistics.shape, {4});
   double ranked[kRanks];
   Moments moments;
   // 65,536 bins leave few values to look at again, but only a large input repays clearing and reading them.
@@ -211,7 +213,7 @@ int64_t exploration_threshold(uintptr_t values_, int64_t n, double scale, uintpt
                                       : ranked_values<16>(values, n, threads, ranked, moments);
   if (!finite) return -1;
   const FilterStatistics s = filter_statistics(n, ranked, values[0], moments.sum, moments.squares, scale);
-  *reinterpret_cast<FilterStatistics*>(statistics) = s;
+  std::memcpy(statistics.data, &s, sizeof s);
   if (s.std == 0) return 0;
   std::atomic<int64_t> count = 0;
   parallel_for(n, kGrain, threads, [&](int64_t begin, int64_t end) {
@@ -220,10 +222,11 @@ int64_t exploration_threshold(uintptr_t values_, int64_t n, double scale, uintpt
   return count;
 }
 
-// Indices of the values above the cutoff, ascending; out has room for exactly those.
-void indices_above(uintptr_t values_, int64_t n, double cutoff, uintptr_t out_, int threads) {
-  const auto* values = reinterpret_cast<const float*>(values_);
-  auto* out = reinterpret_cast<int64_t*>(out_);
+// Indices of the returns above the cutoff, ascending; `indices` has as many elements as there are.
+void indices_above(View<const float, 1> returns, double cutoff, View<int64_t, 1> indices, int threads) {
+  const float* values = returns.data;
+  int64_t* out = indices.data;
+  const int64_t n = returns.size();
   const float threshold = float_at_or_below(cutoff);
   const int64_t pieces = std::clamp<int64_t>(n / kGrain, 1, std::max(threads, 1));
   std::vector<int64_t> offset(pieces + 1, 0);
@@ -233,6 +236,7 @@ void indices_above(uintptr_t values_, int64_t n, double cutoff, uintptr_t out_, 
           count_above(values + n * piece / pieces, n * (piece + 1) / pieces - n * piece / pieces, threshold);
   });
   for (int64_t piece = 0; piece < pieces; ++piece) offset[piece + 1] += offset[piece];
+  require_shape("indices", indices.shape, {offset[pieces]});
   parallel_for(pieces, 1, threads, [&](int64_t begin, int64_t end) {
     for (int64_t piece = begin; piece < end; ++piece) {
       int64_t* position = out + offset[piece];
@@ -249,12 +253,13 @@ void indices_above(uintptr_t values_, int64_t n, double cutoff, uintptr_t out_, 
 
 }  // namespace
 
-void bind_filter(py::module_& m) {
-  m.def("exploration_threshold", &exploration_threshold, py::call_guard<py::gil_scoped_release>());
-  m.def("indices_above", &indices_above, py::call_guard<py::gil_scoped_release>());
+void bind_filter(pybind11::module_& m) {
+  define(m, "exploration_threshold", &exploration_threshold, "returns", "scale", "statistics", "threads");
+  define(m, "indices_above", &indices_above, "returns", "cutoff", "indices", "threads");
 #ifdef COVR_WITH_CUDA
-  m.def("exploration_filter_workspace", &cuda::exploration_filter_workspace);
-  m.def("exploration_filter_cuda", &cuda::exploration_filter, py::call_guard<py::gil_scoped_release>());
+  define(m, "exploration_filter_workspace", &cuda::exploration_filter_workspace, "n");
+  define(m, "exploration_filter_cuda", &cuda::exploration_filter, "returns", "scale", "indices", "kept",
+         "statistics", "workspace", "stream");
 #endif
 }
 

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "common/macros.h"
+#include "common/view.h"
 
 namespace covr {
 
@@ -37,7 +38,8 @@ COVR_HD double interpolate_quartile(int64_t n, int quartile, double below, doubl
   return below + (above - below) * (static_cast<double>((n - 1) * quartile % 4) / 4.0);
 }
 
-struct FilterStatistics {  // the order of the statistics tensor
+// In the order of the statistics tensor, float64 [4].
+struct FilterStatistics {
   double tau, cutoff, mean, std;
 };
 
@@ -66,10 +68,12 @@ COVR_HD float float_at_or_below(double cutoff) {
 
 #ifdef COVR_WITH_CUDA
 namespace cuda {
-// Bytes to hand over, zeroed, as workspace.
+// How many zeroed bytes the workspace must have for n returns.
 int64_t exploration_filter_workspace(int64_t n);
-void exploration_filter(uintptr_t values, int64_t n, double scale, uintptr_t indices, uintptr_t kept,
-                        uintptr_t statistics, uintptr_t workspace, uintptr_t stream);
+// indices: [n], the first `kept` of them ascending and the rest -1; statistics: [4].
+void exploration_filter(CudaView<const float, 1> returns, double scale, CudaView<int64_t, 1> indices,
+                        CudaView<int64_t, 0> kept, CudaView<double, 1> statistics,
+                        CudaView<uint8_t, 1> workspace, uintptr_t stream);
 }  // namespace cuda
 #endif
 

@@ -1,24 +1,14 @@
 // Integer shift and crop of image batches, with conversion to the asked pixel format in the same pass.
 #include "ops/frames.h"
 
-#include <pybind11/pybind11.h>
-
 #include <algorithm>
 #include <array>
-#include <stdexcept>
 
+#include "common/border.h"
 #include "common/parallel.h"
-
-namespace py = pybind11;
 
 namespace covr {
 namespace {
-
-struct Shape {
-  int64_t batch, channels;
-  int height, width;          // of the source
-  int out_height, out_width;  // of the window
-};
 
 COVR_CLONES void convert(float* out, const uint8_t* pixels, int n) {
   for (int i = 0; i < n; ++i) out[i] = pixel_to<float>(pixels[i]);
@@ -48,7 +38,7 @@ void window_row(T* out, const uint8_t* source, int width, int out_width, int64_t
 }
 
 template <typename T>
-void window_images(T* out, const uint8_t* frames, const int64_t* offsets, const Shape& s, int pad,
+void window_images(T* out, const uint8_t* frames, const int64_t* offsets, const WindowShape& s, int pad,
                    int threads) {
   constexpr int64_t kGrainPixels = 1 << 15;
   const int64_t pixels = s.channels * s.out_height * s.out_width;
@@ -66,30 +56,22 @@ void window_images(T* out, const uint8_t* frames, const int64_t* offsets, const 
                });
 }
 
-void window(uintptr_t out, uintptr_t frames_, uintptr_t offsets_, int64_t batch, int64_t channels, int height,
-            int width, int out_height, int out_width, int pad, int format, int threads) {
-  const Shape shape{batch, channels, height, width, out_height, out_width};
-  const auto* frames = reinterpret_cast<const uint8_t*>(frames_);
-  const auto* offsets = reinterpret_cast<const int64_t*>(offsets_);
-  switch (static_cast<PixelFormat>(format)) {
-    case PixelFormat::kFloat32:
-      return window_images(reinterpret_cast<float*>(out), frames, offsets, shape, pad, threads);
-    case PixelFormat::kBFloat16:
-      return window_images(reinterpret_cast<BFloat16*>(out), frames, offsets, shape, pad, threads);
-    case PixelFormat::kFloat16:
-      return window_images(reinterpret_cast<Float16*>(out), frames, offsets, shape, pad, threads);
-    case PixelFormat::kUInt8:
-      return window_images(reinterpret_cast<uint8_t*>(out), frames, offsets, shape, pad, threads);
-  }
-  throw std::invalid_argument("window: unknown pixel format");
+void window(Windows<Device::kCpu> out, View<const uint8_t, 4> frames, View<const int64_t, 2> offsets, int pad,
+            int threads) {
+  std::visit(
+      [&](auto out) {
+        const WindowShape shape = window_shape(out.shape, frames.shape, offsets.shape);
+        window_images(out.data, frames.data, offsets.data, shape, pad, threads);
+      },
+      out);
 }
 
 }  // namespace
 
-void bind_frames(py::module_& m) {
-  m.def("window", &window, py::call_guard<py::gil_scoped_release>());
+void bind_frames(pybind11::module_& m) {
+  define(m, "window", &window, "out", "frames", "offsets", "pad", "threads");
 #ifdef COVR_WITH_CUDA
-  m.def("window_cuda", &cuda::window, py::call_guard<py::gil_scoped_release>());
+  define(m, "window_cuda", &cuda::window, "out", "frames", "offsets", "pad", "stream");
 #endif
 }
 

@@ -2,8 +2,12 @@
 // replay sampling.
 #pragma once
 
-#include "common/macros.h"
+#include <array>
+#include <variant>
+
 #include "common/half.h"
+#include "common/macros.h"
+#include "common/view.h"
 
 namespace covr {
 
@@ -12,10 +16,32 @@ COVR_HD int clamp_to_image(int64_t coordinate, int size) {
   return coordinate < 0 ? 0 : coordinate >= size ? size - 1 : static_cast<int>(coordinate);
 }
 
-// Output pixel formats, in the order in which Python numbers them.
-enum class PixelFormat { kFloat32, kBFloat16, kFloat16, kUInt8 };
+// A batch of images and the windows that are cut from them.
+struct WindowShape {
+  int64_t batch, channels;
+  int height, width;          // of an image
+  int out_height, out_width;  // of a window
+};
 
-// pixel / 255 in the asked format; bytes stay as they are.
+// Checks that the shapes of a window's arguments agree.
+inline WindowShape window_shape(const std::array<int64_t, 4>& out, const std::array<int64_t, 4>& frames,
+                                const std::array<int64_t, 2>& offsets) {
+  require_shape("out", out, {frames[0], frames[1], out[2], out[3]});
+  require_shape("offsets", offsets, {frames[0], 2});
+  return {frames[0],
+          frames[1],
+          static_cast<int>(frames[2]),
+          static_cast<int>(frames[3]),
+          static_cast<int>(out[2]),
+          static_cast<int>(out[3])};
+}
+
+// Windows as float32, bfloat16, float16 or uint8 [B, C, height, width].
+template <Device kOn>
+using Windows =
+    std::variant<View<float, 4, kOn>, View<BFloat16, 4, kOn>, View<Float16, 4, kOn>, View<uint8_t, 4, kOn>>;
+
+// pixel / 255 for floating T; bytes stay as they are.
 template <typename T>
 COVR_HD T pixel_to(uint8_t pixel) {
   return from_float<T>(static_cast<float>(pixel) / 255.0f);
@@ -28,8 +54,8 @@ COVR_HD uint8_t pixel_to<uint8_t>(uint8_t pixel) {
 
 #ifdef COVR_WITH_CUDA
 namespace cuda {
-void window(uintptr_t out, uintptr_t frames, uintptr_t offsets, int64_t batch, int64_t channels, int height,
-            int width, int out_height, int out_width, int pad, int format, uintptr_t stream);
+void window(Windows<Device::kCuda> out, CudaView<const uint8_t, 4> frames, CudaView<const int64_t, 2> offsets,
+            int pad, uintptr_t stream);
 }  // namespace cuda
 #endif
 

@@ -1,18 +1,16 @@
 // Rows of logits for the return-weighted cross-entropy: one pass that reduces a row, one that writes its
 // gradient. Rows of scale zero are not read.
-#include <pybind11/pybind11.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <variant>
 
-#include "ops/exp.h"
+#include "common/border.h"
 #include "common/half.h"
 #include "common/parallel.h"
-
-namespace py = pybind11;
+#include "ops/exp.h"
 
 namespace covr {
 namespace {
@@ -141,56 +139,53 @@ void gradient(const Rows& r, const T* logits, T* out, const float* peaks, const 
   });
 }
 
-// Calls f with a null pointer of the element type that Python numbers so.
-template <typename F>
-void with_format(int format, const F& f) {
-  switch (format) {
-    case 0:
-      return f(static_cast<float*>(nullptr));
-    case 1:
-      return f(static_cast<BFloat16*>(nullptr));
-    case 2:
-      return f(static_cast<Float16*>(nullptr));
-  }
-  throw std::invalid_argument("unknown element format");
-}
+// Logits and their gradient: float32, bfloat16 or float16 [R, V].
+using Logits = std::variant<View<const float, 2>, View<const BFloat16, 2>, View<const Float16, 2>>;
+using Gradient = std::variant<View<float, 2>, View<BFloat16, 2>, View<Float16, 2>>;
 
-Rows make_rows(uintptr_t labels, uintptr_t scale, int64_t rows, int64_t vocabulary, double smoothing,
+Rows make_rows(const std::array<int64_t, 2>& logits, View<const int64_t, 1> labels,
+               View<const float, 1> scale, const std::array<int64_t, 2>& normaliser, double smoothing,
                int threads) {
-  return {reinterpret_cast<const int64_t*>(labels),
-          reinterpret_cast<const float*>(scale),
-          rows,
-          vocabulary,
-          static_cast<float>(smoothing),
-          threads};
+  const auto [rows, vocabulary] = logits;
+  require_shape("labels", labels.shape, {rows});
+  require_shape("scale", scale.shape, {rows});
+  require_shape("normaliser", normaliser, {2, rows});
+  return {labels.data, scale.data, rows, vocabulary, static_cast<float>(smoothing), threads};
 }
 
-void cross_entropy_reduce(uintptr_t losses, uintptr_t normaliser, uintptr_t logits, uintptr_t labels,
-                          uintptr_t scale, int64_t rows, int64_t vocabulary, double smoothing, int format,
+void cross_entropy_reduce(View<float, 1> losses, View<float, 2> normaliser, Logits any_logits,
+                          View<const int64_t, 1> labels, View<const float, 1> scale, double smoothing,
                           int threads) {
-  with_format(format, [&]<typename T>(T*) {
-    reduce(make_rows(labels, scale, rows, vocabulary, smoothing, threads), reinterpret_cast<const T*>(logits),
-           reinterpret_cast<float*>(losses), reinterpret_cast<float*>(normaliser),
-           reinterpret_cast<float*>(normaliser) + rows);
-  });
+  std::visit(
+      [&](auto logits) {
+        const Rows rows = make_rows(logits.shape, labels, scale, normaliser.shape, smoothing, threads);
+        require_shape("losses", losses.shape, labels.shape);
+        reduce(rows, logits.data, losses.data, normaliser.data, normaliser.data + rows.rows);
+      },
+      any_logits);
 }
 
-void cross_entropy_gradient(uintptr_t out, uintptr_t normaliser, double upstream, uintptr_t logits,
-                            uintptr_t labels, uintptr_t scale, int64_t rows, int64_t vocabulary,
-                            double smoothing, int format, int threads) {
-  with_format(format, [&]<typename T>(T*) {
-    gradient(make_rows(labels, scale, rows, vocabulary, smoothing, threads),
-             reinterpret_cast<const T*>(logits), reinterpret_cast<T*>(out),
-             reinterpret_cast<const float*>(normaliser), reinterpret_cast<const float*>(normaliser) + rows,
-             static_cast<float>(upstream));
-  });
+void cross_entropy_gradient(Gradient any_out, View<const float, 2> normaliser, double upstream,
+                            Logits any_logits, View<const int64_t, 1> labels, View<const float, 1> scale,
+                            double smoothing, int threads) {
+  std::visit(
+      [&]<typename T>(View<const T, 2> logits) {
+        const Rows rows = make_rows(logits.shape, labels, scale, normaliser.shape, smoothing, threads);
+        const auto out = same_dtype<View<T, 2>>(any_out, "out", "logits");
+        require_shape("out", out.shape, logits.shape);
+        gradient(rows, logits.data, out.data, normaliser.data, normaliser.data + rows.rows,
+                 static_cast<float>(upstream));
+      },
+      any_logits);
 }
 
 }  // namespace
 
-void bind_loss(py::module_& m) {
-  m.def("cross_entropy_reduce", &cross_entropy_reduce, py::call_guard<py::gil_scoped_release>());
-  m.def("cross_entropy_gradient", &cross_entropy_gradient, py::call_guard<py::gil_scoped_release>());
+void bind_loss(pybind11::module_& m) {
+  define(m, "cross_entropy_reduce", &cross_entropy_reduce, "losses", "normaliser", "logits", "labels",
+         "scale", "smoothing", "threads");
+  define(m, "cross_entropy_gradient", &cross_entropy_gradient, "out", "normaliser", "upstream", "logits",
+         "labels", "scale", "smoothing", "threads");
 }
 
 }  // namespace covr

@@ -1,14 +1,12 @@
 // Discounted returns within episodes: a segmented scan over time, last step first.
 #include "ops/returns.h"
 
-#include <pybind11/pybind11.h>
-
 #include <algorithm>
 #include <array>
+#include <variant>
 
+#include "common/border.h"
 #include "common/parallel.h"
-
-namespace py = pybind11;
 
 namespace covr {
 namespace {
@@ -20,7 +18,7 @@ constexpr int64_t kGrain = 1 << 15;  // steps worth a thread
 
 // Columns [begin, end) side by side: the recurrence runs down in time, the vector lanes across columns.
 template <typename T>
-COVR_HD void scan_columns_of(T* out, const T* rewards, const uint8_t* ends, int64_t steps, int64_t columns,
+COVR_HD void scan_columns_of(T* out, const T* rewards, const bool* ends, int64_t steps, int64_t columns,
                              int64_t begin, int64_t end, T gamma) {
   T next[kBlock];
   for (int64_t first = begin; first < end; first += kBlock) {
@@ -28,7 +26,7 @@ COVR_HD void scan_columns_of(T* out, const T* rewards, const uint8_t* ends, int6
     std::fill(next, next + width, T(0));
     for (int64_t t = steps - 1; t >= 0; --t) {
       const T* __restrict__ reward = rewards + t * columns + first;
-      const uint8_t* __restrict__ ended = ends + t * columns + first;
+      const bool* __restrict__ ended = ends + t * columns + first;
       T* __restrict__ result = out + t * columns + first;
       for (int64_t j = 0; j < width; ++j)
         result[j] = next[j] = return_step(reward[j], ended[j], gamma, next[j]);
@@ -37,19 +35,19 @@ COVR_HD void scan_columns_of(T* out, const T* rewards, const uint8_t* ends, int6
 }
 
 // Clones cannot be templates.
-COVR_CLONES void scan_columns(double* out, const double* rewards, const uint8_t* ends, int64_t steps,
+COVR_CLONES void scan_columns(double* out, const double* rewards, const bool* ends, int64_t steps,
                               int64_t columns, int64_t begin, int64_t end, double gamma) {
   scan_columns_of(out, rewards, ends, steps, columns, begin, end, gamma);
 }
 
-COVR_CLONES void scan_columns(float* out, const float* rewards, const uint8_t* ends, int64_t steps,
+COVR_CLONES void scan_columns(float* out, const float* rewards, const bool* ends, int64_t steps,
                               int64_t columns, int64_t begin, int64_t end, float gamma) {
   scan_columns_of(out, rewards, ends, steps, columns, begin, end, gamma);
 }
 
 // One column, steps [begin, end), where step end - 1 ends an episode or the column.
 template <typename T>
-void scan_piece(T* out, const T* rewards, const uint8_t* ends, int64_t stride, int64_t begin, int64_t end,
+void scan_piece(T* out, const T* rewards, const bool* ends, int64_t stride, int64_t begin, int64_t end,
                 T gamma, T next) {
   for (int64_t t = end - 1; t >= begin; --t)
     out[t * stride] = next = return_step(rewards[t * stride], ends[t * stride], gamma, next);
@@ -58,7 +56,7 @@ void scan_piece(T* out, const T* rewards, const uint8_t* ends, int64_t stride, i
 // The same for a long column: cut near equal parts, but only where an episode ends, so that the parts are
 // independent and the result is that of the plain scan, bit by bit.
 template <typename T>
-void scan_column(T* out, const T* rewards, const uint8_t* ends, int64_t stride, int64_t begin, int64_t end,
+void scan_column(T* out, const T* rewards, const bool* ends, int64_t stride, int64_t begin, int64_t end,
                  T gamma) {
   std::array<int64_t, kStreams + 1> cut;
   cut[0] = begin;
@@ -83,8 +81,7 @@ void scan_column(T* out, const T* rewards, const uint8_t* ends, int64_t stride, 
 }
 
 template <typename T>
-void scan(T* out, const T* rewards, const uint8_t* ends, int64_t steps, int64_t columns, T gamma,
-          int threads) {
+void scan(T* out, const T* rewards, const bool* ends, int64_t steps, int64_t columns, T gamma, int threads) {
   if (columns >= kFewColumns) {
     parallel_for(columns, std::max<int64_t>(16, kGrain / std::max<int64_t>(steps, 1)), threads,
                  [&](int64_t begin, int64_t end) {
@@ -93,7 +90,7 @@ void scan(T* out, const T* rewards, const uint8_t* ends, int64_t steps, int64_t 
     return;
   }
   for (int64_t column = 0; column < columns; ++column) {
-    const uint8_t* ended = ends + column;
+    const bool* ended = ends + column;
     // A thread's part begins and ends where an episode does, for the same reason as above.
     auto boundary = [&](int64_t t) {
       while (t > 0 && t < steps && !ended[(t - 1) * columns]) ++t;
@@ -106,24 +103,53 @@ void scan(T* out, const T* rewards, const uint8_t* ends, int64_t steps, int64_t 
   }
 }
 
-void discounted_returns(uintptr_t out, uintptr_t rewards, uintptr_t ends, int64_t steps, int64_t columns,
-                        double gamma, bool is_double, int threads) {
-  const auto* ended = reinterpret_cast<const uint8_t*>(ends);
-  if (is_double)
-    scan(reinterpret_cast<double*>(out), reinterpret_cast<const double*>(rewards), ended, steps, columns,
-         gamma, threads);
-  else
-    scan(reinterpret_cast<float*>(out), reinterpret_cast<const float*>(rewards), ended, steps, columns,
-         static_cast<float>(gamma), threads);
+// float32 or float64 [T, N].
+template <Device kOn>
+using Out = std::variant<View<float, 2, kOn>, View<double, 2, kOn>>;
+template <Device kOn>
+using Rewards = std::variant<View<const float, 2, kOn>, View<const double, 2, kOn>>;
+
+void discounted_returns(Out<Device::kCpu> outs, Rewards<Device::kCpu> rewards_, View<const bool, 2> ends,
+                        double gamma, int threads) {
+  std::visit(
+      [&]<typename T>(View<const T, 2> rewards) {
+        const auto out = same_dtype<View<T, 2>>(outs, "out", "rewards");
+        require_shape("out", out.shape, rewards.shape);
+        require_shape("ends", ends.shape, rewards.shape);
+        scan(out.data, rewards.data, ends.data, rewards.shape[0], rewards.shape[1], static_cast<T>(gamma),
+             threads);
+      },
+      rewards_);
 }
+
+#ifdef COVR_WITH_CUDA
+using Workspace = std::variant<CudaView<float, 1>, CudaView<double, 1>>;
+
+void discounted_returns_cuda(Out<Device::kCuda> outs, Rewards<Device::kCuda> rewards_,
+                             CudaView<const bool, 2> ends, double gamma, Workspace workspaces,
+                             uintptr_t stream) {
+  std::visit(
+      [&]<typename T>(CudaView<const T, 2> rewards) {
+        const auto out = same_dtype<CudaView<T, 2>>(outs, "out", "rewards");
+        const auto workspace = same_dtype<CudaView<T, 1>>(workspaces, "workspace", "rewards");
+        require_shape("out", out.shape, rewards.shape);
+        require_shape("ends", ends.shape, rewards.shape);
+        require_shape("workspace", workspace.shape,
+                      {cuda::discounted_returns_workspace(rewards.shape[0], rewards.shape[1])});
+        cuda::discounted_returns<T>(out, rewards, ends, static_cast<T>(gamma), workspace, stream);
+      },
+      rewards_);
+}
+#endif
 
 }  // namespace
 
-void bind_returns(py::module_& m) {
-  m.def("discounted_returns", &discounted_returns, py::call_guard<py::gil_scoped_release>());
+void bind_returns(pybind11::module_& m) {
+  define(m, "discounted_returns", &discounted_returns, "out", "rewards", "ends", "gamma", "threads");
 #ifdef COVR_WITH_CUDA
-  m.def("discounted_returns_workspace", &cuda::discounted_returns_workspace);
-  m.def("discounted_returns_cuda", &cuda::discounted_returns, py::call_guard<py::gil_scoped_release>());
+  define(m, "discounted_returns_workspace", &cuda::discounted_returns_workspace, "steps", "columns");
+  define(m, "discounted_returns_cuda", &discounted_returns_cuda, "out", "rewards", "ends", "gamma",
+         "workspace", "stream");
 #endif
 }
 

@@ -1,14 +1,12 @@
 // The sum tree on the CPU: single-threaded, since a batch touches a few kilobytes.
 #include "ops/sum_tree.h"
 
-#include <pybind11/pybind11.h>
-
 #include <cmath>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-namespace py = pybind11;
+#include "common/border.h"
 
 namespace covr {
 namespace {
@@ -35,20 +33,21 @@ void to_parents(std::vector<int64_t>& nodes) {
   nodes.resize(kept);
 }
 
-void sum_tree_update(uintptr_t leaves, uintptr_t sums, int64_t capacity, uintptr_t indices_,
-                     uintptr_t priorities_, int64_t n) {
-  const auto* indices = reinterpret_cast<const int64_t*>(indices_);
-  const auto* priorities = reinterpret_cast<const float*>(priorities_);
-  check(indices, priorities, n, capacity);
-  sum_tree_set(reinterpret_cast<float*>(leaves), reinterpret_cast<double*>(sums), capacity, indices,
-               priorities, n);
+void sum_tree_update(View<float, 1> leaves, View<double, 1> sums, View<const int64_t, 1> indices,
+                     View<const float, 1> priorities) {
+  require_shape("sums", sums.shape, {inner_nodes(leaves.size())});
+  require_shape("priorities", priorities.shape, indices.shape);
+  check(indices.data, priorities.data, indices.size(), leaves.size());
+  sum_tree_set(leaves.data, sums.data, leaves.size(), indices.data, priorities.data, indices.size());
 }
 
-void sum_tree_sample(uintptr_t leaves_, uintptr_t sums_, int64_t capacity, uintptr_t jitter_, int64_t n,
-                     uintptr_t indices_, uintptr_t probabilities_) {
-  sum_tree_draw(reinterpret_cast<const float*>(leaves_), reinterpret_cast<const double*>(sums_), capacity,
-                reinterpret_cast<const double*>(jitter_), n, reinterpret_cast<int64_t*>(indices_),
-                reinterpret_cast<double*>(probabilities_));
+void sum_tree_sample(View<const float, 1> leaves, View<const double, 1> sums, View<const double, 1> jitter,
+                     View<int64_t, 1> indices, View<double, 1> probabilities) {
+  require_shape("sums", sums.shape, {inner_nodes(leaves.size())});
+  require_shape("indices", indices.shape, jitter.shape);
+  require_shape("probabilities", probabilities.shape, jitter.shape);
+  sum_tree_draw(leaves.data, sums.data, leaves.size(), jitter.data, jitter.size(), indices.data,
+                probabilities.data);
 }
 
 template <typename T>
@@ -100,13 +99,15 @@ COVR_CLONES void sum_tree_draw(const float* leaves, const double* sums, int64_t 
   }
 }
 
-void bind_sum_tree(py::module_& m) {
-  m.def("sum_tree_inner_nodes", &inner_nodes);
-  m.def("sum_tree_update", &sum_tree_update, py::call_guard<py::gil_scoped_release>());
-  m.def("sum_tree_sample", &sum_tree_sample, py::call_guard<py::gil_scoped_release>());
+void bind_sum_tree(pybind11::module_& m) {
+  define(m, "sum_tree_inner_nodes", &inner_nodes, "capacity");
+  define(m, "sum_tree_update", &sum_tree_update, "leaves", "sums", "indices", "priorities");
+  define(m, "sum_tree_sample", &sum_tree_sample, "leaves", "sums", "jitter", "indices", "probabilities");
 #ifdef COVR_WITH_CUDA
-  m.def("sum_tree_update_cuda", &cuda::sum_tree_update, py::call_guard<py::gil_scoped_release>());
-  m.def("sum_tree_sample_cuda", &cuda::sum_tree_sample, py::call_guard<py::gil_scoped_release>());
+  define(m, "sum_tree_update_cuda", &cuda::sum_tree_update, "leaves", "sums", "claims", "indices",
+         "priorities", "stream");
+  define(m, "sum_tree_sample_cuda", &cuda::sum_tree_sample, "leaves", "sums", "jitter", "indices",
+         "probabilities", "stream");
 #endif
 }
 

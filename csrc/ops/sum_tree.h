@@ -5,6 +5,7 @@
 #pragma once
 
 #include "common/macros.h"
+#include "common/view.h"
 
 namespace covr {
 
@@ -119,10 +120,12 @@ void sum_tree_draw(const float* leaves, const double* sums, int64_t capacity, co
 #ifdef COVR_WITH_CUDA
 namespace cuda {
 // claims: an int32 per leaf, zero before and after.
-void sum_tree_update(uintptr_t leaves, uintptr_t sums, uintptr_t claims, int64_t capacity, uintptr_t indices,
-                     uintptr_t priorities, int64_t n, uintptr_t stream);
-void sum_tree_sample(uintptr_t leaves, uintptr_t sums, int64_t capacity, uintptr_t jitter, int64_t n,
-                     uintptr_t indices, uintptr_t probabilities, uintptr_t stream);
+void sum_tree_update(CudaView<float, 1> leaves, CudaView<double, 1> sums, CudaView<int32_t, 1> claims,
+                     CudaView<const int64_t, 1> indices, CudaView<const float, 1> priorities,
+                     uintptr_t stream);
+void sum_tree_sample(CudaView<const float, 1> leaves, CudaView<const double, 1> sums,
+                     CudaView<const double, 1> jitter, CudaView<int64_t, 1> indices,
+                     CudaView<double, 1> probabilities, uintptr_t stream);
 }  // namespace cuda
 #endif
 

@@ -1,11 +1,9 @@
 // Return-aware loss weights.
 #include "ops/weights.h"
 
-#include <pybind11/pybind11.h>
-
 #include <algorithm>
 
-namespace py = pybind11;
+#include "common/border.h"
 
 namespace covr {
 namespace {
@@ -27,16 +25,17 @@ COVR_CLONES void weigh(float* out, const float* values, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = return_weight(values[i], low, high);
 }
 
-void return_weights(uintptr_t out, uintptr_t values, int64_t n) {
-  if (n) weigh(reinterpret_cast<float*>(out), reinterpret_cast<const float*>(values), n);
+void return_weights(View<float, 1> out, View<const float, 1> returns) {
+  require_shape("out", out.shape, returns.shape);
+  if (returns.size() > 0) weigh(out.data, returns.data, returns.size());
 }
 
 }  // namespace
 
-void bind_weights(py::module_& m) {
-  m.def("return_weights", &return_weights, py::call_guard<py::gil_scoped_release>());
+void bind_weights(pybind11::module_& m) {
+  define(m, "return_weights", &return_weights, "out", "returns");
 #ifdef COVR_WITH_CUDA
-  m.def("return_weights_cuda", &cuda::return_weights, py::call_guard<py::gil_scoped_release>());
+  define(m, "return_weights_cuda", &cuda::return_weights, "out", "returns", "extremes", "stream");
 #endif
 }
 

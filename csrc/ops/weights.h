@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/macros.h"
+#include "common/view.h"
 
 namespace covr {
 
@@ -15,8 +16,9 @@ COVR_HD float return_weight(float value, float low, float high) {
 
 #ifdef COVR_WITH_CUDA
 namespace cuda {
-// extremes: two zeroed 32-bit words.
-void return_weights(uintptr_t out, uintptr_t values, int64_t n, uintptr_t extremes, uintptr_t stream);
+// extremes: [2], zeroed.
+void return_weights(CudaView<float, 1> out, CudaView<const float, 1> returns, CudaView<int32_t, 1> extremes,
+                    uintptr_t stream);
 }  // namespace cuda
 #endif
 

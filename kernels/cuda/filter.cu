@@ -6,8 +6,8 @@
 // only. Sums are taken in a fixed order, so results repeat.
 #include <algorithm>
 
-#include "ops/filter.h"
 #include "launch.h"
+#include "ops/filter.h"
 
 namespace covr::cuda {
 namespace {
@@ -264,23 +264,28 @@ __global__ void __launch_bounds__(kThreads)
 
 int64_t exploration_filter_workspace(int64_t n) { return n <= kFew ? 0 : sizeof(Workspace); }
 
-void exploration_filter(uintptr_t values_, int64_t n, double scale, uintptr_t indices_, uintptr_t kept_,
-                        uintptr_t statistics_, uintptr_t workspace, uintptr_t stream_) {
-  const auto* values = as<const float>(values_);
-  auto *indices = as<int64_t>(indices_), *kept = as<int64_t>(kept_);
-  auto* statistics = as<FilterStatistics>(statistics_);
+void exploration_filter(CudaView<const float, 1> returns, double scale, CudaView<int64_t, 1> indices,
+                        CudaView<int64_t, 0> kept, CudaView<double, 1> statistics_,
+                        CudaView<uint8_t, 1> workspace, uintptr_t stream_) {
+  const int64_t n = returns.size();
+  require_shape("indices", indices.shape, {n});
+  require_shape("statistics", statistics_.shape, {4});
+  require_shape("workspace", workspace.shape, {exploration_filter_workspace(n)});
+  if (n == 0) throw std::invalid_argument("returns are empty");
+  auto* statistics = reinterpret_cast<FilterStatistics*>(statistics_.data);
   const cudaStream_t stream = as_stream(stream_);
   if (n <= kFew) {
-    few_kernel<<<1, kThreads, 0, stream>>>(values, static_cast<int>(n), scale, indices, kept, statistics);
+    few_kernel<<<1, kThreads, 0, stream>>>(returns.data, static_cast<int>(n), scale, indices.data, kept.data,
+                                           statistics);
   } else {
-    auto* w = as<Workspace>(workspace);
+    auto* w = reinterpret_cast<Workspace*>(workspace.data);
     const auto blocks = static_cast<unsigned>(
         std::min<int64_t>({ceil_div(n, 4 * kThreads), 2 * multiprocessors(), kMaxBlocks}));
-    first_kernel<<<blocks, kThreads, 0, stream>>>(values, n, w);
-    next_kernel<0><<<blocks, kThreads, 0, stream>>>(values, n, scale, statistics, w);
-    next_kernel<1><<<blocks, kThreads, 0, stream>>>(values, n, scale, statistics, w);
-    count_kernel<<<blocks, kThreads, 0, stream>>>(values, n, kept, w);
-    compact_kernel<<<blocks, kThreads, 0, stream>>>(values, n, indices, kept, w);
+    first_kernel<<<blocks, kThreads, 0, stream>>>(returns.data, n, w);
+    next_kernel<0><<<blocks, kThreads, 0, stream>>>(returns.data, n, scale, statistics, w);
+    next_kernel<1><<<blocks, kThreads, 0, stream>>>(returns.data, n, scale, statistics, w);
+    count_kernel<<<blocks, kThreads, 0, stream>>>(returns.data, n, kept.data, w);
+    compact_kernel<<<blocks, kThreads, 0, stream>>>(returns.data, n, indices.data, kept.data, w);
   }
   check(cudaGetLastError(), "exploration_filter");
 }

@@ -1,8 +1,8 @@
 // Integer shift and crop of image batches on the GPU, with conversion to the asked pixel format.
 #include <algorithm>
 
-#include "ops/frames.h"
 #include "launch.h"
+#include "ops/frames.h"
 
 namespace covr::cuda {
 namespace {
@@ -15,16 +15,10 @@ struct alignas(sizeof(T) * kPixels) Pack {
   T pixel[kPixels];
 };
 
-struct Shape {
-  int64_t batch, channels;
-  int height, width;          // of the source
-  int out_height, out_width;  // of the window
-};
-
 template <typename T, bool kWhole>  // kWhole: rows are a multiple of kPixels, so every store is a full pack
 __global__ void __launch_bounds__(kThreads)
     window_kernel(T* __restrict__ out, const uint8_t* __restrict__ frames,
-                  const int64_t* __restrict__ offsets, Shape s, int pad, int64_t packs) {
+                  const int64_t* __restrict__ offsets, WindowShape s, int pad, int64_t packs) {
   const int per_row = (s.out_width + kPixels - 1) / kPixels;
   for (int64_t pack = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; pack < packs;
        pack += static_cast<int64_t>(gridDim.x) * kThreads) {
@@ -48,35 +42,27 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T>
-void launch(uintptr_t out, uintptr_t frames, uintptr_t offsets, const Shape& s, int pad,
+void launch(T* out, const uint8_t* frames, const int64_t* offsets, const WindowShape& s, int pad,
             cudaStream_t stream) {
   const int64_t packs = s.batch * s.channels * s.out_height * ceil_div(s.out_width, kPixels);
   if (packs == 0) return;
   const auto blocks =
       static_cast<unsigned>(std::min<int64_t>(ceil_div(packs, kThreads), 32 * multiprocessors()));
   auto* kernel = s.out_width % kPixels == 0 ? window_kernel<T, true> : window_kernel<T, false>;
-  kernel<<<blocks, kThreads, 0, stream>>>(as<T>(out), as<const uint8_t>(frames), as<const int64_t>(offsets),
-                                          s, pad, packs);
+  kernel<<<blocks, kThreads, 0, stream>>>(out, frames, offsets, s, pad, packs);
   check(cudaGetLastError(), "window");
 }
 
 }  // namespace
 
-void window(uintptr_t out, uintptr_t frames, uintptr_t offsets, int64_t batch, int64_t channels, int height,
-            int width, int out_height, int out_width, int pad, int format, uintptr_t stream_) {
-  const Shape shape{batch, channels, height, width, out_height, out_width};
-  const cudaStream_t stream = as_stream(stream_);
-  switch (static_cast<PixelFormat>(format)) {
-    case PixelFormat::kFloat32:
-      return launch<float>(out, frames, offsets, shape, pad, stream);
-    case PixelFormat::kBFloat16:
-      return launch<BFloat16>(out, frames, offsets, shape, pad, stream);
-    case PixelFormat::kFloat16:
-      return launch<Float16>(out, frames, offsets, shape, pad, stream);
-    case PixelFormat::kUInt8:
-      return launch<uint8_t>(out, frames, offsets, shape, pad, stream);
-  }
-  throw std::invalid_argument("window: unknown pixel format");
+void window(Windows<Device::kCuda> out, CudaView<const uint8_t, 4> frames, CudaView<const int64_t, 2> offsets,
+            int pad, uintptr_t stream) {
+  std::visit(
+      [&](auto out) {
+        const WindowShape shape = window_shape(out.shape, frames.shape, offsets.shape);
+        launch(out.data, frames.data, offsets.data, shape, pad, as_stream(stream));
+      },
+      out);
 }
 
 }  // namespace covr::cuda

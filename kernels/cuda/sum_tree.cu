@@ -80,13 +80,16 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void sum_tree_update(uintptr_t leaves, uintptr_t sums, uintptr_t claims, int64_t capacity, uintptr_t indices,
-                     uintptr_t priorities, int64_t n, uintptr_t stream_) {
+void sum_tree_update(CudaView<float, 1> leaves, CudaView<double, 1> sums, CudaView<int32_t, 1> claims,
+                     CudaView<const int64_t, 1> indices, CudaView<const float, 1> priorities,
+                     uintptr_t stream_) {
+  const int64_t n = indices.size();
+  const SumTreeLayout layout(leaves.size());
+  require_shape("sums", sums.shape, {layout.inner_nodes()});
+  require_shape("claims", claims.shape, leaves.shape);
+  require_shape("priorities", priorities.shape, indices.shape);
   if (n == 0) return;
-  const SumTreeLayout layout(capacity);
-  const Update update{as<float>(leaves),           as<double>(sums),
-                      as<int32_t>(claims),         as<const int64_t>(indices),
-                      as<const float>(priorities), n};
+  const Update update{leaves.data, sums.data, claims.data, indices.data, priorities.data, n};
   const cudaStream_t stream = as_stream(stream_);
   if (n <= kBlockBatch) {
     update_kernel<<<1, static_cast<unsigned>(ceil_div(n, 32) * 32), 0, stream>>>(update, layout);
@@ -98,12 +101,17 @@ void sum_tree_update(uintptr_t leaves, uintptr_t sums, uintptr_t claims, int64_t
   check(cudaGetLastError(), "sum_tree_update");
 }
 
-void sum_tree_sample(uintptr_t leaves, uintptr_t sums, int64_t capacity, uintptr_t jitter, int64_t n,
-                     uintptr_t indices, uintptr_t probabilities, uintptr_t stream) {
+void sum_tree_sample(CudaView<const float, 1> leaves, CudaView<const double, 1> sums,
+                     CudaView<const double, 1> jitter, CudaView<int64_t, 1> indices,
+                     CudaView<double, 1> probabilities, uintptr_t stream) {
+  const int64_t n = jitter.size();
+  const SumTreeLayout layout(leaves.size());
+  require_shape("sums", sums.shape, {layout.inner_nodes()});
+  require_shape("indices", indices.shape, jitter.shape);
+  require_shape("probabilities", probabilities.shape, jitter.shape);
   if (n == 0) return;
   sample_kernel<<<static_cast<unsigned>(ceil_div(n, kThreads)), kThreads, 0, as_stream(stream)>>>(
-      as<const float>(leaves), as<const double>(sums), SumTreeLayout(capacity), as<const double>(jitter), n,
-      as<int64_t>(indices), as<double>(probabilities));
+      leaves.data, sums.data, layout, jitter.data, n, indices.data, probabilities.data);
   check(cudaGetLastError(), "sum_tree_sample");
 }
 

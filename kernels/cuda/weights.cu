@@ -1,8 +1,8 @@
 // Return-aware loss weights on the GPU: extremes, then the map.
 #include <algorithm>
 
-#include "ops/filter.h"
 #include "launch.h"
+#include "ops/filter.h"
 #include "ops/weights.h"
 
 namespace covr::cuda {
@@ -37,13 +37,16 @@ __global__ void weight_kernel(float* __restrict__ out, const float* __restrict__
 
 }  // namespace
 
-void return_weights(uintptr_t out, uintptr_t values, int64_t n, uintptr_t extremes, uintptr_t stream) {
+void return_weights(CudaView<float, 1> out, CudaView<const float, 1> returns, CudaView<int32_t, 1> extremes,
+                    uintptr_t stream) {
+  const int64_t n = returns.size();
+  require_shape("out", out.shape, returns.shape);
+  require_shape("extremes", extremes.shape, {2});
   if (n == 0) return;
+  auto* keys = reinterpret_cast<uint32_t*>(extremes.data);  // torch has few operations for unsigned integers
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(ceil_div(n, kThreads), 4 * multiprocessors()));
-  extremes_kernel<<<blocks, kThreads, 0, as_stream(stream)>>>(as<const float>(values), n,
-                                                              as<uint32_t>(extremes));
-  weight_kernel<<<blocks, kThreads, 0, as_stream(stream)>>>(as<float>(out), as<const float>(values), n,
-                                                            as<const uint32_t>(extremes));
+  extremes_kernel<<<blocks, kThreads, 0, as_stream(stream)>>>(returns.data, n, keys);
+  weight_kernel<<<blocks, kThreads, 0, as_stream(stream)>>>(out.data, returns.data, n, keys);
   check(cudaGetLastError(), "return_weights");
 }
 

@@ -1,0 +1,96 @@
+#include "common/border.h"
+
+#include <algorithm>
+#include <string>
+
+namespace py = pybind11;
+
+namespace covr {
+namespace {
+
+constexpr std::array kNames{"bool", "uint8", "int32", "int64", "float16", "bfloat16", "float32", "float64"};
+
+// torch's objects and the names of attributes, looked up once. They live as long as the process.
+struct Torch {
+  py::handle tensor_type;
+  std::array<py::handle, kNames.size()> dtypes;  // in the order of DType
+  PyObject *dtype, *shape, *is_cpu, *is_cuda, *is_contiguous, *data_ptr;
+
+  Torch() {
+    const py::module_ torch = py::module_::import("torch");
+    const auto get = [&](const char* name) { return py::object(torch.attr(name)).release(); };
+    tensor_type = get("Tensor");
+    for (size_t i = 0; i < kNames.size(); ++i) dtypes[i] = get(kNames[i]);
+    const auto intern = [](const char* name) { return PyUnicode_InternFromString(name); };
+    dtype = intern("dtype"), shape = intern("shape"), is_cpu = intern("is_cpu"), is_cuda = intern("is_cuda");
+    is_contiguous = intern("is_contiguous"), data_ptr = intern("data_ptr");
+  }
+
+  static const Torch& get() {
+    static py::gil_safe_call_once_and_store<Torch> torch;
+    return torch.call_once_and_store_result([] { return Torch(); }).get_stored();
+  }
+};
+
+py::object checked(PyObject* result) {
+  if (!result) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+py::object attribute(py::handle object, PyObject* name) {
+  return checked(PyObject_GetAttr(object.ptr(), name));
+}
+
+py::object call(py::handle object, PyObject* method) {
+  return checked(PyObject_CallMethodNoArgs(object.ptr(), method));
+}
+
+std::string text_of(std::span<const int64_t> shape) {
+  std::string text;
+  for (int64_t length : shape) text += (text.empty() ? "" : ", ") + std::to_string(length);
+  return "[" + text + "]";
+}
+
+[[noreturn]] void refuse(py::handle object, const Expected& expected) {
+  std::string text = std::string(expected.argument) + " must be a contiguous ";
+  for (size_t i = 0; i < expected.dtypes.size(); ++i)
+    text += (i ? " or " : "") + std::string(kNames[static_cast<size_t>(expected.dtypes[i])]);
+  text += " tensor with " + std::to_string(expected.dimensions) + " dimensions on " +
+          (expected.device == Device::kCpu ? "the CPU" : "a CUDA device") + ", not ";
+  if (!py::isinstance(object, Torch::get().tensor_type))
+    throw py::type_error(text + std::string(py::str(py::type::of(object).attr("__name__"))));
+  const std::string layout = object.attr("is_contiguous")().cast<bool>()
+                                 ? "contiguous"
+                                 : "strides " + std::string(py::str(object.attr("stride")()));
+  throw py::type_error(text + std::string(py::str(object.attr("dtype"))) + " " +
+                       std::string(py::str(py::list(object.attr("shape")))) + " on " +
+                       std::string(py::str(object.attr("device"))) + ", " + layout);
+}
+
+}  // namespace
+
+Found read_tensor(py::handle tensor, const Expected& expected, int64_t* shape) {
+  const Torch& torch = Torch::get();
+  if (!py::isinstance(tensor, torch.tensor_type)) refuse(tensor, expected);
+  const py::object dtype = attribute(tensor, torch.dtype), lengths = attribute(tensor, torch.shape);
+  const auto found = std::find_if(expected.dtypes.begin(), expected.dtypes.end(), [&](DType candidate) {
+    return dtype.is(torch.dtypes[static_cast<size_t>(candidate)]);
+  });
+  if (found == expected.dtypes.end() || PyTuple_GET_SIZE(lengths.ptr()) != expected.dimensions ||
+      attribute(tensor, expected.device == Device::kCpu ? torch.is_cpu : torch.is_cuda).ptr() != Py_True ||
+      call(tensor, torch.is_contiguous).ptr() != Py_True)
+    refuse(tensor, expected);
+  for (int d = 0; d < expected.dimensions; ++d)
+    shape[d] = PyLong_AsLongLong(PyTuple_GET_ITEM(lengths.ptr(), d));
+  void* data = PyLong_AsVoidPtr(call(tensor, torch.data_ptr).ptr());
+  if (PyErr_Occurred()) throw py::error_already_set();
+  return {static_cast<size_t>(found - expected.dtypes.begin()), data};
+}
+
+void require_shape(const char* argument, std::span<const int64_t> shape, std::span<const int64_t> expected) {
+  if (!std::equal(shape.begin(), shape.end(), expected.begin(), expected.end()))
+    throw py::type_error(std::string(argument) + " must have shape " + text_of(expected) + ", not " +
+                         text_of(shape));
+}
+
+}  // namespace covr

@@ -1,0 +1,70 @@
+// A tensor as C++ and CUDA functions take it: the element type, the number of dimensions and the device are
+// part of the type. Views are contiguous; border.h makes them from torch tensors and checks all of that.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <initializer_list>
+#include <span>
+#include <type_traits>
+
+#include "common/half.h"
+
+namespace covr {
+
+enum class Device { kCpu, kCuda };
+
+// Valid while the tensor lives. The data of a tensor without elements may be null.
+template <typename T, int kDimensions, Device kOn = Device::kCpu>
+struct View {
+  using Element = T;
+  static constexpr int dimensions = kDimensions;
+  static constexpr Device device = kOn;
+
+  T* data = nullptr;
+  std::array<int64_t, kDimensions> shape{};
+
+  int64_t size() const {
+    int64_t elements = 1;
+    for (int64_t length : shape) elements *= length;
+    return elements;
+  }
+};
+
+template <typename T, int kDimensions>
+using CudaView = View<T, kDimensions, Device::kCuda>;
+
+enum class DType { kBool, kUInt8, kInt32, kInt64, kFloat16, kBFloat16, kFloat32, kFloat64 };
+
+template <typename T>
+constexpr DType dtype_of() {
+  using Value = std::remove_const_t<T>;
+  if constexpr (std::is_same_v<Value, bool>)
+    return DType::kBool;
+  else if constexpr (std::is_same_v<Value, uint8_t>)
+    return DType::kUInt8;
+  else if constexpr (std::is_same_v<Value, int32_t>)
+    return DType::kInt32;
+  else if constexpr (std::is_same_v<Value, int64_t>)
+    return DType::kInt64;
+  else if constexpr (std::is_same_v<Value, Float16>)
+    return DType::kFloat16;
+  else if constexpr (std::is_same_v<Value, BFloat16>)
+    return DType::kBFloat16;
+  else if constexpr (std::is_same_v<Value, float>)
+    return DType::kFloat32;
+  else {
+    static_assert(std::is_same_v<Value, double>, "no torch dtype for this type");
+    return DType::kFloat64;
+  }
+}
+
+// Throws Python's TypeError, which names the argument, unless its shape is the expected one.
+void require_shape(const char* argument, std::span<const int64_t> shape, std::span<const int64_t> expected);
+
+inline void require_shape(const char* argument, std::span<const int64_t> shape,
+                          std::initializer_list<int64_t> expected) {
+  require_shape(argument, shape, std::span<const int64_t>(expected.begin(), expected.size()));
+}
+
+}  // namespace covr
