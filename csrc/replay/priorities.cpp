@@ -5,8 +5,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "replay/replay.h"
 #include "ops/sum_tree.h"
+#include "replay/replay.h"
 
 namespace covr {
 
