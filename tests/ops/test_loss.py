@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from covr_fast.ops import loss as loss_module
-from covr_fast.ops import return_weighted_cross_entropy, return_weighted_linear_cross_entropy
+from covr_fast.ops import _projection, return_weighted_cross_entropy, return_weighted_linear_cross_entropy
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # The kernels of this machine; the interpreter adds Triton's (CI runs this file a second time with it).
@@ -90,7 +89,7 @@ def test_logits_against_float64(vocabulary, smoothing, weights, backend):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("vocabulary, chunk_rows", [(2, 100), (1000, 100), (4099, 3)])
 def test_linear_against_float64(vocabulary, chunk_rows, smoothing, weights, backend, monkeypatch):
-    monkeypatch.setitem(loss_module._CHUNK_BYTES, "cpu", chunk_rows * vocabulary * 4)
+    monkeypatch.setitem(_projection._CHUNK_BYTES, "cpu", chunk_rows * vocabulary * 4)
     hidden, head, labels = batch(vocabulary)
     weights = torch.tensor(WEIGHTS[weights])
     expected = value_and_gradients(
@@ -122,7 +121,7 @@ def test_the_interpreter_truncates_bfloat16():
 def test_error_is_not_larger_than_that_of_torch_in_the_same_dtype(dtype, smoothing, backend, monkeypatch):
     if backend == "triton" and dtype == torch.bfloat16:
         pytest.skip("the interpreter's bfloat16 stores truncate (test_the_interpreter_truncates_bfloat16)")
-    monkeypatch.setitem(loss_module._CHUNK_BYTES, "cpu", 8 * 3001 * 4)
+    monkeypatch.setitem(_projection._CHUNK_BYTES, "cpu", 8 * 3001 * 4)
     hidden, head, labels = batch(3001, steps=9, dtype=dtype)
     weights = torch.tensor(WEIGHTS["dense"])
     expected = value_and_gradients(
@@ -159,8 +158,8 @@ def test_head_gradient_with_and_without_products_added_in_float32(available, mon
         return out.copy_(a.float() @ b.float() + (total if beta else 0))
 
     monkeypatch.setattr(torch, "addmm", addmm)
-    monkeypatch.setattr(loss_module, "_adds_in_float32", loss_module._adds_in_float32.__wrapped__)
-    monkeypatch.setitem(loss_module._CHUNK_BYTES, "cpu", 4 * 50 * 2)
+    monkeypatch.setattr(_projection, "_adds_in_float32", _projection._adds_in_float32.__wrapped__)
+    monkeypatch.setitem(_projection._CHUNK_BYTES, "cpu", 4 * 50 * 2)
     hidden, head, labels = batch(50, dtype=torch.bfloat16)
     weights = torch.tensor(WEIGHTS["dense"])
     expected = value_and_gradients(
@@ -448,7 +447,7 @@ def test_compiles_into_one_graph():
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("vocabulary", [2, 4099, 151_936])
 def test_cuda_error_is_not_larger_than_that_of_torch(vocabulary, smoothing, weights, dtype, monkeypatch):
-    monkeypatch.setitem(loss_module._CHUNK_BYTES, "cuda", 7 * vocabulary * 4)
+    monkeypatch.setitem(_projection._CHUNK_BYTES, "cuda", 7 * vocabulary * 4)
     hidden, head, labels = (x.cuda() for x in batch(vocabulary, steps=9, dim=64, dtype=dtype))
     weights = torch.tensor(WEIGHTS[weights], device="cuda")
     expected = value_and_gradients(
