@@ -18,7 +18,7 @@ constexpr int64_t kGrain = 1 << 15;  // steps worth a thread
 
 // Columns [begin, end) side by side: the recurrence runs down in time, the vector lanes across columns.
 template <typename T>
-COVR_HD void scan_columns_of(T* out, const T* rewards, const bool* ends, int64_t steps, int64_t columns,
+COVR_HD void scan_columns_of(T* out, const T* rewards, const uint8_t* ends, int64_t steps, int64_t columns,
                              int64_t begin, int64_t end, T gamma) {
   T next[kBlock];
   for (int64_t first = begin; first < end; first += kBlock) {
@@ -26,7 +26,7 @@ COVR_HD void scan_columns_of(T* out, const T* rewards, const bool* ends, int64_t
     std::fill(next, next + width, T(0));
     for (int64_t t = steps - 1; t >= 0; --t) {
       const T* __restrict__ reward = rewards + t * columns + first;
-      const bool* __restrict__ ended = ends + t * columns + first;
+      const uint8_t* __restrict__ ended = ends + t * columns + first;
       T* __restrict__ result = out + t * columns + first;
       for (int64_t j = 0; j < width; ++j)
         result[j] = next[j] = return_step(reward[j], ended[j], gamma, next[j]);
@@ -35,19 +35,19 @@ COVR_HD void scan_columns_of(T* out, const T* rewards, const bool* ends, int64_t
 }
 
 // Clones cannot be templates.
-COVR_CLONES void scan_columns(double* out, const double* rewards, const bool* ends, int64_t steps,
+COVR_CLONES void scan_columns(double* out, const double* rewards, const uint8_t* ends, int64_t steps,
                               int64_t columns, int64_t begin, int64_t end, double gamma) {
   scan_columns_of(out, rewards, ends, steps, columns, begin, end, gamma);
 }
 
-COVR_CLONES void scan_columns(float* out, const float* rewards, const bool* ends, int64_t steps,
+COVR_CLONES void scan_columns(float* out, const float* rewards, const uint8_t* ends, int64_t steps,
                               int64_t columns, int64_t begin, int64_t end, float gamma) {
   scan_columns_of(out, rewards, ends, steps, columns, begin, end, gamma);
 }
 
 // One column, steps [begin, end), where step end - 1 ends an episode or the column.
 template <typename T>
-void scan_piece(T* out, const T* rewards, const bool* ends, int64_t stride, int64_t begin, int64_t end,
+void scan_piece(T* out, const T* rewards, const uint8_t* ends, int64_t stride, int64_t begin, int64_t end,
                 T gamma, T next) {
   for (int64_t t = end - 1; t >= begin; --t)
     out[t * stride] = next = return_step(rewards[t * stride], ends[t * stride], gamma, next);
@@ -56,7 +56,7 @@ void scan_piece(T* out, const T* rewards, const bool* ends, int64_t stride, int6
 // The same for a long column: cut near equal parts, but only where an episode ends, so that the parts are
 // independent and the result is that of the plain scan, bit by bit.
 template <typename T>
-void scan_column(T* out, const T* rewards, const bool* ends, int64_t stride, int64_t begin, int64_t end,
+void scan_column(T* out, const T* rewards, const uint8_t* ends, int64_t stride, int64_t begin, int64_t end,
                  T gamma) {
   std::array<int64_t, kStreams + 1> cut;
   cut[0] = begin;
@@ -81,7 +81,8 @@ void scan_column(T* out, const T* rewards, const bool* ends, int64_t stride, int
 }
 
 template <typename T>
-void scan(T* out, const T* rewards, const bool* ends, int64_t steps, int64_t columns, T gamma, int threads) {
+void scan(T* out, const T* rewards, const uint8_t* ends, int64_t steps, int64_t columns, T gamma,
+          int threads) {
   if (columns >= kFewColumns) {
     parallel_for(columns, std::max<int64_t>(16, kGrain / std::max<int64_t>(steps, 1)), threads,
                  [&](int64_t begin, int64_t end) {
@@ -90,7 +91,7 @@ void scan(T* out, const T* rewards, const bool* ends, int64_t steps, int64_t col
     return;
   }
   for (int64_t column = 0; column < columns; ++column) {
-    const bool* ended = ends + column;
+    const uint8_t* ended = ends + column;
     // A thread's part begins and ends where an episode does, for the same reason as above.
     auto boundary = [&](int64_t t) {
       while (t > 0 && t < steps && !ended[(t - 1) * columns]) ++t;
@@ -116,8 +117,8 @@ void discounted_returns(Out<Device::kCpu> outs, Rewards<Device::kCpu> rewards_, 
         const auto out = same_dtype<View<T, 2>>(outs, "out", "rewards");
         require_shape("out", out.shape, rewards.shape);
         require_shape("ends", ends.shape, rewards.shape);
-        scan(out.data, rewards.data, ends.data, rewards.shape[0], rewards.shape[1], static_cast<T>(gamma),
-             threads);
+        scan(out.data, rewards.data, bytes(ends.data), rewards.shape[0], rewards.shape[1],
+             static_cast<T>(gamma), threads);
       },
       rewards_);
 }

@@ -8,10 +8,13 @@ namespace covr {
 
 // g[t] from g[t + 1], which may be NaN where it does not count: it is selected away before it is used.
 template <typename T>
-COVR_HD T return_step(T reward, bool end, T gamma, T next) {
+COVR_HD T return_step(T reward, uint8_t end, T gamma, T next) {
   const T following = end ? T(0) : next;
   return reward + gamma * following;
 }
+
+// Flags as bytes: GCC does not vectorise a loop that selects by bool.
+inline const uint8_t* bytes(const bool* flags) { return reinterpret_cast<const uint8_t*>(flags); }
 
 #ifdef COVR_WITH_CUDA
 namespace cuda {

@@ -60,7 +60,7 @@ struct Tiling {
 // else it only writes the chunk's map.
 template <typename T, bool kWrite>
 __global__ void __launch_bounds__(kThreads)
-    chunk_kernel(T* __restrict__ out, const T* __restrict__ rewards, const bool* __restrict__ ends,
+    chunk_kernel(T* __restrict__ out, const T* __restrict__ rewards, const uint8_t* __restrict__ ends,
                  int64_t total_steps, int64_t columns, Tiling tiling, T gamma, Affine<T>* summaries,
                  const T* after) {
   __shared__ T tile[kThreads * kSteps];
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    column_kernel(T* __restrict__ out, const T* __restrict__ rewards, const bool* __restrict__ ends,
+    column_kernel(T* __restrict__ out, const T* __restrict__ rewards, const uint8_t* __restrict__ ends,
                   int64_t steps, int64_t columns, T gamma) {
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (column >= columns) return;
@@ -144,8 +144,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T>
-void scan(T* out, const T* rewards, const bool* ends, int64_t steps, int64_t columns, T gamma, T* workspace,
-          cudaStream_t stream) {
+void scan(T* out, const T* rewards, const uint8_t* ends, int64_t steps, int64_t columns, T gamma,
+          T* workspace, cudaStream_t stream) {
   if (columns >= kManyColumns) {
     column_kernel<<<static_cast<unsigned>(ceil_div(columns, kThreads)), kThreads, 0, stream>>>(
         out, rewards, ends, steps, columns, gamma);
@@ -180,7 +180,7 @@ template <typename T>
 void discounted_returns(CudaView<T, 2> out, CudaView<const T, 2> rewards, CudaView<const bool, 2> ends,
                         T gamma, CudaView<T, 1> workspace, uintptr_t stream) {
   if (rewards.size() == 0) return;
-  scan(out.data, rewards.data, ends.data, rewards.shape[0], rewards.shape[1], gamma, workspace.data,
+  scan(out.data, rewards.data, bytes(ends.data), rewards.shape[0], rewards.shape[1], gamma, workspace.data,
        as_stream(stream));
 }
 template void discounted_returns(CudaView<float, 2>, CudaView<const float, 2>, CudaView<const bool, 2>, float,
