@@ -84,7 +84,8 @@ def launch(kernel: str, first: Tensor, *others: Any) -> None:
         TypeError: a tensor has not the dtype, shape, device or layout that the kernel takes.
     """
     if not first.is_cuda:
-        return getattr(_C, kernel)(first, *others)
+        getattr(_C, kernel)(first, *others)
+        return
     for other in others:
         if isinstance(other, Tensor) and other.device != first.device:
             raise TypeError(f"{kernel}: one tensor is on {first.device}, another one on {other.device}")
