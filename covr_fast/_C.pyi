@@ -1,4 +1,4 @@
-# Functions on tensors check dtype, dimensions, device and contiguity of each argument: see csrc/common/border.h.
+# Functions on tensors check each argument: see csrc/common/border.h.
 from typing import Any
 
 with_cuda: bool
