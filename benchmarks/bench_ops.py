@@ -303,8 +303,10 @@ def test_random_shift(benchmark, device):
 
 
 def torchrl_tree(priorities: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> Function:
-    from torchrl import _torchrl as extension
-
+    try:
+        from torchrl import _torchrl as extension
+    except ImportError as error:
+        raise RuntimeError(f"its extension does not load with torch {torch.__version__}") from error
     device, count = priorities.device, priorities.numel()
     if device.type == "cpu":
         tree = extension.SumSegmentTreeFp32(count)
