@@ -13,12 +13,12 @@ CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp kernels/cuda/*.h kern
 demo: $(VENV)/train.stamp
 	$(VENV)/bin/covr-fast train carracing
 
-# Triton's kernels run in its interpreter where there is no GPU; it has to be chosen before triton is imported.
+# Without a GPU, Triton's kernels run in its interpreter. The variable must be set before triton is imported.
 test: $(VENV)/dev.stamp
 	TRITON_INTERPRET=1 $(PY) -m pytest -q tests/ops/test_loss.py
 	$(PY) -m pytest
 
-# The package as strangers get it: from a source archive, twice in one folder, at the lowest versions allowed.
+# The package as users get it: from a source archive, twice in one folder, at the lowest versions allowed.
 package: | system
 	PYTHON=$(PYTHON) TORCH="$(TORCH)" tests/package.sh
 
@@ -26,7 +26,8 @@ package: | system
 sanitize: $(VENV)/dev.stamp
 	PYTHON=$(PY) tests/sanitize.sh
 
-# On a machine with a CUDA device: build, tests, benchmarks and sanitizers into one JSON. WHEELS=DIR without internet.
+# On a machine with a CUDA device: build, tests, benchmarks and sanitizers, reported as JSON and Markdown. WHEELS=DIR
+# without internet.
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py $(if $(WHEELS),--wheels $(WHEELS))
 
@@ -55,8 +56,8 @@ $(VENV)/%.stamp: $(VENV)/torch.stamp pyproject.toml constraints.txt $(NATIVE)
 	$(PY) -m pip install --quiet -c constraints.txt -e '.[$*]'
 	touch $@
 
-# A compiler, Python's headers and venv, and the OpenGL libraries DMControl renders with: libegl1 does not bring
-# a driver with it.
+# A compiler, Python's headers and venv, and the OpenGL libraries that DMControl draws with (libegl1 does not install
+# a driver).
 system:
 	@[ -n "$(PYTHON)" ] || { echo "no Python 3.11 or newer found: install one, or name it with PYTHON=..."; exit 1; }
 	@missing=""; \

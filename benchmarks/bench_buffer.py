@@ -1,42 +1,41 @@
 """The replay buffer against its peers: memory, speed, and whether the rows are right.
 
-    pytest benchmarks/bench_buffer.py --benchmark-json=benchmarks/results/buffer_cpu.json
-    python benchmarks/bench_buffer.py benchmarks/results/buffer_cpu.json    # the table, as Markdown
+    python benchmarks/bench_buffer.py FILE.json          # measures, and leaves the table in FILE.md
     pytest benchmarks/bench_buffer.py -k two_threads     # that row alone: it needs two idle cores
 
 Stacks of three 84x84 RGB frames, 8 environments, batches of 256, one thread unless the row says otherwise.
-Every contender lives in a process of its own, so that none profits or suffers from what another left in its
-allocator, is filled with the same episodes, and is timed in turn with the others, round by round, so that a
-busy machine is busy for all of them. Its rows are compared with what was added, and the outcome stands beside
-its name: bytes per transition, and at how many of the sampled truncations next_obs is wrong. What cannot be
-imported is named with the reason.
+Every contestant runs in its own process, so that no allocator is shared, and is filled with the same
+episodes. Its rows are compared with what was added. The table names each with its bytes per transition, and
+with the number of sampled truncations at which next_obs is wrong. What cannot be imported is named with the
+reason.
 """
 
-import json
 import multiprocessing
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from bench_ops import shift_of_drq
+from race import Function, main, race
 
 from covr_fast import ReplayBuffer
 
 ENVS, CAPACITY, BATCH, LENGTH, PAD = 8, 8000, 256, 50, 4
 SHAPE = (9, 84, 84)
 FRAME = 3 * 84 * 84
+STACK = 3 * FRAME
 
 
 class Episodes:
-    """Endless truncated episodes of a few distinct frames. The reward is the step's number: it names the
-    row."""
+    """Endless truncated episodes of a few distinct frames. The reward is the number of the row."""
 
     def __init__(self) -> None:
         rng = np.random.default_rng(0)
@@ -51,7 +50,9 @@ class Episodes:
         return self.observation(episode, step), self.observation(episode, step + 1), step == LENGTH - 1
 
 
-# --- The contenders
+# ---- the contestants: nbytes, add(...), sample() -> (obs, next_obs, reward) ----
+
+ACTION, NO = np.zeros((ENVS, 6), np.float32), np.zeros(ENVS, bool)
 
 
 class Ours:
@@ -59,19 +60,14 @@ class Ours:
         self.buffer = ReplayBuffer(
             CAPACITY, num_envs=ENVS, obs_shape=SHAPE, action_shape=(6,), frame_stack=3, seed=0
         )
-        self.action, self.no = np.zeros((ENVS, 6), np.float32), np.zeros(ENVS, bool)
         self.nbytes = self.buffer.nbytes
 
-    def add(self, obs, next_obs, reward, truncated) -> None:
-        self.buffer.add(obs, self.action, reward, next_obs, self.no, self.no | truncated)
+    def add(self, obs, next_obs, reward, truncated):
+        self.buffer.add(obs, ACTION, reward, next_obs, NO, NO | truncated)
 
     def sample(self):
         batch = self.buffer.sample(BATCH, dtype=torch.uint8)
         return batch.obs, batch.next_obs, batch.reward
-
-    def sample_shifted(self):
-        batch = self.buffer.sample(BATCH, augment="shift", pad=PAD, dtype=torch.float32)
-        return batch.obs, batch.next_obs
 
 
 class NumpyRing:
@@ -85,7 +81,7 @@ class NumpyRing:
         self.at, self.rng = 0, np.random.default_rng(0)
         self.nbytes = self.obs.nbytes + self.next_obs.nbytes + self.action.nbytes
 
-    def add(self, obs, next_obs, reward, truncated) -> None:
+    def add(self, obs, next_obs, reward, truncated):
         here = slice(self.at, self.at + ENVS)
         self.obs[here], self.next_obs[here], self.reward[here] = obs, next_obs, reward
         self.done[here], self.action[here] = truncated, 0
@@ -96,15 +92,6 @@ class NumpyRing:
         self.action[i], self.done[i]
         return tuple(torch.from_numpy(column[i]) for column in (self.obs, self.next_obs, self.reward))
 
-    def sample_sliced(self):
-        return tuple(slice_crop(obs) for obs in self.sample()[:2])
-
-    def sample_sliced_bytes(self):
-        return tuple(slice_crop_bytes(obs) for obs in self.sample()[:2])
-
-    def sample_resampled(self):
-        return tuple(grid_sample(obs) for obs in self.sample()[:2])
-
 
 class StableBaselines3:
     def __init__(self, **options) -> None:
@@ -113,27 +100,21 @@ class StableBaselines3:
 
         space, action = gym.spaces.Box(0, 255, SHAPE, np.uint8), gym.spaces.Box(-1, 1, (6,))
         self.buffer = Peer(CAPACITY, space, action, "cpu", ENVS, **options)
-        self.action = np.zeros((ENVS, 6), np.float32)
-        self.nbytes = self.buffer.observations.nbytes
-        if not options:
-            self.nbytes += self.buffer.next_observations.nbytes
+        self.nbytes = self.buffer.observations.nbytes * (1 if options else 2)
 
-    def add(self, obs, next_obs, reward, truncated) -> None:
+    def add(self, obs, next_obs, reward, truncated):
         infos = [{"TimeLimit.truncated": truncated}] * ENVS
-        self.buffer.add(obs, next_obs, self.action, reward, np.full(ENVS, truncated), infos)
+        self.buffer.add(obs, next_obs, ACTION, reward, NO | truncated, infos)
 
     def sample(self):
         batch = self.buffer.sample(BATCH)
         return batch.observations, batch.next_observations, batch.rewards[:, 0]
 
 
-class StableBaselines3Optimized(StableBaselines3):
-    def __init__(self) -> None:
-        super().__init__(optimize_memory_usage=True, handle_timeout_termination=False)
-
-
 class Tianshou:
     """Frames once, stacks rebuilt by the buffer."""
+
+    nbytes = CAPACITY * (FRAME + 32)
 
     def __init__(self) -> None:
         from tianshou.data import Batch, VectorReplayBuffer
@@ -142,14 +123,11 @@ class Tianshou:
         self.buffer = VectorReplayBuffer(
             CAPACITY, ENVS, stack_num=3, save_only_last_obs=True, ignore_obs_next=True
         )
-        self.nbytes = CAPACITY * (FRAME + 32)
 
-    def add(self, obs, next_obs, reward, truncated) -> None:
-        ends, no, action = np.full(ENVS, truncated), np.zeros(ENVS, bool), np.zeros((ENVS, 6), np.float32)
-        stacks = {"obs": obs.reshape(ENVS, 3, 3, 84, 84), "obs_next": next_obs.reshape(ENVS, 3, 3, 84, 84)}
-        self.buffer.add(
-            self.row(**stacks, act=action, rew=reward, terminated=no, truncated=ends, info=self.row())
-        )
+    def add(self, obs, next_obs, reward, truncated):
+        frames = {"obs": obs.reshape(ENVS, 3, 3, 84, 84), "obs_next": next_obs.reshape(ENVS, 3, 3, 84, 84)}
+        ends = {"terminated": NO, "truncated": NO | truncated}
+        self.buffer.add(self.row(**frames, **ends, act=ACTION, rew=reward, info=self.row()))
 
     def sample(self):
         batch, _ = self.buffer.sample(BATCH)
@@ -158,17 +136,16 @@ class Tianshou:
 
 
 class Cpprb:
+    nbytes = CAPACITY * (2 * STACK + 32)
+
     def __init__(self) -> None:
         import cpprb
 
         entries = {name: {"shape": SHAPE, "dtype": np.uint8} for name in ("obs", "next_obs")}
         self.buffer = cpprb.ReplayBuffer(CAPACITY, {**entries, "act": {"shape": 6}, "rew": {}, "done": {}})
-        self.action = np.zeros((ENVS, 6), np.float32)
-        self.nbytes = CAPACITY * (2 * int(np.prod(SHAPE)) + 32)
 
-    def add(self, obs, next_obs, reward, truncated) -> None:
-        done = np.full(ENVS, truncated)
-        self.buffer.add(obs=obs, next_obs=next_obs, act=self.action, rew=reward, done=done)
+    def add(self, obs, next_obs, reward, truncated):
+        self.buffer.add(obs=obs, next_obs=next_obs, act=ACTION, rew=reward, done=NO | truncated)
 
     def sample(self):
         batch = self.buffer.sample(BATCH)
@@ -176,23 +153,20 @@ class Cpprb:
 
 
 class CpprbCompressed:
-    """next_of and stack_compress follow one stream of steps and stacks along the last axis: a buffer per
+    """next_of and stack_compress follow one stream of steps and stack along the last axis: one buffer per
     environment."""
+
+    nbytes = CAPACITY * (FRAME + 32)
 
     def __init__(self) -> None:
         import cpprb
 
-        entries = {
-            "obs": {"shape": (FRAME, 3), "dtype": np.uint8},
-            "act": {"shape": 6},
-            "rew": {},
-            "done": {},
-        }
+        obs = {"shape": (FRAME, 3), "dtype": np.uint8}
+        entries = {"obs": obs, "act": {"shape": 6}, "rew": {}, "done": {}}
         options = {"next_of": "obs", "stack_compress": "obs"}
         self.buffers = [cpprb.ReplayBuffer(CAPACITY // ENVS, entries, **options) for _ in range(ENVS)]
-        self.nbytes = CAPACITY * (FRAME + 32)
 
-    def add(self, obs, next_obs, reward, truncated) -> None:
+    def add(self, obs, next_obs, reward, truncated):
         for env, buffer in enumerate(self.buffers):
             one, other = (x[env].reshape(3, FRAME).T for x in (obs, next_obs))
             buffer.add(obs=one, next_obs=other, act=np.zeros(6), rew=reward[env], done=False)
@@ -210,15 +184,16 @@ class CpprbCompressed:
 
 
 class TorchRL:
+    nbytes = CAPACITY * (2 * STACK + 32)
+
     def __init__(self) -> None:
         from tensordict import TensorDict
         from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
         self.tensordict = TensorDict
         self.buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(CAPACITY), batch_size=BATCH)
-        self.nbytes = CAPACITY * (2 * int(np.prod(SHAPE)) + 32)
 
-    def add(self, obs, next_obs, reward, truncated) -> None:
+    def add(self, obs, next_obs, reward, truncated):
         following = {"pixels": torch.from_numpy(next_obs), "reward": torch.from_numpy(reward)[:, None]}
         row = {"pixels": torch.from_numpy(obs), "action": torch.zeros(ENVS, 6), "next": following}
         self.buffer.extend(self.tensordict(row, batch_size=[ENVS]))
@@ -228,60 +203,30 @@ class TorchRL:
         return batch["pixels"], batch["next", "pixels"], batch["next", "reward"][:, 0]
 
 
-PEERS = {
+CONTESTANTS = {
     "ours": Ours,
     "numpy ring": NumpyRing,
     "SB3": StableBaselines3,
-    "SB3 optimize_memory_usage": StableBaselines3Optimized,
+    "SB3 optimize_memory_usage": partial(
+        StableBaselines3, optimize_memory_usage=True, handle_timeout_termination=False
+    ),
     "tianshou stack_num": Tianshou,
     "cpprb": Cpprb,
     "cpprb next_of + stack_compress": CpprbCompressed,
     "TorchRL": TorchRL,
 }
 
-# --- Random shift as others do it, to float32 in [0, 1]
 
-
-def slice_crop(obs: torch.Tensor) -> torch.Tensor:
-    """As usually written: to float, pad all, then slice each."""
-    padded = torch.nn.functional.pad(obs.float() / 255, (PAD,) * 4, mode="replicate")
-    y, x = np.random.default_rng(0).integers(0, 2 * PAD + 1, (2, len(obs)))
-    return torch.stack([p[:, a : a + 84, b : b + 84] for p, a, b in zip(padded, y, x, strict=True)])
-
-
-def slice_crop_bytes(obs: torch.Tensor) -> torch.Tensor:
-    """The same on bytes, a quarter of the memory; one cast at the end."""
-    edges = ((0, 0), (0, 0), (PAD, PAD), (PAD, PAD))
-    padded, out = np.pad(obs.numpy(), edges, mode="edge"), np.empty(obs.shape, np.uint8)
-    y, x = np.random.default_rng(0).integers(0, 2 * PAD + 1, (2, len(obs)))
-    for i, (a, b) in enumerate(zip(y, x, strict=True)):
-        out[i] = padded[i, :, a : a + 84, b : b + 84]
-    return torch.from_numpy(out).float().div_(255)
-
-
-def grid_sample(obs: torch.Tensor) -> torch.Tensor:
-    """By bilinear resampling at integer offsets, as DrQ-v2 does it."""
-    size = 84 + 2 * PAD
-    padded = torch.nn.functional.pad(obs.float() / 255, (PAD,) * 4, mode="replicate")
-    line = torch.linspace(-1 + 1 / size, 1 - 1 / size, size)[:84]
-    base = torch.stack(torch.meshgrid(line, line, indexing="xy"), dim=-1)
-    shift = torch.randint(0, 2 * PAD + 1, (len(obs), 1, 1, 2)) * (2.0 / size)
-    return torch.nn.functional.grid_sample(padded, base + shift, padding_mode="zeros", align_corners=False)
-
-
-# --- What a contender's process does: build, say how it is called, then one timed call per request
-
-
-def filled(kind) -> Any:
-    buffer, episodes = kind(), Episodes()
+def filled(name: str):
+    buffer, episodes = CONTESTANTS[name](), Episodes()
     for t in range(CAPACITY // ENVS):
         obs, next_obs, truncated = episodes.row(t)
         buffer.add(obs, next_obs, np.arange(ENVS, dtype=np.float32) + t * ENVS, truncated)
     return buffer
 
 
-def description(name: str, buffer) -> str:
-    """The contender's name, memory and correctness: raises where a row other than next_obs is wrong."""
+def described(name: str, buffer) -> str:
+    """Name, memory and correctness. Raises where a row is wrong in anything but next_obs at a truncation."""
     episodes, wrong, seen = Episodes(), 0, 0
     for _ in range(20):
         obs, next_obs, reward = buffer.sample()
@@ -298,82 +243,111 @@ def description(name: str, buffer) -> str:
     return f"{name} ({memory:.1f} kB, next_obs wrong at {wrong} of {seen} truncations)"
 
 
-def sampling(name: str) -> tuple[str, Callable[[], object]]:
-    buffer = filled(PEERS[name])
-    return description(name, buffer), buffer.sample
+# ---- random shift as others do it, to float32 in [0, 1] ----
 
 
-def plain_copy(_: str) -> tuple[str, Callable[[], object]]:
-    rng = np.random.default_rng(0)
-    source = [torch.from_numpy(rng.integers(0, 256, (2, BATCH, *SHAPE), dtype=np.uint8)) for _ in range(8)]
-    out, turn = torch.empty_like(source[0]), iter(range(10**9))
-    return "plain copy of a batch", lambda: out.copy_(source[next(turn) % 8])
+def slices_of_floats(obs: torch.Tensor) -> torch.Tensor:
+    """As usually written: to float, pad all, then slice each."""
+    padded = F.pad(obs.float() / 255, (PAD,) * 4, mode="replicate")
+    y, x = np.random.default_rng(0).integers(0, 2 * PAD + 1, (2, len(obs)))
+    return torch.stack([p[:, a : a + 84, b : b + 84] for p, a, b in zip(padded, y, x, strict=True)])
 
 
-def shifted(method: str) -> tuple[str, Callable[[], object]]:
-    buffer = filled(Ours if method == "ours" else NumpyRing)
-    if method == "ours":
-        check_shift(buffer.buffer)
-        return method, buffer.sample_shifted
-    names = {
-        "numpy ring + slices of floats": buffer.sample_sliced,
-        "numpy ring + slices of bytes": buffer.sample_sliced_bytes,
-        "numpy ring + grid_sample": buffer.sample_resampled,
-    }
-    return method, names[method]
+def slices_of_bytes(obs: torch.Tensor) -> torch.Tensor:
+    """The same on bytes, a quarter of the memory; one cast at the end."""
+    edges = ((0, 0), (0, 0), (PAD, PAD), (PAD, PAD))
+    padded, out = np.pad(obs.numpy(), edges, mode="edge"), np.empty(obs.shape, np.uint8)
+    y, x = np.random.default_rng(0).integers(0, 2 * PAD + 1, (2, len(obs)))
+    for i, (a, b) in enumerate(zip(y, x, strict=True)):
+        out[i] = padded[i, :, a : a + 84, b : b + 84]
+    return torch.from_numpy(out).float().div_(255)
+
+
+def grid_sample(obs: torch.Tensor) -> torch.Tensor:
+    return shift_of_drq(obs, torch.randint(0, 2 * PAD + 1, (len(obs), 2)), PAD)
+
+
+SHIFTS = {
+    "numpy ring + slices of floats": slices_of_floats,
+    "numpy ring + slices of bytes": slices_of_bytes,
+    "numpy ring + grid_sample": grid_sample,
+}
 
 
 def check_shift(buffer: ReplayBuffer) -> None:
     batch = buffer.sample(64, augment="shift", pad=PAD)
-    plain = buffer.observations(batch.index).float() / 255
-    padded = torch.nn.functional.pad(plain, (PAD,) * 4, mode="replicate")
+    padded = F.pad(buffer.observations(batch.index).float() / 255, (PAD,) * 4, mode="replicate")
     for i, (y, x) in enumerate(batch.obs_offset.tolist()):
         assert torch.equal(batch.obs[i], padded[i, :, y : y + 84, x : x + 84])
 
 
-def adding(name: str) -> tuple[str, Callable[[], object]]:
+# ---- jobs: name -> (how it is called in the table, the function that is timed), made in its own process ----
+
+Job = Callable[[str], tuple[str, Function]]
+
+
+def sampling(name: str) -> tuple[str, Function]:
+    buffer = filled(name)
+    return described(name, buffer), buffer.sample
+
+
+def plain_copy(name: str) -> tuple[str, Function]:
+    rng = np.random.default_rng(0)
+    source = [torch.from_numpy(rng.integers(0, 256, (2, BATCH, *SHAPE), dtype=np.uint8)) for _ in range(8)]
+    out, turn = torch.empty_like(source[0]), iter(range(10**9))
+    return name, lambda: out.copy_(source[next(turn) % 8])
+
+
+def shifting(name: str) -> tuple[str, Function]:
+    if name == "ours":
+        ours = filled(name).buffer
+        check_shift(ours)
+        return name, partial(ours.sample, BATCH, augment="shift", pad=PAD, dtype=torch.float32)
+    ring, shift = filled("numpy ring"), SHIFTS[name]
+    return name, lambda: [shift(obs) for obs in ring.sample()[:2]]
+
+
+def adding(name: str) -> tuple[str, Function]:
     """1000 vector steps per call: 100 different ones, ten times."""
-    buffer, episodes = filled(PEERS[name]), Episodes()
+    buffer, episodes = filled(name), Episodes()
     rows = [(*episodes.row(t), np.zeros(ENVS, np.float32)) for t in range(2 * LENGTH)]
 
-    def run():
+    def run() -> None:
         for obs, next_obs, truncated, reward in 10 * rows:
             buffer.add(obs, next_obs, reward, truncated)
 
     return name, run
 
 
-def threads(count: str, dtype: torch.dtype) -> tuple[str, Callable[[], object]]:
-    torch.set_num_threads(1 if count == "1 thread" else 2)
-    if count == "fill_ of as many bytes":
-        out = [torch.empty(BATCH, *SHAPE, dtype=dtype) for _ in range(2)]
-        return count, lambda: [tensor.fill_(1) for tensor in out]
-    buffer = filled(Ours).buffer
-    return count, lambda: buffer.sample(BATCH, augment="shift", pad=PAD, dtype=dtype)
+def threaded(name: str, dtype: torch.dtype) -> tuple[str, Function]:
+    torch.set_num_threads(1 if name == "1 thread" else 2)
+    if name in ("1 thread", "2 threads"):
+        return name, partial(filled("ours").buffer.sample, BATCH, augment="shift", pad=PAD, dtype=dtype)
+    out = [torch.empty(BATCH, *SHAPE, dtype=dtype) for _ in range(2)]
+    return name, lambda: [tensor.fill_(1) for tensor in out]
 
 
-def prioritized(name: str) -> tuple[str, Callable[[], object]]:
+def prioritized(name: str) -> tuple[str, Function]:
     """sample and update_priorities, 100 times per call."""
-    size, rng = 1_000_000, np.random.default_rng(0)
+    size, rng, rows = 1_000_000, np.random.default_rng(0), 1000
     priorities = rng.random(BATCH)
-    obs, zero, no = np.zeros((1000, 1), np.float32), np.zeros(1000, np.float32), np.zeros(1000, bool)
+    obs, zero, no = np.zeros((rows, 1), np.float32), np.zeros(rows, np.float32), np.zeros(rows, bool)
     if name == "ours":
-        buffer = ReplayBuffer(
-            size, num_envs=1000, obs_shape=(1,), action_shape=(), sampler="prioritized", seed=0
+        ours = ReplayBuffer(
+            size, num_envs=rows, obs_shape=(1,), action_shape=(), sampler="prioritized", seed=0
         )
-        for _ in range(size // 1000):
-            index = buffer.add(obs, zero, zero, obs, no, no)
-            buffer.update_priorities(index, rng.random(1000))
+        for _ in range(size // rows):
+            ours.update_priorities(ours.add(obs, zero, zero, obs, no, no), rng.random(rows))
 
         def once() -> None:
-            buffer.update_priorities(buffer.sample(BATCH).index, priorities)
+            ours.update_priorities(ours.sample(BATCH).index, priorities)
     elif name == "cpprb":
         import cpprb
 
-        fields = {name: {} for name in ("obs", "act", "rew", "next_obs", "done")}
-        peer = cpprb.PrioritizedReplayBuffer(size, fields)
-        for _ in range(size // 1000):
-            peer.add(obs=obs, act=zero, rew=zero, next_obs=obs, done=no, priorities=rng.random(1000))
+        fields = {"obs": obs, "act": zero, "rew": zero, "next_obs": obs, "done": no}
+        peer = cpprb.PrioritizedReplayBuffer(size, {field: {} for field in fields})
+        for _ in range(size // rows):
+            peer.add(**fields, priorities=rng.random(rows))
 
         def once() -> None:
             peer.update_priorities(peer.sample(BATCH)["indexes"], priorities)
@@ -382,141 +356,79 @@ def prioritized(name: str) -> tuple[str, Callable[[], object]]:
         from torchrl.data import LazyTensorStorage, PrioritizedSampler, TensorDictReplayBuffer
 
         column, values = torch.zeros(size, 1), torch.from_numpy(priorities).float()
-        names = ("obs", "act", "rew", "next_obs", "done")
         sampler = PrioritizedSampler(size, alpha=0.6, beta=0.4)
         torchrl = TensorDictReplayBuffer(
             storage=LazyTensorStorage(size), sampler=sampler, batch_size=BATCH, priority_key="td_error"
         )
-        torchrl.extend(TensorDict(dict.fromkeys(names, column), batch_size=[size]))
+        fields = dict.fromkeys(("obs", "act", "rew", "next_obs", "done"), column)
+        torchrl.extend(TensorDict(fields, batch_size=[size]))
 
         def once() -> None:
             batch = torchrl.sample()
             batch["td_error"] = values
             torchrl.update_tensordict_priority(batch)
 
-    def run() -> None:
-        for _ in range(100):
-            once()
-
-    return name, run
+    return name, lambda: [once() for _ in range(100)]
 
 
-def serve(pipe, job: Callable[[str], tuple[str, Callable[[], object]]], name: str) -> None:
+# ---- the races, each contestant in its own process ----
+
+
+def prepare(job: Job, name: str) -> tuple[str, str | None]:
+    """In the contestant's process: makes it. Returns how it is called, and the reason if it cannot run."""
+    global timed_function
     torch.set_num_threads(1)
     try:
-        label, call = job(name)
-    except (ImportError, RuntimeError) as error:  # TorchRL's way of saying that its extension did not load
-        pipe.send(("unavailable", " ".join(str(error).split())[:120]))
-        return
-    pipe.send(("ready", label))
-    held = None
-    while pipe.recv() == "go":
-        begin = time.perf_counter()
-        held = call()  # as in a training loop, the batch before lives until this one is there
-        pipe.send(time.perf_counter() - begin)
-    del held
+        label, timed_function = job(name)
+    except (ImportError, RuntimeError) as error:  # RuntimeError: TorchRL's extension did not load
+        return name, " ".join(str(error).split())[:120]
+    return label, None
 
 
-# --- The races
+def timed_call() -> float:
+    """In the contestant's process: seconds of one call."""
+    global batch  # as in a training loop, the batch before lives until this one is made
+    begin = time.perf_counter()
+    batch = timed_function()
+    return time.perf_counter() - begin
 
 
-@contextmanager
-def contender(job, name: str) -> Iterator[tuple[str, Callable[[], float] | None]]:
-    """(label, one timed call), or (why not, None)."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(theirs, job, name))
-    process.start()
-    theirs.close()
-
-    def call() -> float:
-        ours.send("go")
-        return ours.recv()
-
-    state, text = ours.recv()
-    try:
-        yield text, call if state == "ready" else None
-    finally:
-        if state == "ready":
-            ours.send("stop")
-        process.join()
-
-
-def race(benchmark, jobs: dict[str, Any], *, rounds: int, rows: int, limit: str | None = None) -> None:
-    """Times the contenders in turn; the first is ours, `limit` the one that the hardware allows.
-
-    A row's time is that of `rows` transitions."""
+def compare(benchmark, jobs: dict[str, Job], *, rounds: int, items: int, limit: str | None = None) -> None:
+    """Races the jobs. `items` are the transitions of one call; `limit` names what the hardware allows."""
+    functions: dict[str, Callable[[], float] | str] = {}
     with ExitStack() as stack:
-        running, unavailable = {}, {}
         for name, job in jobs.items():
-            label, call = stack.enter_context(contender(job, name))
-            if call is None:
-                unavailable[name] = label
-            else:
-                running[name] = label, call
-        times: dict[str, list[float]] = {name: [] for name in running}
-
-        def one_round() -> None:
-            for name, (_, call) in running.items():
-                times[name].append(call())
-
-        ours = next(iter(jobs))
-        for _ in range(2):
-            one_round()
-        for values in times.values():
-            values.clear()
-        benchmark.pedantic(running[ours][1], setup=one_round, rounds=rounds)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    labels = {name: "ours" if name == ours else label for name, (label, _) in running.items()}
-    benchmark.extra_info.update(
-        device="CPU, 1 thread" if "thread" not in ours else f"CPU, {ours}",
-        ours=running[ours][0],
-        seconds={labels[name]: value for name, value in medians.items()},
-        fastest={labels[name]: min(values) for name, values in times.items()},
-        transitions_per_second={labels[name]: round(rows / value) for name, value in medians.items()},
-        unavailable=unavailable,
-        limit=medians[limit] if limit else None,
-    )
+            process = stack.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn")))
+            label, why = process.submit(prepare, job, name).result()
+            functions[label] = why or (lambda process=process: process.submit(timed_call).result())
+        # Two warm-ups: the third batch is the first that can use the memory of an earlier one again.
+        result = race(functions, rounds, lambda call: call(), warmups=2, benchmark=benchmark)
+    benchmark.extra_info.update(result, items=items, limit=result["seconds"].get(limit))
 
 
 def test_sample_uint8(benchmark):
-    jobs = {**dict.fromkeys(PEERS, sampling), "plain copy": plain_copy}
-    race(benchmark, jobs, rounds=30, rows=BATCH, limit="plain copy")
+    jobs = {**dict.fromkeys(CONTESTANTS, sampling), "plain copy of a batch": plain_copy}
+    compare(benchmark, jobs, rounds=30, items=BATCH, limit="plain copy of a batch")
 
 
 def test_sample_float32_with_shift(benchmark):
-    methods = ["slices of floats", "slices of bytes", "grid_sample"]
-    jobs = dict.fromkeys(["ours", *(f"numpy ring + {method}" for method in methods)], shifted)
-    race(benchmark, jobs, rounds=7, rows=BATCH)
+    compare(benchmark, dict.fromkeys(["ours", *SHIFTS], shifting), rounds=7, items=BATCH)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_two_threads(benchmark, dtype):
     fill = "fill_ of as many bytes"
-    jobs = dict.fromkeys(["2 threads", "1 thread", fill], partial(threads, dtype=dtype))
-    race(benchmark, jobs, rounds=20, rows=BATCH, limit=fill)
+    jobs = dict.fromkeys(["2 threads", "1 thread", fill], partial(threaded, dtype=dtype))
+    compare(benchmark, jobs, rounds=20, items=BATCH, limit=fill)
 
 
 def test_add_1000_steps_of_8(benchmark):
-    race(benchmark, dict.fromkeys(PEERS, adding), rounds=5, rows=1000 * ENVS)
+    compare(benchmark, dict.fromkeys(CONTESTANTS, adding), rounds=5, items=1000 * ENVS)
 
 
 def test_prioritized_1e6_entries_100_times(benchmark):
-    jobs = dict.fromkeys(["ours", "cpprb", "TorchRL"], prioritized)
-    race(benchmark, jobs, rounds=15, rows=100 * BATCH)
-
-
-def rates(path: Path) -> str:
-    """What ours is and does per row, which the table of times has no column for."""
-    lines = []
-    for entry in json.loads(path.read_text())["benchmarks"]:
-        info, name = entry["extra_info"], entry["name"].removeprefix("test_")
-        each = ", ".join(f"{who}: {rate:,}" for who, rate in info["transitions_per_second"].items())
-        lines.append(f"- {name}, {info['ours']}. Transitions per second: {each}")
-    return "\n".join(lines)
+    compare(benchmark, dict.fromkeys(["ours", "cpprb", "TorchRL"], prioritized), rounds=15, items=100 * BATCH)
 
 
 if __name__ == "__main__":
-    from bench_ops import table
-
-    print(table(Path(sys.argv[1])), rates(Path(sys.argv[1])), sep="\n\n")
+    raise SystemExit(main(__file__, Path(sys.argv[1])))

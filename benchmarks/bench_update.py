@@ -1,24 +1,20 @@
 """What it gains to launch a policy update as one CUDA graph, to compile it, or both.
 
-    python benchmarks/bench_update.py [--device cuda] [--preset NAME] [--threads N] [--json FILE]
+    python benchmarks/bench_update.py [--device cuda] [--preset NAME] [--threads N] [> FILE.md]
 
-Every kind of agent makes guided updates on one batch, in turn; medians are compared. None is timed whose Q
-is another than the eager agent's after ten updates. What is compiled stays in a cache on disk, and in the
-process for the next agent: for the seconds of a first time, set TORCHINDUCTOR_CACHE_DIR to an empty folder.
+Every kind of agent makes guided updates on one batch. None is timed whose Q differs from the eager agent's
+after ten updates. Compiled code stays in a cache on disk, and in the process for the next agent: for the
+seconds of a first time, set TORCHINDUCTOR_CACHE_DIR to an empty folder.
 """
 
 import argparse
-import json
 import math
-import os
-import platform
-import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import torch
+from race import check_same, heading, race, table, wall
 
 from covr_fast import ReplayBuffer, TrainConfig
 from covr_fast.agents import SAC
@@ -31,35 +27,6 @@ KINDS = {
     "compile": {"compile": True},
     "compile + graph": {"compile": True, "graph": True},
 }
-
-
-def medians(candidates: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
-    """The median of what each candidate returns, asked in turn."""
-    values: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(repeats):
-        for name, run in candidates.items():
-            values[name].append(run())
-    return {name: statistics.median(v) for name, v in values.items()}
-
-
-def timed(run: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    run()
-    return time.perf_counter() - began
-
-
-def device_name(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
-
-
-def facts(device: str) -> dict[str, object]:
-    """Where and with what figures were measured."""
-    return {
-        "device": device_name(device),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
 
 
 def policy(config: TrainConfig, device: str) -> tuple[SAC, Callable[[], Batch]]:
@@ -77,49 +44,40 @@ def policy(config: TrainConfig, device: str) -> tuple[SAC, Callable[[], Batch]]:
         ended = np.ones(8, bool)
         buffer.add(obs, action, ended, after, ended, ~ended, prior=action, prior_mask=np.ones(8))
     agent = SAC(agent_obs_shape(config), (2,), config.agent, device=device)
-
-    def sample() -> Batch:
-        return buffer.sample(
-            replay.batch_size, augment="crop", pad=replay.pad, memory_format=torch.channels_last
-        )
-
-    return agent, sample
+    crop = {"augment": "crop", "pad": replay.pad, "memory_format": torch.channels_last}
+    return agent, partial(buffer.sample, replay.batch_size, **crop)
 
 
-def updates(preset: str, device: str, repeats: int) -> dict[str, dict[str, float]]:
-    """By kind of agent: milliseconds per update, and seconds of its first ten (compiling and recording)."""
+def compare_updates(preset: str, device: str, repeats: int) -> str:
+    """Milliseconds per update by kind of agent, and seconds of its first ten (compiling and recording)."""
     count = 100 if device == "cuda" else 40
-    runs: dict[str, Callable[[], float]] = {}
+    updates: dict[str, Callable[[int], float]] = {}
     first: dict[str, float] = {}
-    expected: float | None = None
     for name, options in KINDS.items():
         if "graph" in options and device != "cuda":
             continue
         config = TrainConfig.preset(preset)
         vars(config.agent).update(options)
         agent, sample = policy(config, device)
-        batch = sample()
 
-        def run(agent: SAC = agent, batch: Batch = batch, times: int = count) -> float:
+        def update(times: int, agent: SAC = agent, batch: Batch = sample()) -> float:  # noqa: B008
             for _ in range(times):
                 q = agent.update(batch, guide=True)["q"]
-            return q.item()  # waits for what a GPU was told to do
+            return q.item()  # waits until a GPU is done
 
-        began = time.perf_counter()
-        q = run(times=10)
-        first[name] = time.perf_counter() - began
-        expected = q if expected is None else expected
-        if not math.isclose(expected, q, rel_tol=1e-2, abs_tol=1e-3):
-            raise SystemExit(f"mean Q after 10 updates is {q} with {name}, {expected} eager: nothing to time")
-        runs[name] = lambda run=run: 1e3 * timed(run) / count
-    took = medians(runs, repeats)
-    return {name: {"ms": took[name], "first_seconds": first[name]} for name in runs}
+        updates[name] = update
 
+    def first_ten(name: str) -> float:
+        result: list[float] = []
+        first[name] = wall(lambda: result.append(updates[name](10)))
+        return result[0]
 
-def line(found: dict[str, dict[str, float]]) -> str:
-    eager = found["eager"]["ms"]
-    kinds = [f"{name} {f['ms']:.2f} ms ({eager / f['ms']:.2f}x)" for name, f in found.items()]
-    return "an update takes " + ", ".join(kinds)
+    same = partial(math.isclose, rel_tol=1e-2, abs_tol=1e-3)
+    check_same({name: partial(first_ten, name) for name in updates}, same)
+    runs = {name: partial(update, count) for name, update in updates.items()}
+    result = race(runs, repeats, lambda run: wall(run) / count, warmups=0)
+    took = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in first.items())
+    return f"{table({f'update of {preset}': result})}\n\nThe first ten updates take {took}."
 
 
 def main() -> None:
@@ -128,18 +86,11 @@ def main() -> None:
     parser.add_argument("--preset", help="carracing on a CPU and carracing-gpu on a GPU if not given")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     preset = arguments.preset or ("carracing-gpu" if arguments.device == "cuda" else "carracing")
-    found = updates(preset, arguments.device, arguments.repeats)
-    print(f"{preset}: {line(found)}")
-    print(
-        "its first ten take " + ", ".join(f"{name} {f['first_seconds']:.1f} s" for name, f in found.items())
-    )
-    if arguments.json:
-        what = {"preset": preset, "threads": arguments.threads, "update": found}
-        arguments.json.write_text(json.dumps({**facts(arguments.device), **what}, indent=2) + "\n")
+    print(heading(arguments.device))
+    print(compare_updates(preset, arguments.device, arguments.repeats))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The benchmarks follow the tests' rule for `needs_cuda`: skipped without a device unless one is promised."""
+"""As in the tests, `needs_cuda` skips without a device, and fails where COVR_REQUIRE_CUDA=1 promises one."""
 
 import os
 
@@ -11,9 +11,3 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         if os.environ.get("COVR_REQUIRE_CUDA") == "1":
             pytest.fail("COVR_REQUIRE_CUDA=1, but torch sees no CUDA device", pytrace=False)
         pytest.skip("needs a CUDA device")
-
-
-def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
-    """Results are committed: the processor matters, the host's name does not."""
-    for field in ("node", "release"):
-        machine_info.pop(field, None)

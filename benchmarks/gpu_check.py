@@ -4,9 +4,9 @@
 
 Builds the extension in place for the device at hand, runs every `needs_cuda` test with skipping forbidden,
 measures the ceilings (copy bandwidth, bfloat16 matrix products) and the CUDA rows of the benchmarks, and puts
-compute-sanitizer's memcheck and racecheck over small tests of every kernel. One JSON file holds the device,
-versions, outcomes, figures and ceilings; it is written after every step, whatever fails. Exits with 1 if
-anything did. No benchmark runs on red tests.
+compute-sanitizer's memcheck and racecheck over small tests of every kernel. A JSON file (--out) with device,
+versions, outcomes, figures and ceilings is written after every step, whatever fails, and at the end the same
+as Markdown beside it, to be committed. Exits with 1 if anything failed. No benchmark runs on red tests.
 
 The machine brings a CUDA build of torch with Triton, nvcc and a C++ compiler. For one without internet,
 collect the rest elsewhere (with the machine's Python version) and pass the folder:
@@ -18,7 +18,6 @@ The tests of the VLM's streams and graphs want transformers, tokenizers, peft an
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
 import platform
@@ -28,6 +27,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import torch
+from race import heading, rows_of, steady, table, version
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ROOT / "build" / "gpu-packages"  # what --wheels adds: the machine's own Python stays as it is
@@ -124,8 +126,6 @@ def search_paths() -> dict[str, str]:
 
 
 def device_facts() -> dict[str, object]:
-    import torch
-
     if not torch.cuda.is_available():
         raise SystemExit("gpu-check: torch sees no CUDA device (a CPU build of torch, or no driver)")
     properties = torch.cuda.get_device_properties(0)
@@ -137,21 +137,14 @@ def device_facts() -> dict[str, object]:
         "versions": {
             "torch": torch.__version__,
             "cuda of torch": torch.version.cuda,
-            "triton": installed("triton"),
+            "triton": version("triton"),
             "nvcc": last_line(["nvcc", "--version"]),
             "driver": last_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
-            "liger-kernel": installed("liger-kernel"),
-            "torchrl": installed("torchrl"),
+            "liger-kernel": version("liger-kernel"),
+            "torchrl": version("torchrl"),
             "python": platform.python_version(),
         },
     }
-
-
-def installed(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def last_line(command: list[str]) -> str | None:
@@ -161,18 +154,9 @@ def last_line(command: list[str]) -> str | None:
 
 def ceilings() -> dict[str, float]:
     """What this device can do: bytes per second of a copy, floating-point operations of a bf16 product."""
-    import torch
 
-    def best(function, repetitions: int = 20) -> float:
-        times = []
-        for _ in range(repetitions):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            function()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) / 1e3)
-        return min(times)
+    def best(function) -> float:
+        return min(steady(function, "cuda") for _ in range(5))
 
     source = torch.ones(2**28, device="cuda")
     target = torch.empty_like(source)
@@ -180,6 +164,19 @@ def ceilings() -> dict[str, float]:
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     product = 2 * 8192**3 / best(lambda: a @ b)
     return {"copy_bytes_per_second": copy, "bf16_product_flops": product}
+
+
+def report(result: dict) -> str:
+    """The outcome as Markdown."""
+    lines = [heading("cuda"), "| step | outcome | seconds |", "| --- | --- | --- |"]
+    for name, step in result["steps"].items():
+        lines.append(f"| {name} | {'ok' if step['ok'] else 'FAILED'} | {step['seconds']} |")
+    if "ceilings" in result:
+        copy, product = (value / 1e12 for value in result["ceilings"].values())
+        lines.append(f"\nCeilings: copy {copy:.2f} TB/s, bfloat16 product {product:.0f} TFLOP/s.")
+    if "benchmarks" in result:
+        lines += ["", table(result["benchmarks"])]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> int:
@@ -194,7 +191,7 @@ def main() -> int:
     check.result.update(facts)
 
     python = sys.executable
-    missing = [name for name in NEEDED if installed(name) is None]
+    missing = [name for name in NEEDED if version(name) is None]
     if arguments.wheels and missing:
         source = ["--no-index", "--find-links", str(arguments.wheels.resolve()), "--target", str(PACKAGES)]
         check.run("wheels", [python, "-m", "pip", "install", "-q", "--upgrade", *source, *missing], 120)
@@ -208,7 +205,7 @@ def main() -> int:
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "needs_cuda"]
     tested = built and check.run("tests", [*pytest, *TESTS], 180)
     if tested:
-        if absent := [name for name in VLM_NEEDS if installed(name) is None]:
+        if absent := [name for name in VLM_NEEDS if version(name) is None]:
             said = [f"not run: {', '.join(absent)} missing"]
             check.steps["VLM tests"] = {"ok": False, "seconds": 0.0, "said": said}
         else:
@@ -217,8 +214,7 @@ def main() -> int:
         check.result["ceilings"] = ceilings()
         raw = out.with_name(out.stem + "_benchmarks.json")
         if check.run("benchmarks", [*pytest, "benchmarks/bench_ops.py", f"--benchmark-json={raw}"], 180):
-            entries = json.loads(raw.read_text())["benchmarks"]
-            check.result["benchmarks"] = {entry["name"]: entry["extra_info"] for entry in entries}
+            check.result["benchmarks"] = rows_of(raw)
     if built:
         sanitizer = shutil.which("compute-sanitizer", path=search_paths()["PATH"]) or "compute-sanitizer"
         for tool in ("memcheck", "racecheck"):
@@ -229,7 +225,8 @@ def main() -> int:
             )
     check.result["ok"] = tested and all(step["ok"] for step in check.steps.values())
     check.write()
-    print(f"written to {out}")
+    out.with_suffix(".md").write_text(report(check.result))
+    print(f"written to {out} and, as Markdown, beside it")
     return 0 if check.result["ok"] else 1
 
 

@@ -52,23 +52,23 @@ def spans(events: list[dict], names: dict[int, str]) -> list[Span]:
         events: of a Chrome trace, times in microseconds.
         names: of threads, by their number; threads without a name are left out.
     """
-    whole = [event for event in events if event.get("ph") == "X"]
-    kernels = [event for event in whole if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    complete = [event for event in events if event.get("ph") == "X"]
+    kernels = [event for event in complete if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     if kernels:
-        rows = _stream_rows(whole, kernels, names)
+        rows = _stream_rows(complete, kernels, names)
         chosen = [(rows[event["args"]["stream"]], event) for event in kernels]
     else:
-        operators = [event for event in whole if event.get("cat") == "cpu_op" and event["tid"] in names]
+        operators = [event for event in complete if event.get("cat") == "cpu_op" and event["tid"] in names]
         chosen = [(names[event["tid"]], event) for event in operators]
     start = min((event["ts"] for _, event in chosen), default=0.0)
     return [Span(row, (event["ts"] - start) / 1e6, event["dur"] / 1e6) for row, event in chosen]
 
 
-def _stream_rows(whole: list[dict], kernels: list[dict], names: dict[int, str]) -> dict[int, str]:
+def _stream_rows(complete: list[dict], kernels: list[dict], names: dict[int, str]) -> dict[int, str]:
     """The name of each stream's row: its number, and whose threads launched its kernels."""
     launcher = {
         event["args"]["correlation"]: names[event["tid"]]
-        for event in whole
+        for event in complete
         if event.get("cat") in ("cuda_runtime", "cuda_driver") and event["tid"] in names
     }
     users: dict[int, set[str]] = {}

@@ -1,7 +1,8 @@
-"""Every block of the documentation is run: Python as it stands, command lines as far as a test can go.
+"""Every block of the documentation is run: Python as it stands, command lines as far as a test can go. Blocks
+marked `text` are pictures.
 
-A block is run in a namespace of its own. One that begins with the comment CONTINUES goes on in that of the
-block before it on its page.
+Each block has its own namespace. One that begins with the comment CONTINUES uses the namespace of the block
+before it on its page.
 """
 
 import re
@@ -57,7 +58,7 @@ COMMANDS = [
 
 
 def test_every_block_has_a_language_that_is_tested_here():
-    assert {block.language for block in BLOCKS} == {"python", "sh"}
+    assert {block.language for block in BLOCKS} == {"python", "sh", "text"}
 
 
 def tiny(config: TrainConfig, **changes: int) -> TrainConfig:
@@ -97,8 +98,8 @@ def _signals():
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder as README's reader has it: an interrupted run, a finished one, and a model (that no command
-    gets to load: its configuration tells what suits it)."""
+    """A folder as README's reader has it: an interrupted run, a finished one, and a model (no command
+    loads it: its configuration tells what suits it)."""
     folder = tmp_path_factory.mktemp("home")
     interrupted = Trainer(tiny(TrainConfig.preset("carracing")), folder / "runs/carracing-seed0")
     interrupt_at(interrupted, 48)
@@ -169,7 +170,7 @@ def test_command(words, home, monkeypatch):
 
 
 def spoken_of(pattern: str) -> set[str]:
-    """What the prose names in backticks."""
+    """What the prose has in backticks."""
     spans = [span for page in PAGES for span in re.findall(r"`([^`\n]+)`", page.read_text())]
     return {match for span in spans for match in re.findall(pattern, span)}
 
@@ -183,7 +184,7 @@ def test_options_that_the_prose_names_exist(monkeypatch, capsys):
 def test_targets_and_files_that_the_prose_names_exist():
     for target in spoken_of(r"^make ([\w-]+)"):
         make_command([target])
-    paths = spoken_of(r"^(?:csrc|kernels|covr_fast|tests|docs|examples)/[\w./-]*$")
+    paths = spoken_of(r"^(?:csrc|kernels|covr_fast|tests|docs|examples|benchmarks)/[\w./-]*$")
     assert [path for path in paths if not (ROOT / path).exists()] == []
 
 

@@ -22,7 +22,7 @@ PATH = SCRIPTS + os.pathsep + os.environ["PATH"]
 
 
 def copy_sources(to: Path) -> Path:
-    """The sources as a checkout without history and build products has them."""
+    """The sources as in a checkout, without history and build products."""
     ignore = shutil.ignore_patterns(
         ".git", ".venv", "build", "runs", "*.so", "*.egg-info", "__pycache__", ".*_cache"
     )
@@ -53,7 +53,7 @@ def unpacked(tmp_path_factory):
 
 @pytest.fixture
 def small_source(source):
-    """The same with an extension that compiles in a moment."""
+    """The same, with an extension that compiles quickly."""
     for path in source.glob("csrc/**/*.cpp"):
         path.unlink()
     (source / "csrc/module.cpp").write_text(
@@ -170,13 +170,13 @@ def test_a_compiler_that_was_missing_is_looked_for_again(small_source, tmp_path)
         ({"COVR_CUDA": "MAYBE"}, "COVR_CUDA='MAYBE' is not one of OFF, ON, AUTO"),
     ],
 )
-def test_cuda_that_cannot_be_had_is_a_clear_error(environment, message, source, tmp_path):
+def test_cuda_that_is_not_available_is_a_clear_error(environment, message, source, tmp_path):
     done = wheel(source, tmp_path / "out", **environment)
     assert done.returncode != 0
     assert message in " ".join((done.stdout + done.stderr).split())
 
 
-def test_auto_leaves_cuda_out_quietly(source, tmp_path):
+def test_auto_builds_without_cuda_quietly(source, tmp_path):
     cmake = shutil.which("cmake", path=PATH)
     assert cmake
     options = [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"]

@@ -1,0 +1,181 @@
+"""How the benchmarks compare contestants fairly.
+
+- Nothing is timed before all contestants have computed the same result (`check_same`).
+- Contestants run in turn, round by round (`race`): a busy machine is busy for all of them.
+- A ratio is taken within each round. The tables give its median over the rounds and, in brackets, its
+  quartiles.
+- A table names the device, the versions and the date (`heading`).
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Function = Callable[[], Any]
+PACKAGES = ("torch", "triton", "liger-kernel", "torchrl", "stable_baselines3", "tianshou", "cpprb")
+
+
+def check_same(functions: Mapping[str, Function | str], same: Callable[[Any, Any], object]) -> None:
+    """Calls each function once. `same` gets the first result and another; it returns False or raises where
+    they differ."""
+    results = {name: run() for name, run in functions.items() if not isinstance(run, str)}
+    first = next(iter(results))
+    for name, result in results.items():
+        if same(results[first], result) is False:
+            raise AssertionError(f"{name!r} does not compute what {first!r} does: nothing to time")
+
+
+def peer(make: Callable[..., Function], *arguments: Any) -> Function | str:
+    """The function that `make` returns, or the reason why it cannot be made on this machine."""
+    try:
+        return make(*arguments)
+    except (ImportError, AttributeError, RuntimeError) as error:
+        return " ".join(str(error).split())[:120]
+
+
+def wall(function: Function, device: str = "cpu") -> float:
+    """Seconds of one call, until a GPU has finished what the call launched."""
+    begin = time.perf_counter()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def steady(function: Function, device: str = "cpu") -> float:
+    """Seconds of a call that follows others like it; on a GPU the mean of ten calls between two events."""
+    if device == "cpu":
+        # After a parallel loop of torch, OpenMP's threads spin for about 10 ms and occupy the cores.
+        time.sleep(0.02)
+        first = wall(function)
+        return first if first > 0.05 else wall(function)  # the first short call is a cold start
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(10):
+        function()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e4
+
+
+def race(
+    functions: Mapping[str, Function | str],
+    rounds: int,
+    timer: Callable[[Function], float] = wall,
+    *,
+    warmups: int = 1,
+    benchmark: Any = None,
+) -> dict[str, Any]:
+    """Times every function once a round.
+
+    Args:
+        functions: by name; a string instead of a function is the reason why it cannot run.
+        timer: calls a function and returns seconds.
+        warmups: rounds before those that count.
+        benchmark: the fixture of pytest-benchmark. Its own report is about the first function alone, which it
+            calls once more after every round.
+
+    Returns:
+        a row of `table`: "seconds", the median by name; "ratio", the quartiles by name of the time over that
+        of the first function in the same round; "unavailable", the reasons by name.
+    """
+    running = {name: run for name, run in functions.items() if not isinstance(run, str)}
+    times: dict[str, list[float]] = {name: [] for name in running}
+
+    def one_round() -> None:
+        for name, run in running.items():
+            times[name].append(timer(run))
+
+    first, *others = running
+    if benchmark:
+        benchmark.pedantic(running[first], setup=one_round, rounds=rounds, warmup_rounds=warmups)
+    else:
+        for _ in range(warmups + rounds):
+            one_round()
+    times = {name: values[warmups:] for name, values in times.items()}
+    ratios = {name: [a / b for a, b in zip(times[name], times[first], strict=True)] for name in others}
+    return {
+        "seconds": {name: statistics.median(values) for name, values in times.items()},
+        # Twice, because one round alone has no quartiles.
+        "ratio": {name: statistics.quantiles(2 * values, n=4) for name, values in ratios.items()},
+        "unavailable": {name: why for name, why in functions.items() if isinstance(why, str)},
+    }
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
+    models = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    return f"{next(models, platform.machine())}, {os.cpu_count()} cores"
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def heading(device: str = "cpu") -> str:
+    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES if version(name))
+    date, python = time.strftime("%Y-%m-%d"), platform.python_version()
+    return f"{device_name(device)}; {date}; Python {python}, {versions}.\n"
+
+
+def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Races as Markdown, a line per contestant.
+
+    Args:
+        rows: by name, what `race` returns and, if known, of a call of the first contestant: "limit", the
+            seconds that the hardware allows; "items"; "operations"; "extra_bytes", the peak of memory beyond
+            the gradients that it returns.
+    """
+    lines = ["| row | contestant | time | ratio to the first |", "| --- | --- | --- | --- |"]
+    for row, info in rows.items():
+        for name, seconds in info["seconds"].items():
+            took = f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
+            rate = f", {info['items'] / seconds:,.0f}/s" if info.get("items") else ""
+            last = _ratio(*info["ratio"][name]) if name in info["ratio"] else _notes(info, seconds)
+            lines.append(f"| {row} | {name} | {took}{rate} | {last} |")
+        lines += [f"| {row} | {name} | not measured: {why} | |" for name, why in info["unavailable"].items()]
+    return "\n".join(lines)
+
+
+def _ratio(low: float, median: float, high: float) -> str:
+    return f"{median:.2f}x ({low:.2f} to {high:.2f})"
+
+
+def _notes(info: Mapping[str, Any], seconds: float) -> str:
+    notes = []
+    if info.get("limit"):
+        notes.append(f"{info['limit'] / seconds:.0%} of the limit")
+    if info.get("operations"):
+        notes.append(f"{info['operations'] / seconds / 1e12:.3g} TFLOP/s")
+    if info.get("extra_bytes"):
+        notes.append(f"{info['extra_bytes'] / 2**20:.0f} MiB beyond the gradients")
+    return ", ".join(notes)
+
+
+def rows_of(file: Path) -> dict[str, dict[str, Any]]:
+    """The races in a JSON file of pytest-benchmark, by row."""
+    entries = json.loads(file.read_text())["benchmarks"]
+    return {entry["name"].removeprefix("test_"): entry["extra_info"] for entry in entries}
+
+
+def main(suite: str, file: Path) -> int:
+    """Runs a suite under pytest-benchmark into `file` (JSON), and leaves its table beside it as Markdown."""
+    import pytest
+
+    status = pytest.main([suite, "-q", "-p", "no:cacheprovider", f"--benchmark-json={file}"])
+    if status == 0:
+        file.with_suffix(".md").write_text(f"{heading()}\n{table(rows_of(file))}\n")
+    return int(status)
