@@ -30,9 +30,9 @@ class DeviceGather:
         self._device = device
         self._core = core
         self._pinned = pinned
-        self._upload_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._sent = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._read = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        cuda: Any = torch.cuda  # these constructors have no annotations
+        self._upload_stream = cuda.Stream(device)
+        self._sent, self._read = cuda.Event(), cuda.Event()
         # For kernel launches that belong together with a call of the core.
         self.lock: AbstractContextManager[Any] = threading.Lock()
 
