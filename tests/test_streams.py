@@ -1,7 +1,6 @@
 """Hand-overs between CUDA streams: their order, and the same results when every producer is late."""
 
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -108,12 +107,13 @@ def test_a_gather_comes_after_uploads_and_after_gathers_on_other_streams(log, mo
     events = iter(("sent", "read"))
     monkeypatch.setattr(torch.cuda, "Event", lambda: Event(next(events)))
     monkeypatch.setattr(torch.cuda, "Stream", lambda _: FakeStream("upload", log))
-    gather = DeviceGather(torch.device("cuda"), SimpleNamespace(core=None), [], pinned=False)
-    gather.begin_read()
-    gather.end_read()
+    gather = DeviceGather(torch.device("cuda"), None, pinned=False)
+    with gather.reading():
+        log.append(("caller", "does", "the gather"))
     assert log == [
         ("caller", "waits for", "sent"),
         ("caller", "waits for", "read"),
+        ("caller", "does", "the gather"),
         ("caller", "records", "read"),
     ]
 
@@ -275,7 +275,7 @@ def test_frames_that_are_sent_late_are_waited_for(read):
     ended, zeros = np.ones(4, bool), np.zeros((4, 2), np.float32)
     for _ in range(8):  # around the ring: what is not there yet is old frames
         obs, after = rng.integers(0, 256, (2, 4, 3, 64, 64), dtype=np.uint8)
-        with torch.cuda.stream(buffer._gpu._upload_stream):
+        with torch.cuda.stream(buffer._gather._upload_stream):
             torch.cuda._sleep(LATE)
         ids = buffer.add(obs, zeros, zeros[:, 0], after, ended, ~ended)
         got = buffer.frames(ids) if read == "frames" else buffer.get(ids, dtype=torch.uint8).obs

@@ -1,37 +1,97 @@
-"""Rows as they are given to the buffer's methods, made into the arrays that are stored.
+"""What the buffer's methods are given, checked and made into the arrays that are stored.
 
-What a column's dtype cannot hold is refused by name. Only floats may change: they are rounded to the column's
-precision. NaN is refused everywhere, and infinity everywhere but in extras.
+A value that its column's dtype cannot represent is an error that names the argument. Only floats may change:
+they are rounded to the column's precision. NaN is always an error; infinity is one, except in extras.
 """
 
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .. import _C
-from .observation import KeySpec, Shape
+from .observation import ColumnSpec, KeySpec, Shape
+from .options import Options
 
-Rows = np.ndarray | Tensor | Sequence
+Rows = np.ndarray | Tensor | Sequence[Any]
+ObservationRows = Rows | Mapping[str, Rows]
 
-_ID = np.dtype(np.int64)
+_REWARD, _ID = np.dtype(np.float32), np.dtype(np.int64)
 _LARGEST = {n: float(np.finfo(f"f{n}").max) for n in (2, 4, 8)}  # by a float's bytes
 
 
-def stored_rows(
+class Transitions:
+    """Checks the rows of `ReplayBuffer.add` and `set_extras`, for the shapes and dtypes of one buffer."""
+
+    def __init__(self, options: Options) -> None:
+        self._num_envs = options.num_envs
+        self._keys = options.keys
+        self._single = options.single
+        self._action, *extras = options.columns
+        self._extras = {extra.name: extra for extra in extras}
+
+    def added(
+        self,
+        obs: ObservationRows,
+        action: Rows,
+        reward: Rows,
+        next_obs: ObservationRows,
+        terminated: Rows,
+        truncated: Rows,
+        env_ids: Rows | None,
+        extras: Mapping[str, Rows],
+    ) -> tuple[Any, ...]:
+        """The arguments of `add` of the C++ core."""
+        if extras.keys() != self._extras.keys():
+            raise ValueError(f"add() got the extras {sorted(extras)}, declared are {sorted(self._extras)}")
+        return (
+            self._observation(obs, "obs"),
+            self._observation(next_obs, "next_obs"),
+            as_column(reward, _REWARD, "reward", ""),
+            flags(terminated, "terminated"),
+            flags(truncated, "truncated"),
+            [
+                as_column(action, self._action.numpy_dtype, "action", self._action.declared_by),
+                *(_extra(extras[name], column) for name, column in self._extras.items()),
+            ],
+            None if env_ids is None else integers(env_ids, "env_ids"),
+            self._num_envs,
+        )
+
+    def extras(self, n: int, values: Mapping[str, Rows]) -> dict[str, np.ndarray]:
+        """Some of the extras, for n transitions."""
+        if unknown := values.keys() - self._extras.keys():
+            raise ValueError(f"set_extras() got {sorted(unknown)}, declared are {sorted(self._extras)}")
+        return {
+            name: shaped(_extra(value, self._extras[name]), (n, *self._extras[name].shape), name)
+            for name, value in values.items()
+        }
+
+    def _observation(self, observation: ObservationRows, what: str) -> list[np.ndarray]:
+        if self._single:
+            return [_observation_rows(observation, self._keys[0], what)]  # type: ignore[arg-type]
+        if not isinstance(observation, Mapping):
+            raise ValueError(f"{what} must be a dict with the keys {[key.name for key in self._keys]}")
+        missing = [key.name for key in self._keys if key.name not in observation]
+        if missing:
+            raise ValueError(f"{what} lacks the keys {missing}")
+        return [_observation_rows(observation[key.name], key, f"{what}[{key.name!r}]") for key in self._keys]
+
+
+def as_column(
     value: Rows, dtype: np.dtype, what: str, declared_by: str, *, infinite: bool = False
 ) -> np.ndarray:
-    """As a contiguous array of `dtype`, of the same values; the very array where it is one.
+    """The same values as a contiguous array of `dtype`; not a copy if it is one already.
 
     Args:
         what: the argument's name, for errors.
-        declared_by: the constructor's argument that says the dtype, "" where nothing does.
-        infinite: infinities are values, too.
+        declared_by: the constructor's argument that says the dtype, "" where none does.
+        infinite: infinite values are allowed.
 
     Raises:
-        ValueError: a value that `dtype` cannot hold, floats for integers, or NaN.
+        ValueError: a value that `dtype` cannot represent, floats for integers, or NaN.
     """
     array = as_array(value)
     if array.dtype == dtype:
@@ -40,21 +100,8 @@ def stored_rows(
     return _cast(array, dtype, what, declared_by, infinite)
 
 
-def observation_rows(value: Rows, key: KeySpec, what: str) -> np.ndarray:
-    """Rows of an observation [rows, *key.shape], each of them contiguous."""
-    array = as_array(value)
-    if array.shape[1:] != key.shape:
-        raise ValueError(
-            f"{what} has shape {array.shape}: it must be [rows, {', '.join(map(str, key.shape))}]"
-        )
-    if array.dtype != key.numpy_dtype:
-        return _cast(array, key.numpy_dtype, what, "obs_dtype", infinite=False)
-    _check_floats(array, key.numpy_dtype, what, "obs_dtype", infinite=False)
-    return array if array[:1].flags.c_contiguous else np.ascontiguousarray(array)
-
-
 def flags(value: Rows, what: str) -> np.ndarray:
-    """bool, and given as such."""
+    """A bool array; other dtypes are an error."""
     array = as_array(value)
     if array.dtype != np.bool_:
         raise ValueError(f"{what} has dtype {array.dtype}: it must be bool")
@@ -62,13 +109,13 @@ def flags(value: Rows, what: str) -> np.ndarray:
 
 
 def integers(value: Rows, what: str) -> np.ndarray:
-    """int64. A mask would pass for the numbers 0 and 1."""
+    """An int64 array. A bool array is an error: it may be a mask, and would become the numbers 0 and 1."""
     array = as_array(value)
     if array.dtype.kind not in "iu" and array.size:
         raise ValueError(
             f"{what} has dtype {array.dtype}: it must be integers; of a mask take np.flatnonzero"
         )
-    return stored_rows(array, _ID, what, "")
+    return as_column(array, _ID, what, "")
 
 
 def ids(index: Rows) -> Tensor:
@@ -83,14 +130,41 @@ def shaped(array: np.ndarray, shape: Shape, what: str) -> np.ndarray:
     return array
 
 
+def priorities(index: Rows, priority: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """(int64 [n], float64 [n]): ids and their priorities."""
+    at, values = ids(index).numpy(), as_array(priority)
+    if values.dtype.kind not in "biuf":
+        raise ValueError(f"priority has dtype {values.dtype}: it must be floating")
+    if values.ndim > 1 and values.shape not in ((len(at), 1), np.shape(index)):
+        raise ValueError(f"priority has shape {values.shape}: it must be {(len(at),)}, one per index")
+    return at, values.astype(np.float64, copy=False).reshape(-1)
+
+
 def as_array(value: Rows) -> np.ndarray:
     if type(value) is np.ndarray:
         return value
     if isinstance(value, Tensor):
         value = value.detach().cpu()
-        # numpy has no bfloat16, as networks under autocast give it; float32 holds all of its values.
+        # numpy has no bfloat16, which networks under autocast return. float32 represents all of its values.
         return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
     return np.asarray(value)
+
+
+def _observation_rows(value: Rows, key: KeySpec, what: str) -> np.ndarray:
+    """[rows, *key.shape], of which each row is contiguous."""
+    array = as_array(value)
+    if array.shape[1:] != key.shape:
+        raise ValueError(
+            f"{what} has shape {array.shape}: it must be [rows, {', '.join(map(str, key.shape))}]"
+        )
+    if array.dtype != key.numpy_dtype:
+        return _cast(array, key.numpy_dtype, what, "obs_dtype", infinite=False)
+    _check_floats(array, key.numpy_dtype, what, "obs_dtype", infinite=False)
+    return array if array[:1].flags.c_contiguous else np.ascontiguousarray(array)
+
+
+def _extra(values: Rows, extra: ColumnSpec) -> np.ndarray:
+    return as_column(values, extra.numpy_dtype, extra.name, extra.declared_by, infinite=True)
 
 
 def _cast(array: np.ndarray, dtype: np.dtype, what: str, declared_by: str, infinite: bool) -> np.ndarray:
@@ -108,18 +182,19 @@ def _cast(array: np.ndarray, dtype: np.dtype, what: str, declared_by: str, infin
 
 
 def _not_exact(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Which of these integers or booleans `dtype` does not hold."""
+    """Which of these integers or booleans `dtype` cannot represent exactly."""
     low, high = int(array.min()), int(array.max())
     if dtype.kind == "f":
-        whole = 2 ** (np.finfo(dtype).nmant + 1)  # up to here a float holds every integer
+        whole = 2 ** (np.finfo(dtype).nmant + 1)  # up to here a float represents every integer
         if -whole <= low and high <= whole:
             return np.zeros(1, bool)
         with np.errstate(over="ignore", invalid="ignore"):
             rounded = array.astype(dtype)
             back = rounded.astype(array.dtype)
-        # Beyond the integers' own range the cast back means nothing.
+        # Outside the range of the integer dtype, the result of the cast back is undefined.
         beyond = ~np.isfinite(rounded) | (rounded >= np.float64(int(np.iinfo(array.dtype).max) + 1))
-        return beyond | (back != array)
+        inexact: np.ndarray = beyond | (back != array)
+        return inexact
     least, most = (0, 1) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
     if least <= low and high <= most:
         return np.zeros(1, bool)
@@ -127,7 +202,7 @@ def _not_exact(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def _check_floats(array: np.ndarray, dtype: np.dtype, what: str, declared_by: str, infinite: bool) -> None:
-    """Raises unless every float is a number that `dtype` has room for; passes what are no floats."""
+    """Raises unless every float lies in the range of `dtype`. Other arrays pass."""
     if array.dtype.kind != "f":
         return
     with np.errstate(over="ignore"):  # C++ knows no long double

@@ -26,8 +26,8 @@ _PREFIX = struct.Struct("<8sQI")
 _CHUNK = 64 << 20
 
 
-def write(path: str | os.PathLike, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Writes beside `path` and renames once everything is on disk: no half-written file ever has the name."""
+def write(path: str | os.PathLike[str], config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Writes a temporary file and renames it to `path` once it is on the disk: `path` is never incomplete."""
     path = Path(path)
     entries = []
     for name, tensor in tensors.items():
@@ -53,7 +53,7 @@ def write(path: str | os.PathLike, config: dict[str, Any], tensors: dict[str, Te
 
 
 class Reader:
-    """An open file: its `config` at once, its tensors into memory that the caller then provides."""
+    """An open file. Its `config` is read at once, its tensors into memory that the caller provides."""
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         self._file, self._name = file, name
@@ -77,7 +77,7 @@ class Reader:
         return {e["name"]: (getattr(torch, e["dtype"]), tuple(e["shape"])) for e in self._entries}
 
     def read_into(self, tensors: dict[str, Tensor]) -> None:
-        """Fills tensors of the dtypes and shapes that `shapes` tells."""
+        """Fills tensors that have the dtypes and shapes of `shapes`."""
         for entry in self._entries:
             checksum = 0
             for piece in _pieces(tensors[entry["name"]]):
@@ -99,14 +99,14 @@ def _chunks(tensor: Tensor) -> Iterator[memoryview]:
 
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensor as flat uint8 views in order; of one that is not contiguous, row by row."""
+    """The tensor as flat uint8 views in order. One that is not contiguous is split into its rows."""
     if tensor.numel() == 0:
         return
     if not tensor.is_contiguous():
         for row in tensor:
             yield from _pieces(row)
         return
-    yield from tensor.view(-1).view(torch.uint8).split(_CHUNK)
+    yield from torch.split(tensor.view(-1).view(torch.uint8), _CHUNK)
 
 
 def _bytes(flat: Tensor) -> memoryview:

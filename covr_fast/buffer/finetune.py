@@ -14,22 +14,21 @@ class FineTuneView:
     """The transitions of trajectories that finished since the last `clear`, with their returns.
 
     Nothing is copied: the view remembers how far each environment's stream was consumed, and reads indices
-    and rewards out of the buffer when asked. A trajectory is finished once it terminated, was truncated or
-    was cut; unless there is a `bootstrap`, a truncated tail counts as the end. Steps of unfinished
-    trajectories wait, across a `clear`, until theirs ends. What the ring overwrote in the meantime is no
-    longer in the view, but counted.
+    and rewards from the buffer when they are asked for. A trajectory is finished when it terminated, was
+    truncated or was cut; without a `bootstrap`, a truncated trajectory counts as complete. Steps of an
+    unfinished trajectory stay pending, also over a `clear`, until it ends. Transitions that the ring
+    overwrote are no longer in the view; `overwritten` counts them.
 
     Args:
-        buffer: the buffer to look at, from its present state on or, if it already holds transitions, from its
-            oldest. Query the view in the thread that adds.
+        buffer: the buffer to view, from its oldest transition on. Query the view in the thread that adds.
         gamma: discount of the returns.
         horizon: None for the return to the end of the trajectory, g_t = sum_{k=t..T} gamma^(k-t) r_k. A
-            number h sums over at most h steps instead, and then a transition enters the view h steps after it
-            was added (or at the end of its trajectory): with many parallel environments none may have ended
-            when the first round is due.
-        bootstrap: values V(s_{t+1}), float[n], of what followed the transitions with these ids, int64[n]:
-            added as gamma * V to the last reward of a trajectory that was truncated or cut. None adds
-            nothing, as the paper.
+            number h sums over at most h steps instead. Then a transition enters the view h steps after it was
+            added (or at the end of its trajectory): with many parallel environments, no trajectory may have
+            ended when the first round is due.
+        bootstrap: the values V(s_{t+1}), float[n], of the states after the transitions with these ids,
+            int64[n]. gamma * V is added to the last reward of a trajectory that was truncated or cut. None
+            adds nothing, as in the paper.
     """
 
     def __init__(
@@ -57,8 +56,7 @@ class FineTuneView:
 
     @property
     def overwritten(self) -> int:
-        """How many transitions the ring overwrote since the last `clear`, so that they are not in the
-        view."""
+        """How many transitions the ring overwrote since the last `clear`. They are not in the view."""
         start, stop = self._finished()
         first = self._buffer.stream_bounds()[0]
         return int((np.clip(first, start, stop) - start).sum())
@@ -83,7 +81,7 @@ class FineTuneView:
         self._consumed = self._finished()[1]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """How far each stream was consumed; the rest is in the buffer."""
+        """How far each stream was consumed. Everything else is in the buffer."""
         return {"consumed": torch.from_numpy(self._consumed.copy())}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -95,8 +93,8 @@ class FineTuneView:
         self._consumed = consumed.copy()
 
     def _finished(self) -> tuple[np.ndarray, np.ndarray]:
-        """Per stream, the range of transitions that finished since the last clear, overwritten ones
-        included."""
+        """Per stream, the range of transitions that finished since the last clear, with the overwritten
+        ones."""
         _, ended, count = self._buffer.stream_bounds()
         stop = ended if self.horizon is None else np.maximum(ended, count - self.horizon + 1)
         return self._consumed, np.maximum(stop, self._consumed)
@@ -105,7 +103,7 @@ class FineTuneView:
         start, stop = self._finished()
         return np.clip(self._buffer.stream_bounds()[0], start, stop), stop
 
-    def _collect(self, part) -> np.ndarray:
+    def _collect(self, part: Callable[[int, int, int], np.ndarray]) -> np.ndarray:
         start, stop = self._bounds()
         parts = [part(env, a, b) for env, (a, b) in enumerate(zip(start, stop, strict=True))]
         return np.concatenate(parts)
@@ -144,7 +142,7 @@ def _returns_to_go(reward: np.ndarray, end: np.ndarray, gamma: float) -> np.ndar
 
 
 def _horizon_returns(reward: np.ndarray, end: np.ndarray, gamma: float, horizon: int) -> np.ndarray:
-    """sum_{k=0..h-1} gamma^k r_{t+k}, stopping at the trajectory's end: h fused multiply-adds per row."""
+    """sum_{k=0..h-1} gamma^k r_{t+k}, which stops at the trajectory's end."""
     total = np.zeros(len(reward), np.float64)
     alive = np.ones(len(reward), bool)
     for k in range(min(horizon, len(reward))):

@@ -1,53 +1,81 @@
 """Buffers whose batches are made by a GPU.
 
-What waits for what: `add` sends new frames on a stream of its own, after all gathers have read what they
-replace; a gather, on the caller's current stream, comes after the last frames were sent and after the gather
-before it, on whichever stream that was. The host waits in `add` only: until the frames of the add before have
-left host memory (device storage), or until the last gather has read what is being overwritten (pinned
-storage, where the CPU writes what the GPU reads).
+What waits for what: `add` sends new frames on its own stream, after all gathers have read what they replace.
+A gather runs on the caller's current stream, after the last frames were sent and after the gather before it,
+whichever stream that was on. The host waits in `add` only: until the frames of the add before have left host
+memory (device storage), or until the last gather has read what is being overwritten (pinned storage, where
+the CPU writes what the GPU reads).
 """
 
-from typing import Any
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .. import _C
 from ..border import CPU, address
-from .observation import KeySpec
-from .output import Form
-from .storage import Storage
+from .batch import Batch
+from .output import Draw, OutputSpec
 
 
 class DeviceGather:
     """Plans on the CPU, gathers on the GPU."""
 
-    def __init__(self, device: torch.device, storage: Storage, keys: list[KeySpec], pinned: bool) -> None:
+    pin_memory = True
+
+    def __init__(self, device: torch.device, core: Any, pinned: bool) -> None:
         self._device = device
-        self._core = storage.core
-        self._keys = keys
+        self._core = core
         self._pinned = pinned
-        self._upload_stream = torch.cuda.Stream(device)
-        self._sent = torch.cuda.Event()
-        self._read = torch.cuda.Event()
+        cuda: Any = torch.cuda  # these constructors have no annotations
+        self._upload_stream = cuda.Stream(device)
+        self._sent, self._read = cuda.Event(), cuda.Event()
+        # For kernel launches that belong together with a call of the core.
+        self.lock: AbstractContextManager[Any] = threading.Lock()
 
-    def before_add(self) -> None:
-        (self._read if self._pinned else self._sent).synchronize()
+    @contextmanager
+    def adding(self) -> Iterator[None]:
+        with self.lock:
+            (self._read if self._pinned else self._sent).synchronize()
+            yield
+            if not self._pinned:
+                self._upload_stream.wait_event(self._read)
+                self._core.upload(self._upload_stream.cuda_stream)
+                self._sent.record(self._upload_stream)
 
-    def after_add(self) -> None:
-        if self._pinned:
-            return
-        self._upload_stream.wait_event(self._read)
-        self._core.upload(self._upload_stream.cuda_stream)
-        self._sent.record(self._upload_stream)
+    def start_reading(self) -> None:
+        """The caller's current stream waits until all frames have arrived."""
+        current = torch.cuda.current_stream(self._device)
+        current.wait_event(self._sent)
+        current.wait_event(self._read)  # so that this one event stands for the reads on other streams too
 
-    def gather(self, request: Any, n: int, form: Form, obs: list[Tensor], next_obs: list[Tensor]) -> None:
-        """Fills obs and, unless it is empty, next_obs, one tensor per key, for the drawn `request`."""
-        self.begin_read()
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """What the block reads on the caller's current stream is replaced only after it was read."""
+        self.start_reading()
+        yield
+        self._read.record(torch.cuda.current_stream(self._device))
+
+    def allocate(self, spec: OutputSpec, n: int) -> list[Tensor]:
+        return spec.allocate_on(self._device, n)
+
+    def fill(
+        self, request: Any, draw: Draw, spec: OutputSpec, obs: list[Tensor], next_obs: list[Tensor]
+    ) -> None:
+        with self.lock:
+            draw(request, torch.get_num_threads())
+            with self.reading():
+                self._gather(request, spec, obs, next_obs)
+
+    def _gather(self, request: Any, spec: OutputSpec, obs: list[Tensor], next_obs: list[Tensor]) -> None:
+        n = len(obs[0])
         current = torch.cuda.current_stream(self._device).cuda_stream
         device = obs[0].device  # with its number, which that of the buffer may lack
-        outputs = [form.addresses(out, device) for out in (obs, next_obs) if out]
-        for k, target in enumerate(form.targets):
+        outputs = [spec.addresses(out, device) for out in (obs, next_obs) if out]
+        for k, target in enumerate(spec.targets):
             plans = torch.empty(
                 len(outputs), n, _C.stack_plan_bytes, dtype=torch.uint8, device=CPU, pin_memory=True
             )
@@ -55,26 +83,32 @@ class DeviceGather:
             on_device = plans.to(device, non_blocking=True)
             for plan, to in zip(on_device, outputs, strict=True):
                 self._core.gather_cuda(k, address(plan, torch.uint8, device), n, target, to[k], current)
-        self.end_read()
 
-    def begin_read(self) -> None:
-        """What the caller's current stream reads from here on has arrived."""
-        current = torch.cuda.current_stream(self._device)
-        current.wait_event(self._sent)
-        current.wait_event(self._read)  # so that the one event tells of all reads, of other streams too
+    def frames(self, ring: Tensor, streams: Tensor, slots: Tensor) -> Tensor:
+        if ring.is_cuda:  # indices in ordinary memory would make the host wait for the stream
+            return ring[self._send(streams.pin_memory()), self._send(slots.pin_memory())]
+        return self._send(ring[streams, slots].pin_memory())
 
-    def end_read(self) -> None:
-        """What the caller's current stream has been told to read must not be replaced before it was."""
-        self._read.record(torch.cuda.current_stream(self._device))
+    def deliver(self, batch: Batch) -> None:
+        batch.action = self._send(batch.action)
+        batch.extras = {name: self._send(values) for name, values in batch.extras.items()}
+        batch.reward, batch.discount = self._send(batch.reward), self._send(batch.discount)
+        batch.weight = self._send(batch.weight)
+        batch.terminated, batch.truncated = self._send(batch.terminated), self._send(batch.truncated)
+
+    def _send(self, values: Tensor) -> Tensor:
+        return values.to(self._device, non_blocking=True)
 
 
-def check_device(device: torch.device, pinned: bool) -> None:
+def check_device(device: torch.device, storage: Literal["device", "pinned"]) -> None:
     """Says why a buffer cannot be on this device."""
-    if device.type == "cpu" and not pinned:
+    if storage not in ("device", "pinned"):
+        raise ValueError(f"storage is {storage!r}: it must be 'device' or 'pinned'")
+    if device.type == "cpu" and storage == "device":
         return
     if device.type != "cuda":
         raise ValueError(
-            f"device is {device}, storage {'pinned' if pinned else 'device'}: pinned storage is for "
+            f"device is {device}, storage {storage}: pinned storage is for "
             "device='cuda', and buffers are made on 'cpu' or 'cuda'"
         )
     if not _C.with_cuda:

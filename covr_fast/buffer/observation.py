@@ -1,4 +1,4 @@
-"""The shapes that a buffer is built for, checked once so that adding and sampling need not."""
+"""The shapes and dtypes that a buffer is built for: checked once, so that adding and sampling need not."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,17 +18,21 @@ ShapeAndType = Shape | tuple[Sequence[int], torch.dtype]
 class KeySpec:
     """One observation key: `stack` frames of [channels, height, width].
 
-    A grey picture [height, width] has one channel; what is no picture has height = width = 1.
+    A grey image [height, width] has one channel. Anything else that is not an image has height = width = 1.
     """
 
     name: str
     shape: Shape
+    """Of the stacked observation, as it is added."""
     dtype: torch.dtype
     stack: int
+    """How many frames it stacks."""
     channels: int
+    """Of one frame."""
     height: int
     width: int
     channels_last: bool
+    """It is added as [height, width, channels]."""
 
     @cached_property
     def numpy_dtype(self) -> np.dtype:
@@ -45,17 +49,28 @@ class KeySpec:
     @property
     def frame_shape(self) -> Shape:
         """Shape of one stored frame: channels first, or the plain vector."""
-        return (self.channels, self.height, self.width) if len(self.shape) == 3 else self._split()
+        if len(self.shape) == 3:
+            return self.channels, self.height, self.width
+        return (self.shape[0] // self.stack, *self.shape[1:]) if self.shape else ()
 
     def out_shape(self, crop: int = 0) -> Shape:
-        """Shape of a sampled observation, `crop` pixels lost at every edge. Images come channels first."""
+        """Shape of a sampled observation without `crop` pixels at every edge. Images are channels first."""
         size = self.height - 2 * crop, self.width - 2 * crop
         if len(self.shape) == 3:
             return (self.stack * self.channels, *size)
         return size if self.is_image else self.shape
 
-    def _split(self) -> Shape:
-        return (self.shape[0] // self.stack, *self.shape[1:]) if self.shape else ()
+
+@dataclass(frozen=True)
+class ColumnSpec:
+    """One value per transition: the action or an extra."""
+
+    name: str
+    shape: Shape
+    dtype: torch.dtype
+    numpy_dtype: np.dtype
+    declared_by: str
+    """The constructor's argument that says the dtype, for errors."""
 
 
 def key_spec(
@@ -69,8 +84,8 @@ def key_spec(
     if not 1 <= stack <= 64:
         raise ValueError(f"frame_stack is {stack}: it must lie between 1 and 64")
     if dtype is None and len(shape) > 3:
-        # gymnasium's FrameStackObservation gives [stack, H, W, C]: taken for floats, it would fill four times
-        # the memory.
+        # gymnasium's FrameStackObservation gives [stack, H, W, C]. As float32, it would take four times the
+        # memory.
         raise ValueError(
             f"obs_shape of {name!r} is {shape}: images have three dimensions, frames stacked along the "
             "channels as by np.concatenate; to store something else as it is, give its obs_dtype"
@@ -104,8 +119,7 @@ def key_specs(
     frame_stack: int | Mapping[str, int],
     channels_last: bool | Mapping[str, bool],
 ) -> list[KeySpec]:
-    """The keys of an observation. In a dict, an integer frame_stack means the images and leaves vectors
-    alone."""
+    """The keys of an observation. In a dict, an integer frame_stack is for the images only."""
     if not isinstance(obs_shape, Mapping):
         if (
             isinstance(obs_dtype, Mapping)
@@ -136,7 +150,7 @@ def key_specs(
 
 
 def _is_grey(shape: Shape, stack: int) -> bool:
-    """Whether observations of this shape are grey pictures; stacked, they are vectors one after the other."""
+    """Whether observations of this shape are grey images. With a stack, they are stacked vectors."""
     return len(shape) == 2 and stack == 1
 
 

@@ -1,28 +1,34 @@
-"""What sampled observations look like: decided once per combination of `sample`'s options."""
+"""What a batch is written into: its tensors, and the request by which C++ fills them."""
 
 import math
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from .. import _C
 from ..border import CPU, address
+from .batch import Batch, Observation
 from .observation import KeySpec, Shape
+from .options import Options
 
 Augment = Literal["shift", "crop"]
+Draw = Callable[[Any, int], None]
+"""draw(request, threads): puts ids into a request, or finds them there, and fills it."""
 
 _OUT_TYPES = {torch.uint8: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _POOLED = 1 << 17  # bytes; from about here on malloc asks for fresh pages, which cost more than used ones
 
 
-class Form:
-    """The shapes, dtypes and kernel targets of the observations in a batch, key by key.
+class OutputSpec:
+    """The shapes, dtypes and kernel targets of the observations in a batch, for one set of options.
 
     Attributes:
         offset_range: augmentation offsets are drawn from [0, offset_range); 0 without augmentation.
-        shift_origin: the offset that leaves a picture where it is.
+        shift_origin: the offset that leaves an image where it is.
         targets: what the kernels write, one per key.
 
     Raises:
@@ -54,8 +60,8 @@ class Form:
             self._outputs.append((shape, kind, channels_last, math.prod(shape) * kind.itemsize))
 
     def allocate(self, n: int, pool: Any) -> list[Tensor]:
-        """Host memory for n observations of every key; large ones from the pool, where they return to when
-        the last tensor that shares them is gone."""
+        """Host memory for n observations of every key. Large ones are of the pool, and return to it when no
+        tensor shares them any more."""
         out = []
         for shape, dtype, channels_last, row_bytes in self._outputs:
             if channels_last:
@@ -85,6 +91,120 @@ class Form:
             address(values.permute(0, 2, 3, 1) if channels_last else values, dtype, device)
             for values, (_, dtype, channels_last, _) in zip(out, self._outputs, strict=True)
         ]
+
+
+class Gather(Protocol):
+    """How batches are made where the buffer is: `host.HostGather` or `gpu.DeviceGather`."""
+
+    lock: AbstractContextManager[Any]
+    """Excludes `adding` and `fill` of other threads. Acquire it before the lock of the C++ core."""
+    pin_memory: bool
+    """Whether what the CPU fills of a batch is pinned memory."""
+
+    def adding(self) -> AbstractContextManager[None]:
+        """For the block in which the core adds. It locks."""
+
+    def start_reading(self) -> None:
+        """From here on the caller may read frames."""
+
+    def reading(self) -> AbstractContextManager[None]:
+        """For a block that reads frames, which must not be replaced before they are read."""
+
+    def allocate(self, spec: OutputSpec, n: int) -> list[Tensor]:
+        """Memory for n observations, one tensor per key, where `fill` writes them."""
+
+    def fill(
+        self, request: Any, draw: Draw, spec: OutputSpec, obs: list[Tensor], next_obs: list[Tensor]
+    ) -> None:
+        """Fills what `request` names, and obs and next_obs, which are of `allocate`. next_obs may be []. It
+        locks."""
+
+    def frames(self, ring: Tensor, streams: Tensor, slots: Tensor) -> Tensor:
+        """The single frames ring[streams, slots], where batches arrive. Call it while `reading`."""
+
+    def deliver(self, batch: Batch) -> None:
+        """Sends what the CPU filled of a batch to where batches arrive."""
+
+
+class BatchWriter:
+    """Allocates batches and has them filled."""
+
+    def __init__(self, options: Options, gather: Gather) -> None:
+        self._keys = options.keys
+        self._single = options.single
+        self._gather = gather
+        self._specs: dict[tuple[Any, ...], OutputSpec] = {}
+        pinned = {"pin_memory": True} if gather.pin_memory else {}
+
+        def maker(dtype: torch.dtype) -> Callable[..., Tensor]:
+            """Makes tensors [*sizes]. Dtype and device are settled here, which saves time in every batch."""
+            return partial(torch.empty(0, dtype=dtype, device=CPU).new_empty, **pinned)
+
+        self._floats, self._bools = maker(torch.float32), maker(torch.bool)
+        self._columns = [(c.name, maker(c.dtype), c.shape, c.dtype) for c in options.columns]
+
+    def spec(
+        self, augment: Augment | None, pad: int, dtype: torch.dtype, memory_format: torch.memory_format
+    ) -> OutputSpec:
+        options = (augment, pad, dtype, memory_format)
+        spec = self._specs.get(options)
+        if spec is None:
+            spec = self._specs[options] = OutputSpec(self._keys, *options)
+        return spec
+
+    def batch(self, index: Tensor, draw: Draw, n_step: int, spec: OutputSpec) -> Batch:
+        """The batch of the ids that `draw` puts into `index`, or finds there."""
+        n = len(index)
+        floats, bools = self._floats, self._bools
+        reward, discount, weight = floats(n), floats(n), floats(n)
+        terminated, truncated = bools(n), bools(n)
+        columns = {name: make(n, *shape) for name, make, shape, _ in self._columns}
+        offsets = index.new_empty(2, n, 2) if spec.offset_range else None
+        request = _C.BatchOut(
+            n,
+            n_step,
+            address(index, torch.int64),
+            address(reward, torch.float32),
+            address(discount, torch.float32),
+            address(terminated, torch.bool),
+            address(truncated, torch.bool),
+            address(weight, torch.float32),
+            [address(columns[name], dtype) for name, _, _, dtype in self._columns],
+            0 if offsets is None else address(offsets, torch.int64),
+            spec.offset_range,
+            spec.shift_origin,
+        )
+        obs, next_obs = self._gather.allocate(spec, n), self._gather.allocate(spec, n)
+        self._gather.fill(request, draw, spec, obs, next_obs)
+        batch = Batch(
+            obs=self.join(obs),
+            action=columns.pop("action"),
+            reward=reward,
+            next_obs=self.join(next_obs),
+            discount=discount,
+            terminated=terminated,
+            truncated=truncated,
+            index=index,
+            weight=weight,
+            extras=columns,
+            obs_offset=None if offsets is None else offsets[0],
+            next_obs_offset=None if offsets is None else offsets[1],
+        )
+        self._gather.deliver(batch)
+        return batch
+
+    def observations(self, index: Tensor, draw: Draw, spec: OutputSpec) -> Observation:
+        """Only the observations of these ids."""
+        out = self._gather.allocate(spec, len(index))
+        request = _C.BatchOut(len(index), 1, address(index, torch.int64), 0, 0, 0, 0, 0, [], 0, 0, 0)
+        self._gather.fill(request, draw, spec, out, [])
+        return self.join(out)
+
+    def join(self, observations: list[Tensor]) -> Observation:
+        """A tensor, or a dict of them, of one tensor per key."""
+        if self._single:
+            return observations[0]
+        return {key.name: values for key, values in zip(self._keys, observations, strict=True)}
 
 
 def _check(

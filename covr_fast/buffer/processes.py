@@ -1,6 +1,7 @@
-"""Which of the processes that hold copies of a buffer this one is.
+"""Tells processes apart.
 
-Forked processes and the workers of a DataLoader start with equal copies, which must not draw equal batches.
+Forked processes and the workers of a DataLoader start with equal copies of a buffer, which must not draw
+equal batches.
 """
 
 import multiprocessing
@@ -13,14 +14,14 @@ _forks = 0  # of this process
 
 
 def here() -> tuple[int, ...]:
-    """The same numbers in every run of the same program; others in each process.
+    """Numbers that differ between processes, but are the same in every run of the program.
 
-    A worker of a DataLoader is known by its seed: torch draws one per epoch and adds the worker's number.
+    A worker of a DataLoader is recognised by its seed: torch draws one per epoch and adds its number.
     """
     worker = get_worker_info()
     if worker is not None:
         return 1, worker.seed
-    # Those that multiprocessing starts afresh know their place among its children.
+    # A process that multiprocessing spawned knows its place among its parent's children.
     return 0, _lineage, *multiprocessing.current_process()._identity
 
 

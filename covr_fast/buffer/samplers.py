@@ -1,14 +1,18 @@
 """Which transitions a batch is drawn from."""
 
+import secrets
+import threading
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .. import _C
 from ..border import CPU, address
 from ..scalars import as_float, as_int
+from . import processes
 
 
 @dataclass(frozen=True)
@@ -21,8 +25,8 @@ class Recent:
     """Emphasizing recent experience (Wang & Ross 2019, "Boosting Soft Actor-Critic").
 
     Their k-th of K updates draws from the most recent max(N * eta^(1000 * k / K), floor) of N transitions.
-    Here each row of a batch draws its own k / K uniformly in [0, 1), which is the same mixture without the
-    need to know K beforehand. "Most recent" is meant per environment, in proportion to what it holds.
+    Here each row of a batch draws its own k / K uniformly in [0, 1): the same mixture, but K need not be
+    known beforehand. "Most recent" is per environment, in proportion to what is stored of it.
     """
 
     eta: float = 0.996
@@ -41,9 +45,9 @@ class Recent:
 class Prioritized:
     """Proportional prioritized replay (Schaul et al. 2016).
 
-    A transition with priority p is drawn with probability proportional to (p + 1e-6)^alpha; it has the
-    largest priority given so far until `update_priorities` says otherwise. Importance weights are (N *
-    probability)^-beta, divided by their maximum in the batch. `ReplayBuffer.beta` may be annealed.
+    A transition with priority p is drawn with probability proportional to (p + 1e-6)^alpha. Until
+    `update_priorities` sets p, it is the largest priority given so far. Importance weights are
+    (N * probability)^-beta, divided by their maximum in the batch. `ReplayBuffer.beta` may be annealed.
     """
 
     alpha: float = 0.6
@@ -59,21 +63,110 @@ class Prioritized:
 Sampler = Literal["uniform", "prioritized", "recent"] | Uniform | Recent | Prioritized
 
 
+_BY_NAME: dict[str, type[Uniform | Prioritized | Recent]] = {
+    "uniform": Uniform,
+    "prioritized": Prioritized,
+    "recent": Recent,
+}
+
+
 def as_sampler(sampler: Sampler) -> Uniform | Recent | Prioritized:
-    by_name = {"uniform": Uniform, "prioritized": Prioritized, "recent": Recent}
-    if isinstance(sampler, str):
-        if sampler not in by_name:
-            raise ValueError(f"sampler is {sampler!r}: it must be one of {', '.join(by_name)}")
-        return by_name[sampler]()
-    if not isinstance(sampler, Uniform | Recent | Prioritized):
+    if isinstance(sampler, Uniform | Recent | Prioritized):
+        return sampler
+    if not isinstance(sampler, str):
         raise TypeError(
-            f"sampler is {sampler!r}: it must be one of {', '.join(by_name)}, or an object of them"
+            f"sampler is {sampler!r}: it must be one of {', '.join(_BY_NAME)}, or an object of them"
         )
-    return sampler
+    if sampler not in _BY_NAME:
+        raise ValueError(f"sampler is {sampler!r}: it must be one of {', '.join(_BY_NAME)}")
+    return _BY_NAME[sampler]()
+
+
+def as_seed(seed: int | None) -> int:
+    """None draws one."""
+    if seed is None:
+        return secrets.randbits(63)
+    seed = as_int(seed, "seed")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed}: it must lie in [0, 2**63)")
+    return seed
+
+
+class DrawSequence:
+    """The sequence of batches that a seed determines: batch `number` depends on no batch before it.
+
+    Attributes:
+        seed: of the sequence. It changes when the first batch is drawn in another process.
+        beta: of the importance weights; 0 without priorities.
+        process: where the seed was last valid, as `processes.here` says.
+    """
+
+    def __init__(
+        self, core: Any, sampler: Uniform | Recent | Prioritized, rows: int, num_envs: int, seed: int
+    ) -> None:
+        self.seed = seed
+        self.process = processes.here()
+        self._core = core
+        self._count = 0
+        self._lock = threading.Lock()
+        self._recency, self._floor = 1.0, 1
+        if isinstance(sampler, Recent):
+            self._recency, self._floor = sampler.eta**1000, sampler.floor
+        self.beta, self._priorities = 0.0, None
+        if isinstance(sampler, Prioritized):
+            self.beta = sampler.beta
+            self._priorities = PriorityTree(core, rows, num_envs, sampler.alpha)
+
+    def next_number(self) -> int:
+        """The number of the batch that comes next, which then counts as drawn."""
+        with self._lock:
+            if (here := processes.here()) != self.process:
+                self.process = here
+                mixed = np.random.SeedSequence([self.seed, *here]).generate_state(1, np.uint64)
+                self.seed = int(mixed[0]) >> 1
+            self._count += 1
+            return self._count - 1
+
+    def draw(self, number: int, request: Any, threads: int) -> None:
+        """Draws the ids of batch `number` into the request, and fills it."""
+        if self._priorities is None:
+            self._core.sample(request, self.seed, number, self._recency, self._floor, threads)
+        else:
+            self._core.sample_prioritized(request, self.seed, number, self.beta, threads)
+
+    def get(self, number: int, request: Any, threads: int) -> None:
+        """Fills a request whose ids are given, with the augmentation of batch `number`."""
+        self._core.get(request, self.seed, number, threads)
+
+    @property
+    def prioritized(self) -> bool:
+        return self._priorities is not None
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self._priorities is None else self._priorities.nbytes
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors share memory with this object."""
+        state = {
+            "sampling": torch.tensor([self.seed, self._count], dtype=torch.int64, device=CPU),
+            "beta": torch.tensor([self.beta], dtype=torch.float64, device=CPU),
+        }
+        if self._priorities is not None:
+            state |= {f"priority.{name}": value for name, value in self._priorities.state_dict().items()}
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """`state` may have other tensors, too."""
+        self.seed, self._count = state["sampling"].tolist()
+        self.beta = float(state["beta"])
+        if self._priorities is not None:
+            names = self._priorities.state_dict()
+            self._priorities.load_state_dict({name: state[f"priority.{name}"] for name in names})
 
 
 class PriorityTree:
-    """The memory of the priorities by row of the buffer; csrc/priorities.h works on it."""
+    """The memory of the priorities, one per row of the buffer. csrc/priorities.h works on it."""
 
     def __init__(self, core: Any, rows: int, num_envs: int, alpha: float) -> None:
         self._leaves = torch.zeros(rows, dtype=torch.float32, device=CPU)

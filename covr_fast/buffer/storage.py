@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from torch import Tensor
 from .. import _C
 from ..border import CPU, address
 from .observation import KeySpec, Shape
+from .options import Options
 
-Columns = dict[str, tuple[Shape, torch.dtype]]
+_TERMINATED, _TRUNCATED = np.uint8(1), np.uint8(2)  # flags of csrc/replay.h
+_END = _TERMINATED | _TRUNCATED  # not kCut, the flag of a stream that was cut
 
-# What the C++ object takes its memory for: one entry per stream, or one per row of transitions.
+# The memory of the C++ object: one entry per stream, or one per row of transitions.
 _CORE = {
     "count": ("streams", torch.int64),
     "first": ("streams", torch.int64),
@@ -35,26 +38,17 @@ class Storage:
     """Rings of frames (one per environment and key) and rows of transitions, as named tensors.
 
     `capacity` transitions over `num_envs` streams; stream e has `limits[e]` of them in rows
-    e * rows_per_stream + t % limits[e]. See csrc/replay.h for how they refer to frames.
+    e * rows_per_stream + t % limits[e]. See csrc/replay.h for how they refer to frames. Methods with the name
+    of one of ReplayBuffer do what that one documents.
     """
 
-    def __init__(
-        self,
-        capacity: int,
-        num_envs: int,
-        keys: list[KeySpec],
-        columns: Columns,
-        n_step: int,
-        gamma: float,
-        device: torch.device,
-        pinned: bool,
-    ) -> None:
+    def __init__(self, options: Options, device: torch.device, pinned: bool) -> None:
+        capacity, num_envs, keys = options.capacity, options.num_envs, options.keys
         self.num_envs = num_envs
         self.keys = keys
         self.rows_per_stream = -(-capacity // num_envs)
         self.rows = num_envs * self.rows_per_stream
         self.limits = capacity // num_envs + (np.arange(num_envs) < capacity % num_envs).astype(np.int64)
-        self.n_step = n_step
         shapes = [_ring_shape(key, num_envs, self.rows_per_stream) for key in keys]
         rings = _frame_rings(keys, shapes, capacity, device, pinned)
         self.frame_bytes = sum(ring.nbytes for ring in rings)
@@ -62,9 +56,11 @@ class Storage:
         self.tensors: dict[str, Tensor] = {
             name: torch.zeros(sizes[size], dtype=dtype, device=CPU) for name, (size, dtype) in _CORE.items()
         }
-        for name, (shape, dtype) in columns.items():
-            self.tensors[f"column.{name}"] = torch.zeros((self.rows, *shape), dtype=dtype, device=CPU)
-        self._recent: dict[str, Tensor] = {}  # the latest frames again, where the CPU can compare with them
+        for column in options.columns:
+            self.tensors[f"column.{column.name}"] = torch.zeros(
+                (self.rows, *column.shape), dtype=column.dtype, device=CPU
+            )
+        self._recent: dict[str, Tensor] = {}  # copies of the latest frames, which the CPU compares with
         for key, frames in zip(keys, rings, strict=True):
             self.tensors[f"frames.{key.name}"] = frames
             if frames.is_cuda:
@@ -76,14 +72,14 @@ class Storage:
             if tensor.device.type == "cpu" and not tensor.is_pinned():
                 # Before anything is written: random rows of large buffers are bound by address translation.
                 _C.prefer_huge_pages(address(tensor, tensor.dtype), tensor.nbytes)
-        self.core = self._connect(capacity, columns, gamma)
+        self.core = self._connect(options)
 
-    def _connect(self, capacity: int, columns: Columns, gamma: float) -> Any:
+    def _connect(self, options: Options) -> Any:
         core = _C.Replay(
-            capacity=capacity,
-            num_envs=self.num_envs,
-            n_step=self.n_step,
-            gamma=gamma,
+            capacity=options.capacity,
+            num_envs=options.num_envs,
+            n_step=options.n_step,
+            gamma=options.gamma,
             **{name: address(self.tensors[name], dtype) for name, (_, dtype) in _CORE.items()},
         )
         for key in self.keys:
@@ -107,44 +103,144 @@ class Storage:
                     for name, (_, dtype) in _OF_KEY.items()
                 },
             )
-        for name, (shape, dtype) in columns.items():
-            core.add_column(name, address(self.tensors[f"column.{name}"], dtype), shape, dtype.itemsize)
+        for column in options.columns:
+            memory = address(self.tensors[f"column.{column.name}"], column.dtype)
+            core.add_column(column.name, memory, column.shape, column.dtype.itemsize)
+        core.cut_at_jumps = options.on_jump == "cut"
         return core
 
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in (*self.tensors.values(), *self._recent.values()))
 
-    def bounds(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(first, ended, count) per stream."""
+    # ---- streams ----
+
+    def stream_bounds(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         first, ended, count = (self.tensors[name].numpy().copy() for name in ("first", "ended", "count"))
         return first, ended, count
 
     def start_at(self, t: np.ndarray) -> None:
-        """Of an empty buffer: the first transition of stream e, int64 [num_envs], will be number t[e]."""
         for name in ("count", "first", "ended"):
             self.tensors[name].copy_(torch.from_numpy(t))
 
+    def stream_rows(self, env: int, start: int, stop: int) -> dict[str, np.ndarray]:
+        rows = self._rows_of(env, np.arange(start, stop))
+        flags = self.tensors["flags"].numpy()[rows]
+        return {
+            "reward": self.tensors["reward"].numpy()[rows],
+            "end": flags != 0,
+            "terminated": (flags & _TERMINATED) != 0,
+            "time": self.tensors["time"].numpy()[rows],
+        }
+
+    def windows(self, at: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+        stream, t = at % self.num_envs, at // self.num_envs
+        reward = np.zeros((len(at), n), np.float32)
+        alive = np.zeros((len(at), n), bool)
+        still = np.ones(len(at), bool)
+        with self.core.reading() as locked:
+            stored_rows(locked, torch.from_numpy(at))
+            count = self.tensors["count"].numpy()[stream]
+            for k in range(n):
+                still = still & (t + k < count)
+                rows = self._rows_of(stream, t + k)
+                alive[:, k] = still
+                reward[:, k] = np.where(still, self.tensors["reward"].numpy()[rows], 0)
+                still = still & (self.tensors["flags"].numpy()[rows] == 0)
+        return reward, alive
+
+    def _rows_of(self, stream: Any, t: np.ndarray) -> np.ndarray:
+        rows: np.ndarray = stream * self.rows_per_stream + t % self.limits[stream]
+        return rows
+
+    # ---- single columns ----
+
+    def columns(self, names: Iterable[str], at: Tensor) -> list[Tensor]:
+        """These columns of the transitions with ids `at`, each [n, *shape]."""
+        with self.core.reading() as locked:
+            rows = stored_rows(locked, at)
+            return [self.tensors[f"column.{name}"][rows] for name in names]
+
+    def set_columns(self, at: Tensor, values: Mapping[str, np.ndarray]) -> None:
+        with self.core.writing() as locked:
+            rows = stored_rows(locked, at).numpy()
+            for name, value in values.items():
+                self.tensors[f"column.{name}"].numpy()[rows] = value
+
+    def set_terminated(self, at: Tensor, terminated: np.ndarray) -> None:
+        self._set_ends(at, lambda end: np.where(terminated, np.where(end, end, _TERMINATED), 0))
+
+    def set_truncated(self, at: Tensor, truncated: np.ndarray) -> None:
+        self._set_ends(at, lambda end: np.where(truncated, _TRUNCATED, np.where(end, _TERMINATED, 0)))
+
+    def _set_ends(self, at: Tensor, change: Callable[[np.ndarray], np.ndarray]) -> None:
+        """Replaces the flags of _END by what `change` makes of them."""
+        flags = self.tensors["flags"].numpy()
+        with self.core.writing() as locked:
+            rows = stored_rows(locked, at).numpy()
+            flags[rows] = change(flags[rows] & _END) | flags[rows] & ~_END
+
     def ring(self, name: str) -> np.ndarray:
-        """The memory of a tensor of rows, as [num_envs, rows_per_stream, ...]."""
-        rows = self.tensors[name].numpy()
-        return rows.reshape(self.num_envs, self.rows_per_stream, *rows.shape[1:])
+        flag = {"terminated": _TERMINATED, "truncated": _TRUNCATED}.get(name)
+        if flag is not None:
+            tensor = (self.tensors["flags"] & int(flag)) != 0
+        else:
+            tensor = self.tensors["reward" if name == "reward" else f"column.{name}"]
+        return tensor.view(self.num_envs, self.rows_per_stream, *tensor.shape[1:]).numpy()
+
+    def ids_at(self, streams: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        ids: np.ndarray = self.core.ids_in_rows(streams * self.rows_per_stream + positions)
+        return ids
+
+    # ---- frames ----
+
+    def newest_frames(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Per key, (ring, streams [n], slots [n]): the newest frame of each row is ring[streams, slots]."""
+        for key in self.keys:
+            ring = self.tensors[f"frames.{key.name}"]
+            slots = self.tensors[f"newest.{key.name}"][rows] % ring.shape[1]
+            yield ring, rows // self.rows_per_stream, slots
 
     def restore_recent(self) -> None:
-        """After the frames were loaded: copies the latest of every stream back to where the CPU compares."""
+        """After frames were loaded: copies the latest of every stream to where the CPU compares them."""
         for name, recent in self._recent.items():
             frames, written = self.tensors[f"frames.{name}"], self.tensors[f"written.{name}"]
             for env, count in enumerate(written.tolist()):
                 for number in range(max(0, count - recent.shape[1]), count):
                     recent[env, number % recent.shape[1]].copy_(frames[env, number % frames.shape[1]])
 
+    # ---- saving ----
+
     def used(self) -> dict[str, Tensor]:
-        """The tensors, the frame rings without the slots that no stream has reached yet."""
+        """The tensors; of the frame rings, only the slots that a stream has reached."""
         used = dict(self.tensors)
         for key in self.keys:
             reached = int(self.tensors[f"written.{key.name}"].max())
             used[f"frames.{key.name}"] = self.tensors[f"frames.{key.name}"][:, :reached]
         return used
+
+    def parts_for(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+        """The parts of the tensors into which a state, whose tensors have these shapes, is to be copied."""
+        return {
+            name: tensor[:, : shapes[name][1]] if name.startswith("frames.") else tensor
+            for name, tensor in self.tensors.items()
+        }
+
+
+def stored_rows(locked: Any, at: Tensor) -> Tensor:
+    """The rows of the transitions with ids `at`, while the core is locked by `reading()` or `writing()`.
+
+    Raises:
+        IndexError: a transition is not stored.
+    """
+    rows = torch.from_numpy(locked.rows(at.numpy()))
+    if (rows < 0).any():
+        gone = at[rows < 0]
+        raise IndexError(
+            f"{len(gone)} of {len(at)} transitions, first {int(gone[0])}, are not in the buffer: they "
+            "were overwritten or never added (contains() tells which are in it)"
+        )
+    return rows
 
 
 def size_text(nbytes: float) -> str:
@@ -152,7 +248,7 @@ def size_text(nbytes: float) -> str:
 
 
 def shortage(nbytes: int, capacity: int, device: torch.device, pinned: bool) -> str | None:
-    """What would fit where the frames of `capacity` transitions, nbytes in all, do not; None if they do."""
+    """None if the frames of `capacity` transitions, nbytes in all, fit in memory; else what would fit."""
     on_gpu = device.type == "cuda" and not pinned
     memory = torch.cuda.mem_get_info(device) if on_gpu else _host_memory()
     if memory is None or nbytes <= memory[0]:
@@ -178,22 +274,22 @@ def _host_memory() -> tuple[int, int] | None:
 
 
 def _ring_shape(key: KeySpec, num_envs: int, rows_per_stream: int) -> Shape:
-    """An episode of n transitions has n + 1 frames: room for the extra ones of episodes from 32 steps on, and
-    of any where 64 KiB per stream suffice; and the stack that the oldest transition needs."""
+    """An episode of n transitions has n + 1 frames. There is room for the extra frames of episodes of at
+    least 32 steps (of all, if 64 KiB per stream are enough), and for the stack of the oldest transition."""
     spare = max(-(-rows_per_stream // 32), (64 << 10) // key.frame_bytes)
     slots = rows_per_stream + min(rows_per_stream, spare) + key.stack + 1
     return (num_envs, slots, *key.frame_shape)
 
 
 def _frame_rings(
-    keys: list[KeySpec],
+    keys: Sequence[KeySpec],
     shapes: list[Shape],
     capacity: int,
     device: torch.device,
     pinned: bool,
 ) -> list[Tensor]:
-    """Raises MemoryError where the frames cannot fit. The host's memory is taken as it is used, so a buffer
-    that may never be full only warns."""
+    """Raises MemoryError if the frames cannot fit. The system gives host memory only as it is written, so a
+    buffer that may never be full causes a warning instead."""
     nbytes = sum(math.prod(shape) * key.dtype.itemsize for key, shape in zip(keys, shapes, strict=True))
     short = shortage(nbytes, capacity, device, pinned)
     if short and device.type == "cuda":

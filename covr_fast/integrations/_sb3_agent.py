@@ -1,4 +1,4 @@
-"""What a buffer must know of the agent that samples it."""
+"""What a buffer must know about the agent that uses it."""
 
 import math
 import sys
@@ -10,12 +10,12 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 
 def n_steps_and_gamma(buffer: object, n_steps: int | None, gamma: float | None) -> tuple[int, float]:
-    """Those given, else those of the agent that makes the buffer, else 1 and 0.99.
+    """The given values, else those of the agent that makes the buffer, else 1 and 0.99.
 
     Raises:
-        ValueError: a value out of range, or another one than the agent's. What the agent has by default is no
-            contradiction where the buffer's value is what SB3 trains with: n_steps, and the gamma of several
-            steps, whose samples carry their discounts.
+        ValueError: a value out of range, or one that differs from the agent's. A default value of the agent
+            may differ if SB3 trains with the buffer's value: that is so for n_steps, and for gamma if
+            n_steps > 1, because then samples have discounts.
     """
     if n_steps is not None and (isinstance(n_steps, bool) or int(n_steps) != n_steps or n_steps < 1):
         raise ValueError(f"n_steps is {n_steps}: it must be an integer of at least 1")
@@ -43,13 +43,13 @@ def _contradiction(name: str, given: float, kind: str, theirs: float) -> str:
 def _agent_in_setup(buffer: object) -> OffPolicyAlgorithm | None:
     """The agent whose `_setup_model` is constructing `buffer`.
 
-    SB3 passes n_steps and gamma to buffer classes of its own only. Whoever constructs a buffer is the caller
-    of its constructors, so that is where to look for the agent.
+    SB3 passes n_steps and gamma only to its own buffer classes. The agent that constructs a buffer is the
+    caller of its constructors, so it is found on the call stack.
     """
     frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_name != "__init__":  # functions of this module
+    while frame is not None and frame.f_code.co_name != "__init__":  # skips functions of this module
         frame = frame.f_back  # type: ignore[assignment]
-    while frame is not None and _first_argument(frame) is buffer:  # the buffer's and its subclasses'
+    while frame is not None and _first_argument(frame) is buffer:  # skips constructors of the buffer
         frame = frame.f_back  # type: ignore[assignment]
     if frame is None or frame.f_code.co_name != "_setup_model":
         return None
@@ -58,6 +58,6 @@ def _agent_in_setup(buffer: object) -> OffPolicyAlgorithm | None:
 
 
 def _first_argument(frame: FrameType) -> Any:
-    """`self` of a method, whatever it calls it."""
+    """`self` of a method."""
     names = frame.f_code.co_varnames[:1]
     return frame.f_locals.get(names[0]) if names else None

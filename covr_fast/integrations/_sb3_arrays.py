@@ -1,4 +1,4 @@
-"""Arrays that look like a buffer's own, where the buffer stores something else."""
+"""Arrays that behave like those of a Stable-Baselines3 buffer, for content that is stored in another form."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,11 +9,11 @@ Assign = Callable[[np.ndarray, np.ndarray], None]
 
 
 class BufferArray(np.ndarray):
-    """A copy of what a buffer holds, made anew on every access, whose changes are never lost in silence.
+    """A copy of a buffer's content, made on every access. A change is passed on or is an error, never lost.
 
-    It is read-only to numpy. Item assignment and in-place operators hand what they change to
-    `assign(flat indices, values)`, or, where there is none, raise a ValueError that says what to do instead.
-    A slice of it does not know its place in the buffer and always raises; a copy is the caller's own.
+    numpy sees a read-only array. Item assignment and in-place operators pass the changes to
+    `assign(flat indices, values)`. Without `assign`, they raise a ValueError that says what to do instead.
+    A slice does not know its place in the buffer and always raises. A copy is an ordinary array.
     """
 
     assign: Assign | None = None
@@ -50,8 +50,8 @@ class BufferArray(np.ndarray):
 
 
 class MemoryArray(np.ndarray):
-    """The memory of a buffer, to be written into; where numpy can rearrange it only as a copy, the copy is
-    read-only, so that nothing written into it is lost in silence."""
+    """The memory of a buffer, which may be written. If `reshape` or `ravel` has to copy it, the copy is
+    read-only, so that no change is lost."""
 
     def reshape(self, *shape: Any, **options: Any) -> Any:
         return self._view_or_read_only(super().reshape(*shape, **options))
@@ -66,7 +66,7 @@ class MemoryArray(np.ndarray):
 
 
 class BufferDict(dict[str, np.ndarray]):
-    """The arrays of a dict observation; none of them can be replaced."""
+    """The arrays of a dict observation. None of them can be replaced."""
 
     def __init__(self, arrays: dict[str, np.ndarray], remedy: str) -> None:
         super().__init__(arrays)
@@ -81,7 +81,7 @@ class BufferDict(dict[str, np.ndarray]):
     def __ior__(self, other: Any) -> Any:  # type: ignore[misc]
         self.update()
 
-    def __reduce__(self) -> Any:  # a copy is the caller's own
+    def __reduce__(self) -> Any:  # a copy is an ordinary dict
         return dict, (dict(self),)
 
 

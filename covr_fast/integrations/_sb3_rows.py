@@ -1,5 +1,5 @@
-"""What Stable-Baselines3's `add` is given, in the shapes and dtypes that are stored: what would be stored as
-something else is refused by name."""
+"""What Stable-Baselines3's `add` is given, in the shapes and dtypes that are stored. A value that would be
+stored as another one is an error that names the argument."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,11 +14,11 @@ def as_rows(value: Any, n_envs: int, shape: Shape, dtype: Any, what: str, *other
     """`value` as [n_envs, *shape] of this dtype.
 
     Args:
-        others: further shapes that a row may have, of as many elements. With one environment, the axis of
-            environments may be missing.
+        others: further shapes that a row may have, with the same number of elements. With one environment,
+            the axis of environments may be missing.
 
     Raises:
-        ValueError: another shape, or a value that the dtype does not hold. Floats are rounded to narrower
+        ValueError: another shape, or a value that the dtype cannot represent. Floats are rounded to narrower
             floats, as SB3 does.
     """
     array = np.asarray(value)
@@ -45,13 +45,14 @@ def timeouts(infos: Infos, n_envs: int) -> np.ndarray:
 
 
 def _cast(array: np.ndarray, dtype: np.dtype, what: str) -> np.ndarray:
+    """Unlike `ReplayBuffer.add`, SB3 accepts whole floats for integers, and 0 and 1 for booleans."""
     if array.dtype == dtype:
         return array
     with np.errstate(invalid="ignore", over="ignore"):
         stored = array.astype(dtype)
         if array.dtype.kind == dtype.kind == "f":
             return stored
-        # Both ways: an integer is rounded to be compared with a float, and -1 comes back from uint64 as -1.
+        # Compared in both dtypes. In one only, 16777217 equals its float32, or -1 its uint64.
         changed = (stored != array) | (stored.astype(array.dtype) != array)
     if changed.any():
         given, kept = array[changed].flat[0], stored[changed].flat[0]

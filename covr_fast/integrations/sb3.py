@@ -13,20 +13,24 @@ from stable_baselines3.common.type_aliases import DictReplayBufferSamples, Repla
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor
 
-from covr_fast import _C
-from covr_fast.buffer import Batch, ReplayBuffer
-from covr_fast.buffer.batch import Observation
-from covr_fast.buffer.storage import size_text
-
+from ..buffer import Batch, FrameStackError, ReplayBuffer
+from ..buffer.storage import size_text
 from ._sb3_agent import n_steps_and_gamma
 from ._sb3_arrays import BufferDict, MemoryArray, guarded
 from ._sb3_rows import Infos, Shape, as_flags, as_rows, timeouts
-from ._sb3_stacks import Stack, channels_last, finest_stack
+from ._sb3_stacks import (
+    FrameStack,
+    Observations,
+    Stacks,
+    as_given,
+    between_episodes,
+    coarser_for,
+    proven_by,
+    recognised,
+)
 
-_TERMINATED, _TRUNCATED = 1, 2  # flags of csrc/replay.h
-_CHUNK = 256  # transitions looked at together
+_CHUNK = 256  # transitions that are rebuilt together
 
-Observations = dict[str, np.ndarray]
 Rows = tuple[Observations, np.ndarray, np.ndarray, Observations, np.ndarray, np.ndarray]
 
 
@@ -34,38 +38,40 @@ class FastReplayBuffer(SB3ReplayBuffer):
     """Stable-Baselines3's ReplayBuffer, DictReplayBuffer and NStepReplayBuffer in one, each frame stored
     once.
 
-    Same constructor, same rows for the same numpy seed, next observations right at truncations, for about one
-    frame of memory per transition. `optimize_memory_usage` is accepted and makes no difference: memory is
-    always saved, and `handle_timeout_termination` always works. With VecFrameStack, where episodes are
-    shorter than 32 steps, the oldest few transitions are lost early: they are never drawn.
+    It has the same constructor, draws the same rows for the same numpy seed, and returns the true next
+    observation at truncations. It takes about one frame of memory per transition. `optimize_memory_usage` is
+    accepted and makes no difference: memory is always saved, and `handle_timeout_termination` always works.
+    With VecFrameStack, if episodes are shorter than 32 steps, the oldest few transitions are lost early: they
+    are never drawn.
 
     Args:
         frame_stack: how many frames an image observation stacks. "auto" recognises it from what is added, for
-            channels-first and channels-last images and for frames along an axis of their own in front (1 if
-            frames do not slide), and warns where it was wrong. A dict gives it per key.
-        n_steps, gamma: as in NStepReplayBuffer; samples carry `discounts` if n_steps > 1. Unless given, they
-            are those of the agent that makes the buffer; without an agent 1 and 0.99. They cannot contradict
-            what the agent was given.
+            channels-first and channels-last images and for frames along a first axis (1 if frames do not
+            slide), and warns if it was wrong. A dict gives it per key.
+        n_steps, gamma: as in NStepReplayBuffer; samples have `discounts` if n_steps > 1. By default they are
+            those of the agent that makes the buffer; without an agent 1 and 0.99. They cannot contradict what
+            the agent was given.
 
-    `rewards`, `actions`, `dones` and `timeouts` can be changed in place, as SB3's arrays; `observations` and
-    `next_observations` cannot, and say so. Batches arrive on `device`; frames are kept in host memory.
+    `rewards`, `actions`, `dones` and `timeouts` can be changed in place, as SB3's arrays. Changing
+    `observations` and `next_observations` is an error. Batches arrive on `device`; frames stay in host
+    memory.
     """
 
     def __init__(
         self,
         buffer_size: int,
-        observation_space: spaces.Space,
-        action_space: spaces.Space,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
         device: torch.device | str = "auto",
         n_envs: int = 1,
         optimize_memory_usage: bool = False,
         handle_timeout_termination: bool = True,
         *,
-        frame_stack: int | Mapping[str, int] | Literal["auto"] = "auto",
+        frame_stack: FrameStack = "auto",
         n_steps: int | None = None,
         gamma: float | None = None,
     ) -> None:
-        # Not ReplayBuffer's own constructor: it allocates its arrays.
+        # ReplayBuffer's constructor is skipped, because it allocates its arrays.
         BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs=n_envs)
         self.buffer_size = max(buffer_size // n_envs, 1)
         self.optimize_memory_usage = optimize_memory_usage
@@ -77,21 +83,21 @@ class FastReplayBuffer(SB3ReplayBuffer):
         self._single = not isinstance(self.obs_shape, dict)
         self._dtypes = {name: _torch_dtype(self._space(name).dtype) for name in self._shapes}
         self._action_dtype = self._maybe_cast_dtype(action_space.dtype)
-        self._frame_stack = _checked_frame_stack(frame_stack, None if self._single else set(self._shapes))
+        self._frame_stack = _checked_frame_stack(frame_stack, self._shapes, self._single)
         self._forget()
 
     def _forget(self) -> None:
-        self._stacks: dict[str, Stack] = {}
-        self._proven = False  # the stacks are
-        self._between = np.zeros((self.buffer_size, self.n_envs), bool)  # rows that are no transitions
+        self._stacks: Stacks = {}
+        self._proven = False  # that observations are such stacks
+        self._between = np.zeros((self.buffer_size, self.n_envs), bool)  # rows that are not transitions
         self._buffer: ReplayBuffer | None = None
 
-    def _space(self, name: str) -> spaces.Space:
+    def _space(self, name: str) -> spaces.Space[Any]:
         return self.observation_space if self._single else self.observation_space[name]  # type: ignore[index]
 
     @property
     def buffer(self) -> ReplayBuffer:
-        """The covr_fast.ReplayBuffer that holds the transitions, once there are any."""
+        """The covr_fast.ReplayBuffer inside. IndexError before the first `add`."""
         if self._buffer is None:
             raise IndexError("the buffer is empty: add() transitions first")
         return self._buffer
@@ -110,14 +116,15 @@ class FastReplayBuffer(SB3ReplayBuffer):
         """One transition per environment.
 
         Args:
-            next_obs: what followed, at truncations the final observation. At terminations, where it has no
-                use, it may be the reset: obs moved on by its newest frame is then stored.
-            done: terminated, or ended at all if `infos` tell the truncations.
+            next_obs: the observation after obs; at truncations the final one of the episode. At terminations,
+                where it is not used, it may be that of the reset: then obs without its oldest frame, plus the
+                newest frame of next_obs, is stored.
+            done: the episode terminated, or was truncated and `infos` say so.
             infos: SB3's list of dicts, or gymnasium's dict of arrays.
 
         Raises:
             ValueError: shapes or values that would be stored as something else; NaN or infinite values;
-                observations that contradict a frame_stack that was given. Nothing was added.
+                observations that contradict the given frame_stack. Nothing was added.
         """
         ended = as_flags(done, self.n_envs, "done")
         cut_off = np.zeros(self.n_envs, bool)
@@ -138,7 +145,7 @@ class FastReplayBuffer(SB3ReplayBuffer):
             self.pos = 0
 
     def _observation_rows(self, obs: np.ndarray | dict[str, np.ndarray], what: str) -> Observations:
-        """In the space's dtype, as SB3 casts where environments do not keep to it."""
+        """In the space's dtype. As in SB3, what environments give in another dtype is cast."""
         given: Any = {"obs": obs} if self._single else obs
         rows = {}
         for name, shape in self._shapes.items():
@@ -155,25 +162,24 @@ class FastReplayBuffer(SB3ReplayBuffer):
         return rows.reshape(self.n_envs, *flat)
 
     def _append(self, rows: Rows) -> np.ndarray:
-        """bool [n_envs]: which of the rows are no transitions."""
+        """bool [n_envs]: which of the rows are not transitions."""
         if self._buffer is not None:
             if self.pos != self._buffer.stream_bounds()[2][0] % self.buffer_size:
                 raise ValueError(f"pos was set to {self.pos}: it cannot be moved; reset() forgets everything")
             return self._add(rows)
-        for name in self._shapes:
-            self._stacks[name] = self._recognise(name, rows)
+        self._stacks = recognised(self._shapes, self._frame_stack, rows[0], rows[3], rows[4])
         self._buffer = self._build()
         try:
             return self._add(rows)
         except Exception:
-            self._forget()  # a row that is refused says nothing about its frames
+            self._forget()  # the frame stack of a row that is refused may be wrong
             raise
 
     def _add(self, rows: Rows) -> np.ndarray:
         try:
             self.buffer.add(*rows)
             return np.zeros(self.n_envs, bool)
-        except _C.FrameStackError as error:
+        except FrameStackError as error:
             between = self._between_episodes(rows)
             if between is None:
                 self._drop_guess(rows, error)
@@ -182,7 +188,7 @@ class FastReplayBuffer(SB3ReplayBuffer):
             warnings.warn(_NO_TRANSITION, stacklevel=4)
         obs, action, reward, next_obs, *ends = rows
         next_obs = {name: stack.moved_on(obs[name], next_obs[name]) for name, stack in self._stacks.items()}
-        # Apart from what was before and comes after, so that no n-step return reaches across.
+        # Cut before and after them, so that no n-step return includes them.
         apart = np.flatnonzero(between)
         self.buffer.cut(apart)
         self.buffer.add(obs, action, reward, next_obs, *ends)
@@ -191,71 +197,34 @@ class FastReplayBuffer(SB3ReplayBuffer):
 
     # ---- frame stacks ----
 
-    def _recognise(self, name: str, rows: Rows) -> Stack:
-        shape = self._shapes[name]
-        declared = self._frame_stack
-        if isinstance(declared, Mapping):
-            declared = declared.get(name, 1)
-        elif declared != "auto" and not self._single and len(shape) < 3:
-            declared = 1  # an integer means the images
-        if declared != "auto":
-            return Stack(shape, declared, channels_last(shape))
-        telling = ~rows[4] if not rows[4].all() else rows[4]  # after terminations may come anything
-        stack = finest_stack(shape, rows[0][name][telling], rows[3][name][telling])
-        if len(shape) >= 3 and stack.frames == 1 and rows[4].all():
-            warnings.warn(_NOTHING_TOLD.format(name), stacklevel=4)
-        return stack
-
     def _between_episodes(self, rows: Rows) -> np.ndarray | None:
-        """bool [n_envs], of rows that do not slide: those that lead from one episode into the next, and are
-        no transitions. At terminations next_obs has no use and may be anything. None: these are no stacks."""
+        """bool [n_envs]: which rows lead from one episode into the next. None: these are not stacks."""
         obs, next_obs, terminated = rows[0], rows[3], rows[4]
-        proven = self._are_proven(obs, next_obs, terminated)
-        if self._frame_stack == "auto" and not proven:
+        self._proven = self._proven or proven_by(self._stacks, obs, next_obs, terminated) or self._prove()
+        if self._frame_stack == "auto" and not self._proven:
             return None
-        between = np.zeros(self.n_envs, bool)
-        for name, stack in self._stacks.items():
-            jumps = ~stack.slides(obs[name], next_obs[name]) & ~terminated
-            if (jumps & ~(stack.begins_episode(next_obs[name]) & proven)).any():
-                return None
-            between |= jumps
-        return between
+        return between_episodes(self._stacks, obs, next_obs, terminated, self._proven)
 
-    def _are_proven(self, obs: Observations, next_obs: Observations, terminated: np.ndarray) -> bool:
-        """Whether these rows, or any that are stored, prove the stacks."""
-        self._proven = self._proven or self._prove(obs, next_obs, terminated)
-        if self._proven:
-            return True
+    def _prove(self) -> bool:
+        """Whether stored rows prove that observations are such stacks."""
         ids = self._all_ids()
         newest_first = np.sort(ids[ids >= 0])[::-1]
         for start in range(0, len(newest_first), _CHUNK):
             batch = self.buffer.get(newest_first[start : start + _CHUNK].copy(), dtype=torch.uint8)
-            before, after = (
-                {name: value.numpy() for name, value in self._to_given(part).items()}
+            obs, next_obs = (
+                {name: value.numpy() for name, value in as_given(self._stacks, part).items()}
                 for part in (batch.obs, batch.next_obs)
             )
-            if self._prove(before, after, batch.terminated.numpy()):
-                self._proven = True
+            if proven_by(self._stacks, obs, next_obs, batch.terminated.numpy()):
                 return True
         return False
-
-    def _prove(self, obs: Observations, next_obs: Observations, terminated: np.ndarray) -> bool:
-        """Whether there is a row whose frames slide and differ: a picture that stands still slides anyhow."""
-        moved = ~terminated
-        for name, stack in self._stacks.items():
-            if stack.frames > 1:
-                moved = moved & stack.slides(obs[name], next_obs[name]) & stack.differs(next_obs[name])
-        return bool(moved.any())
 
     def _drop_guess(self, rows: Rows, error: ValueError) -> None:
         """Rebuilds the buffer with the fewer frames that these rows allow, or raises their error."""
         old, before = self.buffer, self._stacks
         if self._frame_stack != "auto":
             raise error
-        for name, stack in before.items():
-            while not stack.slides(rows[0][name], rows[3][name]).all():
-                stack = stack.coarser()
-            self._stacks = {**self._stacks, name: stack}
+        self._stacks = coarser_for(before, rows[0], rows[3])
         if self._stacks == before:
             raise error
         self._rebuild()
@@ -270,12 +239,12 @@ class FastReplayBuffer(SB3ReplayBuffer):
         first, _, count = old.stream_bounds()
         while True:
             self._buffer = self._build()
-            self._buffer._storage.start_at(first)  # or positions would change their transitions
+            self._buffer.start_at(first)  # so that every transition keeps its position
             try:
                 for t in range(int(first.min()), int(count.max())):
                     self._copy_step(old, t)
                 return
-            except _C.FrameStackError:
+            except FrameStackError:
                 self._stacks = {name: stack.coarser() for name, stack in self._stacks.items()}
 
     def _copy_step(self, old: ReplayBuffer, t: int) -> None:
@@ -286,10 +255,10 @@ class FastReplayBuffer(SB3ReplayBuffer):
         batch = old.get(ids, dtype=torch.uint8)
         envs = ids % self.n_envs
         self.buffer.add(
-            self._to_given(batch.obs),
+            as_given(self._stacks, batch.obs),
             batch.action,
             batch.reward,
-            self._to_given(batch.next_obs),
+            as_given(self._stacks, batch.next_obs),
             batch.terminated,
             batch.truncated,
             env_ids=envs,
@@ -339,8 +308,8 @@ class FastReplayBuffer(SB3ReplayBuffer):
         return self._samples(ids, env)
 
     def _draw(self, upper: int, n: int) -> np.ndarray:
-        """Ids, -1 for rows that are no transitions, from SB3's source of randomness, numpy's global one, in
-        SB3's order."""
+        """Ids, -1 for rows that are not transitions. They come from numpy's global random state and in SB3's
+        order, as in SB3."""
         positions = np.random.randint(0, upper, size=n)  # noqa: NPY002
         envs = np.random.randint(0, self.n_envs, size=n)  # noqa: NPY002
         return np.where(self._between[positions, envs], -1, self._ids(positions, envs))
@@ -350,12 +319,11 @@ class FastReplayBuffer(SB3ReplayBuffer):
         return (self._all_ids() >= 0) & ~self._between
 
     def _ids(self, positions: np.ndarray, envs: np.ndarray) -> np.ndarray:
-        """Ids of the transitions at these positions of the environments' rings, -1 where there are none."""
-        rows = np.asarray(envs, np.int64) * self.buffer_size + np.asarray(positions, np.int64)
-        return self.buffer._core.ids_in_rows(rows)
+        """Ids of the transitions at these positions, -1 where there are none."""
+        return self.buffer.ids_at(envs, positions)
 
     def _all_ids(self) -> np.ndarray:
-        """Those of all positions, [buffer_size, n_envs]."""
+        """`_ids` of all positions, [buffer_size, n_envs]."""
         positions, envs = np.divmod(np.arange(self.buffer_size * self.n_envs), self.n_envs)
         return self._ids(positions, envs).reshape(self.buffer_size, self.n_envs)
 
@@ -363,7 +331,7 @@ class FastReplayBuffer(SB3ReplayBuffer):
         self, ids: np.ndarray, env: VecNormalize | None
     ) -> ReplayBufferSamples | DictReplayBufferSamples:
         batch = self._batch(ids, self.n_steps)
-        obs, next_obs = self._to_given(batch.obs), self._to_given(batch.next_obs)
+        obs, next_obs = as_given(self._stacks, batch.obs), as_given(self._stacks, batch.next_obs)
         if env is not None:
             obs, next_obs = _normalized(obs, env), _normalized(next_obs, env)
         rewards, discounts = self._rewards(ids, env)
@@ -382,20 +350,12 @@ class FastReplayBuffer(SB3ReplayBuffer):
         memory_format = torch.channels_last if last else torch.contiguous_format
         return self.buffer.get(ids, n_step=n_step, dtype=torch.uint8, memory_format=memory_format)
 
-    def _to_given(self, observations: Observation) -> dict[str, Tensor]:
-        """Sampled observations in the layout that the environments give them."""
-        last = {name for name, stack in self._stacks.items() if stack.channels_last}
-        return {
-            name: value.permute(0, 2, 3, 1) if name in last else value
-            for name, value in observations.items()  # type: ignore[union-attr]
-        }
-
     def _on_device(self, observations: dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
         moved = {name: value.to(self.device) for name, value in observations.items()}
         return moved["obs"] if self._single else moved
 
     def _rewards(self, ids: np.ndarray, env: VecNormalize | None) -> tuple[Tensor, Tensor]:
-        """(n-step rewards, discounts), float32 [B, 1]. VecNormalize clips, so it comes before the sum."""
+        """(n-step rewards, discounts), float32 [B, 1]. VecNormalize clips each reward, not the sum."""
         rewards, alive = self.buffer.windows(ids, self.n_steps)
         if env is not None:
             rewards = env.normalize_reward(rewards)
@@ -410,7 +370,7 @@ class FastReplayBuffer(SB3ReplayBuffer):
         self._forget()
 
     def _zeros(self) -> "FastReplayBuffer":
-        """One step of zeros: what SB3's arrays hold before anything is added."""
+        """A buffer with one step of zeros, which SB3's arrays contain before anything is added."""
         blank = FastReplayBuffer(
             self.n_envs,
             self.observation_space,
@@ -430,11 +390,11 @@ class FastReplayBuffer(SB3ReplayBuffer):
         blank.add(obs, obs, action, zero, zero, [{}] * self.n_envs)
         return blank
 
-    # ---- SB3's arrays [buffer_size, n_envs, ...], for those who look at them or change them ----
+    # ---- SB3's arrays [buffer_size, n_envs, ...], to read and to change ----
 
     @property
     def rewards(self) -> np.ndarray:
-        """float32, the buffer's own memory until `reset`, or until a guess of the frame stack is dropped."""
+        """float32, the buffer's own memory until `reset`, or until "auto" lowers the frame stack."""
         return self._memory("reward", (), np.float32)
 
     @rewards.setter
@@ -444,7 +404,7 @@ class FastReplayBuffer(SB3ReplayBuffer):
     @property
     def actions(self) -> np.ndarray:
         """The buffer's own memory, as `rewards`."""
-        return self._memory("column.action", (self.action_dim,), self._action_dtype)
+        return self._memory("action", (self.action_dim,), self._action_dtype)
 
     @actions.setter
     def actions(self, values: np.ndarray) -> None:
@@ -453,7 +413,7 @@ class FastReplayBuffer(SB3ReplayBuffer):
     @property
     def dones(self) -> np.ndarray:
         """float32. Setting elements of this array terminates those transitions, or takes back their end."""
-        return self._ends("dones", _TERMINATED | _TRUNCATED)
+        return self._ends("dones", "terminated", "truncated")
 
     @dones.setter
     def dones(self, values: np.ndarray) -> None:
@@ -463,7 +423,7 @@ class FastReplayBuffer(SB3ReplayBuffer):
     def timeouts(self) -> np.ndarray:
         """float32. Setting elements of this array truncates those transitions, or makes a truncation a
         termination."""
-        return self._ends("timeouts", _TRUNCATED)
+        return self._ends("timeouts", "truncated")
 
     @timeouts.setter
     def timeouts(self, values: np.ndarray) -> None:
@@ -490,7 +450,7 @@ class FastReplayBuffer(SB3ReplayBuffer):
     def _memory(self, name: str, shape: Shape, dtype: Any) -> np.ndarray:
         if self._buffer is None:
             return guarded(np.zeros((self.buffer_size, self.n_envs, *shape), dtype), _NOTHING_TO_CHANGE)
-        return self._buffer._storage.ring(name).swapaxes(0, 1).view(MemoryArray)
+        return self._buffer.ring(name).swapaxes(0, 1).view(MemoryArray)
 
     def _replace(self, name: str, values: np.ndarray) -> None:
         own = getattr(self, name)
@@ -498,11 +458,12 @@ class FastReplayBuffer(SB3ReplayBuffer):
             raise ValueError(f"{name} has shape {np.shape(values)}: it must be {own.shape}")
         own[...] = values
 
-    def _ends(self, name: str, bits: int) -> np.ndarray:
-        flags = self._memory("flags", (), np.uint8)
-        ends = (np.asarray(flags) & bits != 0).astype(np.float32, order="C")
+    def _ends(self, name: str, *kinds: str) -> np.ndarray:
+        ends = np.zeros((self.buffer_size, self.n_envs), np.float32)
         if self._buffer is None:
             return guarded(ends, _NOTHING_TO_CHANGE)
+        for kind in kinds:
+            ends[self._buffer.ring(kind).T] = 1
         return guarded(ends, _WHOLE_ARRAY.format(name), lambda *change: self._set_ends(name, *change))
 
     def _set_ends(self, name: str, which: np.ndarray, values: np.ndarray) -> None:
@@ -521,11 +482,11 @@ class FastReplayBuffer(SB3ReplayBuffer):
             for key, shape in self._shapes.items()
         }
         ids = np.empty(0, np.int64) if self._buffer is None else self._all_ids().reshape(-1)
-        held = np.flatnonzero(ids >= 0)
-        for start in range(0, len(held), _CHUNK):
-            rows = held[start : start + _CHUNK]
+        stored = np.flatnonzero(ids >= 0)
+        for start in range(0, len(stored), _CHUNK):
+            rows = stored[start : start + _CHUNK]
             batch = self._batch(ids[rows], 1)
-            for key, values in self._to_given(getattr(batch, part)).items():
+            for key, values in as_given(self._stacks, getattr(batch, part)).items():
                 arrays[key][rows] = values.numpy()
         remedy = _OBSERVATIONS_STAY.format(name)
         tables: Observations = {
@@ -539,10 +500,6 @@ _FEWER_FRAMES = (
     "frame_stack of {0!r} was taken for {1} and is now {2}, as a next_obs is not its obs without the oldest "
     "frame plus a new one: the buffer takes {3} instead of {4}. If observations stack {1} frames, pass "
     "frame_stack={1} (in replay_buffer_kwargs), and such rows are refused; if {2}, pass that"
-)
-_NOTHING_TOLD = (
-    "frame_stack of {0!r} is taken for 1: all first steps terminated, so their next_obs says nothing about "
-    "frames. If observations are stacks, pass frame_stack= (in replay_buffer_kwargs)"
 )
 _NO_TRANSITION = (
     "the next_obs of a row is the first observation of another episode, though its own did not terminate. "
@@ -558,17 +515,17 @@ _OBSERVATIONS_STAY = (
 )
 
 
-def _checked_frame_stack(
-    given: int | Mapping[str, int] | Literal["auto"], keys: set[str] | None
-) -> int | Mapping[str, int] | Literal["auto"]:
-    """keys: those of a dict observation."""
+def _checked_frame_stack(given: FrameStack, shapes: Mapping[str, Shape], single: bool) -> FrameStack:
+    """A dict if observations are: an integer is for their images."""
     if isinstance(given, Mapping):
-        if keys is None:
+        if single:
             raise ValueError(f"frame_stack is {given}: a dict needs dict observations, pass an integer")
-        if unknown := given.keys() - keys:
-            raise ValueError(f"frame_stack names {sorted(unknown)}, the observations have {sorted(keys)}")
+        if unknown := given.keys() - shapes.keys():
+            raise ValueError(f"frame_stack names {sorted(unknown)}, the observations have {sorted(shapes)}")
     elif given != "auto" and (not isinstance(given, int | np.integer) or given < 1):
         raise ValueError(f"frame_stack is {given!r}: it must be 'auto', an integer of at least 1, or a dict")
+    elif given != "auto" and not single:
+        return {name: given for name, shape in shapes.items() if len(shape) >= 3}
     return given
 
 

@@ -15,9 +15,8 @@ import torch
 from tensordict import TensorDict, TensorDictBase, unravel_key
 from torch import Tensor
 
-from covr_fast.buffer import Batch, ReplayBuffer
-from covr_fast.buffer.samplers import Prioritized, Sampler, as_sampler
-
+from ..buffer import Batch, Prioritized, ReplayBuffer
+from ..buffer.samplers import Sampler, as_sampler
 from .torchrl_entries import Key, read, text
 from .torchrl_layout import DONE, TERMINATED, TRUNCATED, Entry, Keys, Layout
 from .torchrl_streams import Streams, in_steps
@@ -30,38 +29,38 @@ _STATE = "state.pt"
 class FastReplayBuffer:
     """What training uses of TorchRL's TensorDictReplayBuffer, with every frame stored once.
 
-    `sample` gives back what `extend` got, in its shapes and dtypes, bit for bit: observations (stacked ones
-    cost one frame each) and every other entry, nested ones too, at the root and under "next". All
-    tensordicts must have the entries, shapes and dtypes of the first. Only "done", "terminated" and
-    "truncated" under "next" may be left out, as long as the others tell them; samples have all three. "index"
-    is added, with a prioritized sampler "priority_weight", and with n_step > 1 "steps_to_next_obs", which
-    TorchRL's losses understand; entries of these names at the root are not stored.
+    `sample` returns what `extend` was given, in the same shapes and dtypes, bit for bit: observations (a
+    stack takes the memory of one frame) and every other entry, also nested ones, at the root and under
+    "next". All tensordicts must have the entries, shapes and dtypes of the first. Only "done", "terminated"
+    and "truncated" under "next" may be missing, if they follow from the others; samples have all three.
+    `sample` adds "index", with a prioritized sampler "priority_weight", and with n_step > 1
+    "steps_to_next_obs", which TorchRL's losses read. Entries with these names at the root are not stored.
 
-    A float observation that is the next one of the step before, but for rounding, comes back as that one (see
-    ReplayBuffer). With n_step > 1, ("next", ...) is that of the last of the n steps, except the reward: that
-    is the sum of the discounted rewards, made in float64 and given in the reward's dtype, or made in float32
-    if that is its dtype. `buffer`, the covr_fast.ReplayBuffer inside, has rewards in float32, and several per
-    row as their sum.
+    A float observation that equals the next observation of the step before, except for rounding, comes back
+    as that one (see ReplayBuffer). With n_step > 1, the entries under "next" are those of the last of the n
+    steps, except the reward: it is the sum of the discounted rewards, computed in float64 and returned in the
+    reward's dtype, or computed in float32 if that is its dtype. The covr_fast.ReplayBuffer in `buffer` has
+    float32 rewards; several rewards per row are summed there.
 
-    A tensordict may be [environments, time], as collectors give it, or flat; a dimension named "time" is
-    time wherever it is. In a flat one, rows belong together that have the same ("collector", "traj_ids");
-    without those, num_envs rows are one step of every environment, and any other number is one stretch of
-    time after another. Where a row does not continue its environment's stream, a new segment begins: whatever
-    the order, rows come back right, but frames of consecutive steps are shared only where the order shows
-    that they are consecutive.
+    A tensordict may be [environments, time], as collectors give it, or flat. A dimension named "time" is
+    time wherever it is. In a flat tensordict, rows with the same ("collector", "traj_ids") belong together.
+    Without these ids, num_envs rows are one step of every environment, and any other number of rows is one
+    stretch of time. If a row does not continue its environment's stream, a new segment begins: rows come back
+    right in any order, but the frames of consecutive steps are shared only if the order shows that the steps
+    are consecutive.
 
     Calls from several threads are atomic. There are no transforms, and worker processes cannot write into the
-    buffer: `extend` it with what a collector yields, or give it to a collector of one process.
+    buffer: `extend` it with what a collector yields, or pass it to a collector that runs in one process.
 
     Args:
         capacity, num_envs, frame_stack, n_step, gamma, sampler, seed: as in covr_fast.ReplayBuffer.
         obs_keys: the observations' keys, nested ones as tuples: ("pixels", ("agent", "state")). frame_stack
-            means those with three dimensions.
+            is for those with three dimensions.
         action_key, reward_key: where the action and, under "next", the reward are.
         batch_size: of `sample`, unless given there.
         priority_key: where `update_tensordict_priority` and `extend` find priorities: one per row, or several
             of which the largest counts.
-        device: where samples go; frames are kept in host memory.
+        device: of samples. Frames stay in host memory.
         pixels_dtype: dtype of sampled uint8 images, [C, H, W] or [H, W]: uint8 as stored; float32, bfloat16
             or float16 divided by 255.
 
@@ -108,11 +107,11 @@ class FastReplayBuffer:
             "sampler": as_sampler(sampler),
             "seed": seed,
         }
-        # The buffer's shapes come with the first tensordict; what is wrong with the rest shows here.
+        # The shapes are known only from the first tensordict. The other options are checked now.
         probe = ReplayBuffer(
             **self._options, obs_shape=(max(1, frame_stack), 1, 1), action_shape=(), frame_stack=frame_stack
         )
-        self._options["gamma"] = float(probe.gamma)  # of any type of number; states hold Python's
+        self._options["gamma"] = float(probe.gamma)  # states contain Python's numbers only
         self._frame_stack, self._num_envs = int(frame_stack), probe.num_envs
         self._settings = {
             "capacity": probe.capacity,
@@ -131,7 +130,7 @@ class FastReplayBuffer:
 
     @property
     def buffer(self) -> ReplayBuffer:
-        """The covr_fast.ReplayBuffer that holds the transitions, once there are any."""
+        """The covr_fast.ReplayBuffer inside. IndexError before the first `extend`."""
         if self._buffer is None:
             raise IndexError("the buffer is empty: extend() it first")
         return self._buffer
@@ -146,14 +145,14 @@ class FastReplayBuffer:
 
     @property
     def _storage(self) -> Any:
-        # Collectors with worker processes ask for it; other things that look for it must not find it.
+        # TorchRL's collectors with worker processes ask for `_storage`.
         raise AttributeError(
             "a FastReplayBuffer has no storage that worker processes could write into: extend() it with what "
             "the collector yields"
         )
 
     def empty(self) -> None:
-        """Forgets all transitions, and which entries they had. Ids begin anew."""
+        """Forgets all transitions and which entries they had. Ids start from 0 again."""
         with self._lock:
             self._buffer: ReplayBuffer | None = None
             self._layout: Layout | None = None
@@ -162,14 +161,17 @@ class FastReplayBuffer:
     # ---- adding ----
 
     def extend(self, tensordict: TensorDictBase) -> Tensor:
-        """Stores [N] or [E, T] transitions; int64 [N] or [E * T], their ids. With a prioritized sampler,
-        priorities that the tensordict has count.
+        """Stores [N] or [E, T] transitions; with a prioritized sampler also their priorities, if the
+        tensordict has them.
+
+        Returns:
+            int64 [N] or [E * T], the ids of the transitions.
 
         Raises:
-            TypeError: not a TensorDict, or entries that are no tensors.
+            TypeError: not a TensorDict, or entries that are not tensors.
             ValueError: other entries, shapes or dtypes than those of the first tensordict; NaN; infinite
                 observations, actions or rewards; with frame_stack > 1, observations that are not such stacks.
-                Nothing was added then.
+                Nothing was added.
         """
         if not isinstance(tensordict, TensorDictBase):
             raise TypeError(
@@ -210,7 +212,7 @@ class FastReplayBuffer:
         return torch.from_numpy(index)
 
     def add(self, tensordict: TensorDictBase) -> Tensor:
-        """Stores one transition, a tensordict without batch dimensions; its id."""
+        """Stores one transition, a tensordict without batch dimensions. Returns its id."""
         if tensordict.ndim:
             raise ValueError(f"add() got a tensordict {list(tensordict.shape)}: extend() takes several rows")
         return self.extend(tensordict)[0]
@@ -299,19 +301,20 @@ class FastReplayBuffer:
         return layout.tensordict(values, size).to(self.device)
 
     def _n_step_reward(self, reward: Entry, index: Tensor, alive: np.ndarray) -> Tensor:
-        """The sum of rewards [B, *shape] that the buffer has as an extra, over the steps that are alive."""
+        """The discounted sum of rewards [B, *shape], which are an extra of the buffer, over the steps that
+        are alive [B, n]."""
         buffer = self.buffer
         total = torch.zeros(len(index), *reward.shape, dtype=torch.float64, device="cpu")
-        for k, held in enumerate(torch.from_numpy(alive).T):
-            found = buffer.extras(index[held] + k * buffer.num_envs)[str(reward.column)]
-            total[held] += buffer.gamma**k * reward.restored(found).double()
+        for k, of_step in enumerate(torch.from_numpy(alive).T):
+            found = buffer.extras(index[of_step] + k * buffer.num_envs)[str(reward.column)]
+            total[of_step] += buffer.gamma**k * reward.restored(found).double()
         return total.to(reward.dtype)
 
     # ---- priorities ----
 
     def update_tensordict_priority(self, tensordict: TensorDictBase) -> None:
-        """Takes the priorities of sampled transitions from `priority_key`; without a prioritized sampler it
-        does nothing, as in TorchRL. Where the entry is missing, priorities stay, and a warning says so."""
+        """Sets the priorities of sampled transitions to those in `priority_key`. If the entry is missing,
+        priorities stay, with a warning. Without a prioritized sampler it does nothing, as in TorchRL."""
         if not self._prioritized:
             return
         index = tensordict.get("index", None)
@@ -336,10 +339,10 @@ class FastReplayBuffer:
             self.buffer.update_priorities(torch.as_tensor(index, device="cpu").reshape(-1), priority)
 
     def _priority_of(self, tensordict: TensorDictBase, n: int) -> Tensor | None:
-        priority = tensordict.get(self.priority_key, None)
-        if priority is None:
+        found = tensordict.get(self.priority_key, None)
+        if found is None:
             return None
-        priority = priority.detach().cpu()
+        priority: Tensor = found.detach().cpu()
         if priority.numel() == 0 or priority.numel() % n:
             raise ValueError(
                 f"{self.priority_key!r} has shape {tuple(priority.shape)}: it must hold priorities of {n} "
@@ -355,22 +358,23 @@ class FastReplayBuffer:
     # ---- saving ----
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain Python objects, copies of the content: what `torch.load` opens as it is."""
+        """A copy of the content, made of tensors and plain Python objects only, so that `torch.load` opens it
+        with weights_only=True."""
         with self._lock:
             return {
                 "settings": dict(self._settings),
                 "layout": None if self._layout is None else self._layout.state_dict(),
-                "buffer": None if self._buffer is None else self._buffer.__getstate__(),
+                "buffer": None if self._buffer is None else _copied(self._buffer),
                 "streams": self._streams.state_dict(),
             }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues as the saved buffer would have. `device`, `batch_size`, `priority_key` and `pixels_dtype`
-        stay this buffer's own.
+        of this buffer stay.
 
         Raises:
-            ValueError: the state is of a buffer with other settings, or with other entries than this one
-                already has, or is none at all. The buffer is as before then.
+            ValueError: not a state, or that of a buffer with other settings, or with other entries than this
+                one already has. The buffer is as before.
         """
         if not isinstance(state, dict) or not {"settings", "buffer", "streams"} <= state.keys():
             raise ValueError("the state is not one of FastReplayBuffer: state_dict() makes them")
@@ -393,34 +397,31 @@ class FastReplayBuffer:
                 self._layout.check_same(layout)
             self._buffer, self._layout, self._streams = buffer, layout, streams
 
-    def dumps(self, path: str | os.PathLike) -> None:
-        """Writes `state_dict` into the folder `path`, which is made if there is none."""
+    def dumps(self, path: str | os.PathLike[str]) -> None:
+        """Writes `state_dict` into the folder `path`, which is created if it does not exist."""
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f"{_STATE}.tmp"
         torch.save(self.state_dict(), temporary)
         temporary.replace(folder / _STATE)
 
-    def loads(self, path: str | os.PathLike) -> None:
+    def loads(self, path: str | os.PathLike[str]) -> None:
         """`load_state_dict` of what `dumps` wrote into the folder `path`."""
         self.load_state_dict(torch.load(Path(path) / _STATE, map_location="cpu", weights_only=True))
 
     def __getstate__(self) -> dict[str, Any]:
-        with self._lock:  # what can change is copied before others may change it
+        with self._lock:  # what can change is copied now, before other threads change it
             state = {**self.__dict__, "_streams": copy.deepcopy(self._streams)}
-            state["_buffer"] = (
-                None
-                if self._buffer is None
-                else {**self._buffer.__getstate__(), "drawn_in": self._buffer._drawn_in}
-            )
+            state["_buffer"] = None if self._buffer is None else self._buffer.__reduce__()[2]
             del state["_lock"]
             return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = threading.RLock()
-        if self._layout is not None:
-            self._buffer = _restored(state["_buffer"], self._layout)
+        if state["_buffer"] is not None:
+            self._buffer = ReplayBuffer.__new__(ReplayBuffer)
+            self._buffer.__setstate__(state["_buffer"])
 
 
 def _key(key: NestedKey, option: str) -> Key:
@@ -450,11 +451,16 @@ def _saying_damaged() -> Iterator[None]:
         raise ValueError(f"the state is damaged ({type(error).__name__}: {error})") from error
 
 
+def _copied(buffer: ReplayBuffer) -> dict[str, Any]:
+    state = buffer.state_dict()
+    tensors = {name: tensor.clone() for name, tensor in state["tensors"].items()}
+    return {**state, "tensors": tensors, "device": "cpu", "storage": "device"}
+
+
 def _restored(state: dict[str, Any], layout: Layout) -> ReplayBuffer:
-    """A buffer of the state of one, wherever its tensors are."""
+    """A buffer of a state, whose tensors may be on any device."""
     tensors = {name: tensor.cpu() for name, tensor in state["tensors"].items()}
-    buffer = ReplayBuffer.__new__(ReplayBuffer)
-    buffer.__setstate__({**state, "tensors": tensors})
+    buffer = ReplayBuffer.from_state_dict({**state, "tensors": tensors})
     config = state["config"]
     if config["obs_shape"].keys() != {e.column for e in layout.obs} or config["extras"].keys() != {
         e.column for e in layout.columns

@@ -12,11 +12,11 @@ Shape = tuple[int, ...]
 
 
 def read(tensordict: TensorDictBase) -> tuple[dict[Key, Tensor], dict[Key, Shape]]:
-    """(every entry as [N, *shape] on the CPU, the further batch dimensions of every nested tensordict), of a
-    tensordict whose batch dimensions hold N rows.
+    """(every entry as [N, *shape] on the CPU, the further batch dimensions of every nested tensordict). N is
+    the product of the tensordict's batch dimensions.
 
     Raises:
-        ValueError, TypeError: entries that are no dense tensors, or that only some of the rows have.
+        ValueError, TypeError: entries that are not dense tensors, or that only some of the rows have.
     """
     tensors: dict[Key, Tensor] = {}
     nested: dict[Key, Shape] = {}
@@ -26,7 +26,7 @@ def read(tensordict: TensorDictBase) -> tuple[dict[Key, Tensor], dict[Key, Shape
             nested[key] = tuple(value.batch_size[dims:])
             continue
         shape = value.shape[dims:]
-        # A memory-mapped tensor is a Tensor of its own kind, whose views are not.
+        # A memory-mapped tensor is of a subclass of Tensor, but its views are plain tensors.
         tensors[key] = value.detach().cpu().as_subclass(Tensor).reshape(n, *shape)
     return tensors, nested
 
@@ -67,14 +67,14 @@ def _names(part: TensorDictBase) -> set[Key]:
 
 
 def _all_keys(part: TensorDictBase) -> set[Key]:
-    """Also those that a lazy stack hides because not all of its parts have them."""
+    """Includes the keys that a lazy stack hides because not all of its parts have them."""
     if isinstance(part, LazyStackedTensorDict):
         return set().union(*(_all_keys(each) for each in part.tensordicts))
     return _names(part)
 
 
 def text(key: Key) -> str:
-    """As one writes it in code."""
+    """The key as written in code."""
     return repr(key[0] if len(key) == 1 else key)
 
 

@@ -1,4 +1,4 @@
-"""How the entries of a tensordict lie in a `covr_fast.ReplayBuffer`, and how they come back."""
+"""How the entries of a tensordict are stored in a `covr_fast.ReplayBuffer`, and how they are restored."""
 
 import math
 from collections.abc import Mapping
@@ -18,23 +18,23 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class Keys:
-    """Which entries have a part to play."""
+    """The entries with a special meaning."""
 
     obs: tuple[Key, ...]
     action: Key
     reward: Key
-    """With its "next"."""
+    """It starts with "next"."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What one row of an entry is."""
+    """An entry, and the shape and dtype of its rows."""
 
     key: Key
     shape: Shape
     dtype: torch.dtype
     column: str | None
-    """The buffer's name for it; None for what the buffer keeps under its own names."""
+    """Its name in the buffer; None if it is the action, the reward or an end of the buffer."""
 
     @property
     def stored_dtype(self) -> torch.dtype:
@@ -48,11 +48,11 @@ class Entry:
             )
 
     def rows(self, tensor: Tensor) -> np.ndarray:
-        """As the buffer takes them; dtypes that numpy lacks go by their bits."""
+        """As `ReplayBuffer.add` takes them. If numpy lacks the dtype, they are the bits as integers."""
         return tensor.contiguous().view(self.stored_dtype).numpy()
 
     def frames(self, tensor: Tensor) -> np.ndarray:
-        """As `rows`, of an observation: bfloat16 is compared by its bits, so -0.0 becomes 0.0."""
+        """As `rows`, for an observation. bfloat16 is compared as bits, so -0.0 becomes 0.0."""
         return self.rows(tensor.masked_fill(tensor == 0, 0) if self.dtype == torch.bfloat16 else tensor)
 
     def restored(self, stored: Tensor) -> Tensor:
@@ -82,7 +82,8 @@ class Rows:
 
     @property
     def ends(self) -> np.ndarray:
-        return self.terminated | self.truncated
+        ends: np.ndarray = self.terminated | self.truncated
+        return ends
 
     def at(self, picked: np.ndarray) -> dict[str, Any]:
         """The arguments of `add` for these rows."""
@@ -101,9 +102,9 @@ class Rows:
 class Layout:
     """The entries that a buffer's first tensordict had. All later ones must have the same.
 
-    Observations are frames, action and a float32 reward of one value are the buffer's own; every other entry
-    is an extra of the buffer, bit for bit. Ends that the tensordicts do not have follow from those that they
-    have, as in TorchRL.
+    Observations, the action and a float32 reward of one value are stored as such; every other entry is an
+    extra of the buffer, bit for bit. Ends that the tensordicts lack follow from those that they have, as in
+    TorchRL.
     """
 
     obs: tuple[Entry, ...]
@@ -113,7 +114,7 @@ class Layout:
     """done, terminated, truncated."""
     others: tuple[Entry, ...]
     nested: dict[Key, Shape] = field(default_factory=dict)
-    """Nested tensordicts, and the batch dimensions that they have beyond the rows."""
+    """Nested tensordicts and their batch dimensions after the rows."""
 
     @classmethod
     def of(cls, entries: Mapping[Key, Tensor], nested: dict[Key, Shape], keys: Keys, n_step: int) -> "Layout":
@@ -149,7 +150,7 @@ class Layout:
 
     @property
     def columns(self) -> tuple[Entry, ...]:
-        """The extras of the buffer. Rows without any values need none."""
+        """The extras of the buffer. An entry whose rows are empty needs none."""
         several = (self.reward, *self.ends, *self.others)
         return tuple(e for e in several if e.column is not None and 0 not in e.shape)
 
@@ -157,7 +158,7 @@ class Layout:
         """The transitions of a flat tensordict's entries, each [N, *shape].
 
         Raises:
-            ValueError: entries that the buffer would not give back as they are.
+            ValueError: entries that the buffer could not return as they are.
         """
         self._check_keys(entries)
         for entry in (self.action, self.reward, *self.ends, *self.others):
@@ -207,7 +208,7 @@ class Layout:
         _need_an_end(entries)
 
     def check_same(self, other: "Layout") -> None:
-        """Whether another layout, of a saved buffer, gives the same entries."""
+        """Raises ValueError if another layout, of a saved buffer, has other entries."""
         ours, saved = ({e.key: (e.dtype, e.shape) for e in layout._all()} for layout in (self, other))
         if differing := {key for key in ours.keys() | saved if ours.get(key) != saved.get(key)}:
             told = "; ".join(
@@ -252,12 +253,12 @@ class Layout:
 
 
 def column(key: Key) -> str:
-    """The buffer's name for an entry; with the slash no argument of `ReplayBuffer.add` has it."""
+    """An entry's name in the buffer. The slash keeps it apart from the arguments of `ReplayBuffer.add`."""
     return "".join("/" + part.replace("\\", "\\\\").replace("/", "\\/") for part in key)
 
 
 def stored_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype itself, or, where numpy lacks it, an integer of that many bits."""
+    """The dtype itself or, if numpy lacks it, the integer dtype with as many bits."""
     try:
         torch.empty(0, dtype=dtype, device="cpu").numpy()
     except TypeError:
@@ -322,7 +323,7 @@ def _check_slide(entry: Entry, entries: Mapping[Key, Tensor], frame_stack: int) 
 
 
 def _ends(entries: Mapping[Key, Tensor]) -> tuple[np.ndarray, np.ndarray]:
-    """(terminated, truncated), bool [N], of which at least one holds wherever any end is given."""
+    """(terminated, truncated), bool [N]. Where any end of the tensordict is True, at least one of them is."""
     done, terminated, truncated = (
         None if flag is None else flag.reshape(-1)
         for flag in (entries.get(key) for key in (DONE, TERMINATED, TRUNCATED))
@@ -346,13 +347,13 @@ def _refuse_not_finite(key: Key, tensor: Tensor) -> None:
 
 
 def _refuse_nan(key: Key, tensor: Tensor) -> None:
-    """Infinite values may have a meaning there, such as logits of actions that are not allowed."""
+    """Infinite values are allowed: they may have a meaning, such as the logits of forbidden actions."""
     if (floats := _floats(tensor)) is not None:
         _refuse(key, torch.isnan(floats), "NaN")
 
 
 def _floats(tensor: Tensor) -> Tensor | None:
-    """In a dtype that torch can test; None for integers."""
+    """The floats in a dtype that torch can test; None for integers."""
     if not tensor.dtype.is_floating_point:
         return None
     return tensor.float() if tensor.dtype.itemsize == 1 else tensor

@@ -28,7 +28,7 @@ class Streams:
         """The stream of every row, int64 [N], in the order of a flattened tensordict of this shape.
 
         Args:
-            names: of the dimensions; the one called "time" is time, else the last of several.
+            names: of the dimensions. The one called "time" is time; without one, the last of several.
             trajectories: int64 [N], if known.
             ends: bool [N]: the row ends its trajectory.
         """
@@ -62,7 +62,8 @@ class Streams:
         return np.zeros(n, np.int64)
 
     def _stream(self, trajectory: int, ends: bool) -> int:
-        """That of the trajectory; for a new one, that which waited longest, preferably an idle one."""
+        """The stream of the trajectory. A new one gets the stream that was not used for the longest time, and
+        if possible one without a trajectory that has not ended."""
         if trajectory not in self._stream_of:
             busy = np.zeros(self._num_envs, bool)
             busy[list(self._stream_of.values())] = True
@@ -94,7 +95,7 @@ class Streams:
 
 
 def in_steps(streams: np.ndarray) -> list[np.ndarray]:
-    """Rows in groups that hold every stream at most once, each stream's rows in their order."""
+    """Groups of rows, each with at most one row per stream. The rows of a stream keep their order."""
     if not len(streams):
         return []
     order = np.argsort(streams, kind="stable")

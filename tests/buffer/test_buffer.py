@@ -180,7 +180,7 @@ def test_channels_last_memory_of_images_of_other_types(dtype, device):
         device=device,
         seed=0,
     )
-    rng, no, numpy_type = np.random.default_rng(0), np.zeros(1, bool), buffer._keys[0].numpy_dtype
+    rng, no, numpy_type = np.random.default_rng(0), np.zeros(1, bool), buffer._options.keys[0].numpy_dtype
     frames = rng.integers(0, 30_000, (33, 1, 2, 5, 4)).astype(numpy_type)
     stacks = [np.concatenate(frames[t : t + 3], axis=1) for t in range(31)]
     for t in range(30):

@@ -97,12 +97,12 @@ def test_an_error_in_the_thread_surfaces_and_passes(monkeypatch):
     batches = buffer.prefetch(8)
     next(batches)
     batches._coming[1].result()
-    sample = buffer._sample
-    monkeypatch.setattr(buffer, "_sample", lambda *_: 1 / 0)
+    draw = batches._draw
+    monkeypatch.setattr(batches, "_draw", lambda _: 1 / 0)
     next(batches)  # was made before; the one after it fails
     with pytest.raises(ZeroDivisionError):
         next(batches)
-    monkeypatch.setattr(buffer, "_sample", sample)
+    monkeypatch.setattr(batches, "_draw", draw)
     assert len(next(batches).index) == 8
     batches.close()
 

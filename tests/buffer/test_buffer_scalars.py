@@ -21,8 +21,9 @@ def drive(buffer: ReplayBuffer) -> ReplayBuffer:
     no = np.zeros(2, bool)
     for _ in range(6):
         obs = np.ones((2, 6, 8, 8), np.uint8)
-        extras = {name: np.ones((2, *shape), int) for name, (shape, _) in buffer._extras.items()}
-        buffer.add(obs, np.ones((2, *buffer._columns["action"][0])), np.ones(2), obs, no, no, **extras)
+        action, *extras = buffer._options.columns
+        values = {extra.name: np.ones((2, *extra.shape), int) for extra in extras}
+        buffer.add(obs, np.ones((2, *action.shape)), np.ones(2), obs, no, no, **values)
     return buffer
 
 
@@ -59,7 +60,7 @@ def test_what_numpy_and_torch_give_can_be_saved(options, as_text, tmp_path):
     path = tmp_path / "buffer"
     buffer.save(str(path) if as_text else path)
     loaded = ReplayBuffer.load(str(path) if as_text else path)
-    assert loaded._config == buffer._config
+    assert loaded._options == buffer._options
     assert loaded.gamma == float(options.get("gamma", 0.99))
     assert type(buffer.gamma) is float
     assert {type(n) for n in (buffer.capacity, buffer.num_envs, buffer.n_step, buffer.seed)} == {int}

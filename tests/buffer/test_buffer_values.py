@@ -18,11 +18,11 @@ def make(**options) -> ReplayBuffer:
 
 
 def rows(buffer: ReplayBuffer, **changes) -> dict:
-    key = buffer._keys[0]
+    key = buffer._options.keys[0]
     obs = np.zeros((2, *key.shape), key.numpy_dtype)
     given = {
         "obs": obs,
-        "action": np.zeros((2, *buffer._columns["action"][0]), np.int64),
+        "action": np.zeros((2, *buffer._options.columns[0].shape), np.int64),
         "reward": np.zeros(2),
         "next_obs": obs,
         "terminated": np.zeros(2, bool),
@@ -61,7 +61,7 @@ def test_integers_fit_their_column_or_are_refused(dtype, name):
             continue
         wide = kept.astype(np.uint64 if beyond > 0 else np.int64)
         wide[1, 0] += np.array(1, wide.dtype) if beyond > 0 else np.array(-1, wide.dtype)
-        dtype_name = buffer._keys[0].numpy_dtype
+        dtype_name = buffer._options.keys[0].numpy_dtype
         refused(buffer, rf"{name}\[1, 0\] is {wide[1, 0]}, which {dtype_name} cannot hold", **{name: wide})
         buffer.cut()
 
@@ -259,7 +259,7 @@ class TestGreyPictures:
         assert np.array_equal(buffer.get(index).obs.numpy(), frames[0])
 
     def test_stacked_vectors_stay_floats(self):
-        assert make(obs_shape=(4, 7), frame_stack=4)._keys[0].dtype == torch.float32
+        assert make(obs_shape=(4, 7), frame_stack=4)._options.keys[0].dtype == torch.float32
 
 
 def test_corrected_ends_are_one_flag_per_row():

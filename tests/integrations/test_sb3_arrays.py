@@ -13,6 +13,7 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer
 
 from covr_fast.buffer import ReplayBuffer
+from covr_fast.buffer.output import BatchWriter
 from covr_fast.integrations.sb3 import FastReplayBuffer
 
 NAMES = ("rewards", "actions", "dones", "timeouts")
@@ -208,7 +209,7 @@ def test_columns_are_read_without_observations(monkeypatch):
     def no_gather(*args, **options):
         raise AssertionError("observations were rebuilt")
 
-    monkeypatch.setattr(ReplayBuffer, "_gather", no_gather)
+    monkeypatch.setattr(BatchWriter, "batch", no_gather)
     for name in NAMES:
         np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), err_msg=name)
     ours.dones[ours.pos - 1] = True
@@ -223,7 +224,7 @@ def test_a_second_learn_looks_at_no_observation(monkeypatch):
     )
     agent.learn(10)
     gathers = []
-    monkeypatch.setattr(ReplayBuffer, "_gather", lambda *args: gathers.append(args))
+    monkeypatch.setattr(BatchWriter, "batch", lambda *args: gathers.append(args))
     with pytest.warns(UserWarning, match="last trajectory in the replay buffer will be truncated"):
         agent.learn(5)
     assert not gathers
