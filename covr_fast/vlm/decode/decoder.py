@@ -8,8 +8,7 @@ from torch import Tensor
 
 from ..answer.grammar import ActionGrammar, Level
 from ..model.backbones import Backbone, ImageFeatures
-from ..model.cache import Prefix, RecordingCache
-from ..model.rows import arrange
+from ..model.rows import Prefix, RecordingCache, arrange
 from .transformer import KeyValueCache, ServingDecoder
 
 

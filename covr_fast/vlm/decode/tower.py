@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from covr_fast.ops._backend import launch
 
-from ..model.adapters import mergeable, untouched, wrapped
+from ..model.adapters import linear_weights, untouched, wrapped
 from ..model.backbones import Backbone, ImageFeatures, QwenVL
 from ..model.patches import PatchPixels
 from .attend import Heads, signed
@@ -89,7 +89,7 @@ def make_tower(backbone: Backbone, size: tuple[int, int]) -> ServingTower | None
     tower = backbone.tower
     if not isinstance(tower, Qwen2_5_VisionTransformerPretrainedModel):
         return None
-    if any(wrapped(module) and not mergeable(module) for module in tower.modules()):
+    if any(wrapped(module) and linear_weights(module) is None for module in tower.modules()):
         return None
     if type(tower.patch_embed.proj) is not nn.Conv3d or not untouched(tower.patch_embed.proj):
         return None

@@ -13,8 +13,7 @@ from covr_fast import ops
 from ..answer.grammar import ActionGrammar
 from ..decode.decoder import Layout, record_prefix
 from ..model.backbones import Backbone, ImageFeatures
-from ..model.cache import TrainingCache
-from ..model.rows import arrange
+from ..model.rows import TrainingCache, arrange
 
 IGNORE = -100
 
@@ -82,7 +81,7 @@ class AnswerModel:
         rows = arrange(backbone.attention, lengths + len(prompt) - 1, tokens.shape[1], held, backbone.device)
         cache = None
         if not self.checkpointing:
-            cache = TrainingCache(record_prefix(backbone, layout) or backbone.empty_prefix(), rows)
+            cache = TrainingCache(record_prefix(backbone, layout), rows)
         hidden = backbone.hidden(
             backbone.embed(tokens),
             layout.span(held, held + tokens.shape[1]),
