@@ -18,16 +18,16 @@ def shared_nano() -> ActionPrior:
 
 @pytest.fixture(scope="module", params=sorted(WRITERS))
 def checkpoint(request, tmp_path_factory):
-    """The directory of a tiny checkpoint of every architecture, and a size of frames for it."""
-    directory = tmp_path_factory.mktemp(request.param)
+    """The directory of a tiny checkpoint of every architecture; it has the architecture's name."""
+    directory = tmp_path_factory.mktemp("checkpoints") / request.param
+    directory.mkdir()
     WRITERS[request.param](directory)
-    return directory, SIZES.get(request.param, (64, 64))
+    return directory
 
 
 @pytest.fixture
 def opened(checkpoint):
-    directory, size = checkpoint
-    return open_prior(directory), random_frames(size)
+    return open_prior(checkpoint), random_frames(SIZES.get(checkpoint.name, (64, 64)))
 
 
 @pytest.fixture

@@ -70,13 +70,13 @@ def test_lora_round_and_adapter_on_disk(opened, checkpoint, tmp_path):
     prior.save_pretrained(tmp_path)
     again = ActionPrior.from_pretrained(tmp_path, action_dim=2, device="cpu")
     assert torch.equal(again(frames).token_ids, answers.token_ids)
-    base = AutoModelForImageTextToText.from_pretrained(checkpoint[0])
+    base = AutoModelForImageTextToText.from_pretrained(checkpoint)
     assert PeftModel.from_pretrained(base, tmp_path).peft_config["default"].r == 4
 
 
 def test_the_prompts_text_comes_before_the_image_where_the_template_allows(opened, checkpoint):
     prior, frames = opened
     layout = prior.layout(tuple(frames.shape[2:]))
-    llava = "llava" in checkpoint[0].name
+    llava = checkpoint.name == "llava"
     assert ("Drive." in prior.backbone.tokenizer.decode(layout.prefix)) != llava
     assert (record_prefix(prior.backbone, layout) is None) == (len(layout.prefix) == 0)

@@ -9,6 +9,7 @@ one length, or *packed*: joined, without padding, to one long row. FlashAttentio
 torch's SDPA they are padded for the attention alone.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -80,8 +81,8 @@ class Packed(Padded):
 
     def padded(self, x: Tensor) -> Tensor:
         """After the end of a row its last token is repeated; no gradient comes from there."""
-        rows: Tensor = _Pad.apply(x[0], self._sources, self._places)
-        return rows.unflatten(0, self._shape)
+        pad: Callable[..., Tensor] = _Pad.apply
+        return pad(x[0], self._sources, self._places).view(*self._shape, *x.shape[2:])
 
     def padded_heads(self, x: Tensor) -> Tensor:
         """[1, heads, total, head_dim] -> [B, heads, width, head_dim]; what `after` returned is so already."""
