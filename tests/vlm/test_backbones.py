@@ -7,8 +7,7 @@ from tiny import WRITERS
 from transformers import AutoModelForImageTextToText
 
 from covr_fast.vlm import ActionPrior, TunerConfig, VLMTuner
-from covr_fast.vlm.decode.decoder import record_prefix
-from covr_fast.vlm.finetune.objective import IGNORE, AnswerModel, Samples, weighted_loss
+from covr_fast.vlm.finetune.objective import IGNORE, AnswerModel, Samples, record_prefix, weighted_loss
 
 SIZES = {"qwen2_vl": (60, 84), "qwen2_5_vl": (84, 84)}
 
