@@ -47,7 +47,7 @@ def test_hidden_states_equal_the_models_own(opened):
         image = backbone.image_features(backbone.pixels(frames), len(frames), size)
         prior(frames)
         decoder = prior._decoders[size]
-        ours = decoder._decoder(
+        ours = decoder._transformer(
             decoder._body[:, : len(layout.body)].expand(len(frames), -1, -1),
             decoder.new_cache(len(frames)),
             image_at=layout.image_at,
