@@ -1,6 +1,6 @@
-"""The VLM side of COVR: the action prior that guides the agent, and the tuner that the agent's data trains.
+"""The VLM side of COVR: the action prior, which guides the agent, and the tuner, which trains on its data.
 
-transformers and peft are imported when a name is first used, not with this package.
+transformers and peft are imported when a name is first used, not when this package is imported.
 """
 
 from importlib import import_module

@@ -13,8 +13,7 @@ from covr_fast import ops
 from ..answer.grammar import ActionGrammar
 from ..decode.decoder import Layout
 from ..model.backbones import Backbone, ImageFeatures
-from ..model.cache import Prefix, RecordingCache, TrainingCache
-from ..model.rows import arrange
+from ..model.rows import Prefix, RecordingCache, TrainingCache, arrange
 
 IGNORE = -100
 
@@ -91,16 +90,16 @@ class AnswerModel:
         count, length = answers.shape
         answers = answers.to(backbone.device, non_blocking=True)
         prompt = torch.cat((layout.prefix, layout.body)) if self.checkpointing else layout.body
-        past = layout.prompt_length - len(prompt)
+        prefix_length = layout.prompt_length - len(prompt)
         tokens = torch.cat((prompt.expand(count, -1), answers[:, :-1]), 1)
         width = tokens.shape[1]
-        rows = arrange(backbone.attention, lengths + len(prompt) - 1, width, past, backbone.device)
+        rows = arrange(backbone.attention, lengths + len(prompt) - 1, width, prefix_length, backbone.device)
         cache = None
         if not self.checkpointing:
-            cache = TrainingCache(record_prefix(backbone, layout) or backbone.empty_prefix(), rows)
+            cache = TrainingCache(record_prefix(backbone, layout), rows)
         hidden = backbone.hidden(
             backbone.embed(tokens),
-            layout.span(past, past + width),
+            layout.span(prefix_length, prefix_length + width),
             rows,
             cache,
             image_at=layout.image_at + (len(prompt) - len(layout.body)),
