@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Any
 _HOME = {
     "ActionPrior": "prior",
     "PriorBatch": "prior",
-    "RoundReport": "tuner",
-    "TunerConfig": "tuner",
+    "RoundReport": "finetune.round",
+    "TunerConfig": "finetune.config",
     "VLMTuner": "tuner",
 }
 
 __all__ = ["ActionPrior", "PriorBatch", "RoundReport", "TunerConfig", "VLMTuner"]
 
 if TYPE_CHECKING:
+    from .finetune.config import TunerConfig
+    from .finetune.round import RoundReport
     from .prior import ActionPrior, PriorBatch
-    from .tuner import RoundReport, TunerConfig, VLMTuner
+    from .tuner import VLMTuner
 
 
 def __getattr__(name: str) -> Any:

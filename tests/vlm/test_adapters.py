@@ -403,10 +403,10 @@ def test_frozen_image_features_are_cached(frames):
     adapt(prior, lora(prior))
     model = AnswerModel(prior.backbone, prior.layout((84, 84)), checkpointing=False)
     samples = Samples.build(prior.grammar, frames[:4], ACTIONS, torch.ones(4))
-    options = {"cached": True, "micro_batch": 3, "shift": 0, "generator": torch.Generator()}
-    assert RoundImages(model, samples, torch.arange(4), **options)._cache is not None
+    options = {"once": True, "micro_batch": 3, "shift": 0, "generator": torch.Generator()}
+    assert RoundImages(model, samples, torch.arange(4), **options)._kept is not None
     prior.backbone.tower.requires_grad_(True)
-    assert RoundImages(model, samples, torch.arange(4), **options)._cache is None
+    assert RoundImages(model, samples, torch.arange(4), **options)._kept is None
 
 
 def test_a_frozen_adapter_cannot_be_tuned(frames):

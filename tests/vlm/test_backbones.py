@@ -6,8 +6,7 @@ from tiny import ACTIONS, model_loss
 from transformers import AutoModelForImageTextToText
 
 from covr_fast.vlm import ActionPrior, TunerConfig, VLMTuner
-from covr_fast.vlm.decode.decoder import record_prefix
-from covr_fast.vlm.finetune.objective import AnswerModel, Samples, weighted_loss
+from covr_fast.vlm.finetune.objective import AnswerModel, Samples, record_prefix, weighted_loss
 
 
 def test_fast_path_equals_generate(opened):
@@ -30,7 +29,7 @@ def test_hidden_states_equal_the_models_own(opened):
         image = backbone.image_features(backbone.pixels(frames), len(frames), size)
         prior(frames)
         decoder = prior._decoders[size]
-        ours = decoder._decoder(
+        ours = decoder._transformer(
             decoder._body[:, : len(layout.body)].expand(len(frames), -1, -1),
             decoder.new_cache(len(frames)),
             image_at=layout.image_at,
