@@ -30,12 +30,11 @@ class PatchPixels:
         self.merge = image_processor.merge_size
         self.frames = image_processor.temporal_patch_size
         mean, std = (
-            torch.tensor(values, dtype=torch.float32, device="cpu")
+            torch.tensor(values, dtype=torch.float32, device="cpu").view(1, -1, 1, 1, 1)
             for values in (image_processor.image_mean, image_processor.image_std)
         )
-        self.scale, self.offset = 1 / (255 * std), mean / std
-        """float32[3] each: the model's input for a byte of a channel is byte * scale - offset."""
-        self._scales: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._scales = {mean.device: (1 / (255 * std), mean / std)}
+        """Per device float32[1, 3, 1, 1, 1] each: the model's input for a byte is byte * scale - offset."""
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """The size that the model sees, a multiple of `patch * merge` within the processor's pixel limits."""
@@ -56,18 +55,13 @@ class PatchPixels:
         height, width = self.resized(height, width)
         return height // self.patch, width // self.patch
 
-    def resize(self, images: Tensor) -> Tensor:
-        """uint8[B, 3, H, W] -> the same frames in the size that the model sees."""
-        height, width = images.shape[2:]
-        size = self.resized(height, width)
-        if size == (height, width):
-            return images
-        return _resize(_resize(images, (height, size[1])), size)
-
     def __call__(self, images: Tensor) -> Tensor:
         """uint8[B, 3, H, W] -> float32[B * patches, 3 * frames * patch * patch]."""
-        images = self.resize(images)
         batch, channels, height, width = images.shape
+        size = self.resized(height, width)
+        if size != (height, width):
+            images = _resize(_resize(images, (height, size[1])), size)
+        height, width = size
         rows, columns = height // self.patch, width // self.patch
         m, p = self.merge, self.patch
         blocks = images.reshape(batch, channels, rows // m, m, p, columns // m, m, p)
@@ -80,10 +74,10 @@ class PatchPixels:
         return blocks.expand(-1, -1, self.frames, -1, -1).reshape(len(blocks), -1)
 
     def _scale(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """`scale` and `offset` on a device. Copied there once, because the host waits for such a copy."""
+        """Scale and offset on a device. Copied there once, because the host waits for such a copy."""
         if device not in self._scales:
-            scale, offset = (x.view(1, -1, 1, 1, 1).to(device) for x in (self.scale, self.offset))
-            self._scales[device] = scale, offset
+            scale, offset = self._scales[torch.device("cpu")]
+            self._scales[device] = scale.to(device), offset.to(device)
         return self._scales[device]
 
 
