@@ -1,4 +1,4 @@
-"""CUDA graphs: a function of tensors is recorded once, and from then on launched as a whole."""
+"""CUDA graphs: a function of tensors is recorded once, then launched as a whole."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from torch import Tensor
 
 Tensors = Mapping[str, Tensor]
 
-# torch allows one capture at a time in a process. (Each begins by waiting for the device, too, which CUDA
-# forbids while another is under way.) Before torch 2.13 a replay fails, too, while another thread captures:
-# all graphs share the state of the device's default generator, whether they draw from it or not.
+# torch allows one capture at a time in a process. (Each begins by waiting for the device, which CUDA forbids
+# during another capture.) Before torch 2.13 a replay also fails while another thread captures: all graphs
+# share the state of the device's default generator, whether they draw from it or not.
 _capturing = threading.Lock()
 
 
 class Graphs(Protocol):
-    """What `Captured` needs; `CudaGraphs` has it."""
+    """The interface that `Captured` needs; `CudaGraphs` implements it."""
 
     def turn(self) -> AbstractContextManager[None]:
-        """What is done in the block, on the caller's current stream, comes after the turn before."""
+        """The block's work, on the caller's current stream, runs after that of the previous turn."""
         ...
 
     def aside(self, run: Callable[[], Tensors]) -> Tensors:
-        """Runs `run`, prepared for recording it later."""
+        """Runs `run` on the stream on which it will be recorded."""
         ...
 
     def capture(self, run: Callable[[], Tensors]) -> Callable[[], Tensors]:
-        """Records `run` without effect; what is returned replays it and gives its outputs, which are the
+        """Records `run` without executing it. Returns a function that replays it and returns its outputs, the
         same tensors every time."""
         ...
 
@@ -42,25 +42,25 @@ class CudaGraphs:
 
     What waits for what:
 
-    - A turn waits, by an event, for the end of the turn before, whichever streams the two are on. So inputs
+    - A turn waits, by an event, for the end of the previous turn, on whatever streams the two are. So inputs
       are not replaced while a graph reads them, and no two graphs use the pool at the same time.
-    - Work that is put aside waits for all that the caller's stream was told before; what the caller's stream
-      is told afterwards waits for that work.
-    - `capture` is the only call in which the host waits for the device: for all of it, once per graph. Other
-      threads may launch, allocate and wait for streams of their own meanwhile (the capture's error mode is
-      "thread_local"); what they want to replay or capture waits for its end. They may not wait for the whole
-      device, nor draw from the device's default generator.
+    - Work in `aside` waits for all earlier work of the caller's stream; later work of the caller's stream
+      waits for it.
+    - `capture` is the only call in which the host waits for the device: for all of it, once per graph.
+      Meanwhile other threads may launch, allocate and wait for their own streams (the capture's error mode is
+      "thread_local"); their replays and captures wait for its end. They must not wait for the whole device,
+      nor draw from the device's default generator.
     - A replay runs on the caller's current stream.
-    - Nothing waits at the end. Whoever drops a graph does so on a stream that comes after its last turn.
+    - Deleting a graph waits for nothing: delete it on a stream whose work comes after the graph's last turn.
 
-    The graphs share the pool: the memory of one's intermediate results is reused by the others, so a second
-    graph of the same function needs little more of it. That is right because they take turns, and because
-    what outlives a turn (`Captured` sees to that) is copied out of the pool within it.
+    The graphs share the pool: each reuses the memory of the others' intermediate results, so a second graph
+    of the same function needs little more memory. That is safe because they take turns, and because
+    `Captured` copies the outputs out of the pool within the turn.
 
     Args:
-        device: of all tensors.
-        generators: of that device, from which the recorded functions draw. Every replay advances them as the
-            function itself would, and starts from whatever state they were given in between.
+        device: the device of all tensors.
+        generators: those of this device from which the recorded functions draw. Every replay advances them as
+            the function itself would, from the state that they have then.
     """
 
     def __init__(self, device: torch.device, generators: Sequence[torch.Generator] = ()) -> None:
@@ -81,8 +81,8 @@ class CudaGraphs:
         self._side.wait_stream(current)
         with torch.cuda.stream(self._side):
             outputs = run()
-        # This is also why no tensor needs record_stream: memory of the side stream is reused by its later
-        # work only, and all of that waits for the caller first.
+        # No tensor needs record_stream: only later work of the side stream reuses its memory, and all of that
+        # waits for the caller first.
         current.wait_stream(self._side)
         return outputs
 
@@ -90,7 +90,7 @@ class CudaGraphs:
         graph = torch.cuda.CUDAGraph()
         for generator in self._generators:
             graph.register_generator_state(generator)
-        if not self._graphs:  # a pool ends with the last of its graphs: torch takes its handle no more
+        if not self._graphs:  # torch deletes a pool with its last graph; the handle is then invalid
             self._pool = torch.cuda.graph_pool_handle()
         with (
             _capturing,
@@ -108,9 +108,9 @@ class CudaGraphs:
 
     @cached_property
     def _side(self) -> torch.cuda.Stream:
-        # Of the first caller's priority, because a graph's kernels keep that of the stream they were recorded
-        # on. Recording happens where the function was warmed up: libraries keep a workspace per stream, and
-        # autograd's leaves remember theirs.
+        # With the first caller's priority, because a graph's kernels keep the priority of the stream on which
+        # they were recorded. The function is warmed up on the same stream: libraries keep a workspace per
+        # stream, and autograd's leaves remember their stream.
         priority = torch.cuda.current_stream(self._device).priority
         return torch.cuda.Stream(self._device, priority=priority)
 
@@ -118,21 +118,21 @@ class CudaGraphs:
 class Captured:
     """A function of named tensors, `function(inputs) -> outputs`, that is replayed as a graph.
 
-    A call gives what `function(inputs)` would give, side effects included, in tensors that are the caller's.
-    The first `warm_up` calls run the function itself: what it makes on first use (optimizer state, masks,
-    workspaces) then lies outside the graph. The next one records it. From then on, a call copies the inputs
-    to static tensors, replays, and copies the outputs, which the next replay overwrites.
+    A call has the result and the side effects of `function(inputs)`; the caller owns the returned tensors.
+    The first `warm_up` calls run the function itself, so that everything it creates on first use (optimizer
+    state, masks, workspaces) is outside the graph. The next call records it. Every call from then on copies
+    the inputs to static tensors, replays, and copies the outputs, which the next replay overwrites.
 
-    What the recording fixes: the shapes, dtypes and device of the inputs; the addresses of all else that the
-    function reads or writes, which must stay where it is and be changed in place only; every Python value.
-    The function must not read the device (`item()`, `cpu()`, `nonzero()`).
+    The recording fixes the shapes, dtypes and device of the inputs, every Python value, and the addresses of
+    all other tensors that the function reads or writes: these must be changed in place only. The function
+    must not read the device (`item()`, `cpu()`, `nonzero()`).
 
-    What waits for what: as told in `CudaGraphs`; a call is one turn.
+    What waits for what: see `CudaGraphs`; a call is one turn.
 
     Args:
-        function: what to replay. If it refers back to this object, both live until the garbage collector
-            comes.
-        graphs: where.
+        function: the function to replay. If it refers to this object, both live until the garbage collector
+            runs.
+        graphs: records and replays it.
         warm_up: calls before the recording, at least 1.
     """
 
@@ -149,7 +149,7 @@ class Captured:
         """The function's outputs for `inputs`.
 
         Raises:
-            ValueError: the inputs are not like those of the first call.
+            ValueError: the inputs differ from those of the first call in names, shapes, dtypes or device.
         """
         with self._graphs.turn():
             self._take(inputs)

@@ -1,4 +1,4 @@
-"""What this machine can do, what is missing and how to get it."""
+"""`covr-fast doctor`: what works on this machine, what is missing and how to install it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ ENVIRONMENTS = {
     "CarRacing": ("CarRacing-v3", "pip install --force-reinstall envpool"),
     "DMControl": ("CheetahRun-v1", INSTALL),
 }
-"""An environment of each kind, and what mends it where no frame of it can be had."""
+"""An environment of each kind, and the remedy where it gives no frame."""
 
 _FIRST_FRAME = """
 import sys
@@ -75,11 +75,11 @@ def _extension() -> dict[str, Any]:
 
 
 def problem_of(code: str, *arguments: str, timeout: float = 120) -> str | None:
-    """Runs Python code in a process of its own, which may abort or hang without harm to this one.
+    """Runs Python code in a child process, which may abort or hang without harm to this one.
 
-    Returns what it ended with, in one line, or None if it ended well within `timeout` seconds.
+    Returns its last line of output, or how it ended; None if it succeeded within `timeout` seconds.
     """
-    with tempfile.TemporaryDirectory() as folder:  # where MuJoCo leaves a log when it gives up
+    with tempfile.TemporaryDirectory() as folder:  # MuJoCo writes a log here when it aborts
         path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
         command = [sys.executable, "-c", code, *arguments]
         try:
@@ -98,25 +98,25 @@ def problem_of(code: str, *arguments: str, timeout: float = 120) -> str | None:
             return f"no answer after {timeout:g} seconds"
     if done.returncode == 0:
         return None
-    said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-    last = said[-1] if said else "it says nothing"
+    lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    last = lines[-1] if lines else "it says nothing"
     how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
     return last if done.returncode == 1 else f"the process ended with {how}: {last}"
 
 
 def _problem_with(kind: str) -> str | None:
-    """Why no frame of this kind of environment can be had here, and the remedy; None if it can."""
+    """Why this kind of environment gives no frame here, and the remedy; None if it gives one."""
     env_id, remedy = ENVIRONMENTS[kind]
     problem = problem_of(_FIRST_FRAME, env_id)
-    # What covr_fast itself says has its remedy in it.
+    # Messages of covr_fast contain the remedy already.
     return problem if problem is None or "install " in problem else f"{problem}: {remedy}"
 
 
 def diagnose() -> dict[str, Any]:
     """The diagnosis as plain types.
 
-    "ready_to_train" says whether `covr-fast train carracing` can run. "environments" says, for "CarRacing"
-    and "DMControl", what keeps it from giving a frame here, None for nothing: DMControl needs OpenGL besides.
+    "ready_to_train" says whether `covr-fast train carracing` can run. "environments" gives for "CarRacing"
+    and for "DMControl", which also needs OpenGL, why there is no frame of it here; None if there is one.
     """
     extension = _extension()
     required = {name: _version(name) for name in REQUIRED}
@@ -139,8 +139,10 @@ def diagnose() -> dict[str, Any]:
 
 
 def print_diagnosis(d: dict[str, Any]) -> None:
-    """Prints the diagnosis with a remedy beside what is missing. It needs nothing but Python: what would make
-    a nicer table may be what is missing."""
+    """Prints the diagnosis, with a remedy for everything that is missing.
+
+    It needs no other packages than Python's: those that print nicer tables may be missing.
+    """
     extension = d["extension"]
     if not extension["built"]:
         native = f"missing ({extension['error']}): pip install -e ."

@@ -1,7 +1,8 @@
-"""Batches of pixel environments from EnvPool: action repeat, frame stacks, and no reset row ever leaves here.
+"""Batches of pixel environments from EnvPool, with action repeat and frame stacks.
 
-EnvPool resets on the step after an episode's end: that step ignores its action and returns the first frame
-of the next episode with reward 0. Such a row is not a transition, so it is taken inside this module.
+EnvPool resets on the step after the end of an episode: that step ignores its action and returns the first
+frame of the next episode with reward 0. Such a row is not a transition, so this module takes it and never
+returns it.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ from .tasks import action_labels as action_labels
 
 @dataclass
 class EnvConfig:
-    """Which environment, how many, and what the agent sees of it."""
+    """Which environment, how many of them, and the form of their observations."""
 
     id: str = "CarRacing-v3"
     """EnvPool id: CarRacing-v3, or a DMControl task such as CheetahRun-v1."""
     num_envs: int = 16
-    """Environments simulated in all."""
+    """Total number of environments."""
     batch_size: int = 8
     """Environments stepped together; the other batches simulate meanwhile. Equal to num_envs: no overlap."""
     num_threads: int = 1
@@ -50,8 +51,8 @@ class EnvConfig:
     max_episode_steps: int = 1000
     """Simulator frames after which an episode is truncated."""
     seed: int = 0
-    """Seed of the first environment; the others count on from it. Training adds 10,000 per run seed,
-    and leaps over the seeds of evaluations."""
+    """Seed of the first environment; the next ones have the next seeds. Training adds 10,000 per run seed,
+    and skips the seeds of evaluations."""
 
     @property
     def channels(self) -> int:
@@ -64,16 +65,16 @@ class EnvConfig:
 
 
 class Rows(NamedTuple):
-    """What one batch of n environments returned for one decision each.
+    """The results of one decision in each of n environments.
 
     Attributes:
-        env_ids: int64[n], which environments these are.
-        next_obs: uint8[n, C, H, W], what the action led to: the last observation where the episode ended.
+        env_ids: int64[n], the environments.
+        next_obs: uint8[n, C, H, W], the observation after the action; the last one where the episode ended.
         reward: float32[n], summed over the action repeat.
-        terminated: bool[n], the task ended: nothing follows.
-        truncated: bool[n], the episode was cut off, and its last state has a future value.
-        obs: uint8[n, C, H, W], what to act on next: the first observation of the next episode where one
-            ended, else the same as next_obs.
+        terminated: bool[n], the task ended: its last state has no future value.
+        truncated: bool[n], the episode was cut off: its last state has a future value.
+        obs: uint8[n, C, H, W], the observation for the next action: that of a new episode where one ended,
+            else the same as next_obs.
         frames: simulator frames that these rows took.
     """
 
@@ -87,7 +88,7 @@ class Rows(NamedTuple):
 
 
 class Simulator(Protocol):
-    """The part of EnvPool's gymnasium interface that is used here."""
+    """The part of EnvPool's Gymnasium interface that this module uses."""
 
     def reset(self) -> tuple[Any, dict[str, Any]]: ...
 
@@ -96,19 +97,19 @@ class Simulator(Protocol):
     ) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]: ...
 
     def render(self, env_ids: np.ndarray) -> np.ndarray:
-        """uint8[n, H, W, 3], asked for only where the task's observations hold no frames."""
+        """uint8[n, H, W, 3]; called only where the task's observations contain no frames."""
         ...
 
 
 class PixelEnvs:
-    """Environments stepped in `num_envs / batch_size` batches, each by a thread of its own.
+    """Environments stepped in `num_envs / batch_size` batches, each batch in one thread.
 
     `send` starts a batch and returns at once; `recv` waits for the batch that was sent first. While the
-    learner handles one batch the others simulate. The order of the batches is fixed, so a run depends on its
-    seed alone, never on timing. (EnvPool's own asynchronous mode hands rows out as they arrive.)
+    learner handles one batch, the others simulate. The order of the batches is fixed, so a run depends on its
+    seed and never on timing. (EnvPool's asynchronous mode returns rows in the order in which they finish.)
 
-    Begin with `reset`. Calls out of order are RuntimeErrors: `send` of a batch that is simulating, `recv`
-    with none sent, `reset` while one is, anything after `close`.
+    Call `reset` first. A RuntimeError follows from `send` of a batch that is simulating, `recv` without a
+    sent batch, `reset` with one, and any call after `close`.
     """
 
     def __init__(self, config: EnvConfig, simulators: list[Simulator], task: Task):
@@ -131,7 +132,11 @@ class PixelEnvs:
         return list(np.arange(self.config.num_envs).reshape(-1, self.config.batch_size))
 
     def reset(self) -> np.ndarray:
-        """Starts every environment anew and returns uint8[num_envs, C, H, W]. Only while nothing is sent."""
+        """Starts an episode in every environment; returns the observations, uint8[num_envs, C, H, W].
+
+        Raises:
+            RuntimeError: after close(), or while a batch is simulating.
+        """
         self._check_open("reset()")
         if self._sent:
             raise RuntimeError("reset() while a batch is simulating: recv() it first")
@@ -142,10 +147,10 @@ class PixelEnvs:
         return self._stacks.copy()
 
     def send(self, action: np.ndarray, env_ids: np.ndarray) -> None:
-        """Starts simulating one decision of one of batches().
+        """Starts simulating one decision for one of batches().
 
         Args:
-            action: real numbers [batch_size, A]; those beyond [-1, 1] count as -1 or 1.
+            action: real numbers [batch_size, A], clipped to [-1, 1].
             env_ids: integers [batch_size], the ids of the batch, in any order.
 
         Raises:
@@ -163,7 +168,12 @@ class PixelEnvs:
         self._sent.append((batch, self._pool.submit(self._advance, sim_action, ids)))
 
     def recv(self) -> Rows:
-        """Waits for the batch that was sent first."""
+        """Waits for the batch that was sent first.
+
+        Raises:
+            RuntimeError: no batch was sent, or after close().
+            UserError: the environment returned a reward that is not finite.
+        """
         self._check_open("recv()")
         if not self._sent:
             raise RuntimeError("recv() without a send()")
@@ -171,11 +181,11 @@ class PixelEnvs:
         return rows.result()
 
     def close(self) -> None:
-        """Waits for what is simulating, and frees the simulators and their threads."""
+        """Waits for batches that are simulating, and frees the simulators and their threads."""
         self._closed = True
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._sent.clear()
-        # Cleared, not replaced: what EnvPool's import leaves behind may hold make_env's frame, and its list.
+        # Not replaced: references to make_env's frame and its list may remain after EnvPool's import.
         with DRAWING:
             self._simulators.clear()
         return_memory()
@@ -191,7 +201,7 @@ class PixelEnvs:
             raise RuntimeError(f"{what} after close(): make_env() builds new environments")
 
     def _batch_ids(self, env_ids: np.ndarray) -> np.ndarray:
-        """env_ids as int64[batch_size], which are one of batches(): EnvPool reads memory at any others."""
+        """env_ids as int64[batch_size], checked to be one of batches(): EnvPool does not check them."""
         ids = np.asarray(env_ids)
         if not np.issubdtype(ids.dtype, np.integer) or ids.ndim != 1:
             raise ValueError(
@@ -218,7 +228,7 @@ class PixelEnvs:
             raise ValueError(
                 f"action holds NaN or infinity for env_ids {ids[~finite].tolist()}: has the policy diverged?"
             )
-        return np.clip(action, -1, 1)
+        return action.clip(-1, 1)
 
     def _advance(self, action: np.ndarray, ids: np.ndarray) -> Rows:
         batch = int(ids[0]) // self.config.batch_size
@@ -248,13 +258,13 @@ class PixelEnvs:
             raise UserError(
                 f"environment {self.config.id} returned a reward that is not finite (env_ids {bad})"
             )
-        # Where frames are drawn, that is once for all repeats; an ended episode still shows its last state.
+        # Rendered frames are rendered once for all repeats; an ended episode still shows its last state.
         self._push(ids, self._frames(simulator, newest, ids - first))
         next_obs = self._stacks[ids]
         obs = next_obs
         done = terminated | truncated
         if done.any():
-            # The reset row: it belongs to no transition, it only starts the next episode's stack.
+            # The reset row belongs to no transition; it starts the frame stack of the next episode.
             over = (ids[done] - first).astype(np.int32)
             observation, *_ = simulator.step(action[done], over)
             self._start_stacks(ids[done], self._frames(simulator, observation, over))
@@ -262,7 +272,7 @@ class PixelEnvs:
         return Rows(ids, next_obs, reward, terminated, truncated & ~terminated, obs, frames)
 
     def _frames(self, simulator: Simulator, observation: Any, rows: np.ndarray) -> np.ndarray:
-        """uint8[n, channels, height, width]: what these rows of a simulator show."""
+        """The newest frames of these rows of a simulator, uint8[n, channels, height, width]."""
         if self._task.to_rgb:
             return self._resize(self._task.to_rgb(observation))
         with DRAWING:
@@ -291,7 +301,7 @@ class PixelEnvs:
 
 @contextlib.contextmanager
 def _quiet_bounds() -> Iterator[None]:
-    """Without what gymnasium says of the precision of EnvPool's box bounds."""
+    """Hides gymnasium's warnings about the precision of EnvPool's box bounds."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         yield
@@ -302,7 +312,7 @@ def make_env(config: EnvConfig) -> PixelEnvs:
 
     Raises:
         UserError: unknown id, discrete or unbounded actions, no pixels, sizes that do not fit together, or
-            DMControl on a machine that cannot draw.
+            DMControl on a machine that cannot render.
     """
     _check(config)
     with _quiet_bounds():
@@ -324,7 +334,7 @@ def make_env(config: EnvConfig) -> PixelEnvs:
 
 
 def _check(config: EnvConfig) -> None:
-    """Raises a UserError for sizes and seeds that EnvPool would take for others, or that do not fit."""
+    """Raises UserError for sizes and seeds that EnvPool would misread, or that do not fit together."""
     for name, least in {
         "num_envs": 1, "batch_size": 1, "num_threads": 1, "height": 1, "width": 1, "frame_stack": 1,
         "action_repeat": 1, "max_episode_steps": 1, "seed": 0,

@@ -1,4 +1,4 @@
-"""Evaluation: whole episodes of one policy, many environments at a time."""
+"""Evaluation: whole episodes of one policy, in many environments at the same time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Policy = Callable[[np.ndarray], np.ndarray]
 """uint8[n, C, H, W] -> actions float32[n, A] in [-1, 1]."""
 
 Watcher = Callable[[np.ndarray, np.ndarray, float], None]
-"""Sees (obs uint8[C, H, W], action [A], return so far) of the first environment at each decision."""
+"""Called at each decision of the first environment, with obs uint8[C, H, W], action [A] and return so far."""
 
 
 class Evaluation(NamedTuple):
@@ -39,9 +39,10 @@ class Evaluation(NamedTuple):
 def evaluate(
     policy: Policy, config: EnvConfig, episodes: int, *, seed: int, watch: Watcher | None = None
 ) -> Evaluation:
-    """Runs `episodes` episodes, each in an environment of its own with seed, seed + 1, ...
+    """Runs `episodes` episodes, each in its own environment, with the seeds seed, seed + 1, ...
 
-    Every episode is its environment's first, so that short episodes are not counted more often.
+    Only the first episode of each environment counts, because short episodes would otherwise count more
+    often.
     """
     with make_env(replace(config, num_envs=episodes, batch_size=episodes, num_threads=2, seed=seed)) as envs:
         obs = envs.reset()
@@ -61,16 +62,16 @@ def evaluate(
 
 
 def random_policy(action_dim: int, seed: int) -> Policy:
-    """Uniform in [-1, 1]."""
+    """Actions uniform in [-1, 1]."""
     rng = np.random.default_rng(seed)
     return lambda obs: rng.uniform(-1, 1, (len(obs), action_dim)).astype(np.float32)
 
 
 def actor_policy(agent: SAC, config: TrainConfig) -> Policy:
-    """The actor alone, as it is deployed: mean actions, no VLM."""
+    """The actor without the VLM, as it is deployed: mean actions."""
     return lambda obs: agent.act(agent_view(config, torch.from_numpy(obs)), explore=False).cpu().numpy()
 
 
 def vlm_policy(prior: ActionPrior, config: TrainConfig) -> Policy:
-    """The VLM driving alone, asked at every decision."""
+    """The VLM without the actor: it answers at every decision."""
     return lambda obs: prior(vlm_view(config, torch.from_numpy(obs))).action.cpu().numpy()

@@ -1,4 +1,4 @@
-"""Action priors off the critical path: the VLM labels stored transitions while the simulation goes on."""
+"""Action priors in the background: the VLM labels stored transitions while the simulation goes on."""
 
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -13,21 +13,21 @@ from .vlm import ActionPrior, PriorBatch
 
 
 class PriorLabeller:
-    """Asks the VLM about stored transitions in a thread and writes its answers into their extras.
+    """Asks the VLM about stored transitions in a thread, and writes its answers into their extras.
 
-    The prior never acts, it only enters the actor loss (Xia et al. 2026, Eq. 4), so nothing has to wait for
-    it: a transition that is sampled before its label arrives is masked. The buffer is read and written by
-    `step` alone, in the thread that calls it; the worker sees copies of frames. One batch is with the VLM at
-    a time, of all that is due up to `max_batch`, newest first: the slower the VLM, the larger its batches. On
-    a GPU the worker's stream waits for the frames, and the VLM answers on its own (see `streams`).
+    The prior never acts: it is only part of the actor loss (Xia et al. 2026, Eq. 4). So nothing has to wait
+    for it; a transition that is sampled before its label arrives is masked. Only `step` reads and writes the
+    buffer, in the thread that calls it; the worker thread gets copies of frames. The VLM gets one batch at a
+    time: the newest due transitions, at most `max_batch`. So a slow VLM gets large batches. On a GPU the
+    worker's stream waits for the frames, and the VLM answers on its own stream (see `streams`).
 
     Args:
         prior: the VLM.
-        buffer: holds the extras "prior" (A,), "prior_mask" () and "prior_version" ().
-        images: ids int64[n] of held transitions -> uint8[n, 3, H, W], what the VLM is to see of them.
+        buffer: has the extras "prior" (A,), "prior_mask" () and "prior_version" ().
+        images: ids int64[n] of stored transitions -> uint8[n, 3, H, W], their images for the VLM.
         max_batch: most images of one call.
-        temperature: of sampling; 0 takes the likeliest answer.
-        generator: randomness of sampling; nothing else may use it meanwhile.
+        temperature: of sampling; 0 takes the most probable answer.
+        generator: randomness of sampling; nothing else may use it at the same time.
     """
 
     def __init__(
@@ -48,36 +48,37 @@ class PriorLabeller:
         self._max_batch = max_batch
         self._temperature = temperature
         self._generator = generator
-        self._wanted = 0  # labels of older versions are to be refreshed
+        self._wanted = 0  # labels of older versions of the weights are made again
         self._due: list[int] = []
         self._stale: list[int] = []
         self._labelled: deque[int] = deque(maxlen=buffer.capacity)
-        threads = torch.get_num_threads()  # a new thread would take what was set last, anywhere
+        threads = torch.get_num_threads()  # a new thread would use the count set last in any thread
         self._worker = ThreadPoolExecutor(1, "prior-labeller", torch.set_num_threads, (threads,))
         self._asked: tuple[Tensor, Future[PriorBatch]] | None = None
         self.dropped = 0
         """Transitions that the ring overwrote before the VLM had answered."""
 
     def __len__(self) -> int:
-        """Transitions that wait for a label, those with the VLM included."""
+        """Transitions that wait for a label, including those that the VLM is labelling."""
         return len(self._due) + len(self._stale) + (0 if self._asked is None else len(self._asked[0]))
 
     def due(self, ids: Iterable[int]) -> None:
-        """These transitions want a label."""
+        """Adds transitions that need a label."""
         self._due.extend(ids)
 
     def refresh(self) -> None:
-        """Labels again, behind all that is due, what is labelled so far: after the prior's weights have
-        changed."""
+        """Makes all labels again, after all due ones. To be called when the prior's weights have changed."""
         self._wanted = self._prior.version
         self._stale += self._labelled
         self._labelled.clear()
 
     def step(self) -> int:
-        """Writes what the VLM has answered and gives it the next batch; never waits. Returns how many labels
-        were written.
+        """Writes the VLM's answers, if it has finished, and gives it the next batch. Never waits.
 
-        Raises what the worker raised, if it did.
+        Raises the exception of the worker thread, if there was one.
+
+        Returns:
+            How many labels were written.
         """
         written = 0
         if self._asked is not None:
@@ -94,7 +95,7 @@ class PriorLabeller:
         return written
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What waits for a label, and what has one."""
+        """The transitions that wait for a label, and those that have one."""
         asked = [] if self._asked is None else self._asked[0].tolist()
         lists = {"due": asked + self._due, "stale": self._stale, "labelled": list(self._labelled)}
         return {name: torch.tensor(ids, dtype=torch.int64, device="cpu") for name, ids in lists.items()}
@@ -111,7 +112,7 @@ class PriorLabeller:
     def _ask(self, images: Tensor, ready: "torch.cuda.Event | None") -> PriorBatch:
         follow(ready, self._prior.device)
         answer = self._prior(images, temperature=self._temperature, generator=self._generator)
-        # Here and not in `step`, which would make the thread that adds wait for the device.
+        # Here and not in `step`, because this waits for the device.
         answer.action = answer.action.cpu()
         return answer
 
@@ -119,21 +120,22 @@ class PriorLabeller:
         queue = self._due or self._stale
         ids = torch.tensor(queue[-self._max_batch :], dtype=torch.int64, device="cpu")
         del queue[-self._max_batch :]
-        return self._held(ids)
+        return self._stored(ids)
 
     def _write(self, ids: Tensor, answer: PriorBatch) -> int:
-        held = self._buffer.contains(ids)
-        kept = self._held(ids)
+        answered = self._buffer.contains(ids)
+        ids = self._stored(ids)
         self._buffer.set_extras(
-            kept,
-            prior=answer.action[held],
-            prior_mask=torch.ones_like(kept),
-            prior_version=torch.full_like(kept, answer.version),
+            ids,
+            prior=answer.action[answered],
+            prior_mask=torch.ones_like(ids),
+            prior_version=torch.full_like(ids, answer.version),
         )
-        (self._labelled if answer.version >= self._wanted else self._stale).extend(kept.tolist())
-        return len(kept)
+        (self._labelled if answer.version >= self._wanted else self._stale).extend(ids.tolist())
+        return len(ids)
 
-    def _held(self, ids: Tensor) -> Tensor:
-        held = ids[self._buffer.contains(ids)]
-        self.dropped += len(ids) - len(held)
-        return held
+    def _stored(self, ids: Tensor) -> Tensor:
+        """Those of `ids` that the ring has not overwritten; counts the others as dropped."""
+        stored = ids[self._buffer.contains(ids)]
+        self.dropped += len(ids) - len(stored)
+        return stored

@@ -1,4 +1,4 @@
-"""The system's OpenGL, with which EnvPool draws DMControl's frames."""
+"""The system's OpenGL, with which EnvPool renders DMControl's frames."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 from .errors import UserError
 
 DRAWING = threading.Lock()
-"""Taken by whoever draws, or frees what was drawn with: of two threads that draw at the same time, each in a
-context of its own, one may never come back from Mesa (seen in 22.3)."""
+"""Locked while a thread renders, or frees a renderer. When two threads rendered at the same time, each in its
+own OpenGL context, one of them sometimes never returned from Mesa (seen in 22.3)."""
 
 INSTALL = "apt install libegl1 libopengl0 libgl1-mesa-dri (without a GPU too: Mesa draws on the CPU)"
 
@@ -21,8 +21,8 @@ INSTALL = "apt install libegl1 libopengl0 libgl1-mesa-dri (without a GPU too: Me
 def import_envpool() -> Any:
     """EnvPool, with the system's OpenGL loaded first.
 
-    The wheel bundles libEGL under a mangled name that MuJoCo's loader does not look for, so DMControl ends
-    the process at its first frame unless the system's libraries are in it before EnvPool is.
+    The wheel contains libEGL under a changed name, which MuJoCo does not find. Unless the system's libraries
+    are loaded before EnvPool, DMControl ends the process at its first frame.
 
     Raises:
         UserError: EnvPool is not installed.
@@ -37,7 +37,7 @@ def import_envpool() -> Any:
 
 @cache
 def load_opengl() -> str | None:
-    """Loads the system's OpenGL into the process, once. Returns what stands in the way, or None."""
+    """Loads the system's OpenGL into the process, once. Returns why that is impossible, or None."""
     if sys.platform != "linux":
         return None
     if "envpool" in sys.modules and not hasattr(ctypes.CDLL(None), "eglGetProcAddress"):
@@ -45,7 +45,7 @@ def load_opengl() -> str | None:
             "envpool was imported before covr_fast could load the system's OpenGL: "
             "call covr_fast.make_env before `import envpool`"
         )
-    with contextlib.suppress(OSError):  # what is asked for first, but EGL alone does
+    with contextlib.suppress(OSError):  # MuJoCo asks for this one first, but EGL is enough
         ctypes.CDLL("libOpenGL.so.0", mode=ctypes.RTLD_GLOBAL)
     try:
         ctypes.CDLL("libEGL.so.1", mode=ctypes.RTLD_GLOBAL)
@@ -56,11 +56,12 @@ def load_opengl() -> str | None:
 
 @cache
 def require_frames() -> None:
-    """Draws one small frame, once in a process.
+    """Renders one small frame, once in a process, to see whether this machine can.
 
     Raises:
-        UserError: this machine cannot; the message says how to mend it. (A libEGL without OpenGL in it ends
-            the process even here: `covr-fast doctor` finds that in a child.)
+        UserError: it cannot; the message gives the remedy. (With a libEGL without OpenGL the process ends
+        here:
+            `covr-fast doctor` finds that in a child process.)
     """
     envpool = import_envpool()
     problem = load_opengl()
@@ -80,10 +81,10 @@ def require_frames() -> None:
 
 
 def return_memory() -> None:
-    """Gives what closed environments have freed back to the system, where the C library can.
+    """Returns the memory of closed environments to the system, where the C library can.
 
-    An OpenGL context of software Mesa is some 60 MB, in pieces that the allocator would keep for each thread
-    that has drawn.
+    An OpenGL context of software Mesa takes about 60 MB, in pieces that the allocator would keep for every
+    thread that has rendered.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)

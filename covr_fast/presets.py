@@ -1,9 +1,9 @@
 """Named starting points; every field of one can be overridden.
 
-A preset is made for a VLM: for nano, whose random weights learn everything from the agent on two CPU cores,
-or for a pretrained one, whose knowledge is adapted. What the VLM is shown, how it is tuned and how much its
-word weighs differ between the two, and with nano the agent is as small as it is; the environment's rules and
-the schedule do not differ.
+A preset has settings for two kinds of VLM: nano, whose random weights learn everything from the agent on two
+CPU cores, and pretrained models, whose knowledge is adapted. They differ in the images that the VLM gets, in
+its fine-tuning, in the weight of its prior and, for nano, in a smaller agent. The rules of the environment
+and the schedule are the same.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Preset:
     make: Callable[[bool], TrainConfig]
     """The settings for nano (True), or for a pretrained VLM (False)."""
     model: str = "nano"
-    """The VLM where none is asked for."""
+    """The VLM if none is given."""
 
     def build(self, model: str | None = None) -> TrainConfig:
         model = self.model if model is None else model
@@ -36,7 +36,7 @@ class Preset:
 
 
 def _tuner(nano: bool, lora_alpha: int = 256) -> TunerConfig:
-    """How a round trains: nano whole, for many epochs; a pretrained model as in the paper, by LoRA."""
+    """Settings of a round: nano with all weights and for many epochs, a pretrained model as in the paper."""
     if not nano:
         return TunerConfig(lora_alpha=lora_alpha)
     return TunerConfig(
@@ -53,7 +53,7 @@ def _tuner(nano: bool, lora_alpha: int = 256) -> TunerConfig:
 
 
 def _vlm(nano: bool) -> VLMConfig:
-    """How the VLM is asked: nano sees motion in false colours and answers in a coarse grid."""
+    """Images and answers of the VLM: nano gets motion as false colours, and answers on a coarse grid."""
     return VLMConfig(decimals=1, motion=True) if nano else VLMConfig()
 
 
@@ -65,7 +65,7 @@ def _small_agent(prior_weight: float) -> SACConfig:
 
 
 def _car_racing(nano: bool) -> TrainConfig:
-    """Ten minutes on two CPU cores; what was tried on the way to it is in docs/carracing.md."""
+    """Ten minutes on two CPU cores. docs/carracing.md tells how these settings were found."""
     size = 56 if nano else 84
     return TrainConfig(
         steps=28_000,

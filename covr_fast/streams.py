@@ -1,17 +1,17 @@
-"""Which CUDA stream a kind of work is queued on, and what waits for what. On a CPU all of it is nothing.
+"""One CUDA stream per kind of work, and what waits for what. On a CPU all of this does nothing.
 
 | lane   | work                                                    | priority |
 | ------ | ------------------------------------------------------- | -------- |
 | policy | the loop: sampling batches, acting, updates             | high     |
-| prior  | the VLM's answers, and the publishing of its weights    | low      |
+| prior  | the VLM's answers, and publishing its weights           | low      |
 | tuner  | rounds of fine-tuning                                   | low      |
 
-A lane begins behind what its caller has queued so far, and its caller goes on behind what the lane was given;
-both waits happen on the device. The host waits where it reads a number or sends ordinary (not pinned) memory,
-and then for the lane it is in. What one thread starts and another continues (a round, a background label) is
-handed over by an event: `mark` in the first, `follow` or `work(after=...)` in the second. Memory that another
-stream still reads is not given to anybody else, because every tensor that changes lanes is recorded on its
-reader's stream.
+A lane is a stream. Its work starts after everything that its caller has queued so far, and the caller's later
+work starts after the lane's work; both waits happen on the device. The host waits where it reads a number or
+copies ordinary (not pinned) memory, and then only for the stream that it is on. Work that one thread starts
+and another continues (a round, a background label) is handed over by an event: `mark` in the first thread,
+`follow` or `work(after=...)` in the second. Every tensor that another stream reads is recorded on that
+stream, so its memory is not reused before the read.
 """
 
 from collections.abc import Iterator
@@ -25,8 +25,8 @@ class Lane:
     """A CUDA stream for one kind of work.
 
     Args:
-        device: of the work; on a CPU a lane does nothing.
-        urgent: kernels of this lane are scheduled before those of others.
+        device: where the work runs; on a CPU a lane does nothing.
+        urgent: kernels of this lane are scheduled before those of other lanes.
     """
 
     def __init__(self, device: torch.device, *, urgent: bool = False) -> None:
@@ -36,11 +36,11 @@ class Lane:
 
     @contextmanager
     def work(self, *inputs: Tensor | None, after: "torch.cuda.Event | None" = None) -> Iterator[None]:
-        """The block's work is queued on this lane, and the caller's stream waits for it when the block ends.
+        """Queues the work of the block on this lane. The caller's stream waits for it when the block ends.
 
         Args:
             inputs: tensors of other streams that the block reads.
-            after: the `mark` that the lane waits for. None: for all of the caller's stream.
+            after: the `mark` that the lane waits for. None: it waits for all work of the caller's stream.
         """
         if self._stream is None:
             yield
@@ -58,24 +58,24 @@ class Lane:
             caller.wait_stream(self._stream)
 
     def synchronize(self) -> None:
-        """The host waits for all that the lane was given."""
+        """The host waits for all work of the lane."""
         if self._stream is not None:
             self._stream.synchronize()
 
 
 def mark(device: torch.device) -> "torch.cuda.Event | None":
-    """What the caller's stream holds so far, for another thread to wait for."""
+    """An event after all work of the caller's stream so far, for another thread to wait for."""
     return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
 def follow(event: "torch.cuda.Event | None", device: torch.device) -> None:
-    """The caller's stream goes on behind a `mark`."""
+    """The caller's stream waits for a `mark`."""
     if event is not None:
         torch.cuda.current_stream(device).wait_event(event)
 
 
 def receive(*tensors: Tensor) -> None:
-    """The caller's stream reads these, which were made in a lane: their memory waits for it."""
+    """Records that the caller's stream reads these tensors of a lane, so that their memory waits for it."""
     for tensor in tensors:
         if tensor.is_cuda:
             tensor.record_stream(torch.cuda.current_stream(tensor.device))

@@ -1,4 +1,4 @@
-"""What of EnvPool can be driven from pixels, and how its actions and frames map to the agent's."""
+"""The environments of EnvPool that give pixels, and how their actions and frames map to the agent's."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Task:
     to_sim: Callable[[np.ndarray], np.ndarray]
     """[n, action_dim] in [-1, 1] -> the simulator's actions."""
     to_rgb: Callable[[np.ndarray], np.ndarray] | None
-    """[n, ...] simulator observation -> uint8[n, H, W, 3] newest frame. None: observations hold no frame, it
-    is drawn when asked for."""
+    """[n, ...] simulator observation -> uint8[n, H, W, 3] newest frame. None: observations contain no frame;
+    frames are rendered on request."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of EnvPool."""
 
@@ -67,7 +67,7 @@ def find_task(config: EnvConfig) -> Task:
         )
 
     def to_sim(a: np.ndarray) -> np.ndarray:
-        return (low + (a + 1) * 0.5 * (high - low)).astype(np.float32)
+        return np.asarray(low + (a + 1) * 0.5 * (high - low), np.float32)
 
     options = {
         "render_mode": "rgb_array",
@@ -79,7 +79,7 @@ def find_task(config: EnvConfig) -> Task:
 
 
 def action_labels(config: EnvConfig) -> list[str]:
-    """What each of the agent's action dimensions does at -1/+1, for people; one label per dimension."""
+    """One label per dimension of the agent's action, for people: the effect of -1 and of +1."""
     if _is_car_racing(config):
         return ["left/right", "brake/gas"]
     return [f"action {i}" for i in range(find_task(config).action_dim)]
@@ -95,18 +95,18 @@ def _car_racing_action(action: np.ndarray) -> np.ndarray:
     return np.stack([steer, np.maximum(pedal, 0), np.maximum(-pedal, 0)], axis=1)
 
 
-# The lowest 12 rows of CarRacing's 96 are the instrument panel, which the view above makes redundant.
+# The lowest 12 of CarRacing's 96 rows show instruments, which say nothing that the view above does not show.
 _CAR_RACING_VIEW = 84
 
-# MuJoCo's actuators without limits are given out as +-1e10.
+# EnvPool reports +-1e10 for MuJoCo's actuators without limits.
 _UNBOUNDED = 1e9
 
 
 def _camera(env_id: str) -> int:
-    """The camera of a DMControl task's model that pixels are taken from.
+    """The camera of a DMControl task that gives the pixels.
 
-    It is camera 0, as in DMControl's own pixel wrapper, but where that one does not follow the body:
-    the quadruped is a speck in it (others who learn from its pixels take camera 2 too), and in
-    the dog's game of fetch it is the ball's.
+    Camera 0, as in DMControl's pixel wrapper, except where it does not follow the body: the quadruped is tiny
+    in it (others who learn from its pixels take camera 2 too), and in the dog's fetch task it follows the
+    ball.
     """
     return 2 if env_id.startswith(("Quadruped", "DogFetch")) else 0

@@ -1,4 +1,4 @@
-"""An evaluation episode as a video, with the agent's action and the VLM's prior drawn on it."""
+"""A video of an evaluation episode, with gauges of the agent's action and the VLM's prior."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ AGENT, PRIOR, INK, PAPER = (66, 133, 244), (244, 143, 34), (235, 235, 235), (24,
 
 
 class EpisodeVideo:
-    """Collects frames and writes them as MP4 (GIF where no H.264 encoder is at hand)."""
+    """Collects frames and writes them as MP4, or as GIF where there is no H.264 encoder."""
 
     def __init__(self, labels: list[str], fps: float):
         self.labels, self.fps = labels, fps
@@ -24,11 +24,11 @@ class EpisodeVideo:
         self._font = ImageFont.load_default(15)
 
     def add(self, frame: np.ndarray, action: np.ndarray, prior: np.ndarray, total: float) -> None:
-        """Draws uint8[3, H, W] with both actions [A] in [-1, 1] and the return so far below it."""
+        """Adds a frame uint8[3, H, W]; below it both actions [A] in [-1, 1] and the return so far."""
         image = Image.fromarray(frame.transpose(1, 2, 0))
         scale = max(1, SCALE_TO // max(image.size))
         image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-        # Video encoders want even sizes.
+        # Video encoders need even sizes.
         width, panel = (image.width + 1) // 2 * 2, 36 + ROW * len(self.labels)
         canvas = Image.new("RGB", (width, (image.height + panel + 1) // 2 * 2), PAPER)
         canvas.paste(image, (0, 0))
@@ -57,7 +57,7 @@ class EpisodeVideo:
         """Writes episode.mp4, or episode.gif, and returns its path.
 
         Raises:
-            OSError: it could not be written, and there is nothing of it.
+            OSError: it cannot be written; no part of it is left.
         """
         clip = np.stack(self.frames)
         path = folder / "episode.mp4"

@@ -1,4 +1,4 @@
-"""How each learner sees an observation: the agent a centre crop, the VLM one RGB image."""
+"""What each learner gets of an observation: the agent a centre crop, the VLM one RGB image."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ def _margin(config: TrainConfig) -> int:
 
 
 def agent_obs_shape(config: TrainConfig) -> tuple[int, int, int]:
-    """Shape of what the agent sees: cropped if it trains on crops."""
+    """Shape of the agent's observations: cropped if it trains on crops."""
     c, h, w = config.env.obs_shape
     m = _margin(config)
     return (c, h - 2 * m, w - 2 * m)
 
 
 def agent_view(config: TrainConfig, obs: Tensor) -> Tensor:
-    """uint8[n, C, H, W] -> the centre of it if the agent trains on random crops, else all of it."""
+    """uint8[n, C, H, W] -> its centre if the agent trains on random crops, else all of it."""
     _, h, w = agent_obs_shape(config)
     m = _margin(config)
     return obs[..., m : m + h, m : m + w]
 
 
 def vlm_view(config: TrainConfig, obs: Tensor) -> Tensor:
-    """uint8[n, C, H, W] stacks -> uint8[n, 3, H, W]: the newest frame, or with `vlm.motion` the newest three
-    grey frames as red, green and blue, in which what moved is coloured."""
+    """uint8[n, C, H, W] stacks -> uint8[n, 3, H, W]: the newest frame. With `vlm.motion` the newest three
+    grey frames as red, green and blue, so that moving objects are coloured."""
     return obs[:, -3:] if config.vlm.motion else newest_frame(config, obs)
 
 

@@ -1,6 +1,6 @@
-"""The VLM side of COVR: the action prior that guides the agent, and the tuner that the agent's data trains.
+"""The VLM side of COVR: the action prior, which guides the agent, and the tuner, which trains on its data.
 
-transformers and peft are imported when a name is first used, not with this package.
+transformers and peft are imported when a name is first used, not when this package is imported.
 """
 
 from importlib import import_module
@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Any
 _HOME = {
     "ActionPrior": "prior",
     "PriorBatch": "prior",
-    "RoundReport": "tuner",
-    "TunerConfig": "tuner",
+    "RoundReport": "finetune.round",
+    "TunerConfig": "finetune.config",
     "VLMTuner": "tuner",
 }
 
 __all__ = ["ActionPrior", "PriorBatch", "RoundReport", "TunerConfig", "VLMTuner"]
 
 if TYPE_CHECKING:
+    from .finetune.config import TunerConfig
+    from .finetune.round import RoundReport
     from .prior import ActionPrior, PriorBatch
-    from .tuner import RoundReport, TunerConfig, VLMTuner
+    from .tuner import VLMTuner
 
 
 def __getattr__(name: str) -> Any:

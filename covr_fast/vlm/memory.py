@@ -8,7 +8,7 @@ import torch
 
 @contextmanager
 def out_of_memory(doing: str, remedy: str) -> Iterator[None]:
-    """Turns torch's out-of-memory error into a MemoryError of one line that says what to lower."""
+    """Turns torch's out-of-memory error into a MemoryError of one line that says what to do."""
     try:
         yield
     except torch.OutOfMemoryError as error:

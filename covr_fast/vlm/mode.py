@@ -1,4 +1,4 @@
-"""The modes of torch that a prior and its tuner work in, whatever their caller's are."""
+"""The modes of torch in which a prior and its tuner work, whatever modes the caller has set."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -8,13 +8,14 @@ import torch
 
 @contextmanager
 def own_mode(device: torch.device, *, grad: bool = False) -> Iterator[None]:
-    """Ordinary tensors (no inference mode), autograd as `grad` says, no autocast, and new tensors on the CPU.
+    """No inference mode, no autocast, autograd as `grad` says, and new tensors on the CPU.
 
-    What is kept beyond a call is made in this mode, because it is used in calls from other modes. The default
-    dtype belongs to the whole process and cannot be set for a block: whatever depends on it names its dtype.
+    Tensors that are kept after a call are made in this mode, because later calls may come from other modes.
+    The default dtype belongs to the whole process and cannot be set for a block, so code that depends on it
+    names its dtype.
 
     Args:
-        device: of the work.
+        device: the device that computes.
     """
     with ExitStack() as modes:
         modes.enter_context(torch.inference_mode(False))

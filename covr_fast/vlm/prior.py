@@ -1,8 +1,7 @@
 """The action prior: a VLM that looks at frames and answers with actions (Xia et al. 2026, Sec. 3)."""
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -15,13 +14,13 @@ from ..cuda_graph import CudaGraphs
 from ..streams import Lane, receive
 from .answer.grammar import ActionGrammar
 from .answer.prompt import answer_format, default_prompt
-from .decode.decoder import Decoder, Layout, make_layout
+from .decode.decoder import Decoder, DecoderWeights, Layout, make_layout
 from .decode.graph import GraphedDecoder
-from .decode.tower import ServingTower, make_tower
+from .decode.reference import generate_answers
 from .memory import out_of_memory
 from .mode import own_mode
 from .model.adapters import check_adapter_directory
-from .model.backbones import Backbone, ImageFeatures
+from .model.backbones import Backbone
 from .model.folder import model_folder, replaced_model, same_folder
 from .model.loading import Settings, load_backbone
 from .model.quantized import quantization_settings
@@ -32,8 +31,8 @@ class PriorBatch:
 
     Attributes:
         action: float32[B, A], each number in [-1, 1].
-        token_ids: int64[B, L], the answers, end-of-turn token included, padded at the right.
-        version: of the weights that answered; counts the prior's `publish`ed rounds.
+        token_ids: int64[B, L], the answers with their end-of-turn token, padded at the right.
+        version: of the weights that answered. It goes up by 1 with every change of the prior's weights.
     """
 
     def __init__(self, action: Tensor, token_ids: Tensor, version: int, grammar: ActionGrammar) -> None:
@@ -44,7 +43,7 @@ class PriorBatch:
 
     @cached_property
     def text(self) -> list[str]:
-        """The answers as text, such as "Action: [0.43, -0.37]". Made when asked for: it reads the device."""
+        """The answers as text, for example "Action: [0.43, -0.37]". The first use reads from the device."""
         return [self._grammar.decode(row) for row in self.token_ids.tolist()]
 
     def __len__(self) -> int:
@@ -54,10 +53,10 @@ class PriorBatch:
 class ActionPrior:
     """Frames in, actions out, through a VLM's text.
 
-    `prior(images)` decodes fast (see `decode.Decoder`); `prior.reference(images)` gets the same answers from
-    transformers' `generate`. Calls and `publish` exclude each other, so a tuner may run in another thread.
-    On a GPU both are queued on a stream of the prior's own (see `streams`), whichever thread they come from.
-    Answers do not depend on the modes of torch that the caller has set (autograd, inference, autocast).
+    `prior(images)` decodes fast (see `decode.decoder.Decoder`); `prior.reference(images)` gets the same
+    answers from transformers' `generate`. A lock keeps calls and the tuner's `publish` apart, so they may
+    come from different threads. On a GPU both are queued on the prior's stream (see `streams`). Answers do
+    not depend on the modes of torch that the caller has set (autograd, inference, autocast).
     """
 
     def __init__(self, backbone: Backbone, settings: Settings, *, graph: bool = False) -> None:
@@ -74,13 +73,13 @@ class ActionPrior:
         )
         self.version = 0
         self.base_tuned = False
-        """Whether weights below an adapter differ from those in `backbone.source`."""
+        """Whether the weights without adapters differ from those in `backbone.source`."""
         self._layouts: dict[tuple[int, int], Layout] = {}
-        # One for all decoders that come and go: torch has 32 streams and hands out the first again after
-        # that, and nobody else may be on the one that a graph is recorded on.
-        self._graphs = CudaGraphs(backbone.device) if graph and backbone.device.type == "cuda" else None
+        self._weights: DecoderWeights | None = None
         self._decoders: dict[tuple[int, int], Decoder | GraphedDecoder] = {}
-        self._towers: dict[tuple[int, int], ServingTower | None] = {}
+        # One for all decoders: each has a stream, nothing else may use that while a graph is recorded, and
+        # torch has 32 streams, which it gives out again from the first on.
+        self._graphs = CudaGraphs(backbone.device) if graph and backbone.device.type == "cuda" else None
         self.lock = threading.RLock()
         self.lane = Lane(backbone.device)
 
@@ -105,26 +104,25 @@ class ActionPrior:
             model: "nano" (tiny, random, see `covr_fast.vlm.model.nano`), a checkpoint directory, what
                 `save_pretrained` wrote, a directory with a peft adapter, or a hub id.
             action_dim: numbers in an action.
-            prompt: the task in words. None: what a saved prior was saved with, else a generic prompt.
-            decimals: digits after the point in answers, 1 to 4. None: as a saved prior was saved, else 2.
+            prompt: the task in words. None: the saved prior's, else a generic prompt.
+            decimals: digits after the point in answers, 1 to 4. None: the saved prior's, else 2.
             attention: "auto", "flash_attention_4" / "_3" / "_2", "sdpa" or "eager".
-            dtype: of the weights; None: as a saved prior was saved, else bfloat16 on CUDA, float32 elsewhere.
-            device: None is CUDA where there is one, else the CPU.
-            seed: of nano's random weights; no other model reads it.
-            quantization: "8bit" or "4bit" hold the linear layers in fewer bits (bitsandbytes), for serving
-                and as the frozen base of LoRA; "none" does not; a `transformers.BitsAndBytesConfig` says
-                more. None: as a saved adapter had its base, else as the checkpoint comes.
-            graph: on CUDA, replay the decode as CUDA graphs (`graphed.GraphedDecoder`) instead of launching
-                it kernel by kernel. Not for quantized models.
+            dtype: of the weights. None: the saved prior's, else bfloat16 on CUDA, float32 elsewhere.
+            device: None takes CUDA where there is one, else the CPU.
+            seed: of nano's random weights; other models ignore it.
+            quantization: "8bit" or "4bit" quantizes the linear layers (bitsandbytes), for serving and as the
+                frozen base of LoRA; "none" does not; a `transformers.BitsAndBytesConfig` sets details. None:
+                that of a saved adapter's base, else that of the checkpoint.
+            graph: on CUDA, replay the decode as CUDA graphs (`decode.graph.GraphedDecoder`) instead of
+                launching it kernel by kernel. Not for quantized models.
 
         Raises:
-            FileNotFoundError: no such model directory, or none of an adapter's base.
-            TypeError: `action_dim` or `decimals` is no integer, or `prompt` no text.
-            ValueError: one of those is out of range, the prompt holds one of the tokens that conversations
-                are made of, unsupported architecture, no image token, a tokenizer that cannot spell the
-                answers, an attention that cannot run here, an adapter that does not fit its base or is of
-                a type that is not supported, another kind of quantization than bitsandbytes', or that
-                without bitsandbytes.
+            FileNotFoundError: the model's directory, or that of an adapter's base, does not exist.
+            TypeError: `action_dim` or `decimals` is not an integer, or `prompt` is not text.
+            ValueError: one of those is out of range; the prompt contains a token that marks images or turns
+                of a conversation; the architecture, the adapter's type or the quantization is not supported;
+                the model has no image token; its tokenizer cannot spell the answers; the attention cannot run
+                here; the adapter does not fit its base; bitsandbytes is missing.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if not isinstance(prompt, str | None):
@@ -168,110 +166,109 @@ class ActionPrior:
 
         Args:
             images: uint8[B, 3, H, W], RGB, on any device.
-            temperature: 0 decodes greedily, above it tokens are sampled.
-            generator: randomness of sampling, on the CPU; None uses torch's default generator.
+            temperature: 0 takes the most probable tokens; above 0 tokens are sampled.
+            generator: randomness of sampling, on the CPU. None uses torch's default generator.
 
         Raises:
             TypeError, ValueError: images of another dtype or layout, or a negative temperature.
             MemoryError: the GPU's memory is full.
         """
-        self.check_images(images)
-        noise = self._noise(len(images), temperature, generator)
-        remedy = "ask about fewer at a time, or load a smaller or a quantized model"
-        with self.lock, self._serving(), out_of_memory(f"answering for {len(images)} frames", remedy):
-            with self.lane.work(images, noise):
-                size = (images.shape[2], images.shape[3])
-                features = self._image_features(images, size)
-                if size not in self._decoders:
-                    self._decoders[size] = self._decoder(size)
-                action, tokens = self._decoders[size](features, temperature, noise)
-            receive(action, tokens)
-            return PriorBatch(action, tokens, self.version, self.grammar)
+        return self._answer(self._decode, images, temperature, generator)
 
     def reference(
         self, images: Tensor, *, temperature: float = 0.0, generator: torch.Generator | None = None
     ) -> PriorBatch:
         """The same through the processor and `generate`, with the grammar as a logits processor.
 
-        This is the truth that `__call__` must equal token for token: same arguments, same answers.
+        With the same arguments `__call__` must give the same answers, token for token.
         """
-        from .decode.reference import generate_answers
+        return self._answer(self._generate, images, temperature, generator)
 
+    def _answer(
+        self,
+        decode: Callable[[Tensor, float, Tensor | None], tuple[Tensor, Tensor]],
+        images: Tensor,
+        temperature: float,
+        generator: torch.Generator | None,
+    ) -> PriorBatch:
+        """Runs `decode(images, temperature, noise) -> action, tokens` on the prior's stream."""
         self.check_images(images)
         noise = self._noise(len(images), temperature, generator)
-        with self.lock, self._serving():
+        remedy = "ask about fewer at a time, or load a smaller or a quantized model"
+        doing = f"answering for {len(images)} frames"
+        with self.lock, own_mode(self.device), out_of_memory(doing, remedy):
+            if self.backbone.model.training:
+                self.backbone.model.eval()  # without dropout
             with self.lane.work(images, noise):
-                tokens = generate_answers(self.backbone, self.text, self.grammar, images, temperature, noise)
-                action = self.grammar.actions(tokens)
+                action, tokens = decode(images, temperature, noise)
             receive(action, tokens)
             return PriorBatch(action, tokens, self.version, self.grammar)
 
+    def _decode(self, images: Tensor, temperature: float, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        size = (images.shape[2], images.shape[3])
+        features = self.backbone.image_features(self.backbone.pixels(images), len(images), size)
+        if size not in self._decoders:
+            self._decoders[size] = self._make_decoder(size)
+        return self._decoders[size](features, temperature, noise)
+
+    def _generate(self, images: Tensor, temperature: float, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        tokens = generate_answers(self.backbone, self.text, self.grammar, images, temperature, noise)
+        return self.grammar.actions(tokens), tokens
+
+    def _make_decoder(self, size: tuple[int, int]) -> Decoder | GraphedDecoder:
+        if self._weights is None:
+            self._weights = DecoderWeights(self.backbone, self.grammar)
+        decoder = Decoder(self._weights, self.layout(size))
+        return decoder if self._graphs is None else GraphedDecoder(decoder, self._graphs)
+
     def layout(self, size: tuple[int, int]) -> Layout:
         """How the prompt is laid out for frames of `size` (height, width)."""
-        # A tuner's thread asks, too, and tokenizers refuse two threads at a time.
+        # The tuner's thread calls this too, and a tokenizer must not be used by two threads at a time.
         with self.lock, own_mode(self.device):
             if size not in self._layouts:
                 self._layouts[size] = make_layout(self.backbone, self.text, size, self.grammar.max_length)
             return self._layouts[size]
 
-    @contextmanager
-    def _serving(self) -> Iterator[None]:
-        """The mode that answers are made in: torch's, and that of the model, whose dropout is off."""
-        with own_mode(self.device):
-            if self.backbone.model.training:
-                self.backbone.model.eval()
-            yield
-
-    def _image_features(self, images: Tensor, size: tuple[int, int]) -> ImageFeatures:
-        if size not in self._towers:
-            self._towers[size] = make_tower(self.backbone, size)
-        tower = self._towers[size]
-        if tower is None:
-            return self.backbone.image_features(self.backbone.pixels(images), len(images), size)
-        return tower(images)
-
-    def _decoder(self, size: tuple[int, int]) -> Decoder | GraphedDecoder:
-        decoder = Decoder(self.backbone, self.layout(size), self.grammar)
-        return decoder if self._graphs is None else GraphedDecoder(decoder, self._graphs)
-
     def weights_changed(self) -> int:
-        """Drops what was made of the old weights (copies, prefix cache, graphs); returns the new version.
+        """Drops what was made of the old weights (copies, prefix caches, graphs); returns the new version.
 
-        To be called whenever the model's weights, or which of its adapters are active, were changed by hand.
+        Call it after you have changed the model's weights, or which of its adapters are active.
         """
         with self.lock:
-            self._decoders.clear()
-            self._towers.clear()
+            self._drop_decoders()
             self.version += 1
             return self.version
 
     def merge_adapter(self) -> None:
-        """Folds an adapter into the weights, for good, so that all of them can be trained and saved."""
+        """Merges an adapter into the weights for good, so that all weights can be trained and saved."""
         with self.lock, torch.no_grad(), self.lane.work():
             if self.backbone.adapted:
                 self.backbone = self.backbone.merged()
                 self.base_tuned = True
-                self._decoders.clear()
-                self._towers.clear()
+                self._drop_decoders()
+
+    def _drop_decoders(self) -> None:
+        self._decoders.clear()
+        self._weights = None
 
     def needs(self, directory: str | Path) -> bool:
-        """Whether what `save_pretrained` writes refers to files in `directory`: those of its base."""
+        """Whether a saved copy of this prior would need files in `directory`: its adapter's base is there."""
         source = Path(self.backbone.source)
         if not self.backbone.adapted or not source.is_absolute():
             return False
         return any(same_folder(folder, Path(directory)) for folder in (source, *source.parents))
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes what `from_pretrained(directory)` opens again.
+        """Writes a model that `from_pretrained(directory)` opens again.
 
-        A fine-tuned adapter is written in peft's own format (the base is only named: hub ids as they are,
-        directories by their absolute path), full weights as a transformers checkpoint; the processor beside
-        them. A model that `directory` held is replaced, by the whole new one or not at all; other files in it
-        stay.
+        An adapter is written in peft's format, and refers to its base by hub id or absolute path. Full
+        weights are written as a transformers checkpoint. The processor is written next to them. A model that
+        was in `directory` is replaced, as a whole or not at all; other files in it stay.
 
         Raises:
-            ValueError: `directory` holds the base of the adapter.
-            FileExistsError: `directory` is a file, or holds a file that is no model's under a model's name.
+            ValueError: `directory` contains the base of the adapter.
+            FileExistsError: `directory` is a file, or a file in it has a name of a model's file but is not
+                one.
             OSError: the system cannot replace or write `directory`.
         """
         directory = Path(directory)
@@ -281,7 +278,7 @@ class ActionPrior:
             )
         with self.lock, replaced_model(directory) as new:
             self.backbone.save(new)
-            # Full weights say themselves how they are quantized.
+            # A checkpoint with full weights says how they are quantized.
             quantization = self.settings.quantization if self.backbone.adapted else None
             replace(self.settings, quantization=quantization).save(new)
 
@@ -307,5 +304,5 @@ class ActionPrior:
         widest = max(len(level.tokens) for level in levels)
         with own_mode(self.device):
             uniform = torch.rand(batch, len(levels), widest, generator=generator, dtype=torch.float32)
-            # Kept away from 0 and 1, where the logarithms are infinite.
+            # At 0 and at 1 one of the logarithms would be infinite.
             return (-(-uniform.clamp(1e-10, 1 - 1e-7).log()).log()).to(self.device)

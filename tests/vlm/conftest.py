@@ -1,5 +1,6 @@
 import pytest
 import torch
+from tiny import SIZES, WRITERS, open_prior, random_frames
 
 from covr_fast.vlm import ActionPrior
 
@@ -13,6 +14,20 @@ def nano() -> ActionPrior:
 def shared_nano() -> ActionPrior:
     """For tests that leave the weights alone."""
     return ActionPrior.from_pretrained("nano", action_dim=2, device="cpu", seed=0)
+
+
+@pytest.fixture(scope="module", params=sorted(WRITERS))
+def checkpoint(request, tmp_path_factory):
+    """The directory of a tiny checkpoint of every architecture; it has the architecture's name."""
+    directory = tmp_path_factory.mktemp("checkpoints") / request.param
+    directory.mkdir()
+    WRITERS[request.param](directory)
+    return directory
+
+
+@pytest.fixture
+def opened(checkpoint):
+    return open_prior(checkpoint), random_frames(SIZES.get(checkpoint.name, (64, 64)))
 
 
 @pytest.fixture

@@ -7,39 +7,15 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftMixedModel, get_peft_model
-from tiny import WRITERS
+from tiny import ACTIONS, WRITERS, model_loss, open_prior, random_frames
 from torch import nn
 
 from covr_fast.vlm import ActionPrior, TunerConfig, VLMTuner
 from covr_fast.vlm.finetune.lora import trainable
-from covr_fast.vlm.finetune.objective import IGNORE, AnswerModel, RoundImages, Samples, weighted_loss
+from covr_fast.vlm.finetune.objective import AnswerModel, RoundImages, Samples, weighted_loss
 from covr_fast.vlm.model.adapters import LAYERWISE, check_adapter, linear_weights
 
-SIZES = {"qwen2_vl": (60, 84), "qwen2_5_vl": (84, 84)}
-ACTIONS = torch.tensor([[0.1, -0.2], [1.0, 0.0], [-1.0, 0.55], [0.3, 0.3]])
 QUICK = {"lora_rank": 4, "epochs": 1, "batch_size": 4, "micro_batch": 4, "learning_rate": 1e-2}
-
-
-@pytest.fixture(scope="module", params=sorted(WRITERS))
-def checkpoint(request, tmp_path_factory):
-    directory = tmp_path_factory.mktemp(request.param)
-    WRITERS[request.param](directory)
-    return directory, SIZES.get(request.param, (64, 64))
-
-
-@pytest.fixture
-def opened(checkpoint):
-    directory, size = checkpoint
-    return open_prior(directory), random_frames(size)
-
-
-def open_prior(model) -> ActionPrior:
-    return ActionPrior.from_pretrained(model, action_dim=2, prompt="Drive.", device="cpu")
-
-
-def random_frames(size: tuple[int, int]) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (4, 3, *size), dtype=torch.uint8, generator=generator)
 
 
 def randomize(parameters) -> None:
@@ -95,9 +71,11 @@ PLACES = {
 @pytest.mark.parametrize("place", PLACES)
 def test_answers_and_losses_on_every_backbone(opened, place):
     prior, frames = opened
-    plain = theirs(prior, frames).item()
+    plain = model_loss(prior, frames).item()
     adapt(prior, PLACES[place](prior))
-    assert abs(theirs(prior, frames).item() - plain) > 1e-4, "the adapter changes nothing: nothing is shown"
+    assert abs(model_loss(prior, frames).item() - plain) > 1e-4, (
+        "the adapter changes nothing: nothing is shown"
+    )
     assert torch.equal(prior(frames).token_ids, prior.reference(frames).token_ids)
     check_loss(prior, frames)
 
@@ -108,7 +86,7 @@ def check_loss(prior: ActionPrior, frames: torch.Tensor) -> None:
     rows = torch.arange(4)
     model = AnswerModel(prior.backbone, prior.layout(tuple(frames.shape[2:])), checkpointing=False)
     ours = weighted_loss(model, samples, rows, model.image(frames), samples.valid_tokens(rows), 0.0)
-    true = theirs(prior, frames)
+    true = model_loss(prior, frames)
     torch.testing.assert_close(ours, true, rtol=1e-4, atol=1e-5)
 
     weights = trainable(prior.backbone.model)
@@ -120,31 +98,16 @@ def check_loss(prior: ActionPrior, frames: torch.Tensor) -> None:
         assert (a - b).norm() < 2e-3 * b.norm() + 1e-5 * total
 
 
-def theirs(prior: ActionPrior, frames: torch.Tensor) -> torch.Tensor:
-    """The loss of the peft model's own forward with labels."""
-    backbone = prior.backbone
-    samples = Samples.build(prior.grammar, frames, ACTIONS, torch.ones(4))
-    inputs = dict(backbone.process(prior.text, list(frames.permute(0, 2, 3, 1).numpy())))
-    prompt = inputs["input_ids"]
-    inputs["input_ids"] = torch.cat((prompt, samples.answers), 1)
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    inputs["labels"] = torch.cat((torch.full_like(prompt, IGNORE), samples.labels), 1)
-    if "mm_token_type_ids" in inputs:
-        padding = (0, samples.answers.shape[1])
-        inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], padding)
-    return backbone.model(**inputs).loss
-
-
 @pytest.mark.parametrize("place", [place for place in PLACES if place != "lora_bias"])
 def test_full_training_begins_with_what_the_adapter_knew(opened, place, tmp_path):
     """Where head and embeddings share a matrix, an adapter of one leaves the other alone."""
     prior, frames = opened
     adapt(prior, PLACES[place](prior))
-    loss, answers = theirs(prior, frames).item(), prior(frames).token_ids
+    loss, answers = model_loss(prior, frames).item(), prior(frames).token_ids
     VLMTuner(prior, TunerConfig(mode="full", **QUICK))
     prior.save_pretrained(tmp_path / "full")
     for folded in (prior, open_prior(tmp_path / "full")):
-        assert theirs(folded, frames).item() == pytest.approx(loss, rel=1e-4)
+        assert model_loss(folded, frames).item() == pytest.approx(loss, rel=1e-4)
         assert torch.equal(folded(frames).token_ids, answers)
 
 
@@ -254,7 +217,7 @@ def test_every_type(kind, shared_nano, frames):
     cls = peft.PEFT_TYPE_TO_CONFIG_MAPPING[kind]
     prior = nano_adapted(frames, cls(**{"target_modules": LAYERS} | TYPES[kind]))
     with torch.no_grad():
-        assert (theirs(prior, frames[:4]) - theirs(shared_nano, frames[:4])).abs() > 1e-5
+        assert (model_loss(prior, frames[:4]) - model_loss(shared_nano, frames[:4])).abs() > 1e-5
     answers = prior(frames)
     assert torch.equal(answers.token_ids, prior.reference(frames).token_ids)
     if kind == "ADALORA":
@@ -440,10 +403,10 @@ def test_frozen_image_features_are_cached(frames):
     adapt(prior, lora(prior))
     model = AnswerModel(prior.backbone, prior.layout((84, 84)), checkpointing=False)
     samples = Samples.build(prior.grammar, frames[:4], ACTIONS, torch.ones(4))
-    options = {"cached": True, "micro_batch": 3, "shift": 0, "generator": torch.Generator()}
-    assert RoundImages(model, samples, torch.arange(4), **options)._cache is not None
+    options = {"once": True, "micro_batch": 3, "shift": 0, "generator": torch.Generator()}
+    assert RoundImages(model, samples, torch.arange(4), **options)._kept is not None
     prior.backbone.tower.requires_grad_(True)
-    assert RoundImages(model, samples, torch.arange(4), **options)._cache is None
+    assert RoundImages(model, samples, torch.arange(4), **options)._kept is None
 
 
 def test_a_frozen_adapter_cannot_be_tuned(frames):

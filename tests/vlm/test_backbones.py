@@ -1,31 +1,12 @@
 """Every supported architecture, opened from a checkpoint on disk: fast answers, training, LoRA."""
 
-import pytest
 import torch
 from peft import PeftModel
-from tiny import WRITERS
+from tiny import ACTIONS, model_loss
 from transformers import AutoModelForImageTextToText
 
 from covr_fast.vlm import ActionPrior, TunerConfig, VLMTuner
-from covr_fast.vlm.decode.decoder import record_prefix
-from covr_fast.vlm.finetune.objective import IGNORE, AnswerModel, Samples, weighted_loss
-
-SIZES = {"qwen2_vl": (60, 84), "qwen2_5_vl": (84, 84)}
-
-
-@pytest.fixture(scope="module", params=sorted(WRITERS))
-def checkpoint(request, tmp_path_factory):
-    directory = tmp_path_factory.mktemp(request.param)
-    WRITERS[request.param](directory)
-    return directory, SIZES.get(request.param, (64, 64))
-
-
-@pytest.fixture
-def opened(checkpoint):
-    directory, size = checkpoint
-    prior = ActionPrior.from_pretrained(directory, action_dim=2, prompt="Drive.", device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    return prior, torch.randint(0, 256, (4, 3, *size), dtype=torch.uint8, generator=generator)
+from covr_fast.vlm.finetune.objective import AnswerModel, Samples, record_prefix, weighted_loss
 
 
 def test_fast_path_equals_generate(opened):
@@ -48,7 +29,7 @@ def test_hidden_states_equal_the_models_own(opened):
         image = backbone.image_features(backbone.pixels(frames), len(frames), size)
         prior(frames)
         decoder = prior._decoders[size]
-        ours = decoder._decoder(
+        ours = decoder._transformer(
             decoder._body[:, : len(layout.body)].expand(len(frames), -1, -1),
             decoder.new_cache(len(frames)),
             image_at=layout.image_at,
@@ -61,24 +42,14 @@ def test_hidden_states_equal_the_models_own(opened):
 
 def test_training_loss_equals_transformers_own(opened):
     prior, frames = opened
-    actions = torch.tensor([[0.1, -0.2], [1.0, 0.0], [-1.0, 0.55], [0.3, 0.3]])
-    samples = Samples.build(prior.grammar, frames, actions, torch.ones(4))
+    samples = Samples.build(prior.grammar, frames, ACTIONS, torch.ones(4))
     rows = torch.arange(4)
     for checkpointing in (False, True):
         model = AnswerModel(
             prior.backbone, prior.layout(tuple(frames.shape[2:])), checkpointing=checkpointing
         )
         ours = weighted_loss(model, samples, rows, model.image(frames), samples.valid_tokens(rows), 0.0)
-        inputs = dict(prior.backbone.process(prior.text, list(frames.permute(0, 2, 3, 1).numpy())))
-        prompt = inputs["input_ids"]
-        inputs["input_ids"] = torch.cat((prompt, samples.answers), 1)
-        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        inputs["labels"] = torch.cat((torch.full_like(prompt, IGNORE), samples.labels), 1)
-        if "mm_token_type_ids" in inputs:
-            padding = (0, samples.answers.shape[1])
-            inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], padding)
-        theirs = prior.backbone.base(**inputs).loss
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours, model_loss(prior, frames), rtol=1e-4, atol=1e-5)
 
 
 def test_lora_round_and_adapter_on_disk(opened, checkpoint, tmp_path):
@@ -98,13 +69,13 @@ def test_lora_round_and_adapter_on_disk(opened, checkpoint, tmp_path):
     prior.save_pretrained(tmp_path)
     again = ActionPrior.from_pretrained(tmp_path, action_dim=2, device="cpu")
     assert torch.equal(again(frames).token_ids, answers.token_ids)
-    base = AutoModelForImageTextToText.from_pretrained(checkpoint[0])
+    base = AutoModelForImageTextToText.from_pretrained(checkpoint)
     assert PeftModel.from_pretrained(base, tmp_path).peft_config["default"].r == 4
 
 
 def test_the_prompts_text_comes_before_the_image_where_the_template_allows(opened, checkpoint):
     prior, frames = opened
     layout = prior.layout(tuple(frames.shape[2:]))
-    llava = "llava" in checkpoint[0].name
+    llava = checkpoint.name == "llava"
     assert ("Drive." in prior.backbone.tokenizer.decode(layout.prefix)) != llava
     assert (record_prefix(prior.backbone, layout) is None) == (len(layout.prefix) == 0)

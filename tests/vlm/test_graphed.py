@@ -9,7 +9,7 @@ from fake_graphs import FakeGraphs
 from tiny import WRITERS
 
 from covr_fast.vlm import ActionPrior
-from covr_fast.vlm.decode.decoder import Decoder
+from covr_fast.vlm.decode.decoder import Decoder, DecoderWeights
 from covr_fast.vlm.decode.graph import GraphedDecoder
 
 SIZE = (84, 84)
@@ -23,10 +23,14 @@ def frames(count, seed=1):
     return torch.randint(0, 256, (count, 3, *SIZE), dtype=torch.uint8, generator=seeded(seed))
 
 
+def make_decoder(prior):
+    return Decoder(DecoderWeights(prior.backbone, prior.grammar), prior.layout(SIZE))
+
+
 def graphed(prior):
     """The prior, decoding by (fake) graphs from its next call on, and what was asked of them."""
     graphs = FakeGraphs()
-    decoder = Decoder(prior.backbone, prior.layout(SIZE), prior.grammar)
+    decoder = make_decoder(prior)
     prior._decoders[SIZE] = GraphedDecoder(decoder, graphs)
     return graphs.events
 
@@ -68,7 +72,7 @@ def test_every_backbone(architecture, tmp_path):
         pytest.importorskip("num2words")
     WRITERS[architecture](tmp_path)
     prior = ActionPrior.from_pretrained(tmp_path, action_dim=2, device="cpu")
-    decoder = Decoder(prior.backbone, prior.layout(SIZE), prior.grammar)
+    decoder = make_decoder(prior)
     graphs = FakeGraphs()
     replayed = GraphedDecoder(decoder, graphs)
     for call in range(4):
@@ -87,7 +91,7 @@ def test_graphs_go_when_weights_are_published(nano):
     graphed(nano)
     for _ in range(4):
         nano(frames(2))
-    gone = weakref.ref(nano._decoders[SIZE]._decoder)
+    gone = weakref.ref(nano._decoders[SIZE]._decoder._weights)
     gc.disable()  # a copy of the model's weights must not wait for it
     try:
         nano.weights_changed()

@@ -14,12 +14,12 @@ from covr_fast.vlm.finetune.lora import add_lora, trainable
 from covr_fast.vlm.finetune.objective import AnswerModel, Samples, weighted_loss
 from covr_fast.vlm.model import nano
 from covr_fast.vlm.model.attention import choose_attention
-from covr_fast.vlm.model.cache import TrainingCache
 from covr_fast.vlm.model.rows import (
     PACKED_SDPA,
     FlashPacked,
     Packed,
     Padded,
+    TrainingCache,
     arrange,
     packed_sdpa,
     training_attention,

@@ -1,5 +1,6 @@
 """The fast prior: the answers of `generate`, through the directory path, with clear errors."""
 
+import gc
 import json
 import re
 import subprocess
@@ -12,7 +13,7 @@ from tiny import WRITERS
 
 from covr_fast.vlm import ActionPrior
 from covr_fast.vlm.answer.prompt import parse_action
-from covr_fast.vlm.decode.transformer import ServingDecoder
+from covr_fast.vlm.decode.transformer import Transformer
 from covr_fast.vlm.model.nano import write_nano
 
 
@@ -20,7 +21,7 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("size", [(84, 84), (96, 96), (48, 64)])
+@pytest.mark.parametrize("size", [(84, 84), (96, 96), (48, 64), (56, 140)])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_fast_path_equals_generate(shared_nano, size, temperature):
     images = torch.randint(0, 256, (4, 3, *size), dtype=torch.uint8, generator=seeded(0))
@@ -90,18 +91,37 @@ def test_a_call_costs_one_forward_per_choice(shared_nano, frames, monkeypatch):
     prior = shared_nano
     prior(frames)
     lengths = []
-    forward = ServingDecoder.__call__
+    forward = Transformer.__call__
 
     def counting(self, x, *arguments, **options):
         lengths.append(x.shape[1])
         return forward(self, x, *arguments, **options)
 
-    monkeypatch.setattr(ServingDecoder, "__call__", counting)
+    monkeypatch.setattr(Transformer, "__call__", counting)
     prior(frames)
     layout, levels = prior.layout((84, 84)), prior.grammar.levels
     body = len(layout.body) + len(prior.grammar.opening)
     assert lengths == [body, *(1 + len(level.forced) for level in levels[:-1])]
     assert len(layout.prefix) > 20
+
+
+def test_frame_sizes_share_the_merged_weights(nano, frames):
+    """The decoder of a second size adds a prefix, a cache and angles, but no copy of the weights."""
+
+    def storages():
+        tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
+        return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+
+    small = frames[:1, :, :56, :56].contiguous()
+    before = storages()
+    nano(frames[:1])
+    first = storages()
+    nano(small)
+    second = storages()
+    layers = sum(p.numel() * p.element_size() for p in nano.backbone.decoder.layers.parameters())
+    assert sum(first[at] for at in first.keys() - before.keys()) > 0.99 * layers
+    assert sum(second[at] for at in second.keys() - first.keys()) < 0.2 * layers
+    assert torch.equal(nano(small).token_ids, nano.reference(small).token_ids)
 
 
 def test_nano_is_opened_like_any_directory(tmp_path, shared_nano, frames):
@@ -127,7 +147,7 @@ def test_a_full_gpu_says_what_to_do(nano, frames, monkeypatch):
     def full(*_args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(type(nano), "_image_features", full)
+    monkeypatch.setattr(type(nano.backbone), "image_features", full)
     with pytest.raises(MemoryError, match="answering for 5 frames: ask about fewer at a time"):
         nano(frames)
 

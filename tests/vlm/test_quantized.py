@@ -31,13 +31,6 @@ def frames():
     return torch.randint(0, 256, (12, 3, 64, 64), dtype=torch.uint8, generator=generator)
 
 
-@pytest.fixture(scope="module", params=sorted(WRITERS))
-def checkpoint(request, tmp_path_factory):
-    directory = tmp_path_factory.mktemp(request.param)
-    WRITERS[request.param](directory)
-    return directory
-
-
 def start(tuner: VLMTuner, frames: torch.Tensor) -> None:
     tuner.start(frames, torch.full((len(frames), 2), 0.5), torch.ones(len(frames)))
 

@@ -401,7 +401,7 @@ def test_a_stopped_round_leaves_no_trace(monkeypatch):
         return value
 
     with monkeypatch.context() as patch:
-        patch.setattr("covr_fast.vlm.tuner.weighted_loss", held)
+        patch.setattr("covr_fast.vlm.finetune.round.weighted_loss", held)
         tuner.start(frames, actions, torch.linspace(0, 1, 32))
         assert begun.wait(60)
         tuner._stop.set()
@@ -603,7 +603,7 @@ def test_the_held_out_loss_is_per_token_and_knows_no_weights(nano):
     for returns in ([1.0, 1.0, 1.0], [0.0, 5.0, 1.0]):
         samples = Samples.build(nano.grammar, frames, actions, torch.tensor(returns))
         images = RoundImages(
-            model, samples, rows, cached=True, micro_batch=2, shift=0, generator=torch.Generator()
+            model, samples, rows, once=True, micro_batch=2, shift=0, generator=torch.Generator()
         )
         assert mean_nll(model, samples, rows, images, 2) == pytest.approx(expected, rel=1e-5)
 

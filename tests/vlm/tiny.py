@@ -20,6 +20,8 @@ from transformers import (
     SmolVLMForConditionalGeneration,
 )
 
+from covr_fast.vlm import ActionPrior
+from covr_fast.vlm.finetune.objective import IGNORE, Samples
 from covr_fast.vlm.model.nano import CHAT_TEMPLATE, SPECIAL_TOKENS, write_nano
 
 ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
@@ -187,3 +189,31 @@ WRITERS = {
     "smolvlm": write_smolvlm,
     "llava": write_llava,
 }
+SIZES = {"qwen2_vl": (60, 84), "qwen2_5_vl": (84, 84)}
+"""Height and width of frames for these; 64x64 for the others."""
+ACTIONS = torch.tensor([[0.1, -0.2], [1.0, 0.0], [-1.0, 0.55], [0.3, 0.3]])
+
+
+def open_prior(model: Any) -> ActionPrior:
+    return ActionPrior.from_pretrained(model, action_dim=2, prompt="Drive.", device="cpu")
+
+
+def random_frames(size: tuple[int, int]) -> torch.Tensor:
+    """uint8[4, 3, H, W]"""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (4, 3, *size), dtype=torch.uint8, generator=generator)
+
+
+def model_loss(prior: ActionPrior, frames: torch.Tensor) -> torch.Tensor:
+    """The loss of the (peft) model's own forward on 4 frames, with `ACTIONS` as labels."""
+    backbone = prior.backbone
+    samples = Samples.build(prior.grammar, frames, ACTIONS, torch.ones(4))
+    inputs = dict(backbone.process(prior.text, list(frames.permute(0, 2, 3, 1).numpy())))
+    prompt = inputs["input_ids"]
+    inputs["input_ids"] = torch.cat((prompt, samples.answers), 1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["labels"] = torch.cat((torch.full_like(prompt, IGNORE), samples.labels), 1)
+    if "mm_token_type_ids" in inputs:
+        padding = (0, samples.answers.shape[1])
+        inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], padding)
+    return backbone.model(**inputs).loss

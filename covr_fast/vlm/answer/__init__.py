@@ -1,1 +1,1 @@
-"""What the VLM is asked and what it may answer: the prompt, and the grammar of answers."""
+"""The prompt for the VLM, and the grammar of its answers."""

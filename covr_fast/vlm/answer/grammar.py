@@ -1,10 +1,10 @@
-"""The answer's grammar as a token automaton, derived from the tokenizer.
+"""The grammar of answers as an automaton over tokens, derived from the tokenizer.
 
-The language is `Action: [a_1, ..., a_A]` plus the end-of-turn token, each a_i on the grid of `prompt.spell`.
-Only the tokenizer's own way of writing each answer is accepted, so an action has exactly one token sequence
-and what generation can produce is what fine-tuning trains. Tokens may hold several digits, signs or
-punctuation: nothing is assumed but that the tokens of a number do not depend on the other numbers, which is
-checked over the whole grid when the grammar is built.
+An answer is `Action: [a_1, ..., a_A]` and the end-of-turn token, each a_i a value on the grid of
+`prompt.spell`. Only the token sequence with which the tokenizer writes an answer is accepted. So every action
+has exactly one token sequence, and generation produces the same sequences that fine-tuning trains. A token
+may contain several digits, signs or punctuation. The one assumption, that the tokens of a number do not
+depend on the other numbers, is checked over the whole grid when the grammar is built.
 """
 
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ from .prompt import CLOSING, JOINER, OPENING, answer_format, grid_size, spell
 class Level:
     """One choice of the decoder, made for the whole batch at once.
 
-    `S` counts the automaton states that a row may be in here, `U` the tokens that any of them allows.
-    States are numbered anew at every level. A row whose state allows a single token simply gets it.
+    `S` is the number of automaton states that a row may be in here, `U` that of the tokens that any of them
+    allows. Each level numbers its states from 0. A row whose state allows a single token gets that token.
     """
 
     tokens: Tensor
@@ -30,24 +30,24 @@ class Level:
     allowed: Tensor
     """bool[S, U]: which of `tokens` may follow in each state."""
     next_state: Tensor
-    """int64[S, U]: the state at the next level, with `forced` already taken."""
+    """int64[S, U]: the state at the next level, after the token and `forced`."""
     gain: Tensor
-    """float32[S, U, A]: the numbers completed by this choice and `forced`, 0 elsewhere. Summed over levels
-    these are the action."""
+    """float32[S, U, A]: the numbers that this choice and `forced` complete, 0 elsewhere. The sum over all
+    levels is the action."""
     forced: Tensor
-    """int64[R]: tokens that must follow whatever was chosen; they need no forward of their own."""
+    """int64[R]: the tokens that follow every choice. They need no forward pass."""
 
     def to(self, device: torch.device) -> "Level":
         return Level(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
 
 class ActionGrammar:
-    """What the VLM may answer, in tokens.
+    """The answers that the VLM may give, as tokens.
 
     Args:
         tokenizer: a transformers tokenizer with an end-of-sequence token.
-        context: the text right before the answer (the prompt's end), for tokenizers that write a word
-            differently depending on what precedes it.
+        context: the text directly before the answer (the end of the prompt), because a tokenizer may write
+            a word differently after different texts.
         action_dim: numbers in an action.
         decimals: digits after the point, 1 to 4.
 
@@ -74,11 +74,11 @@ class ActionGrammar:
         self.opening, self.levels = self._schedule()
         self.max_length = len(self.opening) + sum(1 + len(level.forced) for level in self.levels)
 
-    # ------------------------------------------------------------------ actions <-> tokens
+    # ---- actions <-> tokens ----
 
     def steps(self, actions: Tensor) -> Tensor:
         """Grid steps int64[N, A] of float actions [N, A], clipped to [-1, 1], halves to even."""
-        return (actions.double().clamp(-1, 1) * 10**self.decimals).round().long()
+        return (actions.double().clamp(-1, 1) * float(10**self.decimals)).round().long()
 
     def encode(self, actions: Tensor) -> Tensor:
         """The answers' tokens int64[N, L], end-of-turn included, padded at the right with `pad_token_id`.
@@ -105,14 +105,14 @@ class ActionGrammar:
         return total + sum(counts[1][index[:, slot]] for slot in range(1, self.action_dim))
 
     def allowed(self, answer: list[int]) -> list[int]:
-        """The tokens that may follow the answer's beginning `answer`; only the pad token after its end."""
+        """The tokens that may follow `answer`, the beginning of one; after its end only the pad token."""
         state = self._root
         for token in answer:
             state = self._edges[state][token]
         return sorted(self._edges[state])
 
     def actions(self, answers: Tensor) -> Tensor:
-        """The numbers float32[N, A] that complete answers [N, L] spell, found by walking the automaton."""
+        """The numbers float32[N, A] in complete answers [N, L], by following the automaton."""
         out = torch.zeros(len(answers), self.action_dim, dtype=torch.float32)
         for i, row in enumerate(answers.tolist()):
             state = self._root
@@ -127,18 +127,19 @@ class ActionGrammar:
         """The answer's text, end-of-turn and padding removed."""
         if self.eos_token_id in tokens:
             tokens = tokens[: tokens.index(self.eos_token_id)]
-        return self._tokenizer.decode(
+        text: str = self._tokenizer.decode(
             tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        ).strip()
+        )
+        return text.strip()
 
-    # ------------------------------------------------------------------ construction
+    # ---- construction ----
 
     def _tokens_of(self, texts: list[str]) -> list[list[int]]:
         ids = self._tokenizer([self._context + text for text in texts], add_special_tokens=False)["input_ids"]
         return [list(row) for row in ids]
 
     def _continuations(self, before: str, texts: list[str]) -> list[list[int]]:
-        """The tokens that each of `texts` adds after the answer's beginning `before`."""
+        """The tokens that each of `texts` adds to `before`, the beginning of an answer."""
         base, *full = self._tokens_of([before, *(before + text for text in texts)])
         for text, tokens in zip(texts, full, strict=True):
             if tokens[: len(base)] != base or len(tokens) == len(base):
@@ -146,7 +147,7 @@ class ActionGrammar:
         return [tokens[len(base) :] for tokens in full]
 
     def _spell_out(self) -> None:
-        """Tokens of every grid value in the first and in a later position, and of the answer's end."""
+        """Tokens of every grid value in the first and in a later position, and of the end of an answer."""
         half = grid_size(self.decimals) // 2
         words = [spell(step, self.decimals) for step in range(-half, half + 1)]
         first = OPENING + words[half]
@@ -159,10 +160,10 @@ class ActionGrammar:
         self._ending = [*closing, self.eos_token_id]
 
     def _check_independence(self) -> None:
-        """Every value in every kind of position, next to unlike neighbours, is written as `_slots` says."""
+        """Checks that every value in every position has the tokens of `_slots`, whatever its neighbours."""
         size = len(self._words)
         dim = min(self.action_dim, 3)
-        # Neighbours far apart on the grid: other sign, other digits.
+        # Neighbours are far apart on the grid: they differ in sign and digits.
         rows = [[(i + k * (size // 3 + 1)) % size for k in range(dim)] for i in range(size)]
         texts = [OPENING + JOINER.join(self._words[i] for i in row) + CLOSING for row in rows]
         context = self._tokens_of([""])[0]
@@ -182,10 +183,10 @@ class ActionGrammar:
         )
 
     def _build_automaton(self) -> None:
-        """A trie per number, each leaf of one being the root of the next.
+        """One trie per number; the leaves of a trie are the root of the next.
 
-        `_edges[state]` maps a token to the next state; `_numbers[state, token]` is the (slot, value) that an
-        edge completes. A finished row stays in the state `_done` and goes on emitting the pad token.
+        `_edges[state]` maps a token to the next state; `_numbers[state, token]` is the (slot, value) that
+        this edge completes. A finished row stays in the state `_done`, where only the pad token follows.
         """
         self._edges: list[dict[int, int]] = [{self.pad_token_id: 0}]
         self._numbers: dict[tuple[int, int], tuple[int, float]] = {}
@@ -212,8 +213,10 @@ class ActionGrammar:
         return len(self._edges) - 1
 
     def _schedule(self) -> tuple[Tensor, list[Level]]:
-        """Walks the automaton breadth first: the tokens that every answer opens with, then choices, each with
-        the run of forced tokens after it. All rows take one token per depth, so none waits for another."""
+        """The tokens that every answer begins with, and the choices, each with the forced tokens after it.
+
+        The automaton is walked breadth first: all rows take one token per depth, so no row waits for another.
+        """
         frontier, opening, _ = self._follow_forced([self._root])
         levels: list[Level] = []
         while frontier != [self._done]:
@@ -242,9 +245,9 @@ class ActionGrammar:
         return torch.tensor(opening, dtype=torch.int64), levels
 
     def _follow_forced(self, states: list[int]) -> tuple[list[int], list[int], list[list[tuple[int, float]]]]:
-        """Follows the tokens that are the only choice in all of `states` at once.
+        """Follows tokens as long as all of `states` allow one and the same token only.
 
-        Returns where each state ends, the tokens, and the numbers completed on the way from each.
+        Returns the last state from each of `states`, the tokens, and the numbers completed from each.
         """
         at = list(states)
         forced: list[int] = []

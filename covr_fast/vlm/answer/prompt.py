@@ -1,7 +1,7 @@
-"""The words between the agent and the VLM: the prompt, and the canonical text of an action.
+"""The prompt, and the text of an action.
 
-An action is written as `Action: [0.43, -0.37]`. Every number has a fixed count of decimals, the sign is
-written only when negative and zero has none, so each value of the grid {k / 10^decimals} has one spelling.
+An action is written as `Action: [0.43, -0.37]`. Every number has a fixed count of decimals, and only negative
+numbers have a sign (zero has none), so each value of the grid {k / 10^decimals} has one spelling.
 """
 
 import re
@@ -34,7 +34,7 @@ def answer_format(action_dim: SupportsIndex, decimals: SupportsIndex) -> tuple[i
 
 
 def default_prompt(action_dim: int, decimals: int) -> str:
-    """The task prompt used when none is given. It names the answer format and nothing of the task."""
+    """The prompt used when none is given. It gives the format of answers and says nothing about the task."""
     action_dim, decimals = answer_format(action_dim, decimals)
     example = ", ".join(spell(k, decimals) for k in _example_steps(action_dim, decimals))
     return (
@@ -45,8 +45,8 @@ def default_prompt(action_dim: int, decimals: int) -> str:
 
 
 def grid_size(decimals: int) -> int:
-    """How many values a number of the answer can take: -1, ..., 0, ..., 1 in steps of 10^-decimals."""
-    return 2 * 10**decimals + 1
+    """How many values a number of an answer can have: -1, ..., 0, ..., 1 in steps of 10^-decimals."""
+    return int(2 * 10**decimals + 1)
 
 
 def spell(step: int, decimals: int) -> str:
@@ -66,7 +66,7 @@ def parse_action(text: str) -> list[float]:
     """The numbers of the first `Action: [...]` in `text`.
 
     Raises:
-        ValueError: no such answer, or something in it that is not a number in [-1, 1].
+        ValueError: there is no such answer, or part of it is not a number in [-1, 1].
     """
     found = _ANSWER.search(text)
     if found is None:
@@ -78,6 +78,6 @@ def parse_action(text: str) -> list[float]:
 
 
 def _example_steps(action_dim: int, decimals: int) -> list[int]:
-    """Numbers of alternating sign, so that the example shows how both are written."""
+    """Numbers of alternating sign, so that the example shows both."""
     unit = 10 ** (decimals - 1)
     return [(4 if i % 2 == 0 else -3) * unit for i in range(action_dim)]

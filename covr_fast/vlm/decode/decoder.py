@@ -1,4 +1,4 @@
-"""Constrained decoding: answers for a batch of frames, and nothing computed that the grammar already says."""
+"""Constrained decoding: answers for a batch of frames, without computing what the grammar already says."""
 
 from dataclasses import dataclass
 
@@ -8,17 +8,12 @@ from torch import Tensor
 
 from ..answer.grammar import ActionGrammar, Level
 from ..model.backbones import Backbone, ImageFeatures
-from ..model.cache import Prefix, RecordingCache
-from ..model.rows import arrange
-from .transformer import KeyValueCache, ServingDecoder
+from .transformer import KeyValueCache, Transformer, TransformerWeights
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The tokens of a prompt for frames of one size: a text prefix, then image and closing text.
-
-    Positions continue into the answer, `grammar.max_length` tokens further.
-    """
+    """The tokens of a prompt for frames of one size: a text prefix, then the image and the closing text."""
 
     size: tuple[int, int]
     """Height and width of the frames."""
@@ -29,14 +24,14 @@ class Layout:
     image_at: Tensor
     """int64[n]: places of the image tokens in `body`."""
     positions: Tensor
-    """Position ids [..., 1, P + R + answer]."""
+    """Position ids [..., 1, P + R + L] of the prompt and of an answer of L tokens, the grammar's longest."""
 
     @property
     def prompt_length(self) -> int:
         return len(self.prefix) + len(self.body)
 
     def span(self, begin: int, end: int) -> Tensor:
-        """Positions of the tokens from `begin` to `end`, counted from the prefix's first."""
+        """Position ids of the tokens from `begin` to `end`, counted from the start of the prefix."""
         return self.positions[..., begin:end]
 
 
@@ -57,62 +52,65 @@ def make_layout(backbone: Backbone, text: str, size: tuple[int, int], answer_len
     )
 
 
-def record_prefix(backbone: Backbone, layout: Layout) -> Prefix | None:
-    """Keys and values of the prompt's text prefix; None if the image comes first. Differentiable."""
-    length = len(layout.prefix)
-    if length == 0:
-        return None
-    cache = RecordingCache()
-    rows = arrange(backbone.attention, torch.tensor([length]), length, 0, backbone.device)
-    backbone.hidden(backbone.embed(layout.prefix)[None], layout.span(0, length), rows, cache)
-    return cache.prefix
-
-
 class _Choice:
-    """A level of the grammar as the decode loop reads it."""
+    """A level of the grammar, with the model's weights for its tokens."""
 
     def __init__(self, level: Level, backbone: Backbone) -> None:
         tokens = level.tokens[:, None]
-        head = backbone.plain_head
-        self._rows = None if head is None else head.weight[level.tokens]
-        """[U, D] of the head."""
-        self._head, self._tokens = backbone.head, level.tokens
+        plain = backbone.plain_head
+        self._head, self._head_tokens = backbone.head, level.tokens
+        self._head_rows = None if plain is None else plain.weight[level.tokens]
+        """[U, D]"""
         self.forbidden = ~level.allowed
         """bool[S, U]"""
         self.tokens = torch.cat((tokens, level.forced.expand(len(tokens), -1)), 1)
-        """int64[U, 1 + R]: a choice and what it forces."""
+        """int64[U, 1 + R]: a choice and the tokens that it forces."""
         self.embeddings = backbone.embed(self.tokens)
         self.gain, self.next_state = level.gain, level.next_state
 
     def scores(self, hidden: Tensor) -> Tensor:
         """float32[B, U]: the logits of the tokens for hidden states [B, D]."""
-        if self._rows is None:
-            return self._head(hidden)[:, self._tokens].float()
-        return F.linear(hidden, self._rows).float()
+        if self._head_rows is not None:
+            return F.linear(hidden, self._head_rows).float()
+        logits: Tensor = self._head(hidden)
+        return logits[:, self._head_tokens].float()
 
 
-class Decoder:
-    """Decodes frames of one layout with one set of weights.
+class DecoderWeights:
+    """What decoding takes from a backbone and a grammar; shared by the decoders of all frame sizes.
 
-    The prefix's keys and values are computed once. A call then costs the vision tower, one forward over
-    [image, end of prompt, what every answer opens with], and one forward per choice but the last; forced
-    tokens ride along with the choice before them. Of a plain head only the rows that a choice allows are
-    used. Nothing is read back by the host.
+    The weights are those of the time of the call. When the backbone's change, make a new object.
     """
 
     @torch.no_grad()
-    def __init__(self, backbone: Backbone, layout: Layout, grammar: ActionGrammar) -> None:
-        device = backbone.device
+    def __init__(self, backbone: Backbone, grammar: ActionGrammar) -> None:
+        self.transformer = TransformerWeights(backbone)
+        self.choices = [_Choice(level.to(backbone.device), backbone) for level in grammar.levels]
+        self.embed = backbone.embed
+        self.opening = grammar.opening.to(backbone.device)
+        """int64[K]: the tokens that every answer begins with."""
+        self.action_dim = grammar.action_dim
+        self.answer_length = grammar.max_length
+
+
+class Decoder:
+    """Decodes frames of one layout.
+
+    Keys and values of the prefix are computed once. A call then costs one forward over the image, the end
+    of the prompt and the opening of the answer, and one forward per choice but the last. Tokens that a choice
+    forces are part of its forward. Of a plain head only the rows of the allowed tokens are used. The host
+    reads nothing back.
+    """
+
+    @torch.no_grad()
+    def __init__(self, weights: DecoderWeights, layout: Layout) -> None:
+        self._weights = weights
         self._layout = layout
-        self._choices = [_Choice(level.to(device), backbone) for level in grammar.levels]
-        self._opening = grammar.opening.to(device)
-        self._action_dim = grammar.action_dim
-        self._capacity = layout.prompt_length + grammar.max_length
-        self._decoder = ServingDecoder(backbone, layout.positions)
-        self._body = backbone.embed(torch.cat((layout.body, self._opening)))[None]
-        self._prefix = self._decoder.cache(1, len(layout.prefix))
+        self._transformer = Transformer(weights.transformer, layout.positions)
+        self._body = weights.embed(torch.cat((layout.body, weights.opening)))[None]
+        self._prefix = self._transformer.new_cache(1, len(layout.prefix))
         if len(layout.prefix):
-            self._decoder(backbone.embed(layout.prefix)[None], self._prefix)
+            self._transformer(weights.embed(layout.prefix)[None], self._prefix)
         self._caches: dict[int, KeyValueCache] = {}
 
     def __call__(
@@ -132,14 +130,14 @@ class Decoder:
         self, cache: KeyValueCache, image: ImageFeatures, temperature: float | Tensor, noise: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The same with a cache of `new_cache` for B rows, and a temperature that may be float32[B, 1]."""
-        batch = len(image.tokens)
+        weights, batch = self._weights, len(image.tokens)
         cache.length = self._prefix.length
         body = self._body.expand(batch, -1, -1)
-        hidden = self._decoder(body, cache, image_at=self._layout.image_at, image=image)
+        hidden = self._transformer(body, cache, image_at=self._layout.image_at, image=image)
         state = torch.zeros(batch, dtype=torch.int64, device=hidden.device)
-        action = torch.zeros(batch, self._action_dim, dtype=torch.float32, device=hidden.device)
-        answer = [self._opening.expand(batch, -1)]
-        for i, choice in enumerate(self._choices):
+        action = torch.zeros(batch, weights.action_dim, dtype=torch.float32, device=hidden.device)
+        answer = [weights.opening.expand(batch, -1)]
+        for i, choice in enumerate(weights.choices):
             scores = choice.scores(hidden)
             if noise is not None:
                 scores = scores / temperature + noise[:, i, : scores.shape[1]]
@@ -147,16 +145,17 @@ class Decoder:
             action += choice.gain[state, chosen]
             state = choice.next_state[state, chosen]
             answer.append(choice.tokens.index_select(0, chosen))
-            if i + 1 < len(self._choices):
-                hidden = self._decoder(choice.embeddings.index_select(0, chosen), cache)
+            if i + 1 < len(weights.choices):
+                hidden = self._transformer(choice.embeddings.index_select(0, chosen), cache)
         return action, torch.cat(answer, 1)
 
     def new_cache(self, batch: int) -> KeyValueCache:
-        """A cache for this batch size, its prefix in place."""
-        return self._decoder.cache(batch, self._capacity, self._prefix)
+        """A cache of `batch` rows that begins with the prefix."""
+        capacity = self._layout.prompt_length + self._weights.answer_length
+        return self._transformer.new_cache(batch, capacity, self._prefix)
 
     def _cache(self, batch: int) -> KeyValueCache:
-        """Of this batch size. Two are kept: for full and last batches."""
+        """The cache for this batch size. Two are kept: for full batches and for the last one."""
         if batch not in self._caches:
             if len(self._caches) == 2:
                 del self._caches[next(iter(self._caches))]

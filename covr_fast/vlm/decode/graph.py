@@ -13,17 +13,17 @@ from .transformer import KeyValueCache
 
 
 class GraphedDecoder:
-    """A `Decoder` whose calls are replayed as graphs; arguments and answers are the decoder's.
+    """A `Decoder` whose calls are replayed as CUDA graphs; arguments and answers are the decoder's.
 
-    Batches are filled up to the next power of two with rows of ones, whose answers are dropped. So a labeller
-    with any batch sizes up to B = 2^k needs k + 1 graphs (sampled answers as many again), and their caches
-    hold fewer than 2 B rows. The third call of a size records its graph.
+    A batch is padded to the next power of two with rows of ones, whose answers are dropped. So batch sizes up
+    to B = 2^k need k + 1 graphs (as many again for sampled answers), and the caches of all graphs have fewer
+    than 2 B rows. The third call of a size records its graph.
 
     Inside the graph: everything from image features to actions and answer tokens. Outside: the vision tower,
-    noise, filling up, and copies of both into the graph and of the answers out of it.
+    the noise, the padding, and the copies of inputs into the graph and of answers out of it.
 
-    What waits for what: each call is a turn of `graphs`, on the caller's current stream. The graphs hold the
-    decoder's merged weights and go with it when weights are published.
+    What waits for what: each call is a turn of `graphs`, on the caller's current stream. The graphs refer to
+    the merged weights, so both are dropped together when weights are published.
     """
 
     def __init__(self, decoder: Decoder, graphs: Graphs) -> None:
@@ -40,15 +40,15 @@ class GraphedDecoder:
         rows = 1 << (batch - 1).bit_length()
         inputs = {"tokens": image.tokens, **{f"deep{i}": x for i, x in enumerate(image.deep)}}
         if noise is not None:
-            # A tensor, because a graph would keep the number it was recorded with.
+            # A tensor, because the graph would repeat the number that it was recorded with.
             inputs |= {"noise": noise, "temperature": noise.new_full((batch, 1), temperature)}
-        captured = self._of(rows, sampled=noise is not None)
-        answers = captured({name: _filled_up(x, rows) for name, x in inputs.items()})
+        captured = self._graph(rows, sampled=noise is not None)
+        answers = captured({name: _padded(x, rows) for name, x in inputs.items()})
         return answers["action"][:batch], answers["tokens"][:batch]
 
-    def _of(self, rows: int, *, sampled: bool) -> Captured:
+    def _graph(self, rows: int, *, sampled: bool) -> Captured:
         if rows not in self._caches:
-            with self._graphs.turn():  # the prefix may be another stream's work
+            with self._graphs.turn():  # another stream may have computed the prefix
                 self._caches[rows] = self._decoder.new_cache(rows)
         if (rows, sampled) not in self._captured:
             decode = partial(_decode, self._decoder, self._caches[rows])
@@ -56,7 +56,7 @@ class GraphedDecoder:
         return self._captured[rows, sampled]
 
 
-def _filled_up(x: Tensor, rows: int) -> Tensor:
+def _padded(x: Tensor, rows: int) -> Tensor:
     """[B, ...] -> [rows, ...]. Ones, because the temperature must not be 0."""
     if len(x) == rows:
         return x

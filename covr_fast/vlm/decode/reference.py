@@ -27,7 +27,7 @@ class GrammarProcessor(LogitsProcessor):
         self._prompt_length = prompt_length
         self._temperature = temperature
         self._noise = noise
-        # The depth of each choice, counted in answer tokens: between them every token is forced.
+        # How many answer tokens precede each choice. All tokens between two choices are forced.
         depth = len(grammar.opening)
         self._level_at: dict[int, int] = {}
         for i, level in enumerate(grammar.levels):
@@ -50,11 +50,11 @@ class GrammarProcessor(LogitsProcessor):
 
 
 @contextmanager
-def _owned(model: Any, config: GenerationConfig) -> Iterator[None]:
+def _replaced_config(model: Any, config: GenerationConfig) -> Iterator[None]:
     """`model` has this generation config until the block ends.
 
-    What `generate` is not told it takes from the model's own, in which checkpoints ship penalties, forbidden
-    tokens, sampling and more: those would be other answers than the grammar's most probable.
+    `generate` takes settings that its config leaves open from the model's own config. Checkpoints put
+    penalties, forbidden tokens, sampling and more there, which would change the answers.
     """
     own = model.generation_config
     model.generation_config = config
@@ -89,9 +89,9 @@ def generate_answers(
         pad_token_id=grammar.pad_token_id,
     )
     processors = LogitsProcessorList([GrammarProcessor(grammar, prompt_length, temperature, noise)])
-    # Of the model within peft's wrapper, which would bring a generation config of its own.
+    # Without peft's wrapper, which has another generation config.
     model = backbone.base
-    with _owned(model, config):
+    with _replaced_config(model, config):
         out = model.generate(**inputs, generation_config=config, logits_processor=processors)
     answers = out[:, prompt_length:]
     missing = grammar.max_length - answers.shape[1]

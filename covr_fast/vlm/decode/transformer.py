@@ -1,65 +1,258 @@
-"""The language model as it serves: merged weights, a fixed cache, and as few operations as it takes.
+"""The language model that writes the answers: merged weights, fixed caches, few operations.
 
-Every supported backbone has the same decoder: RMS norm, attention with rotary positions, RMS norm, gated
-MLP. Running it here instead of through transformers' modules merges LoRA adapters into the weights, makes
-one product of the query, key and value projections and one of the gate and up projections, and prepares
-positions and masks beforehand. Layers of other adapters are called as the modules they are. The results are
-those of the modules; tests compare them on every backbone.
-
-The merged weights are a second copy of the decoder's (5.5 GB for Qwen2.5-VL-3B in bfloat16), refreshed when
-weights are published.
+The language models of all supported backbones have the same layers: RMS norm, attention with rotary
+positions, RMS norm, gated MLP. This file runs them without transformers' modules. It merges LoRA adapters
+into the weights, joins the projections of one input into one product, and prepares rotary angles and masks
+once. A part whose adapter cannot be merged is called as the module that it is. Tests compare the hidden
+states with those of transformers on every backbone.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from ..model.adapters import bare, wrapped
+from ..model.adapters import bare, linear_weights, untouched, wrapped
 from ..model.backbones import Backbone, ImageFeatures
-from .attend import Heads, Held
-from .cpp_layers import cpp_layers
-from .layers import LayerModules, Norm
-from .torch_layers import TorchLayers
+
+# ---- weights ----
+
+
+class Norm:
+    """An RMS norm, of a module with `weight` and `variance_epsilon`."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = bare(module)
+        self._plain = untouched(self._module)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        module = self._module
+        if self._plain:
+            return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
+        normed: Tensor = module(x)
+        return normed
+
+
+class Projection:
+    """Linear layers of the same input as one product. If one of them cannot be merged, each is called."""
+
+    def __init__(self, *modules: nn.Module) -> None:
+        self._modules = [bare(module) for module in modules]
+        self._weight: Tensor | None = None
+        self._bias: Tensor | None = None
+        parts = [part for part in map(linear_weights, self._modules) if part is not None]
+        if len(parts) < len(modules):
+            return
+        self._weight = torch.cat([weight for weight, _ in parts])
+        if any(bias is not None for _, bias in parts):
+            self._bias = torch.cat([w.new_zeros(len(w)) if bias is None else bias for w, bias in parts])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N]."""
+        if self._weight is None:
+            return torch.cat([module(x) for module in self._modules], -1)
+        return F.linear(x, self._weight, self._bias)
+
+    def add_to(self, x: Tensor, y: Tensor) -> None:
+        """Adds the product of `y` [..., K] to a contiguous `x` [..., N] in place."""
+        if self._weight is None:
+            x += self(y)
+            return
+        x.view(-1, x.shape[-1]).addmm_(y.reshape(-1, y.shape[-1]), self._weight.t())
+        if self._bias is not None:
+            x += self._bias
+
+
+class Heads(NamedTuple):
+    """The attention heads of a layer: `kv * groups` of queries, `kv` of keys, `kv` of values."""
+
+    kv: int
+    """Heads of keys, and of values."""
+    groups: int
+    """Query heads that share one head of keys and values."""
+    dim: int
+    """Numbers in a head."""
+    scale: float
+    """Factor of the attention scores."""
+
+    @property
+    def queries(self) -> int:
+        return self.kv * self.groups
+
+
+# ---- cache ----
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer, each [B, kv, capacity, dim]."""
+
+    keys: Tensor
+    values: Tensor
 
 
 class KeyValueCache:
-    """Preallocated keys and values of every layer, of which the first `length` positions are in use.
+    """Keys and values of all layers; the first `length` positions are in use.
 
-    Writes go to fixed places and reads are views: nothing is allocated or copied while decoding.
+    They are allocated once. Writes go to fixed places and reads are views, so decoding copies none of them.
     """
 
-    def __init__(self, layers: list[Held], length: int) -> None:
+    def __init__(self, layers: list[LayerCache], length: int) -> None:
         self.layers = layers
         self.length = length
 
 
-class ServingDecoder:
-    """The decoder of `backbone` with its present weights.
+# ---- attention ----
+
+
+class Attention:
+    """Causal attention for the positions of one prompt.
 
     Args:
-        positions: position ids [..., 1, T] of everything that will be decoded; the same in every row.
+        cos, sin: [T, dim], the rotary angles of every position.
     """
 
-    def __init__(self, backbone: Backbone, positions: Tensor) -> None:
-        decoder: Any = backbone.decoder
-        if any(kind != "full_attention" for kind in getattr(decoder.config, "layer_types", None) or ()):
-            raise ValueError("decoders with sliding-window layers are not supported")
-        attention = bare(bare(decoder.layers[0]).self_attn)
-        kv = decoder.config.num_key_value_heads
-        heads = Heads(kv, attention.num_key_value_groups, attention.head_dim, attention.scaling)
-        modules = [_modules(layer) for layer in decoder.layers]
-        self._norm = Norm(decoder.norm)
-        self._like = torch.empty(0, dtype=backbone.dtype, device=backbone.device)
-        cos, sin = (x[0] for x in decoder.rotary_emb(self._like.new_zeros(1, 1, 1), positions))
-        self._layers = cpp_layers(modules, heads, cos, sin) or TorchLayers(modules, heads, cos, sin)
+    def __init__(self, heads: Heads, cos: Tensor, sin: Tensor) -> None:
+        self.heads = heads
+        self._cos = cos
+        first, second = sin.chunk(2, -1)
+        self._signed_sin = torch.cat((-first, second), -1)
+        self._masks: dict[tuple[int, int], Tensor] = {}
 
-    def cache(self, batch: int, capacity: int, prefix: KeyValueCache | None = None) -> KeyValueCache:
-        """A cache for `batch` rows of `capacity` positions that begins with `prefix`, a cache of one row."""
-        length = 0 if prefix is None else prefix.length
-        shared = [None] * len(self._layers) if prefix is None else prefix.layers
-        layers = [self._layers.hold(batch, capacity, self._like, held, length) for held in shared]
-        return KeyValueCache(layers, length)
+    def __call__(self, qkv: Tensor, cache: LayerCache, past: int, skip: int) -> Tensor:
+        """Attention outputs [B, n - skip, kv * groups * dim] of the positions from `skip` on.
+
+        Args:
+            qkv: [B, n, (groups + 2) * kv * dim], the projections of n new positions. Their keys and values
+                are written to `cache`.
+            past: positions in the cache, which the new ones follow.
+            skip: leading new positions whose output is not needed.
+        """
+        batch, count, _ = qkv.shape
+        kv, groups, dim, scale = self.heads
+        queries, end = self.heads.queries, past + count
+        heads = qkv.view(batch, count, -1, dim).transpose(1, 2)
+        rotated = self._rotate(heads[:, : queries + kv], past, end)
+        cache.keys[:, :, past:end] = rotated[:, queries:]
+        cache.values[:, :, past:end] = heads[:, queries + kv :]
+        # Query heads that share keys become further queries of one head, so that keys need not be repeated.
+        count -= skip
+        q = rotated[:, :queries, skip:].reshape(batch, kv, groups * count, dim)
+        keys, values = cache.keys[:, :, :end], cache.values[:, :, :end]
+        mask = self._mask(count, end - count, qkv)
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
+        return out.view(batch, queries, count, -1).transpose(1, 2).reshape(batch, count, -1)
+
+    def _rotate(self, x: Tensor, begin: int, end: int) -> Tensor:
+        """Rotary positions of [B, heads, n, dim]: the halves of a head change places, one with a minus."""
+        cos, sin = self._cos[begin:end], self._signed_sin[begin:end]
+        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+    def _mask(self, queries: int, before: int, like: Tensor) -> Tensor | None:
+        """[1, 1, groups * queries, before + queries], added to the scores; None if all may be seen."""
+        if queries == 1:
+            return None
+        key = queries, before
+        if key not in self._masks:
+            lowest = torch.finfo(like.dtype).min
+            mask = like.new_full((queries, before + queries), lowest).triu_(before + 1)
+            self._masks[key] = mask.repeat(self.heads.groups, 1)[None, None]
+        return self._masks[key]
+
+
+# ---- layer ----
+
+
+class Layer:
+    """A layer with the present weights of a module of transformers.
+
+    Raises:
+        ValueError: an adapter replaces the whole layer, its attention or its MLP.
+    """
+
+    def __init__(self, module: Any) -> None:
+        module = bare(module)
+        attention, mlp = bare(module.self_attn), bare(module.mlp)
+        for part in (module, attention, mlp):
+            if wrapped(part):
+                raise ValueError(f"an adapter replaces a whole {type(part).__name__}, which cannot be served")
+        self._input_norm, self._mlp_norm = Norm(module.input_layernorm), Norm(module.post_attention_layernorm)
+        self._qkv = Projection(attention.q_proj, attention.k_proj, attention.v_proj)
+        self._out = Projection(attention.o_proj)
+        self._gate_up, self._down = Projection(mlp.gate_proj, mlp.up_proj), Projection(mlp.down_proj)
+        self._activation = mlp.act_fn
+        norms = ("q_norm", "k_norm") if hasattr(attention, "q_norm") else ()
+        self._head_norms = [Norm(getattr(attention, name)) for name in norms]
+        """Of queries and keys (Qwen3), or none."""
+
+    def __call__(self, x: Tensor, attention: Attention, cache: LayerCache, past: int, skip: int) -> Tensor:
+        """Contiguous `x` [B, n, D], which may be overwritten -> [B, n - skip, D]. See `Attention`."""
+        qkv = self._qkv(self._input_norm(x))
+        if self._head_norms:
+            kv, _, dim, _ = heads = attention.heads
+            parts = qkv.unflatten(-1, (-1, dim)).split((heads.queries, kv, kv), 2)
+            for norm, part in zip(self._head_norms, parts, strict=False):
+                part.copy_(norm(part))
+        attended = attention(qkv, cache, past, skip)
+        x = x[:, skip:].contiguous()
+        self._out.add_to(x, attended)
+        gate, up = self._gate_up(self._mlp_norm(x)).chunk(2, -1)
+        self._down.add_to(x, self._activation(gate) * up)
+        return x
+
+
+# ---- decoder ----
+
+
+class TransformerWeights:
+    """The present weights of a backbone's language model, for prompts of any layout.
+
+    Merged weights are a second copy of the model's: 5.5 GB for Qwen2.5-VL-3B in bfloat16.
+
+    Raises:
+        ValueError: the model has layers that are not supported.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        model: Any = backbone.decoder
+        if any(kind != "full_attention" for kind in getattr(model.config, "layer_types", None) or ()):
+            raise ValueError("decoders with sliding-window layers are not supported")
+        attention = bare(bare(model.layers[0]).self_attn)
+        kv, groups = model.config.num_key_value_heads, attention.num_key_value_groups
+        self.heads = Heads(kv, groups, attention.head_dim, attention.scaling)
+        self.layers = [Layer(layer) for layer in model.layers]
+        self.norm = Norm(model.norm)
+        self.rotary = model.rotary_emb
+        """Position ids [..., 1, T] -> cosines and sines, as transformers' module."""
+        self.like = torch.empty(0, dtype=backbone.dtype, device=backbone.device)
+        """An empty tensor with the dtype and device of the weights."""
+
+
+class Transformer:
+    """The language model for prompts of one layout.
+
+    Args:
+        positions: position ids [..., 1, T] of prompt and answer, the same in every row.
+    """
+
+    def __init__(self, weights: TransformerWeights, positions: Tensor) -> None:
+        self._weights = weights
+        cos, sin = (x[0] for x in weights.rotary(weights.like.new_zeros(1, 1, 1), positions))
+        self._attention = Attention(weights.heads, cos, sin)
+
+    def new_cache(self, batch: int, capacity: int, prefix: KeyValueCache | None = None) -> KeyValueCache:
+        """A cache of `batch` rows for `capacity` positions. The first ones are those of `prefix`, a cache
+        with one row."""
+        heads, like = self._weights.heads, self._weights.like
+        shape = (batch, heads.kv, capacity, heads.dim)
+        layers = [LayerCache(like.new_zeros(shape), like.new_zeros(shape)) for _ in self._weights.layers]
+        if prefix is None:
+            return KeyValueCache(layers, 0)
+        for own, shared in zip(layers, prefix.layers, strict=True):
+            own.keys[:, :, : prefix.length] = shared.keys[:, :, : prefix.length]
+            own.values[:, :, : prefix.length] = shared.values[:, :, : prefix.length]
+        return KeyValueCache(layers, prefix.length)
 
     def __call__(
         self,
@@ -69,34 +262,22 @@ class ServingDecoder:
         image_at: Tensor | None = None,
         image: ImageFeatures | None = None,
     ) -> Tensor:
-        """The hidden state [B, D] after the last of embeddings `x` [B, n, D] behind what `cache` holds.
+        """Hidden states [B, D] at the last of n new positions, with embeddings `x` [B, n, D].
 
-        The cache grows by n. The last layer attends and computes for the last position only. Without an image
-        `x` is overwritten.
+        The new positions follow those in `cache`, which grows by n. The last layer computes its output for
+        the last position only. Without an image `x` is overwritten.
+
+        Args:
+            image_at: int64[m], the places among the n that are image tokens; with `image`.
         """
-        begin, count = cache.length, x.shape[1]
-        cache.length = begin + count
+        past, count = cache.length, x.shape[1]
+        cache.length = past + count
         if image_at is not None and image is not None:
             x = x.index_copy(1, image_at, image.tokens.to(x.dtype))
-        for i, held in enumerate(cache.layers):
-            first = count - 1 if i + 1 == len(self._layers) else 0
-            x = self._layers(i, x, held, begin, first)
+        layers = self._weights.layers
+        for i, layer in enumerate(layers):
+            skip = count - 1 if i + 1 == len(layers) else 0
+            x = layer(x, self._attention, cache.layers[i], past, skip)
             if image_at is not None and image is not None and i < len(image.deep):
                 x.index_add_(1, image_at, image.deep[i].to(x.dtype))
-        return self._norm(x[:, -1])
-
-
-def _modules(layer: Any) -> LayerModules:
-    layer = bare(layer)
-    attention, mlp = bare(layer.self_attn), bare(layer.mlp)
-    for part in (layer, attention, mlp):
-        if wrapped(part):
-            raise ValueError(f"an adapter replaces a whole {type(part).__name__}, which cannot be served")
-    return LayerModules(
-        input_norm=layer.input_layernorm,
-        qkv=(attention.q_proj, attention.k_proj, attention.v_proj),
-        out=attention.o_proj,
-        mlp_norm=layer.post_attention_layernorm,
-        mlp=mlp,
-        head_norms=(attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None,
-    )
+        return self._weights.norm(x[:, -1])

@@ -1,4 +1,4 @@
-"""The tuner's second copy of a model: its own trainable weights, the frozen ones shared."""
+"""Which weights are trained, and the tuner's own copy of them."""
 
 import copy
 from typing import Literal
@@ -16,9 +16,9 @@ def trainable(model: nn.Module) -> list[Tensor]:
 
 
 def add_lora(backbone: Backbone, rank: int, alpha: int, seed: int) -> None:
-    """Wraps the model with peft and fresh LoRA adapters, unless it came with an adapter.
+    """Adds fresh LoRA adapters to the model, unless it has an adapter already.
 
-    A fresh adapter changes nothing in the model's answers: its second factor is zero.
+    Fresh adapters do not change the answers: their second factor is zero.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -37,7 +37,7 @@ def add_lora(backbone: Backbone, rank: int, alpha: int, seed: int) -> None:
 
 
 def make_replica(backbone: Backbone, mode: Literal["lora", "full"]) -> Backbone:
-    """A backbone that computes the same with trainable weights of its own; frozen weights are shared."""
+    """A backbone that computes the same. It has its own trainable weights and shares the frozen ones."""
     if mode == "full":
         backbone.model.requires_grad_(True)
     frozen = (p for p in backbone.model.parameters() if not p.requires_grad)
@@ -45,7 +45,12 @@ def make_replica(backbone: Backbone, mode: Literal["lora", "full"]) -> Backbone:
     return type(backbone)(copy.deepcopy(backbone.model, shared), backbone.processor)
 
 
+def snapshot(weights: list[Tensor]) -> list[Tensor]:
+    """Copies of the present values."""
+    return [w.detach().clone() for w in weights]
+
+
 @torch.no_grad()
-def copy_weights(source: nn.Module, target: nn.Module) -> None:
-    """Copies the trainable weights of one replica into another, in place."""
-    torch._foreach_copy_(trainable(target), trainable(source))
+def assign(weights: list[Tensor], values: list[Tensor]) -> None:
+    """Copies `values` into `weights`, in place."""
+    torch._foreach_copy_(weights, values)

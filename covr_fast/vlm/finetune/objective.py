@@ -11,24 +11,23 @@ from torch import Tensor
 from covr_fast import ops
 
 from ..answer.grammar import ActionGrammar
-from ..decode.decoder import Layout, record_prefix
+from ..decode.decoder import Layout
 from ..model.backbones import Backbone, ImageFeatures
-from ..model.cache import TrainingCache
-from ..model.rows import arrange
+from ..model.rows import Prefix, RecordingCache, TrainingCache, arrange
 
 IGNORE = -100
 
 
 @dataclass(frozen=True)
 class Samples:
-    """The kept samples of a round, tokenised. `N` rows; labels and weights stay on the host."""
+    """The `N` samples of a round, tokenised. Labels and weights stay on the host."""
 
     frames: Tensor
     """uint8[N, 3, H, W]."""
     answers: Tensor
     """int64[N, L]: the answer to each frame, padded."""
     labels: Tensor
-    """int64[N, L]: the same with -100 where padded. The prompt has no labels: only answers are learned."""
+    """int64[N, L]: the same with -100 where padded. Only answers are learned: the prompt has no labels."""
     weights: Tensor
     """float32[N]: RALW weights, in [0, 1]."""
 
@@ -41,7 +40,7 @@ class Samples:
         return cls(frames, answers, answers.masked_fill(padding, IGNORE), weights)
 
     def lengths(self, rows: Tensor) -> Tensor:
-        """Tokens int64[M] of the answers of `rows` int64[M]."""
+        """Tokens in each answer, int64[M], for `rows` int64[M]."""
         return (self.labels[rows] != IGNORE).sum(1)
 
     def valid_tokens(self, rows: Tensor) -> int:
@@ -49,18 +48,29 @@ class Samples:
         return int(self.lengths(rows).sum())
 
     def micro_batches(self, rows: Tensor, size: int) -> Iterator[Tensor]:
-        """The rows with a non-zero weight in pieces of at most `size`: the others need no forward at all."""
+        """The rows with a non-zero weight, in parts of at most `size`. The other rows need no forward."""
         rows = rows[self.weights[rows] > 0]
         if len(rows):
             yield from rows.split(size)
 
 
+def record_prefix(backbone: Backbone, layout: Layout) -> Prefix | None:
+    """Keys and values of the prompt's text prefix; None if the image comes first. Differentiable."""
+    length = len(layout.prefix)
+    if length == 0:
+        return None
+    cache = RecordingCache()
+    rows = arrange(backbone.attention, torch.tensor([length]), length, 0, backbone.device)
+    backbone.hidden(backbone.embed(layout.prefix)[None], layout.span(0, length), rows, cache)
+    return cache.prefix
+
+
 class AnswerModel:
     """Hidden states at the positions that predict the answer, for a batch of frames.
 
-    The prompt's text prefix is run once per micro-batch and shared by its rows; with `checkpointing`, whose
-    recomputation cannot go through a cache, every row carries it. Answers of different lengths are packed if
-    the backbone's attention is of those that `packing.arrange` packs for.
+    The prompt's text prefix is computed once per micro-batch and shared by its rows. Recomputation of
+    activations cannot go through a cache, so with `checkpointing` every row repeats the prefix. Answers of
+    different lengths are packed where `arrange` packs for the backbone's attention.
     """
 
     def __init__(self, backbone: Backbone, layout: Layout, *, checkpointing: bool) -> None:
@@ -69,23 +79,27 @@ class AnswerModel:
         self.checkpointing = checkpointing
 
     def hidden(self, image: ImageFeatures, answers: Tensor, lengths: Tensor) -> Tensor:
-        """[B, L, D] for answers int64[B, L] of `lengths` int64[B] on the host: position t predicts token t.
+        """[B, L, D] for answers int64[B, L]: position t predicts token t.
 
-        Positions behind an answer's end mean nothing.
+        Positions after the end of an answer have no meaning.
+
+        Args:
+            lengths: int64[B] on the host, the tokens of each answer.
         """
         backbone, layout = self.backbone, self.layout
         count, length = answers.shape
         answers = answers.to(backbone.device, non_blocking=True)
         prompt = torch.cat((layout.prefix, layout.body)) if self.checkpointing else layout.body
-        held = layout.prompt_length - len(prompt)
+        prefix_length = layout.prompt_length - len(prompt)
         tokens = torch.cat((prompt.expand(count, -1), answers[:, :-1]), 1)
-        rows = arrange(backbone.attention, lengths + len(prompt) - 1, tokens.shape[1], held, backbone.device)
+        width = tokens.shape[1]
+        rows = arrange(backbone.attention, lengths + len(prompt) - 1, width, prefix_length, backbone.device)
         cache = None
         if not self.checkpointing:
-            cache = TrainingCache(record_prefix(backbone, layout) or backbone.empty_prefix(), rows)
+            cache = TrainingCache(record_prefix(backbone, layout), rows)
         hidden = backbone.hidden(
             backbone.embed(tokens),
-            layout.span(held, held + tokens.shape[1]),
+            layout.span(prefix_length, prefix_length + width),
             rows,
             cache,
             image_at=layout.image_at + (len(prompt) - len(layout.body)),
@@ -94,16 +108,21 @@ class AnswerModel:
         return hidden[:, -length:]
 
     def image(self, frames: Tensor) -> ImageFeatures:
+        """Image features of frames uint8[B, 3, H, W]."""
         backbone = self.backbone
         return backbone.image_features(backbone.pixels(frames), len(frames), self.layout.size)
 
 
 class RoundImages:
-    """Image features of a round's samples by row, computed when asked for or, `cached`, once for the round.
+    """Image features of a round's samples.
 
-    The cache holds the features of `rows`, those that the round looks at: n x D numbers each. Features that
-    depend on weights that are trained are not cached. `shift` is the largest random shift of `shifted`, in
-    pixels.
+    Args:
+        rows: the rows that the round looks at.
+        once: compute their features once, now, and keep them: n x D numbers for each row. Features that
+            depend on trained weights are not kept but computed at every call.
+        micro_batch: frames per forward.
+        shift: the largest random shift of `shifted`, in pixels.
+        generator: of the random shifts, on the CPU.
     """
 
     def __init__(
@@ -112,7 +131,7 @@ class RoundImages:
         samples: Samples,
         rows: Tensor,
         *,
-        cached: bool,
+        once: bool,
         micro_batch: int,
         shift: int,
         generator: torch.Generator,
@@ -121,29 +140,30 @@ class RoundImages:
         self._samples = samples
         self._shift = shift
         self._generator = generator
-        self._cache: ImageFeatures | None = None
-        if cached:
+        self._kept: ImageFeatures | None = None
+        if once:
             self._place = torch.full((len(samples.weights),), -1, dtype=torch.int64)
             self._place[rows] = torch.arange(len(rows))
-            self._cache = self._computed(rows.split(micro_batch))
+            self._kept = self._frozen_features(rows.split(micro_batch))
 
-    def _computed(self, rows: Sequence[Tensor]) -> ImageFeatures | None:
-        """The features of all pieces of rows; None if they depend on weights that are trained."""
-        parts: list[ImageFeatures] = []
-        for piece in rows:
-            parts.append(self._model.image(self._samples.frames[piece]))
-            if parts[-1].requires_grad:
+    def _frozen_features(self, parts: Sequence[Tensor]) -> ImageFeatures | None:
+        """The features of all parts of the rows; None if they depend on trained weights."""
+        features: list[ImageFeatures] = []
+        for rows in parts:
+            features.append(self._model.image(self._samples.frames[rows]))
+            if features[-1].requires_grad:
                 return None
-        deep = zip(*(part.deep for part in parts), strict=True)
-        return ImageFeatures(torch.cat([part.tokens for part in parts]), tuple(map(torch.cat, deep)))
+        deep = zip(*(part.deep for part in features), strict=True)
+        return ImageFeatures(torch.cat([part.tokens for part in features]), tuple(map(torch.cat, deep)))
 
     def __call__(self, rows: Tensor) -> ImageFeatures:
-        if self._cache is None:
+        """The features of `rows` int64[M]."""
+        if self._kept is None:
             return self._model.image(self._samples.frames[rows])
-        return self._cache.rows(self._place[rows].to(self._cache.tokens.device))
+        return self._kept.rows(self._place[rows].to(self._kept.tokens.device))
 
     def shifted(self, rows: Tensor) -> ImageFeatures:
-        """The features of randomly shifted frames, for training; those of `self(rows)` without a shift."""
+        """The same for randomly shifted frames, for training."""
         if self._shift == 0:
             return self(rows)
         frames = self._samples.frames[rows]
@@ -161,7 +181,10 @@ def weighted_loss(
     valid: int,
     label_smoothing: float,
 ) -> Tensor:
-    """What `rows` add to Eq. 6 over a batch with `valid` label tokens (N_v). Differentiable scalar."""
+    """The part of `rows` int64[M] in Eq. 6 over a batch with `valid` label tokens (N_v).
+
+    A differentiable scalar. `image` are the features of the rows.
+    """
     labels, weights = samples.labels[rows], samples.weights[rows]
     hidden = model.hidden(image, samples.answers[rows], samples.lengths(rows))
     options: dict[str, Any] = {"label_smoothing": label_smoothing, "ignore_index": IGNORE}
@@ -170,7 +193,7 @@ def weighted_loss(
         loss = ops.return_weighted_linear_cross_entropy(hidden, head.weight, labels, weights, **options)
     else:
         loss = ops.return_weighted_cross_entropy(model.backbone.head(hidden), labels, weights, **options)
-    # The op divides by the label tokens it was given; Eq. 6 divides by all of the batch's.
+    # The op divides by the label tokens of these rows, Eq. 6 by those of the whole batch.
     return loss * (samples.valid_tokens(rows) / valid)
 
 
@@ -178,9 +201,10 @@ def weighted_loss(
 def mean_nll(
     model: AnswerModel, samples: Samples, rows: Tensor, images: RoundImages, micro_batch: int
 ) -> float:
-    """Mean of -log p over the answer tokens of `rows`, in nats per token; the held-out figure.
+    """Mean of -log p over the answer tokens of `rows` int64[M], in nats per token; NaN without rows.
 
-    Unlike Eq. 6 it weights all kept samples alike: a few outliers in return set the weights, and most are 0.
+    This is the held-out loss. Unlike Eq. 6 it weights all samples alike: return weights depend on a few
+    outliers, and most of them are 0.
     """
     if len(rows) == 0:
         return float("nan")

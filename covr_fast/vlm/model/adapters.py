@@ -1,6 +1,6 @@
-"""peft's adapters: which ones the fast path and the tuner can run, and how it runs a layer that one wraps.
+"""peft's adapters: which of them are supported, and how a layer with an adapter is served.
 
-A layer is merged by peft's own merge, or called as the module it is, or its model is refused. Types decide.
+Such a layer is merged by peft, or called as the module that it is. Models with other adapters are refused.
 """
 
 import copy
@@ -19,12 +19,12 @@ LAYERWISE = frozenset(
         *("FOURIERFT", "RANDLORA", "SHIRA", "MISS", "C3A", "ROAD", "TRAINABLE_TOKENS"),
     }
 )
-"""The adapter types that change what single layers compute, and nothing else: a layer's output depends on its
-input alone. Others prepend tokens or keys, wrap whole attention blocks, or are steered from outside."""
+"""The adapter types that change single layers and nothing else: a layer's output depends on its input only.
+Other types prepend tokens or keys, wrap whole attention blocks, or are controlled from outside the layer."""
 
 
 def check_adapter(config: Mapping[str, Any]) -> None:
-    """Raises ValueError unless the adapter of a peft configuration, as in its file, can be served."""
+    """Raises ValueError unless an adapter with this peft configuration is supported."""
     kind = config.get("peft_type")
     kind = str(getattr(kind, "value", kind))
     if kind not in LAYERWISE:
@@ -41,14 +41,14 @@ def check_adapter(config: Mapping[str, Any]) -> None:
 
 
 def check_adapter_directory(directory: Path) -> None:
-    """`check_adapter` for a directory that may hold an adapter."""
+    """`check_adapter` for a directory, which need not contain an adapter."""
     file = directory / ADAPTER_FILE
     if file.is_file():
         check_adapter(read_json(file, "put back a copy of it"))
 
 
 def check_adapters(model: Any) -> None:
-    """Raises ValueError unless all adapters of a model can be served."""
+    """Raises ValueError unless all adapters of a model are supported."""
     from peft import PeftModel
 
     if isinstance(model, PeftModel):
@@ -67,7 +67,7 @@ def check_adapters(model: Any) -> None:
 
 
 def _layers(model: Any) -> list[Any]:
-    """The layers of a model that adapters change."""
+    """The layers of a model that have adapters."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
@@ -79,14 +79,10 @@ def _is_dora_on_8bit_cpu(layer: Any) -> bool:
     return eight_bits_on_cpu and any(getattr(layer, "use_dora", {}).values())
 
 
-def disabled(model: Any) -> bool:
-    """Whether a model has adapters that are switched off."""
-    return any(layer.disable_adapters for layer in _layers(model))
-
-
 def check_savable(model: Any) -> None:
-    """Raises ValueError unless the adapters of a peft model, opened again, answer as they do now."""
-    if list(model.peft_config) != ["default"] or model.active_adapters != ["default"] or disabled(model):
+    """Raises ValueError unless the adapters of a peft model, opened again, give the same answers."""
+    status = model.get_model_status()
+    if (list(model.peft_config), model.active_adapters, status.enabled) != (["default"], ["default"], True):
         raise ValueError(
             "only one adapter, named 'default', active and enabled, can be saved: delete_adapter() the "
             "others, or merge them into the base"
@@ -94,35 +90,37 @@ def check_savable(model: Any) -> None:
 
 
 def check_tunable(model: Any) -> None:
-    """Raises ValueError unless the adapters that a model has, if any, can be trained."""
-    for config in getattr(model, "peft_config", {}).values():
+    """Raises ValueError unless the adapters of a model can be trained. A model without adapters passes."""
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        return
+    for config in model.peft_config.values():
         settings = config.to_dict()
         if settings["peft_type"] == "ADALORA":
             raise ValueError(
                 "AdaLoRA adapters are served but not tuned, because their training shifts ranks and has a "
                 "loss of its own: merge the adapter into its base, and tune that"
             )
-        if settings.get("ensure_weight_tying") and _both_ends_are_adapted(model):
+        if settings.get("ensure_weight_tying") and all(end in _layers(model) for end in _ends(model)):
             raise ValueError(
                 "an adapter that ties those of head and embeddings (ensure_weight_tying) is served but not "
                 "tuned, because peft's layers of it cannot be copied: take mode='full'"
             )
-    layers = _layers(model)
-    if any(layer.merged for layer in layers):
+    status = model.get_model_status()
+    if status.merged_adapters:
         raise ValueError("merged adapters cannot be tuned: call unmerge_adapter() of the peft model")
-    if disabled(model):
+    if status.enabled is not True:
         raise ValueError("disabled adapters cannot be tuned: call enable_adapter_layers() of the peft model")
-    if layers and not any(p.requires_grad for p in model.parameters()):
+    if status.trainable_params == 0:
         raise ValueError("all weights of the prior's adapter are frozen: unfreeze them, or set mode='full'")
 
 
-def _both_ends_are_adapted(model: Any) -> bool:
-    ends = model.get_input_embeddings(), model.get_output_embeddings()
-    return all(end in _layers(model) for end in ends)
-
-
 def check_foldable(model: Any) -> None:
-    """Raises ValueError unless a model's adapters, if any, can be folded into its weights."""
+    """Raises ValueError unless a model's adapters, if any, can be merged into its weights.
+
+    peft refuses these too, but only when it has merged some of the layers.
+    """
     for layer in _layers(model):
         biased = any(getattr(layer, "lora_bias", {}).values())
         if biased and getattr(layer.get_base_layer(), "bias", None) is None:
@@ -132,15 +130,33 @@ def check_foldable(model: Any) -> None:
             )
 
 
-def untie(model: Any) -> None:
-    """Gives the head of a transformers model its own weight, where an adapter changes the one it shares."""
-    ends = model.get_input_embeddings(), model.get_output_embeddings()
+def merge_for_good(model: Any) -> Any:
+    """The transformers model of a peft model, with enabled adapters merged into its weights."""
+    enabled = model.get_model_status().enabled is True
+    _untie(model.get_base_model())
+    return model.merge_and_unload() if enabled else model.unload()
+
+
+def _ends(model: Any) -> tuple[Any, Any]:
+    """The input embeddings and the output head."""
+    return model.get_input_embeddings(), model.get_output_embeddings()
+
+
+def _untie(model: Any) -> None:
+    """Gives the head its own weight where it shares that of the embeddings and one of them has an adapter.
+
+    Otherwise peft would change both by merging.
+    """
+    ends = _ends(model)
     embeddings, head = (end.get_base_layer() if end in _layers(model) else end for end in ends)
     if (embeddings, head) == ends or head.weight is not embeddings.weight:
         return
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = False
+
+
+# ---- single modules ----
 
 
 def wrapped(module: Any) -> bool:
@@ -152,7 +168,7 @@ def wrapped(module: Any) -> bool:
 
 
 def bare(module: Any) -> Any:
-    """The module that is in use, where peft trains a full copy of one (`modules_to_save`); else `module`."""
+    """The module that computes, where peft keeps a full copy of one (`modules_to_save`); else `module`."""
     from peft.utils import ModulesToSaveWrapper
 
     if type(module) is not ModulesToSaveWrapper:
@@ -163,48 +179,33 @@ def bare(module: Any) -> Any:
     return module.modules_to_save[active[0]]
 
 
-def hooked(module: nn.Module) -> bool:
-    """Whether calling a module may do other things than its type says."""
+def untouched(module: nn.Module) -> bool:
+    """Whether a module is called as its type says: no adapter, no hooks, no `forward` of the instance."""
+    return not wrapped(module) and not _hooked(module)
+
+
+def _hooked(module: nn.Module) -> bool:
     return bool("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
 
 
-def untouched(module: nn.Module) -> bool:
-    """Whether a module is neither adapted nor hooked."""
-    return not wrapped(module) and not hooked(module)
-
-
-def mergeable(module: Any) -> bool:
-    """Whether `linear_weights` can tell what this module computes."""
-    from peft.tuners.lora.layer import Linear
-    from peft.tuners.lora.variants import DoraLinearVariant
-
-    if type(module) is Linear and not hooked(module):
-        plain = all(type(variant) is DoraLinearVariant for variant in module.lora_variant.values())
-        return plain and _is_linear(module.base_layer)
-    return _is_linear(module)
-
-
-def _is_linear(module: Any) -> bool:
-    return type(module) is nn.Linear and untouched(module)
-
-
 def linear_weights(module: Any) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of a linear layer, LoRA merged in; None if it must be called as the module it is.
+    """Weight and bias of a linear layer, its LoRA adapters merged; None if the module must be called.
 
-    Merging is peft's, on a copy of the layer, and follows its state: active, disabled and merged adapters.
+    peft merges, on a copy of the layer and as its forward would: active and enabled adapters only.
     """
-    if not mergeable(module):
+    from peft.tuners.lora.layer import Linear
+
+    adapted = type(module) is Linear
+    base = module.base_layer if adapted else module
+    if type(base) is not nn.Linear or _hooked(base) or _hooked(module):
         return None
-    if type(module) is nn.Linear:
-        return module.weight.detach(), None if module.bias is None else module.bias.detach()
-    adapters = {id(p): p for name, p in module.named_parameters() if not name.startswith("base_layer.")}
-    merged = copy.deepcopy(module, adapters)
-    base = merged.base_layer
-    if base.bias is None and any(merged.lora_bias.values()):
-        base.bias = nn.Parameter(base.weight.new_zeros(base.weight.shape[0]), requires_grad=False)
-    if merged.disable_adapters:
-        if merged.merged:
-            merged.unmerge()
-    elif not merged.merged:
-        merged.merge()
+    if adapted:
+        module = copy.deepcopy(module)
+        base = module.base_layer
+        if base.bias is None and any(module.lora_bias.values()):  # peft merges into an existing bias only
+            base.bias = nn.Parameter(base.weight.new_zeros(len(base.weight)), requires_grad=False)
+        if module.disable_adapters and module.merged:
+            module.unmerge()
+        elif not module.disable_adapters and not module.merged:
+            module.merge()
     return base.weight.detach(), None if base.bias is None else base.bias.detach()

@@ -1,53 +1,54 @@
-"""Which attention implementation a model runs with, and variable-length attention on top of torch's SDPA."""
+"""Which attention implementation a model runs with, and attention within segments by torch's SDPA."""
 
-import importlib.util
 import logging
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import AttentionInterface
+from transformers.utils.import_utils import (
+    is_flash_attn_2_available,
+    is_flash_attn_3_available,
+    is_flash_attn_4_available,
+)
 
 log = logging.getLogger(__name__)
 
 CHOICES = ("auto", "flash_attention_4", "flash_attention_3", "flash_attention_2", "sdpa", "eager")
 SEGMENTED_SDPA = "covr_segmented_flash_sdpa"
-"""`segmented_sdpa` in transformers' registry. Vision towers give `cu_seqlens` to names that say "flash"."""
+"""`segmented_sdpa` in transformers' registry. Vision towers pass `cu_seqlens` to names that say "flash"."""
+
 
 _FLASH = {
-    # name: (module, lowest compute capability, what it needs)
-    "flash_attention_4": ("flash_attn.cute", (9, 0), "flash-attn-4 and a Hopper or newer GPU"),
-    "flash_attention_3": ("flash_attn_interface", (9, 0), "flash-attn 3 and a Hopper GPU"),
-    "flash_attention_2": ("flash_attn", (8, 0), "flash-attn and an Ampere or newer GPU"),
+    # name: (package, transformers' check for it, lowest compute capability of the GPU). transformers compares
+    # the capability only where the package is missing, and accepts any dtype.
+    "flash_attention_4": ("flash-attn-4", is_flash_attn_4_available, (9, 0)),
+    "flash_attention_3": ("flash-attn-3", is_flash_attn_3_available, (9, 0)),
+    "flash_attention_2": ("flash-attn", is_flash_attn_2_available, (8, 0)),
 }
 
 
 def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The attention implementation to load a model with, in transformers' naming.
+    """The attention implementation to load a model with, by transformers' name.
 
     "auto" takes the newest FlashAttention that is installed and fits the GPU and dtype, else torch's SDPA
-    (whose CUDA path is FlashAttention too). The choice and its reason are logged.
+    (which on CUDA uses FlashAttention too). The choice and the reasons are logged.
 
     Raises:
         ValueError: `requested` is unknown, or cannot run here; the message says what is missing.
     """
     if requested not in CHOICES:
         raise ValueError(f"attention={requested!r} is not one of {', '.join(CHOICES)}")
-    if requested in ("sdpa", "eager"):
-        log.info("attention: %s, as requested", requested)
-        return requested
-    if requested in _FLASH:
-        if (missing := _missing(requested, device, dtype)) is not None:
-            raise ValueError(f"attention={requested!r} cannot run here: {missing}; use attention='auto'")
-        log.info("attention: %s, as requested", requested)
-        return requested
     reasons = []
-    for name in _FLASH:
-        missing = _missing(name, device, dtype)
-        if missing is None:
+    for name in _FLASH if requested == "auto" else (requested,):
+        reason = _why_not(name, device, dtype)
+        if reason is None:
             log.info("attention: %s on %s", name, device)
             return name
-        reasons.append(f"{name}: {missing}")
+        reasons.append(f"{name}: {reason}")
+    if requested != "auto":
+        raise ValueError(f"attention={requested!r} cannot run here: {reason}; use attention='auto'")
     log.info("attention: sdpa (%s)", "; ".join(reasons))
     return "sdpa"
 
@@ -57,29 +58,27 @@ def is_flash(attention: str) -> bool:
     return attention in _FLASH
 
 
-def causal_mask(queries: int, held: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[1, 1, queries, held + queries], added to attention scores: 0 where a query may look (what is held, the
-    earlier queries, itself), the lowest number elsewhere."""
-    lowest = torch.finfo(dtype).min
-    return torch.full((queries, held + queries), lowest, dtype=dtype, device=device).triu_(held + 1)[
-        None, None
-    ]
-
-
-def _missing(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why this FlashAttention cannot run, or None."""
-    module, capability, needs = _FLASH[name]
+def _why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this implementation cannot run, or None. SDPA and eager attention always can."""
+    if name not in _FLASH:
+        return None
+    package, installed, capability = _FLASH[name]
     if device.type != "cuda":
         return f"the device is {device.type}, not cuda"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"the dtype is {dtype}, not float16 or bfloat16"
     if torch.cuda.get_device_capability(device) < capability:
         return f"the GPU is older than compute capability {capability[0]}.{capability[1]}"
-    try:
-        found = importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        found = False
-    return None if found else f"{module} is not importable (needs {needs})"
+    return None if installed() else f"{package} is not installed"
+
+
+def causal_mask(queries: int, past: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[1, 1, queries, past + queries], added to attention scores: 0 where a query may look (the `past` keys,
+    the earlier queries' keys and its own), the lowest number elsewhere."""
+    lowest = torch.finfo(dtype).min
+    return torch.full((queries, past + queries), lowest, dtype=dtype, device=device).triu_(past + 1)[
+        None, None
+    ]
 
 
 def segmented_sdpa(
@@ -95,10 +94,10 @@ def segmented_sdpa(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Bidirectional attention within each of the segments that lie one after the other in a single row.
+    """Bidirectional attention within each segment of a single row. Segments follow each other.
 
-    Equal segments, which images of one size give, become the batch of one SDPA call; unequal ones are padded
-    to `max_length_q`. Neither looks at the values of `cu_seq_lens_q`, so nothing waits for the device.
+    Equal segments (images of one size give these) become the batch of one SDPA call. Unequal ones are padded
+    to `max_length_q`. The host never reads `cu_seq_lens_q`, so it does not wait for the device.
 
     Args:
         query, key, value: [1, heads, S, head_dim].
@@ -128,9 +127,4 @@ def segmented_sdpa(
     return out[segment, :, token - start[segment, 0]][None], None
 
 
-def register_segmented_sdpa() -> str:
-    """Makes `segmented_sdpa` selectable as a model's attention implementation; returns its name."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(SEGMENTED_SDPA, segmented_sdpa)
-    return SEGMENTED_SDPA
+AttentionInterface.register(SEGMENTED_SDPA, segmented_sdpa)

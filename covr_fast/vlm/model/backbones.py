@@ -1,8 +1,8 @@
-"""The few things that differ between VLM architectures, behind one interface.
+"""One interface for the VLM architectures.
 
-A `Backbone` is a loaded model with its processor. The decode loop and the tuner use it as: text tokens to
-embeddings, frames to image features, embeddings plus a cache to hidden states, and a head. Everything is
-reached through transformers' auto classes; a subclass holds what is particular to a family.
+A `Backbone` is a loaded model with its processor. The decoder and the tuner need four things of it: text
+tokens to embeddings, frames to image features, embeddings and a KV cache to hidden states, and a head. The
+base class uses what all VLMs of transformers have; the subclass of a family changes what differs there.
 """
 
 from collections.abc import Mapping
@@ -18,16 +18,15 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from ..mode import own_mode
-from .adapters import bare, check_adapters, check_savable, disabled, untie, untouched
-from .attention import register_segmented_sdpa
-from .cache import Prefix
+from .adapters import bare, check_adapters, check_savable, merge_for_good, untouched
+from .attention import SEGMENTED_SDPA
 from .patches import PatchPixels
 from .rows import Padded
 
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What the vision tower hands to the language model."""
+    """The output of the vision tower, for the language model."""
 
     tokens: Tensor
     """[B, n, D]: the embeddings of each frame's n image tokens."""
@@ -39,18 +38,19 @@ class ImageFeatures:
         return any(x.requires_grad for x in (self.tokens, *self.deep))
 
     def rows(self, index: Tensor | slice) -> "ImageFeatures":
+        """Those of some of the frames."""
         return ImageFeatures(self.tokens[index], tuple(x[index] for x in self.deep))
 
 
 class Backbone:
-    """A VLM whose positions simply count up, such as LLaVA-1.5.
+    """A VLM whose position ids count up by one, such as LLaVA-1.5.
 
     Args:
         model: transformers' `...ForConditionalGeneration`, or a peft model around one.
         processor: its processor.
 
     Raises:
-        ValueError: the model has an adapter that is not supported, or the processor no image token.
+        ValueError: the model has an adapter that is not supported, or the processor has no image token.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ("llava",)
@@ -63,20 +63,12 @@ class Backbone:
         self.model = model
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.image_token_id = self._find_image_token()
         self.adapter_has_embeddings = False
-        """Whether the adapter was saved with embeddings of its own, which replace those of the base."""
-
-    def _find_image_token(self) -> int:
-        config = self.base.config
-        token = getattr(config, "image_token_id", None)
-        if token is None:
-            token = getattr(config, "image_token_index", None)
-        if token is None or getattr(self.processor, "image_token", None) is None:
-            raise ValueError(
-                f"{type(self.processor).__name__} has no image token, so no frame can be shown to it"
-            )
-        return int(token)
+        """Whether the adapter was saved together with embeddings, which replace those of the base."""
+        token = getattr(self.base.config, "image_token_id", None)
+        if token is None or getattr(processor, "image_token", None) is None:
+            raise ValueError(f"{type(processor).__name__} has no image token, so no frame can be shown to it")
+        self.image_token_id = int(token)
 
     @property
     def model(self) -> Any:
@@ -85,7 +77,7 @@ class Backbone:
     @model.setter
     def model(self, model: Any) -> None:
         check_adapters(model)
-        self._model = model.eval()  # what peft adds comes in training mode
+        self._model = model.eval()  # peft's layers start in training mode
 
     @property
     def adapted(self) -> bool:
@@ -101,19 +93,17 @@ class Backbone:
 
     @property
     def source(self) -> str:
-        """Where the weights without an adapter came from: "nano", an absolute directory or a hub id."""
+        """Where the weights without an adapter come from: "nano", an absolute directory or a hub id."""
         return str(self.base.config.name_or_path)
 
     @property
     def quantized(self) -> bool:
-        """Whether weights are held in fewer bits than they compute in: only adapters can be trained then."""
+        """Whether weights are stored in 8 or 4 bits: then only adapters can be trained."""
         return getattr(self.base, "hf_quantizer", None) is not None
 
     def merged(self) -> "Backbone":
-        """The same with an adapter folded into the weights, for good: this backbone's model is used up."""
-        untie(self.base)
-        model = self.model.unload() if disabled(self.model) else self.model.merge_and_unload()
-        return type(self)(model, self.processor)
+        """A backbone with the adapter merged into the weights. It takes over this one's model."""
+        return type(self)(merge_for_good(self.model), self.processor)
 
     @property
     def decoder(self) -> Any:
@@ -122,19 +112,19 @@ class Backbone:
 
     @property
     def head(self) -> Any:
-        """The module that makes logits of hidden states."""
+        """The module that computes logits from hidden states."""
         return bare(self.base.get_output_embeddings())
 
     @property
     def plain_head(self) -> nn.Linear | None:
-        """The head, if its logits are products with the rows of a matrix and nothing else."""
+        """The head, if it is a product with a matrix and nothing else; else None."""
         head = self.head
         return head if type(head) is nn.Linear and head.bias is None and untouched(head) else None
 
     @property
     def attention(self) -> str:
         """The attention implementation of the language model, by its name in transformers' registry."""
-        return self.decoder.config._attn_implementation
+        return str(self.decoder.config._attn_implementation)
 
     @attention.setter
     def attention(self, name: str) -> None:
@@ -142,47 +132,49 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        return self.decoder.device
+        return torch.device(self.decoder.device)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.decoder.dtype
+        dtype: torch.dtype = self.decoder.dtype
+        return dtype
 
     def embed(self, tokens: Tensor) -> Tensor:
         """int64[...] -> [..., D]."""
-        return self.base.get_input_embeddings()(tokens)
+        embeddings: Tensor = self.base.get_input_embeddings()(tokens)
+        return embeddings
 
     def save(self, directory: Path) -> None:
         """Writes weights (or the adapter) and the processor into an empty directory."""
         if self.adapted:
             check_savable(self.model)
-            # peft's default would look the base up on the hub.
+            # peft's default setting would look for the base on the hub.
             self.model.save_pretrained(directory, save_embedding_layers=self.adapter_has_embeddings)
-            (directory / "README.md").unlink(missing_ok=True)  # a form for the model's author to fill in
+            (directory / "README.md").unlink(missing_ok=True)  # peft's empty form of a model card
         else:
-            # transformers cannot undo what it did to weights that were quantized in the checkpoint.
+            # transformers cannot convert weights back that were quantized in the checkpoint.
             self.model.save_pretrained(directory, save_original_format=not self.quantized)
         self.processor.save_pretrained(directory)
-        # It is in the processor's file, too; other tools look for it here, and for their video half.
+        # The processor's file has these settings too, but other tools look for them in a file of their own.
         self.processor.image_processor.save_pretrained(directory)
 
-    # ------------------------------------------------------------------ the prompt
+    # ---- the prompt ----
 
     def render(self, prompt: str) -> str:
         """The conversation up to the answer. The task comes before the image, so that all frames share it.
 
         Raises:
-            ValueError: the prompt holds a token that conversations are made of, or the template has no image.
+            ValueError: the prompt contains a special token of conversations, or the template has no image.
         """
-        if (token := self._structure_in(prompt)) is not None:
+        if (token := self._special_token_in(prompt)) is not None:
             raise ValueError(
                 f"the prompt holds {token!r}, which marks images or turns in this model's conversations; it "
                 "is put there for you: describe the task in words only"
             )
         content = [{"type": "text", "text": prompt}, {"type": "image"}]
         messages = [{"role": "user", "content": content}]
-        # By the tokenizer: some processors would ask their video half, which is not loaded, for settings.
-        text = self.tokenizer.apply_chat_template(
+        # By the tokenizer: some processors would read settings of their video half, which is not loaded.
+        text: str = self.tokenizer.apply_chat_template(
             messages,
             chat_template=getattr(self.processor, "chat_template", None),
             tokenize=False,
@@ -194,57 +186,49 @@ class Backbone:
             )
         return text
 
-    def _structure_in(self, prompt: str) -> str | None:
-        """A token in the prompt that this model's conversations are made of, such as an image's place."""
-        for name in ("image_token", "video_token"):
-            token = getattr(self.processor, name, None)
-            if token and token in prompt:
-                return token
+    def _special_token_in(self, prompt: str) -> str | None:
+        """The first token of the prompt that marks an image, a turn or the like."""
         tokenizer, config = self.tokenizer, self.base.config
-        special = set(tokenizer.all_special_ids)
-        special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        special |= {getattr(config, f"{kind}_token_id", None) for kind in ("vision_start", "vision_end")}
-        special.discard(tokenizer.unk_token_id)  # stands for characters that the tokenizer does not know
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        special.update(tokenizer.all_special_ids)
+        for kind in ("image", "video", "vision_start", "vision_end"):
+            special.add(getattr(config, f"{kind}_token_id", None))
+        special.discard(tokenizer.unk_token_id)  # any character that the tokenizer does not know
         found = [i for i in tokenizer(prompt, add_special_tokens=False)["input_ids"] if i in special]
-        return tokenizer.convert_ids_to_tokens(found[0]) if found else None
+        return str(tokenizer.convert_ids_to_tokens(found[0])) if found else None
 
     def answer_context(self, text: str) -> str:
-        """What an answer's tokens may depend on: the part of the rendered prompt that follows the image."""
-        return text.rpartition(self.processor.image_token)[2]
+        """The part of the rendered prompt after the image. The tokens of an answer may depend on it."""
+        return text.rpartition(str(self.processor.image_token))[2]
 
     def process(self, text: str, images: list[Any]) -> Mapping[str, Tensor]:
-        """The processor's own inputs for `model.generate`, one image and the same text per row."""
-        return self.processor(text=[text] * len(images), images=images, return_tensors="pt")
+        """The processor's inputs for `model.generate`: one image and the same text per row."""
+        nested = [[image] for image in images]  # a list of images per text
+        inputs: Mapping[str, Tensor] = self.processor(
+            text=[text] * len(images), images=nested, return_tensors="pt"
+        )
+        return inputs
 
     def positions(self, inputs: Mapping[str, Tensor], extra: int) -> Tensor:
         """Position ids [..., 1, S + extra] of one processed row followed by `extra` text tokens."""
         return torch.arange(inputs["input_ids"].shape[1] + extra)[None]
 
-    # ------------------------------------------------------------------ the image
+    # ---- the image ----
 
     def pixels(self, images: Tensor) -> Tensor:
-        """uint8[B, 3, H, W] -> what `image_features` takes, its leading dimension a multiple of B."""
-        arrays = list(images.permute(0, 2, 3, 1).cpu().numpy())
-        return self.processor.image_processor(images=arrays, return_tensors="pt")["pixel_values"].to(
-            self.device
-        )
+        """uint8[B, 3, H, W] -> the input of `image_features`; its leading dimension is a multiple of B."""
+        nested = [[image] for image in images.permute(0, 2, 3, 1).cpu().numpy()]
+        pixels: Tensor = self.processor.image_processor(images=nested, return_tensors="pt")["pixel_values"]
+        return pixels.to(self.device)
 
     def image_features(self, pixels: Tensor, batch: int, size: tuple[int, int]) -> ImageFeatures:
-        """Image tokens of `batch` frames of `size` (height, width) from `pixels`."""
+        """Features of `batch` frames of `size` (height, width) from their `pixels`."""
         features = self.base.get_image_features(pixel_values=pixels.to(self.dtype)).pooler_output
         if not isinstance(features, Tensor):
             features = torch.cat(tuple(features))
         return ImageFeatures(features.reshape(batch, -1, features.shape[-1]))
 
-    # ------------------------------------------------------------------ the language model
-
-    def empty_prefix(self) -> Prefix:
-        """The keys and values of no tokens, for prompts that begin with the image."""
-        config = self.decoder.config
-        heads = config.num_key_value_heads
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        empty = torch.empty(1, heads, 0, dim, dtype=self.dtype, device=self.device)
-        return [(empty, empty)] * config.num_hidden_layers
+    # ---- the language model ----
 
     def hidden(
         self,
@@ -256,12 +240,13 @@ class Backbone:
         image_at: Tensor | None = None,
         image: ImageFeatures | None = None,
     ) -> Tensor:
-        """Last hidden states [B, n, D] of padded `embeddings` [B, n, D] behind what `cache` holds.
+        """Last hidden states [B, n, D] of padded `embeddings` [B, n, D] that follow the tokens in `cache`.
 
         Args:
             positions: [..., 1, n], the same in every row.
-            rows: how the decoder takes them (`packing.arrange`), with the cache's prefix held.
-            image_at: int64[m], the places among the n that are image tokens; with `image`.
+            rows: how the decoder takes the rows: from `rows.arrange`, with the prefix length of the cache.
+            cache: a KV cache; None for rows without a prefix.
+            image_at: int64[m], which of the n places are image tokens; with `image`.
         """
         if image_at is not None and image is not None:
             embeddings = embeddings.index_copy(1, image_at, image.tokens.to(embeddings.dtype))
@@ -278,7 +263,7 @@ class Backbone:
     def _image_arguments(
         self, embeddings: Tensor, rows: Padded, image_at: Tensor | None, image: ImageFeatures | None
     ) -> dict[str, Any]:
-        """What the decoder takes besides embeddings that hold the image."""
+        """The decoder's arguments for image features, besides the embeddings."""
         return {}
 
 
@@ -292,12 +277,12 @@ class QwenVL(Backbone):
         self.patches = PatchPixels(processor.image_processor)
         self._plans = lru_cache(maxsize=16)(self._make_plan)
         patch_embed = bare(self.tower.patch_embed)
-        # Bound to the module, so that a copy of it has its own.
+        # A method of this module, because a deep copy of the module then gets its own.
         patch_embed.forward = MethodType(_embed_patches, patch_embed)
         config = self.tower.config
         if config._attn_implementation == "sdpa":
-            # transformers would loop over the images; this is one call for all of them.
-            config._attn_implementation = register_segmented_sdpa()
+            # transformers' SDPA would loop over the images; this is one call for all of them.
+            config._attn_implementation = SEGMENTED_SDPA
 
     @property
     def tower(self) -> Any:
@@ -305,11 +290,11 @@ class QwenVL(Backbone):
 
     def positions(self, inputs: Mapping[str, Tensor], extra: int) -> Tensor:
         tokens, kinds = inputs["input_ids"], inputs["mm_token_type_ids"]
-        positions, _ = self.base.model.get_rope_index(
+        positions: Tensor = self.base.model.get_rope_index(
             torch.cat((tokens, tokens.new_zeros(1, extra)), 1),
             mm_token_type_ids=torch.cat((kinds, kinds.new_zeros(1, extra)), 1),
             image_grid_thw=inputs["image_grid_thw"],
-        )
+        )[0]
         return positions
 
     def pixels(self, images: Tensor) -> Tensor:
@@ -325,7 +310,7 @@ class QwenVL(Backbone):
         return ImageFeatures(tokens, tuple(deep))
 
     def plan(self, batch: int, size: tuple[int, int]) -> tuple[Tensor, dict[str, Any]]:
-        """The tower's index tensors: they depend only on batch and size, and are made on the host, once."""
+        """The tower's index tensors. They depend on batch and size only; the host computes them once."""
         with own_mode(self.device):
             return self._plans(batch, size)
 
@@ -352,16 +337,17 @@ class QwenVL(Backbone):
 
 
 def _embed_patches(patch_embed: Any, patches: Tensor) -> Tensor:
-    """A patch embedding, whose convolution has a stride of its kernel's size, as the product it is."""
+    """A patch embedding as one product, which equals its convolution: the stride is the kernel's size."""
     projection = bare(patch_embed.proj)
     if type(projection) is not nn.Conv3d or not untouched(projection):
-        return type(patch_embed).forward(patch_embed, patches)
+        embedded: Tensor = type(patch_embed).forward(patch_embed, patches)
+        return embedded
     weight = projection.weight
     return F.linear(patches.to(weight.dtype), weight.flatten(1), projection.bias)
 
 
 class Qwen3VL(QwenVL):
-    """Qwen3-VL: learned positions in the vision tower, and image features that enter early decoder layers."""
+    """Qwen3-VL: learned positions in the vision tower, and image features that early decoder layers add."""
 
     model_types: ClassVar[tuple[str, ...]] = ("qwen3_vl",)
 
@@ -394,7 +380,7 @@ class Qwen3VL(QwenVL):
 
 
 class SmolVLM(Backbone):
-    """SmolVLM2. A frame is shown as one image: cutting small frames into tiles would only add tokens."""
+    """SmolVLM2. A frame is one image: tiles of small frames would only add tokens."""
 
     model_types: ClassVar[tuple[str, ...]] = ("smolvlm",)
 
@@ -402,23 +388,15 @@ class SmolVLM(Backbone):
         super().__init__(model, processor)
         processor.image_processor.do_image_splitting = False
 
-    def process(self, text: str, images: list[Any]) -> Mapping[str, Tensor]:
-        return super().process(text, [[image] for image in images])
-
-    def pixels(self, images: Tensor) -> Tensor:
-        arrays = [[image] for image in images.permute(0, 2, 3, 1).cpu().numpy()]
-        out = self.processor.image_processor(images=arrays, return_tensors="pt")
-        return out["pixel_values"].to(self.device)
-
 
 BACKBONES: tuple[type[Backbone], ...] = (QwenVL, Qwen3VL, SmolVLM, Backbone)
 
 
 def backbone_class(model_type: str) -> type[Backbone]:
-    """The adapter for a transformers `model_type`.
+    """The class for a transformers `model_type`.
 
     Raises:
-        ValueError: no adapter knows this architecture; the message lists those that exist.
+        ValueError: this architecture is not supported; the message lists those that are.
     """
     for cls in BACKBONES:
         if model_type in cls.model_types:

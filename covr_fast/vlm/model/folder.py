@@ -1,4 +1,4 @@
-"""The folder of a saved model: replaced whole, while what others keep in it stays."""
+"""The folder of a saved model: the model is replaced as a whole, other files in the folder stay."""
 
 import errno
 import json
@@ -22,22 +22,22 @@ _MODEL_FILES = (
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates"),
     *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
 )
-"""What transformers, peft and `ActionPrior.save_pretrained` write: stale once another model is saved."""
+"""The files that transformers, peft and `ActionPrior.save_pretrained` write. Another model replaces them."""
 
 
 @contextmanager
 def replaced_model(folder: Path) -> Iterator[Path]:
-    """A new folder to fill, which takes the place of `folder` when the block ends without an error.
+    """A new folder to write into. It replaces `folder` when the block ends without an error.
 
-    A model in `folder` goes, and files that belong to no model stay. Interrupted anywhere, either the old or
-    the new model is there, whole (the old one beside its place at worst, where `model_folder` finds it).
+    The model in `folder` is deleted; files that belong to no model stay. If the process ends at any moment,
+    either the old or the new model is there and complete (`model_folder` finds it).
 
     Raises:
-        FileExistsError: a file has the name of `folder`, or one that is no model's has the name of one that
-            is to be written. Nothing has changed then.
+        FileExistsError: `folder` is a file, or contains a file that belongs to no model but has the name of
+            a file of the new model. Nothing has changed then.
         OSError: the system cannot replace this folder.
     """
-    folder = Path(os.path.realpath(folder))  # a link to a folder stays one
+    folder = Path(os.path.realpath(folder))  # a link to a folder stays a link
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file: give the name of a folder")
     if same_folder(folder, Path()):
@@ -58,7 +58,7 @@ def replaced_model(folder: Path) -> Iterator[Path]:
             shutil.copymode(folder, new)
             try:
                 os.replace(folder, old)
-            except OSError as error:  # such as a mounted folder
+            except OSError as error:  # for example a mounted folder
                 raise _irreplaceable(folder, error) from error
         os.replace(new, folder)
     except BaseException:
@@ -69,7 +69,7 @@ def replaced_model(folder: Path) -> Iterator[Path]:
 
 
 def model_folder(model: str | Path) -> str | Path:
-    """`model` as it is, or where an interrupted `replaced_model` left the model that was in this folder."""
+    """`model`, or the folder to which an interrupted `replaced_model` has moved the model of this folder."""
     folder = Path(model)
     return model if folder.exists() or not _old(folder).is_dir() else _old(folder)
 
@@ -83,7 +83,7 @@ def _old(folder: Path) -> Path:
 
 
 def _settle(folder: Path) -> None:
-    """Ends what an interrupted `replaced_model` began: moves the old folder back, or the rest out of it."""
+    """Finishes an interrupted `replaced_model`: moves the old folder back, or other files out of it."""
     old = _old(folder)
     if not old.is_dir():
         return
@@ -98,7 +98,7 @@ def _settle(folder: Path) -> None:
 
 def _of_model(path: Path) -> bool:
     if path.name == "config.json":
-        return _names_architecture(path)  # others have a config.json, too
+        return _names_architecture(path)  # other programs have a config.json too
     return any(fnmatch(path.name, pattern) for pattern in _MODEL_FILES)
 
 

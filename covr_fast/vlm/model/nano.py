@@ -1,12 +1,13 @@
-"""`nano`: the Qwen2.5-VL architecture, small enough to run and learn on two CPU cores, knowing nothing.
+"""`nano`: the Qwen2.5-VL architecture, small enough to run and learn on two CPU cores.
 
-It is a randomly initialised checkpoint directory like any other (config, weights, tokenizer, chat template,
-image processor), so that what is tried with it goes through the code that a real model goes through. It has
-seen no text and no image: it serves to run the whole method anywhere, not to supply knowledge.
+It is an ordinary checkpoint directory (config, weights, tokenizer, chat template, image processor) with
+random weights, so it runs through the same code as a real model. It was trained on no text and no image: with
+it the whole method runs anywhere, but it has no knowledge to give.
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
 from ..answer.prompt import JOINER, OPENING, default_prompt
 
@@ -27,11 +28,11 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-# Pieces of the answer that a vocabulary learned from such text would hold as well: they make it short.
+# Parts of the answer that are one token each, as in a vocabulary learned from such text: answers stay short.
 ANSWER_TOKENS = (OPENING, JOINER, "0.", "1.", "-0.", "-1.")
 VOCAB_SIZE = 384
 
-# 28-pixel image tokens: an 84x84 frame is 3x3 of them, each seen by the vision tower as 2x2 patches.
+# An image token covers 28x28 pixels, 2x2 patches of the vision tower: an 84x84 frame has 3x3 tokens.
 PATCH_SIZE = 14
 MERGE_SIZE = 2
 VISION = {
@@ -55,7 +56,7 @@ TEXT = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]},
     "tie_word_embeddings": False,
 }
-# At these widths the usual 0.02 passes so little of the image on that learning starts slowly.
+# With the usual 0.02, layers this narrow pass on so little of the image that learning starts slowly.
 INITIALIZER_RANGE = 0.08
 
 
@@ -83,7 +84,7 @@ def write_nano(directory: str | Path, *, seed: int) -> None:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        # The seed gives other numbers in another dtype, so that of the process must not be taken.
+        # A seed gives other numbers in another dtype, so the process's default dtype must not be used.
         model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=torch.float32)
     model.generation_config = GenerationConfig(**ends)
     model.save_pretrained(directory)
@@ -113,15 +114,16 @@ def is_nano(model: str | Path) -> bool:
     return all(text.get(name) == shape[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers"))
 
 
-def _json(file: Path) -> dict:
-    """Empty where there is no such file, or a damaged one: whoever loads the model says so."""
+def _json(file: Path) -> dict[str, Any]:
+    """The content of a file; empty if it is missing or damaged. Loading the model reports that."""
     try:
-        return json.loads(file.read_text())
+        content: dict[str, Any] = json.loads(file.read_text())
     except (OSError, ValueError):
         return {}
+    return content
 
 
-def build_tokenizer():
+def build_tokenizer() -> Any:
     """A byte-level BPE tokenizer with merges learned from the default prompts: it can write any text."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

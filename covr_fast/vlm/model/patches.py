@@ -1,7 +1,7 @@
-"""Frames to the patches of the Qwen-VL family, batched on the frames' device.
+"""Frames to the patches of the Qwen-VL family, as a batch on the frames' device.
 
-Transformers' image processors take one image at a time through PIL or, with torchvision, a list of them. All
-frames of a call have one size here, so the same steps are four tensor operations.
+transformers' image processors convert one image at a time with PIL. Here all frames of a call have one size,
+so the same steps are four tensor operations for all of them.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ _BICUBIC = 3
 
 
 class PatchPixels:
-    """Does what transformers' `Qwen2VLImageProcessor` does with its settings, for a batch of equal frames.
+    """The same as transformers' `Qwen2VLImageProcessor` with its settings, for frames of one size.
 
     Raises:
         ValueError: the processor resizes with something other than bicubic interpolation.
@@ -30,48 +30,43 @@ class PatchPixels:
         self.merge = image_processor.merge_size
         self.frames = image_processor.temporal_patch_size
         mean, std = (
-            torch.tensor(values, dtype=torch.float32, device="cpu")
+            torch.tensor(values, dtype=torch.float32, device="cpu").view(1, -1, 1, 1, 1)
             for values in (image_processor.image_mean, image_processor.image_std)
         )
-        self.scale, self.offset = 1 / (255 * std), mean / std
-        """float32[3]: a byte of a channel is seen as byte * scale - offset."""
-        self._scales: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._scales = {mean.device: (1 / (255 * std), mean / std)}
+        """Per device float32[1, 3, 1, 1, 1] each: the model's input for a byte is byte * scale - offset."""
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """The size that the model sees, a multiple of `patch * merge` within the processor's pixel limits."""
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
         size = self._processor.size
-        return smart_resize(
+        rows, columns = smart_resize(
             height,
             width,
             factor=self.patch * self.merge,
             min_pixels=size["shortest_edge"],
             max_pixels=size["longest_edge"],
         )
+        return rows, columns
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Patches in height and width."""
         height, width = self.resized(height, width)
         return height // self.patch, width // self.patch
 
-    def resize(self, images: Tensor) -> Tensor:
-        """uint8[B, 3, H, W] -> the same frames in the size that the model sees."""
-        height, width = images.shape[2:]
-        size = self.resized(height, width)
-        if size == (height, width):
-            return images
-        return _resize(_resize(images, (height, size[1])), size)
-
     def __call__(self, images: Tensor) -> Tensor:
         """uint8[B, 3, H, W] -> float32[B * patches, 3 * frames * patch * patch]."""
-        images = self.resize(images)
         batch, channels, height, width = images.shape
+        size = self.resized(height, width)
+        if size != (height, width):
+            images = _resize(_resize(images, (height, size[1])), size)
+        height, width = size
         rows, columns = height // self.patch, width // self.patch
         m, p = self.merge, self.patch
         blocks = images.reshape(batch, channels, rows // m, m, p, columns // m, m, p)
-        # Patches of one merged token lie together: [B, rows/m, columns/m, m, m, C, p, p]. Bytes are moved,
-        # and only then made four times as large.
+        # Patches of one merged token lie together: [B, rows/m, columns/m, m, m, C, p, p]. Reordered as bytes,
+        # before they become floats of four times the size.
         blocks = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(-1, channels, 1, p, p).float()
         scale, offset = self._scale(images.device)
         blocks.mul_(scale).sub_(offset)
@@ -79,11 +74,10 @@ class PatchPixels:
         return blocks.expand(-1, -1, self.frames, -1, -1).reshape(len(blocks), -1)
 
     def _scale(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """`scale` and `offset` on a device. Sent there once, because the host waits for the stream when it
-        sends them."""
+        """Scale and offset on a device. Copied there once, because the host waits for such a copy."""
         if device not in self._scales:
-            scale, offset = (x.view(1, -1, 1, 1, 1).to(device) for x in (self.scale, self.offset))
-            self._scales[device] = scale, offset
+            scale, offset = self._scales[torch.device("cpu")]
+            self._scales[device] = scale.to(device), offset.to(device)
         return self._scales[device]
 
 

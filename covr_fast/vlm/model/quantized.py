@@ -1,4 +1,4 @@
-"""Models whose frozen weights bitsandbytes holds in 8 or 4 bits: for serving, and as a base of LoRA."""
+"""Models with frozen weights in 8 or 4 bits, by bitsandbytes: for serving, and as the base of LoRA."""
 
 import importlib.util
 import logging
@@ -10,7 +10,7 @@ from torch import nn
 
 
 def quantization_settings(asked: Any) -> dict[str, Any]:
-    """The settings of `bitsandbytes_config` that an argument stands for, as JSON has them; none for "none".
+    """The settings for `bitsandbytes_config` that an argument means, as JSON types; empty for "none".
 
     Args:
         asked: "none", "8bit" (LLM.int8()), "4bit" (NF4 with quantized scales, as in QLoRA) or a
@@ -41,7 +41,7 @@ def quantization_settings(asked: Any) -> dict[str, Any]:
 
 
 def bitsandbytes_config(settings: dict[str, Any], dtype: torch.dtype) -> Any:
-    """A `BitsAndBytesConfig`; `dtype` is what 4-bit layers compute in where the settings say nothing.
+    """A `BitsAndBytesConfig`. 4-bit layers compute in `dtype` unless the settings say otherwise.
 
     Raises:
         ValueError: bitsandbytes is not installed.
@@ -53,7 +53,7 @@ def bitsandbytes_config(settings: dict[str, Any], dtype: torch.dtype) -> Any:
 
 
 def check_own_quantization(source: str, config: Any, *, asked: bool) -> None:
-    """Raises ValueError if a checkpoint comes with quantized weights that cannot be used.
+    """Raises ValueError if a checkpoint contains quantized weights that are not supported.
 
     Args:
         config: the checkpoint's configuration.
@@ -75,16 +75,17 @@ def check_own_quantization(source: str, config: Any, *, asked: bool) -> None:
 
 
 def check_installed() -> None:
+    """Raises ValueError if bitsandbytes is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError("quantized weights need bitsandbytes: pip install 'covr-fast[quantize]'")
 
 
 def prepare(model: nn.Module) -> None:
-    """Brings the layers of a quantized model into the state in which a replica can share their weights.
+    """Completes the state of a quantized model's layers, so that a replica can share their weights.
 
-    bitsandbytes would do so at the first call, for the module that is called and no other.
+    bitsandbytes would do this at a layer's first call, and only for the module that is called.
     """
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
     logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_news)
     for module in model.modules():
@@ -92,12 +93,12 @@ def prepare(model: nn.Module) -> None:
         if isinstance(module, Linear8bitLt) and weight.CB is not None:
             module.init_8bit_state()
         elif isinstance(module, Linear4bit):
-            # For some CPUs it would pack the weights anew, in place, for a product without a gradient.
+            # On some CPUs bitsandbytes would repack the weights in place, for products without a gradient.
             module.support_avx512bf16_for_cpu = False
 
 
 def shared_state(model: nn.Module) -> Iterator[Any]:
-    """What quantized layers hold besides parameters and never change: scales, and the weights once more."""
+    """What quantized layers store besides parameters and never change: scales, and the weights once more."""
     for module in model.modules():
         state: Any = getattr(module, "state", None)
         if type(state).__name__ == "MatmulLtState":
@@ -107,5 +108,5 @@ def shared_state(model: nn.Module) -> Iterator[Any]:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """False for what bitsandbytes says at every call of every 8-bit layer: that it computes in float16."""
+    """False for a message of bitsandbytes at every call of an 8-bit layer: that it computes in float16."""
     return "inputs will be cast" not in str(record.msg)

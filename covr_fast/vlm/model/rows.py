@@ -1,14 +1,21 @@
-"""How the rows of a micro-batch go through a decoder: padded to one length, or packed into a single row.
+"""The rows of a training batch on their way through the language model: padded or packed.
 
-A decoder treats tokens one by one, except in its attention. So rows that lie one behind the other need no
-padding; FlashAttention takes them as they are, and for torch's SDPA they are padded for the attention alone.
+A *row* is the token sequence of one sample: image, end of the prompt, answer. All rows of a batch follow the
+same *prefix*, the prompt's text before the image. Its keys and values are computed once per batch
+(`RecordingCache`) and put before the keys and values of every row (`TrainingCache`).
+
+A decoder treats tokens one by one, except in attention. So rows of different lengths are either *padded* to
+one length, or *packed*: joined, without padding, to one long row. FlashAttention accepts packed rows; for
+torch's SDPA they are padded for the attention alone.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
+from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .attention import causal_mask, is_flash
@@ -16,50 +23,56 @@ from .attention import causal_mask, is_flash
 PACKED_SDPA = "covr_packed_sdpa"
 """`packed_sdpa` in transformers' registry."""
 
+Prefix = list[tuple[Tensor, Tensor]]
+"""Per layer the keys and values [1, heads, P, head_dim] of the prefix."""
+
+
+# ---- how rows lie in the tensors ----
+
 
 class Padded:
-    """Rows [B, width] as they come, each behind the same prefix of `held` tokens."""
+    """Rows of one length, [B, width], all after the same prefix of `prefix_length` tokens."""
 
-    def __init__(self, rows: int, width: int, held: int) -> None:
+    def __init__(self, rows: int, width: int, prefix_length: int) -> None:
         self._shape = (rows, width)
-        self._held = held
+        self._prefix_length = prefix_length
 
     def packed(self, x: Tensor) -> Tensor:
-        """[B, width, ...] as the decoder takes it."""
+        """Padded [B, width, ...] as the decoder takes it."""
         return x
 
     def padded(self, x: Tensor) -> Tensor:
-        """The inverse of `packed`; what stands behind a row's end means nothing."""
+        """The inverse of `packed`. Values after the end of a row are arbitrary."""
         return x
 
     def positions(self, ids: Tensor) -> Tensor:
         """Position ids [..., 1, width], the same for every row, as the decoder takes them."""
         return ids.expand(*ids.shape[:-2], self._shape[0], -1)
 
-    def behind(self, prefix: Tensor, own: Tensor) -> Tensor:
-        """Keys or values of the prefix and of every row behind it, as the attention takes them.
+    def after(self, prefix: Tensor, own: Tensor) -> Tensor:
+        """Keys or values of every row after those of the prefix, as the attention takes them.
 
         Args:
-            prefix: [1, heads, held, head_dim].
-            own: [B, heads, width, head_dim], or what `packed` makes of it.
+            prefix: [1, heads, prefix_length, head_dim].
+            own: of the rows as the decoder takes them: padded [B, heads, width, head_dim], or packed.
         """
         return torch.cat((prefix.expand(self._shape[0], -1, -1, -1), own), 2)
 
     def attention(self, like: Tensor) -> dict[str, Any]:
-        """Arguments of the decoder that its attention needs, for keys of the dtype and device of `like`."""
-        return {"attention_mask": causal_mask(self._shape[1], self._held, like.dtype, like.device)}
+        """The decoder's arguments for its attention, for keys of the dtype and device of `like`."""
+        return {"attention_mask": causal_mask(self._shape[1], self._prefix_length, like.dtype, like.device)}
 
 
 class Packed(Padded):
-    """Rows one behind the other, [1, total, ...], for `packed_sdpa`.
+    """Rows packed into one, [1, total, ...], for `packed_sdpa`.
 
     Args:
         lengths: int64[B] on the host, the tokens of each row, in [1, width].
     """
 
-    def __init__(self, lengths: Tensor, width: int, held: int, device: torch.device) -> None:
-        super().__init__(len(lengths), width, held)
-        self._places = _valid(lengths, width).to(device, non_blocking=True)
+    def __init__(self, lengths: Tensor, width: int, prefix_length: int, device: torch.device) -> None:
+        super().__init__(len(lengths), width, prefix_length)
+        self._places = _places(lengths, width).to(device, non_blocking=True)
         source = torch.arange(width).minimum(lengths[:, None] - 1) + (lengths.cumsum(0) - lengths)[:, None]
         self._sources = source.flatten().to(device, non_blocking=True)
 
@@ -67,11 +80,12 @@ class Packed(Padded):
         return x.flatten(0, 1).index_select(0, self._places)[None]
 
     def padded(self, x: Tensor) -> Tensor:
-        """What stands behind a row's end repeats its last token, and no gradient comes from there."""
-        return _Spread.apply(x[0], self._sources, self._places).unflatten(0, self._shape)
+        """After the end of a row its last token is repeated; no gradient comes from there."""
+        pad: Callable[..., Tensor] = _Pad.apply
+        return pad(x[0], self._sources, self._places).view(*self._shape, *x.shape[2:])
 
     def padded_heads(self, x: Tensor) -> Tensor:
-        """[1, heads, total, head_dim] -> [B, heads, width, head_dim]; what `behind` returned stays so."""
+        """[1, heads, total, head_dim] -> [B, heads, width, head_dim]; what `after` returned is so already."""
         if (x.shape[0], x.shape[2]) != (1, len(self._places)):
             return x
         return self.padded(x.transpose(1, 2)).transpose(1, 2)
@@ -79,16 +93,16 @@ class Packed(Padded):
     def positions(self, ids: Tensor) -> Tensor:
         return ids[..., self._places % self._shape[1]]
 
-    def behind(self, prefix: Tensor, own: Tensor) -> Tensor:
-        return super().behind(prefix, self.padded_heads(own))
+    def after(self, prefix: Tensor, own: Tensor) -> Tensor:
+        return super().after(prefix, self.padded_heads(own))
 
     def attention(self, like: Tensor) -> dict[str, Any]:
         return super().attention(like) | {"packed": self}
 
 
-class _Spread(torch.autograd.Function):
-    """Copies `x[sources]`; of the copies, those at `places`, one of each, receive the gradients. So these are
-    gathered too, where indexing would add the gradients of all copies to zeros."""
+class _Pad(torch.autograd.Function):
+    """`x[sources]`, whose elements at `places` are x itself. The others are copies and send no gradient back,
+    so backward gathers too; indexing would add the gradients of all copies to zeros, which is slower."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, sources: Tensor, places: Tensor) -> Tensor:
@@ -102,49 +116,95 @@ class _Spread(torch.autograd.Function):
 
 
 class FlashPacked(Packed):
-    """The same for FlashAttention, which is told where rows begin and needs no mask: where a row has more
-    keys than queries, its last query sees all of them, the one before it all but the last, and so on."""
+    """Packed rows for FlashAttention. It takes the bounds of the rows and no mask: where a row has more keys
+    than queries, its last query sees all keys, the query before that all but the last, and so on."""
 
-    def __init__(self, lengths: Tensor, width: int, held: int, device: torch.device) -> None:
-        super().__init__(lengths, width, held, device)
-        self._key_places = _valid(lengths + held, held + width).to(device, non_blocking=True)
+    def __init__(self, lengths: Tensor, width: int, prefix_length: int, device: torch.device) -> None:
+        super().__init__(lengths, width, prefix_length, device)
+        keys = lengths + prefix_length
+        self._key_places = _places(keys, prefix_length + width).to(device, non_blocking=True)
         bounds = torch.zeros(2, len(lengths) + 1, dtype=torch.int32)
-        bounds[0, 1:] = lengths.cumsum(0)
-        bounds[1, 1:] = (lengths + held).cumsum(0)
+        bounds[0, 1:], bounds[1, 1:] = lengths.cumsum(0), keys.cumsum(0)
         cu_q, cu_k = bounds.to(device, non_blocking=True)
-        longest = int(lengths.max())
         self._attention = {
             "attention_mask": None,
             "cu_seq_lens_q": cu_q,
             "cu_seq_lens_k": cu_k,
-            "max_length_q": longest,
-            "max_length_k": held + longest,
+            "max_length_q": int(lengths.max()),
+            "max_length_k": int(keys.max()),
         }
 
-    def behind(self, prefix: Tensor, own: Tensor) -> Tensor:
-        # By way of padded rows: then one sum reduces the prefix's gradients, in float32 and in a fixed order.
-        keys = super().behind(prefix, own).transpose(1, 2).flatten(0, 1)
+    def after(self, prefix: Tensor, own: Tensor) -> Tensor:
+        # Through padded rows: then one sum, in float32 and in a fixed order, adds up the prefix's gradients.
+        keys = super().after(prefix, own).transpose(1, 2).flatten(0, 1)
         return keys.index_select(0, self._key_places)[None].transpose(1, 2)
 
     def attention(self, like: Tensor) -> dict[str, Any]:
         return self._attention
 
 
-def _valid(lengths: Tensor, width: int) -> Tensor:
-    """Places int64[total] of the tokens in rows of these lengths, padded to [B, width]."""
+def _places(lengths: Tensor, width: int) -> Tensor:
+    """Places int64[total] of the tokens of rows of these lengths in padded rows [B * width]."""
     return (torch.arange(width) < lengths[:, None]).flatten().nonzero()[:, 0]
 
 
-def arrange(attention: str, lengths: Tensor, width: int, held: int, device: torch.device) -> Padded:
-    """How a decoder of this attention implementation takes rows of these lengths.
+def arrange(attention: str, lengths: Tensor, width: int, prefix_length: int, device: torch.device) -> Padded:
+    """How a decoder with this attention implementation takes rows of these lengths.
 
-    With FlashAttention always packed, since it takes no mask; with SDPA only where there is padding to save.
+    For FlashAttention always packed, because it takes no mask; for SDPA only where there is padding to save.
     """
     if is_flash(attention):
-        return FlashPacked(lengths, width, held, device)
+        return FlashPacked(lengths, width, prefix_length, device)
     if attention == PACKED_SDPA and int(lengths.min()) < width:
-        return Packed(lengths, width, held, device)
-    return Padded(len(lengths), width, held)
+        return Packed(lengths, width, prefix_length, device)
+    return Padded(len(lengths), width, prefix_length)
+
+
+# ---- the prefix's keys and values ----
+
+
+class RecordingCache(Cache):
+    """A KV cache that records one forward pass from position 0: this makes a `Prefix`."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.prefix: Prefix = []
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        self.prefix.append((key_states, value_states))
+        return key_states, value_states
+
+
+class TrainingCache(Cache):
+    """A KV cache that puts the prefix, if any, before the keys and values of the rows. Gradients reach it.
+
+    The prefix is computed once per micro-batch, not once per row. Autograd adds up the gradients of all rows,
+    so the sum is the same as with the prefix repeated in every row.
+    """
+
+    def __init__(self, prefix: Prefix | None, rows: Padded) -> None:
+        super().__init__(layers=[])
+        self._prefix = prefix
+        self._rows = rows
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0 if self._prefix is None else self._prefix[0][0].shape[2]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        if self._prefix is None:
+            return key_states, value_states
+        keys, values = self._prefix[layer_idx]
+        return self._rows.after(keys, key_states), self._rows.after(values, value_states)
+
+
+# ---- attention over packed rows ----
 
 
 def packed_sdpa(
@@ -157,12 +217,13 @@ def packed_sdpa(
     packed: Packed | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' SDPA; with `packed`, of rows that are packed, by the mask of those rows padded.
+    """transformers' SDPA. Rows that are `packed` are padded for it and packed again.
 
     Args:
         query: [1, heads, total, head_dim].
-        key, value: [1, kv_heads, total, head_dim], or what `Packed.behind` made of them.
-        attention_mask: [1, 1, width, held + width]: causal, so that no token sees the padding behind its row.
+        key, value: [1, kv_heads, total, head_dim], or the result of `Packed.after`.
+        attention_mask: [1, 1, width, prefix_length + width]: causal, so that no token sees the padding after
+            its row.
 
     Returns:
         [1, total, heads, head_dim], and None for the attention weights.
@@ -174,18 +235,18 @@ def packed_sdpa(
     return packed.packed(out), None
 
 
+AttentionInterface.register(PACKED_SDPA, packed_sdpa)
+
+
 def training_attention(attention: str, packing: str) -> str:
     """The implementation with which a decoder loaded with `attention` is trained; see `TunerConfig.packing`.
 
     Raises:
-        ValueError: this attention cannot do what is asked for.
+        ValueError: this attention does not support `packing`.
     """
     remedy = "set packing='auto', or open the prior with attention='sdpa'"
     if packing == "off" and is_flash(attention):
         raise ValueError(f"packing='off' cannot be had with {attention!r}, which takes no padding: {remedy}")
     if packing == "on" and attention == "eager":
         raise ValueError(f"packing='on' cannot be had with 'eager' attention: {remedy}")
-    if packing == "off" or attention != "sdpa":
-        return attention
-    AttentionInterface.register(PACKED_SDPA, packed_sdpa)
-    return PACKED_SDPA
+    return PACKED_SDPA if attention == "sdpa" and packing != "off" else attention

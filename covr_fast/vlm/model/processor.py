@@ -1,0 +1,91 @@
+"""A model's processor (chat template, tokenizer, image processor), without its video half.
+
+Video processors need torchvision, which frames do not. Where a processor has one, its class is used with None
+in that place. Text and images are processed as before, and the settings for videos are saved as they were.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+VIDEO = "video_processor"
+
+
+def load_processor(source: str, config: Any) -> Any:
+    """The processor of the checkpoint `source`, whose model has the configuration `config`.
+
+    Raises:
+        ValueError: files of it are missing or damaged.
+    """
+    from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    try:
+        with quiet():
+            cls: Any = PROCESSOR_MAPPING[type(config)]
+            if VIDEO not in cls.get_attributes():
+                return AutoProcessor.from_pretrained(source)
+            parts: dict[str, Any] = {
+                "image_processor": AutoImageProcessor.from_pretrained(source),
+                "tokenizer": AutoTokenizer.from_pretrained(source),
+                VIDEO: None,
+            }
+            settings, _ = cls.get_processor_dict(source)
+            settings.setdefault("chat_template", parts["tokenizer"].chat_template)
+            arguments = [parts[name] for name in cls.get_attributes()]
+            video = settings.get(VIDEO) or _video_settings(source)
+            return _without_video(cls, video).from_args_and_dict(arguments, settings)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"cannot open the processor of {source!r}: {error}") from error
+
+
+def _video_settings(source: str) -> dict[str, Any]:
+    """The settings for videos in a separate file; empty if there is no such file."""
+    from transformers.utils import VIDEO_PROCESSOR_NAME
+    from transformers.utils.hub import cached_file
+
+    file = cached_file(source, VIDEO_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False)
+    return {} if file is None else json.loads(Path(file).read_text())
+
+
+def _without_video(cls: Any, video: dict[str, Any]) -> Any:
+    """A subclass of the processor class `cls` that takes None as video processor and saves `video` for it."""
+
+    def check_argument_for_proper_class(self: Any, name: str, argument: Any) -> Any:
+        if name == VIDEO and argument is None:
+            return None
+        return cls.check_argument_for_proper_class(self, name, argument)
+
+    def to_dict(self: Any) -> dict[str, Any]:
+        settings = {name: value for name, value in cls.to_dict(self).items() if name != VIDEO}
+        return settings | ({VIDEO: video} if video else {})
+
+    def save_pretrained(self: Any, directory: str | Path) -> None:
+        parts = [name for name in cls.get_attributes() if name != VIDEO]
+        self.get_attributes = lambda: parts
+        try:
+            cls.save_pretrained(self, directory)
+        finally:
+            del self.get_attributes
+
+    methods = (check_argument_for_proper_class, to_dict, save_pretrained)
+    return type(cls.__name__, (cls,), {method.__name__: method for method in methods})
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hides transformers' progress bars and its warnings, such as those of a missing torchvision."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
