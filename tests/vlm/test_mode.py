@@ -1,6 +1,7 @@
 """Modes of torch that a caller has set reach neither answers nor rounds nor what is kept between them."""
 
 from contextlib import contextmanager
+from functools import cache
 
 import pytest
 import torch
@@ -52,17 +53,22 @@ def same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def plain(request):
     """What comes out where the caller has set nothing."""
+    return plain_results(request.param)
+
+
+@cache  # and no fixture of the module, which would not run at the tests' number of threads
+def plain_results(dtype):
     generator = torch.Generator().manual_seed(1)
     frames = torch.randint(0, 256, (5, 3, 84, 84), dtype=torch.uint8, generator=generator)
     rounds = {}
     for mode in ("lora", "full"):
-        prior = open_prior(request.param)
+        prior = open_prior(dtype)
         untuned = answers(prior, frames)
         rounds[mode] = tune(prior, frames, mode), answers(prior, frames)
-    return request.param, frames, untuned, rounds
+    return dtype, frames, untuned, rounds
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
