@@ -157,7 +157,7 @@ class Checkpoint:
         """For SAC.load_state_dict."""
         return _read(self.folder / "agent.pt")
 
-    def holds_replay(self) -> bool:
+    def has_replay(self) -> bool:
         return (self.folder / "replay").is_file()
 
     def buffer(self, device: str) -> ReplayBuffer:

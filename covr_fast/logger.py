@@ -25,12 +25,19 @@ from .files import read_records, write_whole, writing
 class Clock:
     """Adds up wall time by activity. Activities do not nest: each second is counted once.
 
-    A resumed run goes on from the `seconds` of its activities and their `total` so far.
+    Args:
+        seconds: of each activity in earlier parts of the run.
+        total: seconds of the earlier parts in all.
     """
 
     def __init__(self, seconds: Mapping[str, float] | None = None, total: float = 0.0) -> None:
         self.seconds = dict(seconds or {})
-        self.started = time.perf_counter() - total
+        self._earlier = total
+        self.start()
+
+    def start(self) -> None:
+        """Counts the total from now on, after that of the earlier parts."""
+        self._started = time.perf_counter() - self._earlier
 
     @contextmanager
     def __call__(self, activity: str) -> Iterator[None]:
@@ -42,13 +49,20 @@ class Clock:
 
     @property
     def total(self) -> float:
-        return time.perf_counter() - self.started
+        return time.perf_counter() - self._started
 
     def shares(self) -> dict[str, float]:
         """Share of the whole wall time, by activity; "other" is the rest."""
         total = self.total
         shares = {name: seconds / total for name, seconds in self.seconds.items()}
         return {**shares, "other": max(0.0, 1 - sum(shares.values()))}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds, "total_seconds": self.total}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seconds, self._earlier = state["seconds"], state["total_seconds"]
+        self.start()
 
 
 class MeanMetrics:

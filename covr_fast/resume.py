@@ -62,13 +62,13 @@ def open_resumed(run: Path, config: TrainConfig) -> Checkpoint:
         raise UserError(
             f"steps={config.steps}, but {run} has made {done} steps: leave it out, or raise it above {done}"
         )
-    if config.steps > done and not saved.holds_replay():
+    if config.steps > done and not saved.has_replay():
         raise UserError(
             f"{run} cannot train on: its {done} steps are done, and it holds no replay buffer (--save-replay)"
         )
     if config.steps <= done and _finished_steps(run) >= done:
         remedy = (
-            f"--steps above {done} trains on" if saved.holds_replay() else "--save-replay lets a run train on"
+            f"--steps above {done} trains on" if saved.has_replay() else "--save-replay lets a run train on"
         )
         raise UserError(f"{run} is finished: its {done} steps are done ({remedy})")
     return saved
