@@ -45,7 +45,7 @@ def replay_device(name: str, compute: torch.device) -> str:
 
 
 def new_buffer(config: TrainConfig, envs: PixelEnvs, device: str) -> ReplayBuffer:
-    """The empty replay buffer D, with the VLM's prior, its mask and its version beside each transition."""
+    """The empty replay buffer D. Each transition has the VLM's prior, its mask and its version as extras."""
     (action_dim,) = envs.action_shape
     return ReplayBuffer(
         config.replay.capacity,

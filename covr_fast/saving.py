@@ -1,4 +1,4 @@
-"""When a run is saved, and what is said of it."""
+"""When a run is saved, and what the console says about it."""
 
 from __future__ import annotations
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 from torch import Tensor
 
@@ -15,19 +16,6 @@ FIELDS = ("obs", "action", "reward", "next_obs", "discount", "weight")
 EXTRAS = ("prior", "prior_mask")  # read only with `guide`
 
 Update = Callable[[TransitionBatch, bool], dict[str, Tensor]]
-
-
-@dataclass(frozen=True)
-class _StaticBatch:
-    """A TransitionBatch made of a graph's static inputs."""
-
-    obs: Tensor
-    action: Tensor
-    reward: Tensor
-    next_obs: Tensor
-    discount: Tensor
-    weight: Tensor
-    extras: Tensors
 
 
 class CapturedUpdate:
@@ -77,5 +65,7 @@ def _inputs(batch: TransitionBatch, guide: bool) -> dict[str, Tensor]:
 
 
 def _run(update: Update, guide: bool, inputs: Tensors) -> dict[str, Tensor]:
-    fields = {name: inputs[name] for name in FIELDS}
-    return update(_StaticBatch(**fields, extras={name: inputs[name] for name in EXTRAS if guide}), guide)
+    """Calls `update` with a TransitionBatch made of a graph's static inputs."""
+    extras = {name: inputs[name] for name in EXTRAS if guide}
+    batch: Any = SimpleNamespace(**{name: inputs[name] for name in FIELDS}, extras=extras)
+    return update(batch, guide)

@@ -1,7 +1,7 @@
 """What `ReplayBuffer.sample` returns."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Generic
 
 import torch
@@ -49,26 +49,18 @@ class Batch(Generic[ObsT]):
     """int64 [B, 2]: the same for next_obs."""
 
     def to(self, device: torch.device | str) -> "Batch[ObsT]":
-        """The batch on another device. `index` and the offsets stay on the CPU, where the buffer takes
+        """The batch on another device. `index` and the offsets stay on the CPU, where the buffer reads
         them."""
+        staying = ("index", "obs_offset", "next_obs_offset")
+        moving = [field.name for field in fields(self) if field.name not in staying]
+        moved: dict[str, Any] = {name: _moved(getattr(self, name), device) for name in moving}
+        return replace(self, **moved)
 
-        def moved(value: Any) -> Any:
-            if isinstance(value, Mapping):
-                return {name: tensor.to(device) for name, tensor in value.items()}
-            return value.to(device)
 
-        return replace(
-            self,
-            obs=moved(self.obs),
-            next_obs=moved(self.next_obs),
-            extras=moved(self.extras),
-            action=self.action.to(device),
-            reward=self.reward.to(device),
-            discount=self.discount.to(device),
-            terminated=self.terminated.to(device),
-            truncated=self.truncated.to(device),
-            weight=self.weight.to(device),
-        )
+def _moved(value: Observation, device: torch.device | str) -> Observation:
+    if isinstance(value, Mapping):
+        return {name: tensor.to(device) for name, tensor in value.items()}
+    return value.to(device)
 
 
 def pixels(observation: Observation) -> Tensor:
