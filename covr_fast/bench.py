@@ -102,9 +102,8 @@ def _simulation(trainer: Trainer, seconds: float, stored: list[_Stored]) -> Timi
     # At least until an update can draw a batch.
     while len(trainer.buffer) < trainer.config.warmup or sum(took) < seconds:
         start = time.perf_counter()
-        for (
-            _
-        ) in envs.batches():  # every environment once: batches overlap, so one alone would time too little
+        # Every environment once: batches overlap, so the time of one alone would be too short.
+        for _ in envs.batches():
             rows = envs.recv()
             added, _ = trainer.collector.store(rows)
             stored[:] = [*stored[-7:], _Stored(added, acted_on[rows.env_ids], rows.next_obs)]

@@ -101,7 +101,7 @@ class Actor(nn.Module):
         log_std = low + 0.5 * (high - low) * (torch.tanh(raw) + 1)
         action = mean + log_std.exp() * noise
         log_prob = (-0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
-        # log(1 - tanh(x)^2), in a form that stays exact for large |x|.
+        # log(1 - tanh(x)^2), in a form that stays accurate for large |x|.
         log_prob = log_prob - (2 * (math.log(2) - action - F.softplus(-2 * action))).sum(-1)
         return ActorSample(torch.tanh(action), log_prob, torch.tanh(mean))
 
