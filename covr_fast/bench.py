@@ -1,4 +1,4 @@
-"""How long the parts of a run's loop take on this machine; each is checked before it is timed."""
+"""How long the parts of a run's loop take on this machine. Each is checked before it is timed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,14 +14,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from .agents.sac import TransitionBatch
 from .config import TrainConfig
 from .trainer import Trainer
 from .view import vlm_view
 
 
 class CheckFailedError(RuntimeError):
-    """A part computes something wrong, so that its speed says nothing."""
+    """A part computes something wrong, so its speed means nothing."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +28,13 @@ class Timing:
     """One part of the loop."""
 
     part: str
-    """Named as in a run's shares of wall time."""
+    """Its name in a run's shares of wall time."""
     call: str
     """What one call does."""
     checked: str
     """What was found true before it was timed."""
     seconds: np.ndarray
-    """float64[n], of each call."""
+    """float64[n], one per call."""
 
     @property
     def median(self) -> float:
@@ -43,11 +42,11 @@ class Timing:
 
 
 def measure(config: TrainConfig, seconds: float) -> list[Timing]:
-    """Builds what `covr-fast train` would with these settings, and times each part alone, for `seconds`.
+    """Builds what `covr-fast train` builds with these settings, and times each part alone for `seconds`.
 
     Raises:
         CheckFailedError: a part is wrong.
-        UserError: settings that do not fit together.
+        UserError: the settings do not fit together.
     """
     trainer = Trainer(config, Path("unused"))  # it writes nothing before it runs
     with trainer.envs:
@@ -86,40 +85,29 @@ class _Stored(NamedTuple):
 
 
 def _simulation(trainer: Trainer, seconds: float, stored: list[_Stored]) -> Timing:
-    """Random decisions, in overlapping batches as in a run, stored in the replay buffer, which refuses rows
-    that do not continue their environment's stream."""
+    """Random decisions, in overlapping batches as in a run. The replay buffer, which stores them, refuses
+    rows that do not continue their environment's stream."""
     envs, rng = trainer.envs, np.random.default_rng(0)
-    doing = envs.reset()
-    actions = np.zeros((len(doing), *envs.action_shape), np.float32)
+    acted_on = envs.reset()
 
-    def send(ids: np.ndarray) -> None:
-        actions[ids] = rng.uniform(-1, 1, actions[ids].shape)
-        envs.send(actions[ids], ids)
+    def send(obs: np.ndarray, ids: np.ndarray) -> None:
+        action = rng.uniform(-1, 1, (len(ids), *envs.action_shape)).astype(np.float32)
+        acted_on[ids] = obs
+        trainer.collector.send(obs, action, ids)
+        trainer.collector.set_prior(action, 0, ids)
 
     for ids in envs.batches():
-        send(ids)
+        send(acted_on[ids], ids)
     took: list[float] = []
-    # Until an update has what to draw from.
+    # At least until an update can draw a batch.
     while len(trainer.buffer) < trainer.config.warmup or sum(took) < seconds:
         start = time.perf_counter()
-        for _ in envs.batches():  # once around: batches that overlap are not waited for in turn
+        # Every environment once: batches overlap, so the time of one alone would be too short.
+        for _ in envs.batches():
             rows = envs.recv()
-            ids, n = rows.env_ids, len(rows.env_ids)
-            added = trainer.buffer.add(
-                doing[ids],
-                actions[ids],
-                rows.reward,
-                rows.next_obs,
-                rows.terminated,
-                rows.truncated,
-                env_ids=ids,
-                prior=actions[ids],
-                prior_mask=np.ones(n, np.float32),
-                prior_version=np.zeros(n, np.int64),
-            )
-            stored[:] = [*stored[-7:], _Stored(added, doing[ids], rows.next_obs)]
-            doing[ids] = rows.obs
-            send(ids)
+            added, _ = trainer.collector.store(rows)
+            stored[:] = [*stored[-7:], _Stored(added, acted_on[rows.env_ids], rows.next_obs)]
+            send(rows.obs, rows.env_ids)
         took.append(time.perf_counter() - start)
     env = trainer.config.env
     call = f"{env.num_envs} x {env.action_repeat} frames"
@@ -128,11 +116,11 @@ def _simulation(trainer: Trainer, seconds: float, stored: list[_Stored]) -> Timi
 
 
 def _replay(trainer: Trainer, seconds: float, stored: list[_Stored]) -> Timing:
-    """Batches as an update takes them; what was stored last has to come back bit for bit."""
+    """Batches like those of an update. What was stored last must come back bit for bit."""
     for s in stored:
         batch = trainer.buffer.get(s.ids, n_step=1, dtype=torch.uint8)
         for ours, given in ((batch.obs, s.obs), (batch.next_obs, s.next_obs)):
-            if not np.array_equal(cast(Tensor, ours).cpu().numpy(), given):
+            if not np.array_equal(ours.cpu().numpy(), given):
                 raise CheckFailedError("replay: observations come back other than they were stored")
     n = sum(len(s.ids) for s in stored)
     took = _times(trainer, seconds, trainer.sample)
@@ -142,11 +130,11 @@ def _replay(trainer: Trainer, seconds: float, stored: list[_Stored]) -> Timing:
 
 
 def _prior(trainer: Trainer, seconds: float, stored: list[_Stored]) -> Timing:
-    """Answers for a batch of environments; the truth is transformers' own generate()."""
+    """Answers for a batch of environments, checked against transformers' own generate()."""
     images = vlm_view(trainer.config, torch.from_numpy(stored[-1].obs))
     answers, truth = trainer.prior(images), trainer.prior.reference(images)
     equal = int((answers.token_ids.cpu() == truth.token_ids.cpu()).all(1).sum())
-    # In half precision two tokens can be equally likely but for rounding.
+    # In half precision, rounding decides between two tokens that are about equally likely.
     if equal < len(images) and next(trainer.prior.backbone.base.parameters()).dtype == torch.float32:
         raise CheckFailedError(f"prior: {len(images) - equal} of {len(images)} answers are not generate()'s")
     took = _times(trainer, seconds, lambda: trainer.prior(images))
@@ -155,8 +143,8 @@ def _prior(trainer: Trainer, seconds: float, stored: list[_Stored]) -> Timing:
 
 
 def _update(trainer: Trainer, seconds: float) -> Timing:
-    """Guided updates on one batch, made beforehand."""
-    batch = cast(TransitionBatch, trainer.sample())
+    """Guided updates, all on one batch."""
+    batch = trainer.sample()
     before = [p.detach().clone() for p in trainer.agent.actor.parameters()]
     metrics = trainer.agent.update(batch, guide=True)
     moved = any((a != b).any() for a, b in zip(before, trainer.agent.actor.parameters(), strict=True))
@@ -169,7 +157,7 @@ def _update(trainer: Trainer, seconds: float) -> Timing:
 
 
 def _times(trainer: Trainer, seconds: float, call: Callable[[], object]) -> np.ndarray:
-    """float64[n], n >= 5: the seconds of calls for at least `seconds`, the first of them left out."""
+    """float64[n], n >= 5: seconds of each call, for at least `seconds` in all. The first does not count."""
     took: list[float] = []
     while sum(took[1:]) < seconds or len(took) < 6:
         start = time.perf_counter()

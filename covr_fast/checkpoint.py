@@ -1,4 +1,4 @@
-"""Checkpoints that are either whole or absent: written beside their place, then moved into it."""
+"""Checkpoints that are either whole or absent: written to a temporary folder, then renamed."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from .config import TrainConfig
 from .envs import action_labels
 from .errors import UserError
 from .evaluate import Policy, actor_policy
-from .files import flush_tree, read_json, writing
+from .files import flush_tree, read_json, replacing, writing
 from .view import agent_obs_shape
 from .vlm import ActionPrior
 
 
 @contextmanager
 def replaced_folder(target: Path) -> Iterator[Path]:
-    """A new folder to fill, which takes the place of `target` when the block ends without an error.
+    """A new folder to fill; it replaces `target` when the block ends without an error.
 
-    Interrupted anywhere, either the old or the new folder is there, whole (the old one as `target`.old at
-    worst, which `newest_folder` finds).
+    If the process is killed at any point, the old or the new folder is there, whole. The old one may then
+    have the name `target`.old, where `newest_folder` finds it.
     """
     new, old = target.with_name(target.name + ".new"), target.with_name(target.name + ".old")
     shutil.rmtree(new, ignore_errors=True)
@@ -49,10 +49,10 @@ def replaced_folder(target: Path) -> Iterator[Path]:
 
 
 def newest_folder(target: Path) -> Path:
-    """`target`, or what an interrupted `replaced_folder` left of it.
+    """`target`, or `target`.old, if `replaced_folder` was killed between its two renames.
 
     Raises:
-        UserError: there is neither.
+        UserError: neither exists.
     """
     for folder in (target, target.with_name(target.name + ".old")):
         if folder.is_dir():
@@ -65,7 +65,8 @@ def newest_folder(target: Path) -> Path:
 def save_checkpoint(
     run: Path, agent: SAC, prior: ActionPrior, counters: dict[str, Any], buffer: ReplayBuffer | None
 ) -> None:
-    """Writes RUN/checkpoint: agent.pt, counters.pt, vlm/ (for ActionPrior.from_pretrained), replay.
+    """Writes RUN/checkpoint: agent.pt, counters.pt, vlm/ (for ActionPrior.from_pretrained) and, with
+    `buffer`, replay.
 
     Raises:
         UserError: the prior is an adapter of a model in the checkpoint that would be replaced.
@@ -87,55 +88,54 @@ def save_checkpoint(
 
 
 RESCUED = "agent.pt"
-"""The agent alone, in the run folder: saved where there was no room for a checkpoint, and newer than that."""
+"""File in the run folder with the agent alone. It exists if there was no room for the last checkpoint, so it
+is newer than the checkpoint."""
 _RESERVE = ".reserve"
 
 
 @contextmanager
 def reserved_room(run: Path, agent: SAC) -> Iterator[None]:
-    """Keeps room on the disk for `rescue_agent` until the block ends.
+    """Reserves room on the disk for `rescue_agent` until the block ends.
 
     Raises:
-        OSError: there is none.
+        OSError: there is no room.
     """
     path = run / _RESERVE
     weights = sum(p.numel() * p.element_size() for m in agent.modules().values() for p in m.parameters())
     try:
         with writing(path), path.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, 3 * weights + (1 << 20))  # with two moments of Adam each
+            os.posix_fallocate(file.fileno(), 0, 3 * weights + (1 << 20))  # weights and both moments of Adam
         yield
     finally:
         path.unlink(missing_ok=True)
 
 
-def rescue_agent(run: Path, agent: SAC) -> Path:
-    """Writes the agent alone, in the room reserved for it, and returns its path.
+def rescue_agent(run: Path, agent: SAC) -> None:
+    """Writes the agent alone, as RUN/agent.pt, into the reserved room.
 
     Raises:
         OSError: it could not be written.
     """
-    path = run / RESCUED
-    beside = path.with_name(path.name + ".tmp")
     (run / _RESERVE).unlink(missing_ok=True)
-    try:
-        _write(agent.state_dict(), beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-    return path
+    with replacing(run / RESCUED) as file:
+        file.write(_serialized(agent.state_dict()))
 
 
 def _write(content: dict[str, Any], path: Path) -> None:
-    # Through memory: torch's own writer does not say why a write failed.
+    with writing(path), path.open("wb") as file:
+        file.write(_serialized(content))
+
+
+def _serialized(content: dict[str, Any]) -> memoryview:
+    """What `torch.save` writes. Not written to the file by torch, which does not say why a write failed."""
     serialized = io.BytesIO()
     torch.save(content, serialized)
-    with writing(path), path.open("wb") as file:
-        file.write(serialized.getbuffer())
+    return serialized.getbuffer()
 
 
 @contextmanager
 def _as_os_error(path: Path) -> Iterator[None]:
-    """safetensors has an error of its own for what the system refuses."""
+    """Turns the error that safetensors raises for a failed write into an OSError."""
     from safetensors import SafetensorError
 
     try:
@@ -145,7 +145,7 @@ def _as_os_error(path: Path) -> Iterator[None]:
 
 
 class Checkpoint:
-    """An opened checkpoint; `counters` is what the trainer counted, the rest is read when asked for."""
+    """An open checkpoint. `counters` is the content of counters.pt; the rest is read when it is asked for."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -157,7 +157,7 @@ class Checkpoint:
         """For SAC.load_state_dict."""
         return _read(self.folder / "agent.pt")
 
-    def holds_replay(self) -> bool:
+    def has_replay(self) -> bool:
         return (self.folder / "replay").is_file()
 
     def buffer(self, device: str) -> ReplayBuffer:
@@ -166,7 +166,7 @@ class Checkpoint:
 
     @contextmanager
     def opening(self, part: Path) -> Iterator[None]:
-        """Errors of the block are UserErrors that name this part of the checkpoint, and the remedy."""
+        """Turns errors of the block into UserErrors that name this part of the checkpoint and the remedy."""
         try:
             yield
         except torch.OutOfMemoryError:
@@ -180,34 +180,35 @@ _REMEDY = "put back a copy of the checkpoint, or begin a new run"
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What `torch.save` wrote, a ZIP archive with a checksum of each part, which torch does not look at.
+    """Reads what `torch.save` wrote: a ZIP archive with a checksum of each part, which torch does not check.
 
     Raises:
-        UserError: it is missing or damaged.
+        UserError: the file is missing or damaged.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             if (part := archive.testzip()) is not None:
                 raise zipfile.BadZipFile(f"{part} does not match its checksum")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return content
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): {_REMEDY}") from error
-    except Exception as error:  # of whatever type, by what the damaged bytes happen to say
+    except Exception as error:  # damaged bytes may cause an error of any type
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is damaged ({reason}): {_REMEDY}") from error
 
 
 def load_checkpoint(run: Path) -> Checkpoint:
-    """RUN/checkpoint.
+    """Opens RUN/checkpoint.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: it does not exist, or is damaged.
     """
     return Checkpoint(newest_folder(run / "checkpoint"))
 
 
 def load_config(run: Path) -> TrainConfig:
-    """config.json of a run folder."""
+    """Reads config.json of a run folder."""
     path = run / "config.json"
     if not path.is_file():
         raise UserError(f"{run} holds no config.json: is it the folder of a run?")
@@ -221,7 +222,7 @@ def load_config(run: Path) -> TrainConfig:
 
 
 def load_actor(run: Path) -> tuple[Policy, TrainConfig]:
-    """The trained actor of a run, deployed as in training's evaluations, and the run's configuration."""
+    """The trained actor of a run, used as in the evaluations of training, and the run's settings."""
     config = load_config(run)
     config.check()
     agent = SAC(agent_obs_shape(config), (len(action_labels(config.env)),), config.agent, seed=config.seed)
@@ -232,10 +233,10 @@ def load_actor(run: Path) -> tuple[Policy, TrainConfig]:
 
 
 def restore_agent(agent: SAC, state: dict[str, Any], path: Path) -> None:
-    """Loads what `path` held.
+    """Loads `state`, the content of `path`, into `agent`.
 
     Raises:
-        UserError: it is of an agent of another form.
+        UserError: it is the state of an agent with other settings.
     """
     try:
         agent.load_state_dict(state)

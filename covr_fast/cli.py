@@ -27,17 +27,17 @@ covr-fast train --help lists the presets; covr-fast train PRESET --help every fi
 
 
 def main() -> None:
-    """Entry point. User mistakes end with one line and exit code 2, an interrupt with 130."""
+    """Entry point. A user's mistake ends it with one line and exit code 2, an interrupt with 130."""
     try:
         code = run(sys.argv[1:])
         if sys.stdout:
-            sys.stdout.flush()  # here, where a reader that has gone is still noticed
+            sys.stdout.flush()  # here, where the error of a closed pipe is still caught
         sys.exit(code)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        with contextlib.suppress(OSError):  # a terminal that has gone
+        with contextlib.suppress(OSError):  # the terminal may be closed
             print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def _forget_output() -> None:
-    """After the reader has gone (`| head`), or the disk is full: leaves nothing to flush at exit."""
+    """Discards output that cannot be written (`| head`, a full disk), so that Python does not fail later."""
     with contextlib.suppress(OSError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -89,15 +89,15 @@ def _train(arguments: list[str]) -> int:
         print("\ncovr-fast train PRESET --help lists every field with its default in that preset.")
         return 0 if arguments else 2
     name, rest = arguments[0], arguments[1:]
-    suited = TrainConfig.preset(name, _value_of("--vlm.model", rest))  # an unknown name is said first
+    suited = TrainConfig.preset(name, _value_of("--vlm.model", rest))  # first: raises for an unknown name
 
     @dataclass
     class Arguments:
         config: Annotated[TrainConfig, tyro.conf.arg(name="")]
         out: Path | None = None
-        """Run folder, which must not hold a run yet. None: runs/PRESET-seedN, numbered if taken."""
+        """Run folder, which must not contain a run. None: runs/PRESET-seedN, with a number if that exists."""
         resume: Path | None = None
-        """Folder of an interrupted run to continue, with its own settings where none are given here."""
+        """Folder of an interrupted run to continue. Settings that are not given here stay as they were."""
 
     resumed = _value_of("--resume", rest)
     default = load_config(Path(resumed)) if resumed else suited
@@ -120,15 +120,12 @@ def _train(arguments: list[str]) -> int:
         raise UserError("--resume continues in its own folder: leave out --out")
     config.check()
 
-    from transformers.utils.logging import disable_progress_bar
-
     from .logger import display
     from .report import print_summary
     from .run_folder import RunFolder
     from .trainer import Trainer
 
-    # The run has a progress display of its own; transformers' bars would break into it.
-    disable_progress_bar()
+    _disable_progress_bars()
     _interrupt_when_ended()
     console = display()
     asked = parsed.resume or parsed.out
@@ -150,7 +147,7 @@ def _train(arguments: list[str]) -> int:
 
 
 def _check_preset(name: str, config: "TrainConfig", run: str) -> None:
-    """Raises a UserError unless the run began as this preset, or at least in its environment."""
+    """Raises a UserError if the run began as another preset, or in another environment than the preset's."""
     from .config import TrainConfig
 
     begun = config.begun_as
@@ -162,24 +159,28 @@ def _check_preset(name: str, config: "TrainConfig", run: str) -> None:
         raise UserError(f"the run was begun with env.id={config.env.id}, and preset {name} is of {env}")
 
 
+def _disable_progress_bars() -> None:
+    """Those of transformers would disturb ours."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # type: ignore[no-untyped-call, unused-ignore]
+
+
 def _interrupt_when_ended() -> None:
-    """A scheduler's SIGTERM and a dropped terminal's SIGHUP save the run as Ctrl-C does, unless they are
-    ignored (nohup)."""
+    """A scheduler's SIGTERM and a closed terminal's SIGHUP save the run like Ctrl-C, unless they are ignored
+    (nohup)."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler)
 
 
 def _differences(before: "TrainConfig", after: "TrainConfig") -> list[str]:
-    """The settings but vlm.model in which `after` differs, as `section.name=value`."""
-    old = before.to_dict()
-    return [
-        f"{section}.{name}={value}"
-        for section, values in after.to_dict().items()
-        if isinstance(values, dict)
-        for name, value in values.items()
-        if value != old[section][name] and (section, name) != ("vlm", "model")
-    ]
+    """The settings of sections in which `after` differs, except vlm.model, as `section.name=value`."""
+    from .files import full_names
+
+    old, new = full_names(before.to_dict()), full_names(after.to_dict())
+    changed = (name for name in new if "." in name and name != "vlm.model" and new[name] != old[name])
+    return [f"{name}={new[name]}" for name in changed]
 
 
 def _value_of(flag: str, arguments: list[str]) -> str | None:
@@ -281,11 +282,10 @@ def _bench(arguments: list[str]) -> int:
             args=rest,
         )
     from rich.console import Console
-    from transformers.utils.logging import disable_progress_bar
 
     from .bench import CheckFailedError, measure, print_timings
 
-    disable_progress_bar()
+    _disable_progress_bars()
     try:
         timings = measure(parsed.config, parsed.seconds)
     except CheckFailedError as error:
@@ -296,7 +296,7 @@ def _bench(arguments: list[str]) -> int:
 
 
 def _doctor(arguments: list[str]) -> int:
-    # Not tyro, which may be among what is missing.
+    # Not tyro: it may be missing.
     parser = argparse.ArgumentParser(
         "covr-fast doctor", description="Say what this machine can do.", allow_abbrev=False
     )

@@ -1,4 +1,4 @@
-"""Every setting of a run."""
+"""All settings of a run."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ import numpy as np
 from .agents.sac import SACConfig
 from .envs import EnvConfig
 from .errors import UserError, unknown
+from .files import full_names
 from .schedule import Rule
 from .vlm import TunerConfig
 from .vlm.model.nano import is_nano
 
 FASTEST = {"lora": 1e-3, "full": 1e-4}
-"""Learning rates above which fine-tuning a pretrained VLM is doubted, by tuner.mode."""
+"""By tuner.mode, the highest learning rate for a pretrained VLM; `doubts` warns above it."""
 MOST_EPOCHS = 10
-"""Passes over a round's samples above which the same is."""
+"""Most passes over a round's samples for a pretrained VLM; `doubts` warns above it."""
 
 
 @dataclass
@@ -29,7 +30,7 @@ class ReplayConfig:
     """The replay buffer D."""
 
     capacity: int = 100_000
-    """Transitions kept in all; a transition costs about one frame of memory."""
+    """Most transitions stored, over all environments. Each costs about the memory of one frame."""
     batch_size: int = 256
     """Transitions per update."""
     n_step: int = 1
@@ -41,14 +42,14 @@ class ReplayConfig:
     augment: Literal["none", "shift", "crop"] = "crop"
     """Random crop (RAD), random shift (DrQ), or neither."""
     pad: int = 4
-    """Pixels that a crop takes off, or a shift adds, on each side."""
+    """Pixels that a crop removes, or a shift adds, on each side."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where frames are kept: auto (with the agent), cpu or cuda."""
+    """Where frames are stored: auto (where the agent computes), cpu or cuda."""
 
 
 @dataclass
 class VLMConfig:
-    """The vision-language model and how it is asked."""
+    """The vision-language model (VLM), and when and how it answers."""
 
     model: str = "nano"
     """A checkpoint directory or hub id of a Qwen2.5-VL; "nano": the same architecture, tiny and untrained."""
@@ -59,34 +60,34 @@ class VLMConfig:
     attention: Literal[
         "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4"
     ] = "auto"
-    """flash_attention_4, 3 or 2, sdpa, eager; auto takes the first that works."""
+    """auto takes the first that works: flash_attention_4, 3 or 2, sdpa, eager."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Weights' type. auto: as a saved model was saved, else bfloat16 on a GPU, float32 on a CPU."""
+    """Type of the weights. auto: that of a saved model, else bfloat16 on a GPU, float32 on a CPU."""
     quantization: Literal["auto", "none", "8bit", "4bit"] = "auto"
-    """Hold the linear layers in 8 or 4 bits, by bitsandbytes, for tuner.mode="lora". auto: as a saved adapter
-    had its base, else as the checkpoint comes."""
+    """Store the linear layers in 8 or 4 bits (bitsandbytes), for tuner.mode="lora". auto: like the base of a
+    saved adapter, else like the checkpoint."""
     every: int = 10
-    """Decisions of an environment between two priors (the paper: every 10 frames)."""
+    """The VLM gives a prior for every n-th decision of an environment (the paper: every 10 frames)."""
     between: Literal["mask", "hold"] = "mask"
-    """Transitions between two priors: masked out of Eq. 4, or given the last prior."""
+    """Transitions between two priors: left out of Eq. 4 (mask), or used with the last prior (hold)."""
     temperature: float = 0.0
-    """Sampling temperature of the answer; 0 takes the likeliest."""
+    """Sampling temperature of the answers; 0 takes the likeliest."""
     background: bool = False
-    """Ask off the critical path: a thread labels stored transitions with their priors while the simulation
-    goes on, so that runs depend on timing. False: as the paper does, in the step."""
+    """A thread gives stored transitions their priors while the simulation goes on; results then depend on
+    timing. False: the step waits for the prior, as in the paper."""
     refresh_priors: bool = False
-    """With `background`, label stored transitions again when the VLM has been tuned. The paper does not."""
+    """With `background`, give stored transitions new priors after each round. The paper does not."""
     graph: bool = False
-    """On a GPU, replay the decode of answers as CUDA graphs. Off until that has run on one
-    (benchmarks/GPU.md); a CPU takes no notice of it."""
+    """On a GPU, decode answers with CUDA graphs. Off because it has not run on one yet (benchmarks/GPU.md). A
+    CPU ignores it."""
     motion: bool = False
-    """Of grey stacks, show the newest three frames as red, green and blue, so that motion can be seen in one
-    image. False: the newest frame."""
+    """With env.grayscale, show the newest three frames as red, green and blue, so one image shows motion.
+    False: show the newest frame."""
 
 
 @dataclass
 class COVRConfig:
-    """What makes it COVR: the filter, the schedule and the guidance."""
+    """The filter, the schedule of rounds and the guidance."""
 
     psi_0: int = 5000
     """Environment steps (decisions) before the first fine-tuning round."""
@@ -95,31 +96,31 @@ class COVRConfig:
     threshold: Literal["described", "equation"] = "described"
     """Sign of the entropy in Eq. 5: Sigmoid(-H) as the text describes, or Sigmoid(+H) as printed."""
     cold_start: int = 2
-    """Rounds before the prior guides the actor (the paper: 2 on CARLA, 4 on DMControl)."""
+    """Rounds before the priors guide the actor (the paper: 2 on CARLA, 4 on DMControl)."""
     min_samples: int = 256
-    """Samples of finished episodes that a round needs; it waits until D_f holds them."""
+    """Fewest samples of finished episodes (D_f) for a round; it waits for them."""
     horizon: int | None = None
-    """Steps that a return g_t looks ahead. None: to the end of the episode, as in the paper."""
+    """Steps of reward in a return g_t. None: up to the end of the episode, as in the paper."""
     bootstrap: bool = False
     """Add the critic's value of the last state to the returns of truncated episodes. False: a truncated tail
     counts as the end, as in the paper."""
     publish_after: int | None = None
-    """With tuner.overlap, publish a round exactly this many steps after its start, waiting for it if need be,
-    so that reruns are bit-identical. None: as soon as it is done."""
+    """With tuner.overlap, publish a round exactly this many steps after its start, and wait for it if
+    necessary, so that reruns are bit-identical. None: as soon as it is done."""
 
 
 @dataclass
 class EvalConfig:
-    """Evaluation, by the actor alone."""
+    """Evaluation of the actor, which then acts without the VLM."""
 
     episodes: int = 10
     """Episodes per evaluation."""
     every: int = 0
     """Environment steps between evaluations during training; 0: only at the end."""
     vlm: bool = True
-    """Also let the VLM drive alone before and after training, asked at every decision."""
+    """Before and after training, also evaluate the VLM alone, which then makes every decision."""
     seed: int = 1_000_000
-    """First environment seed of evaluations, far from those of training."""
+    """Seed of the first environment of evaluations; training uses others."""
 
 
 @dataclass
@@ -133,23 +134,24 @@ class TrainConfig:
     steps_per_update: int = 2
     """Environment steps per policy update."""
     seed: int = 0
-    """Seed of everything: same seed, same run, bit for bit (synchronous fine-tuning)."""
+    """Seed of everything. The same seed gives the same run, bit for bit, unless parts run in the
+    background."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the agent and the VLM compute."""
     threads: int = 0
-    """Threads of the policy update on a CPU. 0: all cores but those of the simulator."""
+    """Threads of the policy update on a CPU. 0: all cores that the simulator leaves free."""
     log_every: int = 1000
     """Environment steps between lines of metrics."""
     video: bool = True
-    """Record an evaluation episode at the end."""
+    """Record a video of an evaluation episode at the end."""
     checkpoint_minutes: float = 10.0
-    """Minutes between checkpoints, from which a run goes on that was killed. They hold the replay buffer, and
-    wait longer where writing it would take more than 2 % of the time. 0: only when the run ends or is
+    """Minutes between checkpoints, from which a killed run can be resumed. They contain the replay buffer,
+    and are less frequent if writing takes more than 2 % of the time. 0: only when the run ends or is
     interrupted."""
     checkpoint_every: int = 0
-    """Environment steps between further checkpoints; 0: none."""
+    """Environment steps between additional checkpoints; 0: none."""
     save_replay: bool = False
-    """Keep the replay buffer in the final checkpoint too, so that the run can be continued (--steps)."""
+    """Also write the replay buffer into the final checkpoint, so that the run can train on (--steps)."""
     env: EnvConfig = field(default_factory=EnvConfig)
     agent: SACConfig = field(default_factory=SACConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
@@ -158,21 +160,21 @@ class TrainConfig:
     covr: COVRConfig = field(default_factory=COVRConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     begun_as: str = ""
-    """Name of the preset that the settings began as, for the record."""
+    """Name of the preset from which the settings were made. Only a record."""
 
     @staticmethod
     def preset(name: str, model: str | None = None) -> TrainConfig:
         """A preset by name, with the settings that suit `model`.
 
-        How a VLM is shown frames and tuned depends on what it knows: what teaches nano's random weights
-        destroys a pretrained model's.
+        What suits a VLM depends on what it knows: the tuning that teaches nano's random weights destroys the
+        knowledge of a pretrained model.
 
         Args:
             name: of the preset; `covr-fast train --help` lists them.
-            model: for `vlm.model`. None: the preset's own.
+            model: for `vlm.model`. None: that of the preset.
 
         Raises:
-            UserError: no such preset; the message suggests near names.
+            UserError: unknown preset; the message suggests similar names.
         """
         from .presets import PRESETS
 
@@ -183,7 +185,7 @@ class TrainConfig:
         return config
 
     def check(self) -> None:
-        """Raises a UserError for settings of a wrong type, or that do not fit together."""
+        """Raises a UserError for settings that have a wrong type or value, or do not fit together."""
         self.check_types()
         least = {
             "steps": 1, "seed": 0, "warmup": 1, "steps_per_update": 1, "log_every": 1, "checkpoint_every": 0,
@@ -191,12 +193,10 @@ class TrainConfig:
             "replay.batch_size": 1, "replay.n_step": 1, "replay.pad": 0, "vlm.every": 1, "vlm.decimals": 1,
             "covr.cold_start": 0, "covr.min_samples": 2, "eval.episodes": 1, "eval.every": 0,
         }  # fmt: skip
+        values = full_names(self.to_dict())
         for name, low in least.items():
-            value: Any = self
-            for part in name.split("."):
-                value = getattr(value, part)
-            if not value >= low:  # as NaN is not
-                raise UserError(f"{name}={value} must be at least {low}")
+            if not values[name] >= low:  # also for NaN
+                raise UserError(f"{name}={values[name]} must be at least {low}")
         if self.vlm.decimals > 4:
             raise UserError(f"vlm.decimals={self.vlm.decimals} must be at most 4")
         if not self.vlm.temperature >= 0:
@@ -246,7 +246,7 @@ class TrainConfig:
         _check_types(self)
 
     def doubts(self) -> list[str]:
-        """Settings that are allowed but do not suit the VLM, a sentence each that names the remedy."""
+        """Warnings about settings that are allowed but do not suit the VLM. Each names the remedy."""
         vlm, tuner = self.vlm, self.tuner
         if is_nano(vlm.model):
             if tuner.mode == "full":
@@ -283,16 +283,17 @@ class TrainConfig:
         return said
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, for config.json."""
-        return _plain(asdict(self))
+        """The settings in plain types, for config.json."""
+        plain: dict[str, Any] = _plain(asdict(self))
+        return plain
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> TrainConfig:
-        """The inverse of to_dict, as read back from config.json. What is missing has its default: a later
-        version may have more settings than the one that wrote it.
+        """The inverse of to_dict, for the content of config.json. Missing settings get their defaults,
+        because an older version may have written it.
 
         Raises:
-            UserError: a setting is unknown; the message suggests near names.
+            UserError: a setting is unknown; the message suggests similar names.
         """
         nested = {
             "env": EnvConfig, "agent": SACConfig, "replay": ReplayConfig, "vlm": VLMConfig,
@@ -328,7 +329,7 @@ def _check_types(config: Any, section: str = "") -> None:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a field's type; numpy's numbers are numbers, and paths are text."""
+    """Whether a value has a field's type. numpy's numbers count as numbers, and paths as text."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Literal:
         return value in inner
@@ -345,7 +346,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Numpy's scalars and paths as what JSON has for them."""
+    """Replaces numpy's scalars and paths by types that JSON has."""
     if isinstance(value, dict):
         return {name: _plain(each) for name, each in value.items()}
     if isinstance(value, (tuple, list)):

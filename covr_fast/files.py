@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and errors that say which one is damaged."""
+"""Files that are whole or absent, and errors that say which file is damaged."""
 
 from __future__ import annotations
 
@@ -14,37 +14,38 @@ from .errors import UserError
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Errors of the system in the block tell that they are of `path`, which a failed write does not."""
+    """Adds the name `path` to OSErrors of the block: the error of a failed write has none."""
     try:
         yield
     except OSError as error:
-        if error.filename is None and error.errno is not None:  # or its text would be lost
+        # An error without a number would lose its text.
+        if error.filename is None and error.errno is not None:
             error.filename = str(path)
         raise
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which takes the place of `path` when the block ends without an error: interrupted
-    anywhere, the old or the new is there."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    """A file to write; it replaces `path` when the block ends without an error. If the process is killed at
+    any point, the old or the new file is there, whole."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with writing(path), beside.open("wb") as file:
+        with writing(path), temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     directory = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(directory)  # or a crash could forget the rename
+        os.fsync(directory)  # else a power cut could undo the rename
     finally:
         os.close(directory)
 
 
 def write_whole(path: Path, content: str) -> None:
-    """Replaces what `path` held by `content`."""
+    """Replaces the content of `path`."""
     with replacing(path) as file:
         file.write(bytes(content, "utf-8"))
 
@@ -67,7 +68,8 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def read_records(path: Path) -> tuple[list[dict[str, Any]], bool]:
-    """The lines of a metrics.jsonl, and whether the last one was torn, as by a power cut, and left out.
+    """The lines of a metrics.jsonl, and whether the last one was incomplete, for example after a power cut,
+    and left out.
 
     Raises:
         UserError: another line is damaged, or the file cannot be read.
@@ -90,7 +92,8 @@ def read_records(path: Path) -> tuple[list[dict[str, Any]], bool]:
 
 
 def flush_tree(folder: Path) -> None:
-    """Waits until everything below `folder` is on the disk, so that a rename cannot come before it."""
+    """Waits until everything in `folder` is on the disk. A rename after that cannot become visible
+    earlier."""
     for path in [*folder.rglob("*"), folder]:
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -100,7 +103,7 @@ def flush_tree(folder: Path) -> None:
 
 
 def full_names(settings: dict[str, Any]) -> dict[str, Any]:
-    """A run's settings without sections: {"env": {"height": 84}} -> {"env.height": 84}."""
+    """Settings by their full names: {"env": {"height": 84}} -> {"env.height": 84}."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}

@@ -1,4 +1,4 @@
-"""What a run leaves behind while it goes: metrics.jsonl, TensorBoard events, and a display for people."""
+"""What a run writes while it trains: metrics.jsonl, TensorBoard events, and its progress on the console."""
 
 from __future__ import annotations
 
@@ -25,12 +25,19 @@ from .files import read_records, write_whole, writing
 class Clock:
     """Adds up wall time by activity. Activities do not nest: each second is counted once.
 
-    A resumed run goes on from the `seconds` of its activities and their `total` so far.
+    Args:
+        seconds: of each activity in earlier parts of the run.
+        total: seconds of the earlier parts in all.
     """
 
     def __init__(self, seconds: Mapping[str, float] | None = None, total: float = 0.0) -> None:
         self.seconds = dict(seconds or {})
-        self.started = time.perf_counter() - total
+        self._earlier = total
+        self.start()
+
+    def start(self) -> None:
+        """Counts the total from now on, after that of the earlier parts."""
+        self._started = time.perf_counter() - self._earlier
 
     @contextmanager
     def __call__(self, activity: str) -> Iterator[None]:
@@ -42,7 +49,7 @@ class Clock:
 
     @property
     def total(self) -> float:
-        return time.perf_counter() - self.started
+        return time.perf_counter() - self._started
 
     def shares(self) -> dict[str, float]:
         """Share of the whole wall time, by activity; "other" is the rest."""
@@ -50,23 +57,30 @@ class Clock:
         shares = {name: seconds / total for name, seconds in self.seconds.items()}
         return {**shares, "other": max(0.0, 1 - sum(shares.values()))}
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds, "total_seconds": self.total}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seconds, self._earlier = state["seconds"], state["total_seconds"]
+        self.start()
+
 
 class MeanMetrics:
-    """Running means that stay on their device: no synchronisation until they are read."""
+    """Means that stay on the device of their values, so the host does not wait for it until they are read."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
 
     def add(self, metrics: Mapping[str, Tensor]) -> None:
-        """Adds scalars, or tensors that are averaged."""
+        """Adds one value per metric: a scalar, or the mean of a larger tensor."""
         for name, value in metrics.items():
             value = value.detach().float().mean()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def read(self) -> dict[str, float]:
-        """The means since the last read, in one transfer; then starts anew."""
+        """The means since the last read, in one transfer. Then counting starts again."""
         if not self._sums:
             return {}
         values = torch.stack(list(self._sums.values())).tolist()
@@ -76,24 +90,24 @@ class MeanMetrics:
 
 
 class _Lasting:
-    """A text stream whose reader may go (a closed pipe, a dropped terminal, a full disk): what is written
-    after that is lost, and the run goes on."""
+    """A text stream that may break (a closed pipe or terminal, a full disk): later text is lost, and the run
+    goes on."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
-        self._gone = False
+        self._broken = False
 
     def write(self, text: str) -> int:
-        return self._unless_gone(lambda: self._stream.write(text)) or len(text)
+        return self._unless_broken(lambda: self._stream.write(text)) or len(text)
 
     def flush(self) -> None:
-        self._unless_gone(self._stream.flush)
+        self._unless_broken(self._stream.flush)
 
-    def _unless_gone(self, call: Callable[[], int | None]) -> int | None:
+    def _unless_broken(self, call: Callable[[], int | None]) -> int | None:
         try:
-            return None if self._gone else call()
+            return None if self._broken else call()
         except (OSError, ValueError):  # ValueError: closed
-            self._gone = True
+            self._broken = True
             return None
 
     def __getattr__(self, name: str) -> Any:
@@ -101,19 +115,19 @@ class _Lasting:
 
 
 def display() -> Console:
-    """Standard output, without which a run goes on."""
+    """Standard output; a run goes on if it breaks."""
     stream = cast(TextIO, _Lasting(sys.stdout)) if sys.stdout else None
     return Console(file=stream, highlight=False, soft_wrap=True)
 
 
 class RunLogger:
-    """Writes metrics of a run folder and shows its progress.
+    """Writes the metrics of a run and shows its progress.
 
-    On a terminal: a live bar with ETA and the key figures. Elsewhere (a file, a CI log): a plain line now
-    and then, without control characters.
+    On a terminal: a live bar with ETA and the key figures. Elsewhere (a file, a CI log): a plain line every
+    PLAIN_INTERVAL seconds, without control characters.
     """
 
-    PLAIN_INTERVAL = 15.0  # seconds between progress lines where there is no terminal
+    PLAIN_INTERVAL = 15.0
 
     def __init__(
         self, folder: Path, total: int, clock: Clock, *, start: int = 0, console: Console | None = None
@@ -129,11 +143,11 @@ class RunLogger:
         self._path = metrics
         self._file = metrics.open("a")
         self._events = SummaryWriter(str(folder), purge_step=start + 1)
-        self._threads_told = threading.excepthook
-        threading.excepthook = self._tell_thread
+        self._previous_hook = threading.excepthook
+        threading.excepthook = self._thread_failed
         self._total = total
         self._last_line = 0.0
-        # Step and seconds of the first progress: loading and evaluation before it say nothing of the pace.
+        # Step and seconds of the first progress line: the time before it went into loading and evaluation.
         self._pace: tuple[int, float] | None = None
         self._progress: Progress | None = None
         self._task = TaskID(0)
@@ -146,7 +160,7 @@ class RunLogger:
                 TimeElapsedColumn(table_column=whole()),
                 TextColumn("ETA"),
                 TimeRemainingColumn(table_column=whole()),
-                # What a narrow terminal has no room for is cut off here.
+                # On a narrow terminal these are cut off.
                 TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True, ratio=1)),
                 console=self.console,
             )
@@ -163,7 +177,7 @@ class RunLogger:
                 self._events.add_scalar(name, value, step)
 
     def progress(self, step: int, figures: Mapping[str, str]) -> None:
-        """Moves the bar, or prints a line if the last one is a while ago."""
+        """Moves the bar, or prints a line if PLAIN_INTERVAL has passed since the last."""
         text = "  ".join(f"{name} {value}" for name, value in figures.items())
         if self._progress:
             self._progress.update(self._task, completed=step, figures=text)
@@ -181,22 +195,23 @@ class RunLogger:
         self.console.print(f"{step:>8}/{self._total} steps  {elapsed:5.0f} s  ETA {left:>4} s  {text}")
 
     def say(self, text: str) -> None:
-        """A line that stays, above the bar."""
+        """Prints a line that stays, above the bar."""
         self.console.print(text)
 
     def _drop_lines_after(self, path: Path, step: int) -> None:
-        """Forgets what a run logged after the checkpoint that it continues from."""
+        """Removes what the run logged after the checkpoint from which it continues."""
         records, torn = read_records(path)
         if torn:
             self.say(f"{path}: its last line was torn and is dropped")
         write_whole(path, "".join(json.dumps(r) + "\n" for r in records if r["step"] <= step))
 
-    def _tell_thread(self, failed: threading.ExceptHookArgs) -> None:
-        """Prints no traceback of TensorBoard's thread: what it fails to write is raised in the next call."""
+    def _thread_failed(self, failed: threading.ExceptHookArgs) -> None:
+        """Prints no traceback for a failed write in TensorBoard's thread, which the next call raises
+        anyway."""
         if not (
             isinstance(failed.exc_value, OSError) and type(failed.thread).__module__.startswith("tensorb")
         ):
-            self._threads_told(failed)
+            self._previous_hook(failed)
 
     def close(self) -> None:
         if self._progress:
@@ -205,7 +220,7 @@ class RunLogger:
             try:
                 self._events.close()
             finally:
-                threading.excepthook = self._threads_told
+                threading.excepthook = self._previous_hook
 
     def __enter__(self) -> RunLogger:
         return self
@@ -213,6 +228,6 @@ class RunLogger:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # After an error, what cannot be written either has been told already.
+        # After an error, a second one that closing causes is not reported.
         with suppress(OSError) if error else nullcontext():
             self.close()

@@ -1,4 +1,4 @@
-"""What a person looks at after a run: the summary table and curves.png, made from the run folder."""
+"""What a user looks at after a run: the summary tables and curves.png, made from the run folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .errors import UserError
-from .files import full_names, read_json, read_records, writing
+from .files import full_names, read_json, read_records, replacing
 
 EVALUATIONS = {
     "random": "random policy",
@@ -32,7 +32,7 @@ ROUND_COLUMNS = {
     "loss after": ("loss_after", "{:.4f}"),
     "seconds": ("tuning_seconds", "{:.1f}"),
 }
-"""Heading -> (key of a round's record, format); the loss is that on held-out kept samples."""
+"""Heading -> (key of a round's record, format); the losses are those of the held-out samples."""
 
 _SUMMARY_PARTS = {
     "environment", "seed", "device", "steps", "frames", "updates", "episodes", "seconds", "time_shares",
@@ -41,7 +41,7 @@ _SUMMARY_PARTS = {
 
 
 def read_summary(run: Path) -> dict[str, Any]:
-    """summary.json of a finished run."""
+    """Reads summary.json of a finished run."""
     path = run / "summary.json"
     if not path.is_file():
         raise UserError(f"{run} holds no summary.json: it is not the folder of a finished run")
@@ -52,7 +52,7 @@ def read_summary(run: Path) -> dict[str, Any]:
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
-    """metrics.jsonl of a run, oldest first, without a torn last line."""
+    """Reads metrics.jsonl of a run, oldest line first, without an incomplete last line."""
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{run} holds no metrics.jsonl: is it the folder of a run?")
@@ -60,30 +60,31 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
 
 
 def run_labels(runs: Sequence[Path]) -> list[str]:
-    """What tells runs apart: the shortest end of the path that no other has, and the settings that differ."""
+    """A label per run: the shortest end of its path that is unique, and the settings in which the runs
+    differ."""
     settings = [_settings(run) for run in runs]
-    names = dict.fromkeys(name for own in settings for name in own if name not in _NOT_TELLING)
+    names = dict.fromkeys(name for own in settings for name in own if name not in _IGNORED)
     differing = [name for name in names if len({str(own.get(name)) for own in settings}) > 1]
     labels = []
     for name, own in zip(_shortest_names(runs), settings, strict=True):
-        told = [f"{setting}={own.get(setting)}" for setting in differing[:_MOST_TOLD]]
-        more = [f"{len(differing) - _MOST_TOLD} more"] if len(differing) > _MOST_TOLD else []
-        labels.append(", ".join([name, *told, *more]))
+        named = [f"{setting}={own.get(setting)}" for setting in differing[:_MOST_SETTINGS]]
+        more = [f"{len(differing) - _MOST_SETTINGS} more"] if len(differing) > _MOST_SETTINGS else []
+        labels.append(", ".join([name, *named, *more]))
     return labels
 
 
-_MOST_TOLD = 4
-_NOT_TELLING = {"log_every", "video", "checkpoint_minutes", "checkpoint_every", "save_replay"}
+_MOST_SETTINGS = 4
+_IGNORED = {"log_every", "video", "checkpoint_minutes", "checkpoint_every", "save_replay"}
 
 
 def _settings(run: Path) -> dict[str, Any]:
-    """Those in config.json, whichever version wrote it; none where there is no such file."""
+    """The settings in config.json, written by any version; none if there is no such file."""
     path = run / "config.json"
     return full_names(read_json(path, "put back a copy of it")) if path.is_file() else {}
 
 
 def _shortest_names(runs: Sequence[Path]) -> list[str]:
-    """The folders' names, with as many folders above them as it takes to be different."""
+    """The folders' names, with as many parent folders as it takes to make them unique."""
     parts = [run.resolve().parts for run in runs]
     names = []
     for own in parts:
@@ -99,7 +100,7 @@ def print_summary(summary: dict[str, Any], console: Console, run: str | None = N
     """Prints the evaluations, the fine-tuning rounds and where the time went.
 
     Args:
-        run: its label, where there are several.
+        run: its label, if there are several runs.
     """
     title = f"{summary['environment']}, seed {summary['seed']}: episode returns"
     table = Table(title=title if run is None else f"{run}: {title}", title_justify="left")
@@ -177,20 +178,9 @@ def plot_curves(run: Path) -> Path:
     ax = axes[0, 1]
     labels = [f"{m['round/round']:.0f}" for m in rounds]
     where = list(range(len(rounds)))
-    ax.bar(
-        [x - 0.2 for x in where],
-        [m["round/loss_before"] for m in rounds],
-        0.38,
-        label="before",
-        color="tab:gray",
-    )
-    ax.bar(
-        [x + 0.2 for x in where],
-        [m["round/loss_after"] for m in rounds],
-        0.38,
-        label="after",
-        color="tab:orange",
-    )
+    for offset, when, colour in ((-0.2, "before", "tab:gray"), (0.2, "after", "tab:orange")):
+        losses = [m[f"round/loss_{when}"] for m in rounds]
+        ax.bar([x + offset for x in where], losses, 0.38, label=when, color=colour)
     ax.set(title="VLM loss on held-out kept samples", xlabel="fine-tuning round", ylabel="nats per token")
     ax.set_xticks(where, labels)
     ax.legend(fontsize=8)
@@ -218,12 +208,9 @@ def plot_curves(run: Path) -> Path:
         ax.set_xlim(left=0)
     axes[0, 0].legend(fontsize=8)
     path = run / "curves.png"
-    beside = path.with_name("curves.png.tmp")
     try:
-        with writing(path):
-            figure.savefig(beside, dpi=110, format="png")
-            beside.replace(path)
+        with replacing(path) as file:
+            figure.savefig(file, dpi=110, format="png")
     finally:
-        beside.unlink(missing_ok=True)
         plt.close(figure)
     return path

@@ -1,4 +1,5 @@
-"""What may change when a run is resumed: a setting is applied, or refused before anything is written."""
+"""What may change when a run is resumed: a changed setting takes effect, or is refused before anything is
+written."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ _TAKING_EFFECT = """
     eval.episodes eval.every eval.vlm
     """
 MAY_CHANGE = frozenset(_TAKING_EFFECT.split())
-"""Settings that take effect from the checkpoint on."""
+"""Settings that may change. The new value takes effect from the checkpoint on."""
 
 _WHY_FIXED = {
     "what is in the replay buffer came from such an environment": """
@@ -42,33 +43,34 @@ _WHY_FIXED = {
     "its settings began as that preset": "begun_as",
 }
 FIXED = {name: why for why, names in _WHY_FIXED.items() for name in names.split()}
-"""Settings that a run keeps, and why."""
+"""Settings that may not change, and why."""
 
 
 def open_resumed(run: Path, config: TrainConfig) -> Checkpoint:
-    """The checkpoint from which a run goes on with `config`.
+    """The checkpoint from which the run continues with `config`.
 
     Raises:
-        UserError: a setting that may not change, nothing to go on from, or nothing left to do.
+        UserError: a setting that may not change was changed, there is no checkpoint, or nothing is left to
+            do.
     """
     saved = load_checkpoint(run)
-    begun_with = saved.counters.get("settings")  # not there in checkpoints of the first version
+    begun_with = saved.counters.get("settings")  # missing in checkpoints of the first version
     before = TrainConfig.from_dict(begun_with) if begun_with else load_config(run)
     _refuse_changes(before, config)
     if (run / "metrics.jsonl").exists():
-        read_records(run / "metrics.jsonl")  # a damaged one is told before anything is built
+        read_records(run / "metrics.jsonl")  # raises for a damaged file, before anything is built
     done = saved.counters["step"]
     if config.steps < min(done, before.steps):
         raise UserError(
             f"steps={config.steps}, but {run} has made {done} steps: leave it out, or raise it above {done}"
         )
-    if config.steps > done and not saved.holds_replay():
+    if config.steps > done and not saved.has_replay():
         raise UserError(
             f"{run} cannot train on: its {done} steps are done, and it holds no replay buffer (--save-replay)"
         )
     if config.steps <= done and _finished_steps(run) >= done:
         remedy = (
-            f"--steps above {done} trains on" if saved.holds_replay() else "--save-replay lets a run train on"
+            f"--steps above {done} trains on" if saved.has_replay() else "--save-replay lets a run train on"
         )
         raise UserError(f"{run} is finished: its {done} steps are done ({remedy})")
     return saved
@@ -77,7 +79,7 @@ def open_resumed(run: Path, config: TrainConfig) -> Checkpoint:
 def _refuse_changes(before: TrainConfig, asked: TrainConfig) -> None:
     had, now = full_names(before.to_dict()), full_names(asked.to_dict())
     refused = [name for name in now if name not in MAY_CHANGE and _differ(had[name], now[name])]
-    if not (before.begun_as and asked.begun_as):  # settings made by hand, or by an older version
+    if not (before.begun_as and asked.begun_as):  # made by hand, or by an older version
         refused = [name for name in refused if name != "begun_as"]
     if not refused:
         return
@@ -94,9 +96,9 @@ def _differ(a: object, b: object) -> bool:
 
 
 def _finished_steps(run: Path) -> int:
-    """Steps of the finished run in summary.json, or -1."""
+    """Steps in the summary.json of a finished run, or -1."""
     path = run / "summary.json"
     try:
         return int(read_json(path, "").get("steps", -1)) if path.is_file() else -1
     except UserError:
-        return -1  # it is written again
+        return -1  # a damaged summary.json is written again

@@ -10,51 +10,52 @@ from filelock import FileLock, Timeout
 
 from .errors import UserError
 
-_TRACES = ("config.json", "metrics.jsonl", "checkpoint", "checkpoint.old", "summary.json")
+_FILES_OF_A_RUN = ("config.json", "metrics.jsonl", "checkpoint", "checkpoint.old", "summary.json")
 
 
 class RunFolder:
     """A run folder that this process can claim.
 
-    The claim is a lock on the file `.lock` in it, which the system gives back when the process ends, in
-    whatever way.
+    The claim is a lock on the file `.lock` in the folder. The system releases it when the process ends,
+    however it ends.
     """
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
-        # Not per thread: a trainer may run in another thread than it was built in.
+        # Not per thread: a trainer may be built in one thread and run in another.
         self._lock = FileLock(self.path / ".lock", timeout=0, thread_local=False)
         self._made: list[Path] = []
 
     @classmethod
     def numbered(cls, base: Path) -> RunFolder:
-        """The first of `base`, `base`-2, `base`-3, ... that does not exist, made at once: two runs that look
-        for one at the same time get different ones."""
+        """Makes the first of `base`, `base`-2, `base`-3, ... that does not exist. Two processes that do this
+        at the same time get different folders."""
         for path in (base, *(base.with_name(f"{base.name}-{i}") for i in range(2, 10_000))):
             folder = cls(path)
             if folder._make(exist_ok=False):
                 return folder
         raise UserError(f"{base} and 9,998 more of its name exist: choose a folder with --out")
 
-    def holds_run(self) -> bool:
-        return any((self.path / name).exists() for name in _TRACES)
+    def has_run(self) -> bool:
+        return any((self.path / name).exists() for name in _FILES_OF_A_RUN)
 
     @contextmanager
     def claimed(self, *, resume: bool) -> Iterator[None]:
-        """Keeps everybody else from writing a run here until the block ends. Claims nest.
+        """Prevents others from writing a run here until the block ends. Claims of one object nest.
 
-        A folder that the claim made is removed again if nothing was written into it.
+        A folder that was made for the claim is removed if nothing was written into it.
 
         Args:
-            resume: whether the folder must hold a run already, or must not.
+            resume: True if the folder must contain a run already, False if it must not.
 
         Raises:
-            UserError: it does, or does not, hold a run; somebody else has claimed it; it cannot be written.
+            UserError: the folder contains a run and must not, or the other way round; another process or
+                object has claimed it; it cannot be written.
         """
         if self._lock.is_locked:
             yield
             return
-        if resume and not self.holds_run():
+        if resume and not self.has_run():
             raise UserError(f"{self.path} holds no run to resume: is it the folder of a run?")
         if not resume:
             self._make(exist_ok=True)
@@ -71,7 +72,7 @@ class RunFolder:
                 f"{self.path} cannot be written ({error.strerror}): choose another folder with --out"
             ) from error
         try:
-            if not resume and self.holds_run():
+            if not resume and self.has_run():
                 raise UserError(
                     f"{self.path} already holds a run: choose another folder with --out, or continue it with "
                     f"--resume {self.path}"
@@ -82,7 +83,7 @@ class RunFolder:
             self._lock.release()
 
     def _make(self, *, exist_ok: bool) -> bool:
-        """Makes the folder and those above it; False if it is there already."""
+        """Makes the folder and its parents. Returns False if it exists already."""
         missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,6 +105,6 @@ class RunFolder:
         if not self._made or {path.name for path in self.path.iterdir()} - {".lock"}:
             return
         (self.path / ".lock").unlink(missing_ok=True)
-        with suppress(OSError):  # others have put something into one of them
+        with suppress(OSError):  # one of them is no longer empty
             for path in self._made:
                 path.rmdir()

@@ -1,4 +1,4 @@
-"""Numbers as they are given to constructors: Python's, numpy's, torch's."""
+"""Checks for numbers in arguments, which may be Python's, numpy's or torch's."""
 
 import operator
 from numbers import Real
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def as_int(value: Any, what: str) -> int:
-    """A plain int. Booleans and floats, whole ones too, are a TypeError that names `what`."""
+    """`value` as an int. Booleans and all floats, 2.0 too, raise a TypeError that names `what`."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -18,7 +18,7 @@ def as_int(value: Any, what: str) -> int:
 
 
 def as_float(value: Any, what: str) -> float:
-    """A plain float. Booleans and what is no real number are a TypeError that names `what`."""
+    """`value` as a float. Booleans and all but real numbers raise a TypeError that names `what`."""
     if isinstance(value, bool | np.bool_) or not isinstance(value, Real):
         raise TypeError(f"{what} is {value!r}: it must be a number")
     return float(value)

@@ -12,11 +12,11 @@ Rule = Literal["linear", "recurrence"]
 
 @dataclass
 class FineTuneSchedule:
-    """Environment steps at which rounds are due, with growing steps psi between them.
+    """Environment steps at which rounds are due; the number of steps psi between them grows.
 
-    "linear", what the paper's text and its five rounds in 100k steps say: psi_{c+1} = psi_0 (c + 1), so
-    rounds at 5k, 15k, 30k, 50k, 75k. "recurrence", what is printed: psi_{c+1} = psi_c + psi_c c, so rounds
-    at 5k, 15k, 45k, 165k. A round that starts late does not shift the ones after it.
+    "linear": psi_{c+1} = psi_0 (c + 1), so rounds at 5k, 15k, 30k, 50k, 75k, as the paper's text and its five
+    rounds in 100k steps say. "recurrence": psi_{c+1} = psi_c + psi_c c, as the paper prints it, so rounds at
+    5k, 15k, 45k, 165k. A round that starts late does not delay the ones after it.
     """
 
     psi_0: int = 5000

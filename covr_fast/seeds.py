@@ -1,18 +1,19 @@
-"""Which environment seeds a run takes: it is never evaluated on episodes that it trained on."""
+"""Seeds of environments. Training and evaluations use different ones, so no run is evaluated on episodes of
+its training."""
 
 FIRST_EVALUATION_SEED = 1_000_000
-"""Evaluations count on from here (`eval.seed`), `covr-fast evaluate` from twice that."""
+"""First seed of evaluations (`eval.seed`). `covr-fast evaluate` starts at twice this."""
 FIRST_SEED_AFTER = 10_000_000
-"""Where training goes on that would otherwise have come among the seeds of evaluations."""
+"""Training seeds that would reach those of evaluations continue from here."""
 SEEDS = 2**31 - 1
-"""EnvPool takes 32-bit integers."""
+"""Number of seeds: EnvPool takes 32-bit integers."""
 
 
 def training_seed(first: int, run_seed: int, step: int, num_envs: int) -> int:
-    """Seed of the first of `num_envs` environments, which take consecutive ones, of a run begun or resumed at
-    `step`.
+    """Seed of the first of `num_envs` environments, which take consecutive seeds, in a run that begins or is
+    resumed at `step`.
 
-    Runs are 10,000 apart, and a resumed run goes on with other episodes than it began with.
+    Runs are 10,000 seeds apart. A resumed run has other episodes than those it began with.
     """
     seed = first + 10_000 * run_seed + step
     if seed + num_envs <= FIRST_EVALUATION_SEED:

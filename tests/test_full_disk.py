@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_trainer import interrupt_at, small_config
 
-import covr_fast.trainer as module
+import covr_fast.saving as module
 from covr_fast import Trainer
 from covr_fast.checkpoint import RESCUED, load_actor
 from covr_fast.errors import UserError
@@ -49,16 +49,14 @@ def test_no_room_for_the_last_checkpoint(tmp_path, limited):
 def test_the_former_checkpoint_stays_and_the_newer_agent_is_beside_it(tmp_path, limited):
     config = small_config(steps=100, covr__psi_0=1000, checkpoint_every=48)
     trainer = Trainer(config, tmp_path)
-    store = trainer._store
 
-    def store_and_fill(rows):
-        store(rows)
+    def fill(_rows):
         if trainer.step == 60:
             limited(4_000_000)
         if trainer.step == 80:
             os.kill(os.getpid(), signal.SIGINT)
 
-    trainer._store = store_and_fill
+    trainer.on_step(fill)
     with pytest.raises(
         UserError, match=r"of step 80, only the agent was saved.*goes on from the checkpoint before it"
     ):
@@ -94,11 +92,9 @@ def test_a_regular_checkpoint_that_fails_does_not_end_the_run(tmp_path, monkeypa
 def test_no_room_for_metrics(tmp_path, limited, capfd):
     """The run is saved, to be resumed, and TensorBoard's thread adds nothing to the line."""
     trainer = Trainer(small_config(steps=4000, covr__psi_0=10_000, log_every=8), tmp_path)
-    log = trainer._log
 
-    def log_until_full():
+    def fill(_rows):
         limited((tmp_path / "metrics.jsonl").stat().st_size + 100)
-        log()
 
     save = module.save_checkpoint
 
@@ -106,7 +102,7 @@ def test_no_room_for_metrics(tmp_path, limited, capfd):
         limited(resource.RLIM_INFINITY)
         save(*arguments)
 
-    trainer._log = log_until_full
+    trainer.on_step(fill)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "save_checkpoint", room_again)
         with pytest.raises(UserError, match=r"metrics.jsonl: File too large"):

@@ -10,6 +10,7 @@ from test_trainer import interrupt_at, small_config
 
 from covr_fast import Trainer
 from covr_fast.errors import UserError
+from covr_fast.rounds import vlm_images
 from covr_fast.vlm import VLMTuner
 
 
@@ -20,15 +21,13 @@ def overlapped(**changes):
 
 
 def label_all_before_the_end(trainer: Trainer) -> None:
-    """Lets the labeller come to its end before the run closes it."""
-    labeller, close = trainer._labeller, trainer._labeller.close
+    """Lets the labeller write all labels that are due in the last step."""
 
-    def drain_and_close():
-        while len(labeller):
-            labeller.step()
-        close()
+    def drain(_rows):
+        while trainer.step == trainer.config.steps and len(trainer.labeller):
+            trainer.labeller.step()
 
-    labeller.close = drain_and_close
+    trainer.on_step(drain)
 
 
 def test_publishing_at_a_fixed_step_makes_reruns_bit_identical(tmp_path):
@@ -42,7 +41,7 @@ def test_publishing_at_a_fixed_step_makes_reruns_bit_identical(tmp_path):
         assert torch.equal(a, b)
     weights = [t.prior.backbone.model.state_dict() for t in (first, second)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    assert first.returns == second.returns
+    assert first.counters.returns == second.counters.returns
 
 
 def test_a_round_that_is_running_when_the_steps_end_is_still_published(tmp_path):
@@ -61,14 +60,12 @@ def test_the_loop_goes_on_while_a_round_runs(tmp_path, monkeypatch):
 
     monkeypatch.setattr(VLMTuner, "_train", gated)
     trainer = Trainer(overlapped(steps=100), tmp_path)
-    store = trainer._store
 
-    def open_at_90(rows):
-        store(rows)
+    def open_at_90(_rows):
         if trainer.step == 90:
             gate.set()
 
-    trainer._store = open_at_90
+    trainer.on_step(open_at_90)
     (done,) = trainer.run()["rounds"]
     assert done["step"] == 50
     assert done["published"] >= 90
@@ -89,14 +86,12 @@ def test_frames_that_the_ring_overwrites_during_a_round_are_still_those_it_train
         # No guidance, so that the two runs collect the same data.
         config = overlapped(steps=148, replay__capacity=60, covr__publish_after=90, covr__cold_start=9)
         trainer = Trainer(config, tmp_path / str(delayed))
-        store = trainer._store
 
-        def opened(rows, trainer=trainer, store=store, gate=gate, at=130 if delayed else 50):
-            store(rows)
+        def opened(_rows, trainer=trainer, gate=gate, at=130 if delayed else 50):
             if trainer.step == at:
                 gate.set()
 
-        trainer._store = opened
+        trainer.on_step(opened)
         (done,) = trainer.run()["rounds"]
         assert (done["step"], done["published"]) == (50, 140)
         weights.append({k: v.clone() for k, v in trainer.prior.backbone.model.state_dict().items()})
@@ -109,20 +104,18 @@ def test_an_error_in_the_round_ends_the_run_within_a_step(tmp_path, monkeypatch)
 
     monkeypatch.setattr(VLMTuner, "_train", broken)
     trainer = Trainer(overlapped(steps=160, covr__publish_after=100), tmp_path)
-    fine_tune = trainer._fine_tune
 
-    def after_the_thread():
+    def wait_for_the_thread(_rows):
         if trainer.tuner._thread is not None:
             trainer.tuner._thread.join()
-        fine_tune()
 
-    trainer._fine_tune = after_the_thread
+    trainer.on_step(wait_for_the_thread)
     with pytest.raises(FloatingPointError, match="the round broke"):
         trainer.run()
     assert trainer.step <= 50 + 2 * trainer.config.env.batch_size
     resumed = Trainer(trainer.config, tmp_path, resume=True)  # and nothing is lost
     assert (resumed.step, len(resumed.buffer)) == (trainer.step, len(trainer.buffer))
-    assert len(resumed.finished) >= 40
+    assert len(resumed.rounds.finished) >= 40
 
 
 def test_a_full_gpu_is_a_message_and_the_run_is_saved(tmp_path, monkeypatch):
@@ -145,10 +138,10 @@ def test_a_round_that_an_interrupt_cuts_off_is_done_again_by_the_resumed_run(tmp
     assert not first.tuner.running
 
     second = Trainer(config, tmp_path, resume=True)
-    assert second.schedule.rounds == 0
+    assert second.rounds.schedule.rounds == 0
     assert second.tuner.rounds == 0
     # The 40 samples of the round that was dropped, and the 20 of the episodes that were cut.
-    assert len(second.finished) == 60
+    assert len(second.rounds.finished) == 60
     (done,) = second.run()["rounds"]
     assert done["samples"] == 60
 
@@ -163,9 +156,11 @@ def test_background_labels_reach_every_due_transition(tmp_path):
     assert share == pytest.approx(0.2, abs=0.05)
     asked = batch.extras["prior_mask"].bool()
     ids = batch.index[asked]
-    assert torch.equal(batch.extras["prior"][asked], trainer.prior(trainer._vlm_images(ids)).action)
+    assert torch.equal(
+        batch.extras["prior"][asked], trainer.prior(vlm_images(trainer.config, trainer.buffer, ids)).action
+    )
     assert (batch.extras["prior_version"] == torch.where(asked, 0, -1)).all()
-    assert trainer._labeller.dropped == 0
+    assert trainer.labeller.dropped == 0
 
 
 def test_the_simulation_never_waits_for_a_background_prior(tmp_path, monkeypatch):
@@ -178,14 +173,12 @@ def test_the_simulation_never_waits_for_a_background_prior(tmp_path, monkeypatch
         return call(prior, images, **options)
 
     monkeypatch.setattr(type(trainer.prior), "__call__", gated)
-    act = trainer._act
 
-    def open_at_the_end(obs, ids):
-        act(obs, ids)
+    def open_at_the_end(_rows):
         if trainer.step >= 98:
             gate.set()
 
-    trainer._act = open_at_the_end
+    trainer.on_step(open_at_the_end)
     assert trainer.run()["steps"] == 100
 
 

@@ -133,7 +133,7 @@ def test_learning_rates_and_other_changes_take_effect(copied):
     )
     assert 0 < moved < 1e-5
     assert load_config(copied) == config
-    assert [r["step"] for r in trainer.rounds] == [90]
+    assert [r["step"] for r in trainer.rounds.records] == [90]
 
 
 def test_what_may_change_reaches_the_part_that_it_is_for(copied):
@@ -147,9 +147,9 @@ def test_what_may_change_reaches_the_part_that_it_is_for(copied):
     assert [len(ids) for ids in trainer.envs.batches()] == [4]
     assert trainer.agent.target_entropy == -7
     assert len(trainer.sample().reward) == 8
-    assert trainer._labeller is not None
-    assert trainer.finished.horizon == 3
-    assert (trainer.schedule.next_round, trainer.schedule.rule) == (9, "recurrence")
+    assert trainer.labeller is not None
+    assert trainer.rounds.finished.horizon == 3
+    assert (trainer.rounds.schedule.next_round, trainer.rounds.schedule.rule) == (9, "recurrence")
     assert trainer.tuner.config == config.tuner
     assert trainer.run()["steps"] == 120
 
@@ -188,8 +188,8 @@ def test_a_wrong_setting_is_not_taken_for_a_damaged_checkpoint(changes, message,
 def test_a_trainer_keeps_its_threads_whatever_was_built_since(copied, tmp_path):
     trainer = Trainer(resumed_config(threads=1), copied, resume=True)
     Trainer(small_config(threads=2), tmp_path / "another")
-    log, threads = trainer._log, []
-    trainer._log = lambda: (threads.append(torch.get_num_threads()), log())
+    threads = []
+    trainer.on_step(lambda _rows: threads.append(torch.get_num_threads()))
     trainer.run()
     assert set(threads) == {1}
 
@@ -233,10 +233,10 @@ def test_a_run_whose_steps_are_done_needs_no_replay_to_be_evaluated(tmp_path, mo
     config = small_config(steps=48, covr__psi_0=1000)
     first = Trainer(config, tmp_path)
 
-    def killed():
+    def killed(*_):
         raise SystemExit  # as little is tidied up as if the process had died
 
-    monkeypatch.setattr(first, "_evaluate_after", killed)
+    monkeypatch.setattr(first.evaluations, "measure_after", killed)
     with pytest.raises(SystemExit):
         first.run()
     assert not (tmp_path / "checkpoint" / "replay").exists()
@@ -298,22 +298,20 @@ def test_checkpoints_are_written_without_being_asked_for(tmp_path, monkeypatch):
     assert TrainConfig.preset("carracing-gpu").checkpoint_minutes > 0
     config = small_config(steps=100, covr__psi_0=1000, checkpoint_minutes=1e-6)
     trainer = Trainer(config, tmp_path)
-    monkeypatch.setattr("covr_fast.trainer.CHECKPOINT_SHARE", 1.0)
-    log = trainer._log
+    monkeypatch.setattr("covr_fast.saving.CHECKPOINT_SHARE", 1.0)
 
-    def killed_at_80():
-        log()
+    def killed_at_80(_rows):
         if trainer.step >= 80:
             raise SystemExit
 
-    trainer._log = killed_at_80
+    trainer.on_step(killed_at_80)
     with pytest.raises(SystemExit):
         trainer.run()
     assert 40 < Trainer(config, tmp_path, resume=True).step <= 80
 
 
 def test_checkpoints_change_nothing_in_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("covr_fast.trainer.CHECKPOINT_SHARE", 1.0)
+    monkeypatch.setattr("covr_fast.saving.CHECKPOINT_SHARE", 1.0)
     ends = []
     for minutes in (0.0, 1e-6):
         trainer = Trainer(small_config(steps=100, checkpoint_minutes=minutes), tmp_path / str(minutes))
@@ -326,7 +324,7 @@ def test_checkpoints_take_a_small_share_of_the_time(tmp_path, monkeypatch):
     """However slow the disk: with one that takes 0.2 s there is none again for 10 s."""
     import time
 
-    import covr_fast.trainer as module
+    import covr_fast.saving as module
 
     saves = []
 

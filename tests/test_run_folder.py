@@ -39,10 +39,9 @@ def test_one_process_at_a_time_and_none_after_it_was_killed(tmp_path):
 
 def test_two_trainers_of_one_process_do_not_share_a_folder(tmp_path):
     first, second = (Trainer(small_config(steps=48, covr__psi_0=1000), tmp_path / "run") for _ in range(2))
-    store, refused = first._store, []
+    refused = []
 
-    def store_while_the_other_tries(rows):
-        store(rows)
+    def the_other_tries(_rows):
         if not refused:
             with pytest.raises(UserError, match="is being written by another run") as caught:
                 second.run()
@@ -50,7 +49,7 @@ def test_two_trainers_of_one_process_do_not_share_a_folder(tmp_path):
             with pytest.raises(UserError, match="is being written by another run"):
                 Trainer(small_config(), tmp_path / "run", resume=True)
 
-    first._store = store_while_the_other_tries
+    first.on_step(the_other_tries)
     assert first.run()["steps"] == 48
     with pytest.raises(UserError, match="already holds a run: choose another folder"):
         second.run()

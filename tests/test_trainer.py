@@ -40,15 +40,13 @@ def small_config(**changes) -> TrainConfig:
 
 
 def interrupt_at(trainer: Trainer, step: int) -> None:
-    """Lets the run receive Ctrl-C when it has stored `step` transitions."""
-    store = trainer._store
+    """Lets the run receive Ctrl-C when it has made `step` steps."""
 
-    def store_and_interrupt(rows):
-        store(rows)
+    def interrupt(_rows):
         if trainer.step == step:
             os.kill(os.getpid(), signal.SIGINT)
 
-    trainer._store = store_and_interrupt
+    trainer.on_step(interrupt)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +57,7 @@ def finished(tmp_path_factory):
     update = trainer.agent.update
 
     def watched(batch, *, guide):
-        guided.append((trainer.schedule.rounds, guide))
+        guided.append((trainer.rounds.schedule.rounds, guide))
         return update(batch, guide=guide)
 
     trainer.agent.update = watched
@@ -163,7 +161,7 @@ def test_same_seed_same_run_bit_for_bit(finished, tmp_path):
     for name, module in first.agent.modules().items():
         for key, value in module.state_dict().items():
             assert (value == second.agent.modules()[name].state_dict()[key]).all(), f"{name}.{key}"
-    assert first.returns == second.returns
+    assert first.counters.returns == second.counters.returns
 
     def timeless(metrics):
         skip = ("time/", "steps_per_second", "seconds", "round/tuning_seconds")
@@ -176,7 +174,27 @@ def test_another_seed_another_run(finished, tmp_path):
     first, *_ = finished
     other = Trainer(small_config(seed=1, steps=56, covr__psi_0=1000), tmp_path)
     other.run()
-    assert other.returns[:4] != first.returns[:4]
+    assert other.counters.returns[:4] != first.counters.returns[:4]
+
+
+def test_callbacks_see_every_step_when_it_is_done(tmp_path):
+    trainer = Trainer(small_config(steps=60), tmp_path)
+    seen, order = [], []
+
+    def see(rows):
+        seen.append((rows, trainer.step, len(trainer.rounds.records)))
+
+    trainer.on_step(see)
+    trainer.on_step(lambda rows: order.append(rows is seen[-1][0]))
+    trainer.run()
+    assert [step for _, step, _ in seen] == list(range(2, 61, 2))
+    assert order == [True] * 30
+    assert next(step for _, step, rounds in seen if rounds) == 50, (
+        "the round of a step comes before its callback"
+    )
+    assert [rows.env_ids.tolist() for rows, *_ in seen[:3]] == [[0, 1], [2, 3], [0, 1]]
+    rewards = np.concatenate([rows.reward for rows, *_ in seen])
+    assert np.array_equal(trainer.buffer.get(np.arange(60), n_step=1).reward.numpy(), rewards)
 
 
 def test_a_round_waits_for_finished_episodes_and_says_so(tmp_path, capsys):
@@ -237,16 +255,16 @@ def test_an_interrupted_run_is_saved_and_continues(tmp_path):
     second = Trainer(config, tmp_path, resume=True)
     assert second.step == 60
     assert len(second.buffer) == len(first.buffer)
-    assert second.updates == first.updates
-    assert second.schedule.rounds == first.schedule.rounds == 1
+    assert second.counters.updates == first.counters.updates
+    assert second.rounds.schedule.rounds == first.rounds.schedule.rounds == 1
     # The unfinished episodes were cut, so all that D_f held back is finished now.
-    assert len(second.finished) == 60 - 40
+    assert len(second.rounds.finished) == 60 - 40
     for a, b in zip(first.agent.actor.parameters(), second.agent.actor.parameters(), strict=True):
         assert (a == b).all()
+    earlier = second.clock.total
     summary = second.run()
-    before = first._before["random"].returns.tolist()
+    before = first.evaluations.before["random"].returns.tolist()
     assert summary["evaluations"]["random"]["returns"] == before, "what was before training changed"
-    _, earlier = second._earlier
     assert 0 < earlier < summary["seconds"]
     # Whatever a figure is per second of, the seconds are those of the whole run.
     assert summary["steps_per_second"] == pytest.approx(100 / summary["seconds"])
@@ -280,14 +298,12 @@ def test_a_run_is_resumed_with_and_without_compiling(tmp_path, monkeypatch):
 def test_a_resumed_run_forgets_what_was_logged_after_its_checkpoint(tmp_path):
     config = small_config(steps=90, covr__psi_0=1000, checkpoint_every=64, log_every=10)
     first = Trainer(config, tmp_path)
-    log = first._log
 
-    def killed_at_80():
-        log()
+    def killed_at_80(_rows):
         if first.step >= 80:
             raise SystemExit  # as little is tidied up as if the process had died
 
-    first._log = killed_at_80
+    first.on_step(killed_at_80)
     with pytest.raises(SystemExit):
         first.run()
     assert read_metrics(tmp_path)[-1]["step"] >= 80
@@ -322,17 +338,17 @@ def test_returns_of_truncated_episodes_can_be_bootstrapped(tmp_path):
     plain.run()
     longer = Trainer(small_config(steps=56, covr__psi_0=1000, covr__bootstrap=True), tmp_path / "longer")
     longer.run()
-    ids = longer.finished.indices
-    assert torch.equal(ids, plain.finished.indices)
+    ids = longer.rounds.finished.indices
+    assert torch.equal(ids, plain.rounds.finished.indices)
     # All episodes were truncated after 10 decisions.
-    time = longer.finished.time_in_episode
-    value = longer._values_after(ids[time == 9])
-    gain = longer.finished.returns - plain.finished.returns
+    time = longer.rounds.finished.time_in_episode
+    value = longer.rounds.values_after(ids[time == 9])
+    gain = longer.rounds.finished.returns - plain.rounds.finished.returns
     expected = value.repeat_interleave(10) * longer.config.replay.gamma ** (10 - time)
     torch.testing.assert_close(gain, expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("when", ["_evaluate_before", "_evaluate_after"])
+@pytest.mark.parametrize("when", ["measure_before", "measure_after"])
 def test_an_interrupt_outside_the_loop_loses_nothing(when, tmp_path):
     config = small_config(steps=48, covr__psi_0=1000)
     first = Trainer(config, tmp_path)
@@ -341,11 +357,11 @@ def test_an_interrupt_outside_the_loop_loses_nothing(when, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(first, when, interrupt)
+        patch.setattr(first.evaluations, when, interrupt)
         with pytest.raises(KeyboardInterrupt):
             first.run()
     second = Trainer(config, tmp_path, resume=True)
-    assert second.step == (0 if when == "_evaluate_before" else 48)
+    assert second.step == (0 if when == "measure_before" else 48)
     summary = second.run()
     assert summary["steps"] == 48
     assert summary["evaluations"].keys() == {"random", "actor"}
@@ -355,15 +371,13 @@ def test_an_interrupt_outside_the_loop_loses_nothing(when, tmp_path):
 
 def test_a_diverged_run_says_so_and_keeps_its_last_checkpoint(tmp_path):
     trainer = Trainer(small_config(steps=100, covr__psi_0=1000, checkpoint_every=48), tmp_path)
-    update = trainer.agent.update
 
-    def diverging(batch, *, guide):
+    def diverging(_rows):
         if trainer.step > 60:
             for parameter in trainer.agent.actor.parameters():
                 parameter.data.fill_(torch.nan)
-        return update(batch, guide=guide)
 
-    trainer.agent.update = diverging
+    trainer.on_step(diverging)
     with pytest.raises(UserError, match=r"actions are NaN at step \d+: training diverged; lower agent.lr"):
         trainer.run()
     kept = Trainer(small_config(), tmp_path, resume=True)

@@ -1,4 +1,4 @@
-"""What an agent's update reads of a batch."""
+"""The fields of a batch that an agent's update reads."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -7,7 +7,10 @@ from torch import Tensor
 
 
 class TransitionBatch(Protocol):
-    """What an update reads of a replay batch; see covr_fast.ReplayBuffer.sample."""
+    """A `covr_fast.buffer.Batch[Tensor]`, or a batch of another replay buffer with the same fields.
+
+    A protocol, so that agents do not depend on the replay buffer.
+    """
 
     @property
     def obs(self) -> Tensor: ...

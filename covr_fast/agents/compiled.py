@@ -15,17 +15,18 @@ R = TypeVar("R")
 
 
 def compiled(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, and the gradient of what it returns, compiled at its first call; no graph break is allowed.
+    """`function` with torch.compile: it and its gradient are compiled at the first call, without graph
+    breaks.
 
-    Only functions without state of their own should come here, with modules among their arguments: modules
-    stay what they are then, for deep copies and state dicts. Random numbers come in as tensors, since torch
-    cannot trace a generator, and compiled code would draw others.
+    The function must have no state; it takes modules as arguments, so deep copies and state dicts of modules
+    work as before. Random numbers are arguments too, because torch cannot trace a generator and compiled code
+    would draw other numbers.
 
-    What is compiled holds for shapes, strides and dtypes as they came, and for the values of Python
-    arguments: new ones are compiled anew, for seconds, and torch gives up after a few. Inductor records no
-    CUDA graphs of its own in this mode, so the caller may record what it makes.
+    The compiled code is for the shapes, strides, dtypes and Python values of one call. Others are compiled
+    again, which takes seconds, and torch gives up after a few times. Inductor records no CUDA graphs in this
+    mode, so the caller may record the compiled code.
 
-    Raises (what is returned, when it compiles):
+    Raises (at the call that compiles):
         UserError: the compiler that torch needs is missing or fails.
     """
     fast = torch.compile(function, fullgraph=True, dynamic=False)
@@ -34,7 +35,7 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return fast(*args, **kwargs)
-        except torch._dynamo.exc.ShortenTraceback as error:  # of a backend; others are mistakes in `function`
+        except torch._dynamo.exc.ShortenTraceback as error:  # from a backend; others are bugs here
             said = str(error).splitlines()[0]
             raise UserError(
                 f"agent.compile: torch cannot compile here ({said}). On a CPU it needs g++, or the compiler "

@@ -1,7 +1,7 @@
 """The losses of SAC from pixels, with the VLM's action prior in the actor's (Xia et al. 2026, Eqs. 1-4).
 
-They are functions of networks and tensors alone: noise comes in, optimizers stay outside, nothing is read by
-the host. So each can be compiled as one graph, and calling them from one agent says nothing about another.
+They are functions of networks and tensors only: noise is an argument, optimizers stay outside, and the host
+reads no value. So torch.compile makes one graph of each.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .networks import Actor, Encoder, TwinQ
 
 
 class Networks(NamedTuple):
-    """What SAC learns, and the target of its critic. log_alpha is the temperature's logarithm, float32[]."""
+    """What SAC learns, and its critic's target. log_alpha is the logarithm of the temperature, float32[]."""
 
     encoder: Encoder
     actor: Actor
@@ -37,7 +37,7 @@ def bellman_target(
     """
     latent = networks.encoder(batch.next_obs)
     next_action = networks.actor(latent, noise)
-    value = (
+    value: Tensor = (
         networks.critic_target(latent, next_action.action).amin(0)
         - networks.log_alpha.exp() * next_action.log_prob
     )
@@ -63,7 +63,7 @@ def critic_loss(
 def prior_loss(action: Tensor, prior: Tensor, mask: Tensor) -> Tensor:
     """`|| a_v - a_r ||^2` of Eq. 4, averaged over the batch; rows without a prior (mask 0) add nothing.
 
-    action, prior: [B, A]; mask: [B] in {0, 1}. The mean is over all B rows, as that of the loss it joins.
+    action, prior: [B, A]; mask: [B] in {0, 1}. The mean is over all B rows, like that of the actor's loss.
     """
     return ((action - prior).square().sum(-1) * mask).mean()
 
@@ -78,10 +78,11 @@ def policy_loss(
     prior_weight: float,
     target_entropy: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The sum of the actor's loss and the temperature's, neither of which reaches the other, and metrics.
+    """The sum of the actor's and the temperature's loss, and metrics. Neither loss has a gradient for the
+    other's parameters.
 
     The actor's is Eq. 4 on detached latents [B, D]: -Q + alpha log pi, plus lambda ||a_v - a_r||^2 if
-    `guide`, which alone reads "prior" [B, A] and "prior_mask" [B] of the extras. noise [B, A] is standard
+    `guide`. "prior" [B, A] and "prior_mask" [B] of the extras are read only then. noise [B, A] is standard
     normal.
     """
     sample = networks.actor(latent, noise)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..errors import UserError
 
-# Whatever torch's defaults are at the moment: other libraries change them while they load.
+# Explicit, because other libraries change torch's defaults while they load.
 _MADE: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 
 
@@ -23,7 +23,7 @@ def _orthogonal(module: nn.Module, gain: float = math.sqrt(2)) -> None:
 
 
 def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    """Two hidden layers of ReLU."""
+    """A network with two hidden layers and ReLU."""
     net = nn.Sequential(
         nn.Linear(inputs, hidden, **_MADE),
         nn.ReLU(),
@@ -38,7 +38,7 @@ def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 class Encoder(nn.Module):
     """Pixels [B, C, H, W] in [0, 1] -> latent [B, latent_dim] in (-1, 1).
 
-    A 5x5 convolution with stride 2 first, then 3x3 ones, the given number of which halve the image too.
+    The first convolution is 5x5, the others 3x3.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Encoder(nn.Module):
         self.project = nn.Linear(features, latent, **_MADE)
         _orthogonal(self.project, 1.0)
         self.norm = nn.LayerNorm(latent, **_MADE)
-        # Two to five times as fast as channels first for these shapes on a CPU; tensor cores want it too.
+        # For these shapes two to five times as fast as channels first on a CPU. Tensor cores need it too.
         self.convolutions.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class Actor(nn.Module):
     def __init__(self, latent: int, hidden: int, action_dim: int):
         super().__init__()
         self.net = mlp(latent, hidden, 2 * action_dim)
-        # Starts near mean zero, whatever the latent: the first exploration is then unbiased.
+        # The mean starts near zero for every latent, so the first exploration is unbiased.
         _orthogonal(self.net[-1], 0.01)
 
     def forward(self, latent: Tensor, noise: Tensor) -> ActorSample:
@@ -101,7 +101,7 @@ class Actor(nn.Module):
         log_std = low + 0.5 * (high - low) * (torch.tanh(raw) + 1)
         action = mean + log_std.exp() * noise
         log_prob = (-0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
-        # log(1 - tanh(x)^2), in a form that does not lose its digits for large |x|.
+        # log(1 - tanh(x)^2), in a form that stays accurate for large |x|.
         log_prob = log_prob - (2 * (math.log(2) - action - F.softplus(-2 * action))).sum(-1)
         return ActorSample(torch.tanh(action), log_prob, torch.tanh(mean))
 

@@ -16,7 +16,7 @@ from .batch import TransitionBatch
 from .captured import CapturedUpdate
 from .compiled import compiled
 from .losses import Networks, critic_loss, policy_loss
-from .networks import Actor, Encoder, TwinQ
+from .networks import Actor, ActorSample, Encoder, TwinQ
 
 
 @dataclass
@@ -36,29 +36,29 @@ class SACConfig:
     alpha_lr: float = 1e-3
     """Learning rate of the temperature (Adam on its logarithm)."""
     init_alpha: float = 0.1
-    """Temperature at the start; it adapts to the target entropy."""
+    """Temperature at the start; later it adapts to the target entropy."""
     target_entropy: float | None = None
-    """Entropy that the temperature aims at, in nats. None: minus the number of action dimensions."""
+    """Entropy that the temperature adapts to, in nats. None: minus the number of action dimensions."""
     tau: float = 0.01
-    """Share of the critic that flows into its target at each update."""
+    """Share of the critic's weights in the moving average that is its target, per update."""
     prior_weight: float = 1.0
     """lambda of Eq. 4 (the paper: 2.0 on CARLA, 1.0 on DMControl)."""
     reward_scale: float = 1.0
     """Factor on rewards inside the Bellman target; reported returns are never scaled."""
     graph: bool = False
-    """On a GPU, launch the whole update as one CUDA graph. Off until that has run on one (benchmarks/GPU.md);
-    a CPU takes no notice of it."""
+    """On a GPU, launch the whole update as one CUDA graph. Off because it has not run on one yet
+    (benchmarks/GPU.md). A CPU ignores it."""
     compile: bool = False
     """Compile losses and gradients with torch.compile, which delays the first updates. Off because it gains
-    nothing on a CPU (docs/carracing.md) and has not run on a GPU. With `graph`, the graph records what it
-    makes."""
+    nothing on a CPU (docs/carracing.md) and has not run on a GPU. With `graph`, the graph records the
+    compiled code."""
 
 
 class SAC:
     """Soft actor-critic whose encoder is trained by the critic alone.
 
-    The next observation is encoded by the same encoder (no target copy of it): one forward less per update,
-    and the target networks of the critic's heads are enough to keep the targets still.
+    The same encoder encodes the next observation: it has no target copy. That saves one forward pass per
+    update, and the target copy of the critic is enough to keep the targets stable.
     """
 
     def __init__(
@@ -99,28 +99,34 @@ class SAC:
     def act(self, obs: Tensor, *, explore: bool = True) -> Tensor:
         """uint8[B, C, H, W] -> actions float32[B, A] in (-1, 1): sampled, or the mean if not `explore`."""
         latent = self.encoder(obs.to(self.device).float() / 255)
-        sample = self.actor(latent, self._noise(len(obs)))
+        sample: ActorSample = self.actor(latent, self._noise(len(obs)))
         return sample.action if explore else sample.mean
 
     @torch.no_grad()
     def entropy(self, obs: Tensor) -> float:
         """e_t of Eq. 5 estimated on uint8[B, C, H, W]: minus the mean log-probability of actions, in nats."""
         latent = self.encoder(obs.to(self.device).float() / 255)
-        return -self.actor(latent, self._noise(len(obs))).log_prob.mean().item()
+        sample: ActorSample = self.actor(latent, self._noise(len(obs)))
+        return -sample.log_prob.mean().item()
 
     @torch.no_grad()
     def value(self, obs: Tensor) -> Tensor:
         """uint8[B, C, H, W] -> float32[B], the critic's min Q of the mean action, in units of reward."""
         latent = self.encoder(obs.to(self.device).float() / 255)
         mean = self.actor(latent, latent.new_zeros(len(obs), self.action_dim)).mean
-        return self.critic(latent, mean).amin(0) / self.config.reward_scale
+        value: Tensor = self.critic(latent, mean).amin(0) / self.config.reward_scale
+        return value
 
     def update(self, batch: TransitionBatch, *, guide: bool) -> dict[str, Tensor]:
-        """One step on critic and encoder, actor, temperature and target. Returns metrics left on the device.
+        """One step on critic and encoder, actor, temperature and target. Returns metrics, which stay on the
+        device.
 
-        batch.obs and next_obs are float in [0, 1]; batch.extras holds "prior" [B, A] and "prior_mask" [B],
-        which are read only if `guide` (after the cold start). The host never waits for the device. With
-        config.graph, what runs is a graph: see CapturedUpdate.
+        The host never waits for the device. With config.graph a CUDA graph runs; see CapturedUpdate.
+
+        Args:
+            batch: from a ReplayBuffer, or any object with these fields. obs and next_obs are float in [0, 1].
+                extras has "prior" [B, A] and "prior_mask" [B], which are read only if `guide`.
+            guide: whether the prior enters the actor's loss (after the cold start).
         """
         update = self._captured or self._update
         return update(batch, guide)
@@ -135,7 +141,8 @@ class SAC:
         return metrics
 
     def update_critic(self, batch: TransitionBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """A step on critic and encoder; the latents [B, D] of batch.obs before it, and metrics."""
+        """A step on critic and encoder. Returns the latents [B, D] of batch.obs from before it, and
+        metrics."""
         loss, latent, metrics = self._critic_loss(
             self.networks, batch, self._noise(len(batch.reward)), reward_scale=self.config.reward_scale
         )
@@ -143,8 +150,8 @@ class SAC:
         return latent, metrics
 
     def update_actor(self, latent: Tensor, batch: TransitionBatch, *, guide: bool) -> dict[str, Tensor]:
-        """A step on actor and temperature, from detached latents [B, D]; metrics."""
-        # The actor's gradient passes through the critic, but the critic takes none of it.
+        """A step on actor and temperature from detached latents [B, D]. Returns metrics."""
+        # The actor's gradient passes through the critic, whose own weights need none.
         self.critic.requires_grad_(False)
         loss, metrics = self._policy_loss(
             self.networks,
@@ -165,7 +172,7 @@ class SAC:
 
     @property
     def networks(self) -> Networks:
-        """What the losses are functions of."""
+        """The arguments of the losses."""
         return Networks(self.encoder, self.actor, self.critic, self.critic_target, self.log_alpha)
 
     def modules(self) -> dict[str, nn.Module]:
@@ -184,7 +191,7 @@ class SAC:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy of everything that a resumed run needs to go on bit for bit."""
+        """A copy of all that a resumed run needs to continue bit for bit."""
         state = {
             **{name: module.state_dict() for name, module in self.modules().items()},
             "log_alpha": self.log_alpha.detach().clone(),
@@ -199,22 +206,24 @@ class SAC:
         with torch.no_grad():
             self.log_alpha.copy_(state["log_alpha"])
         for name, optimizer in self.optimizers().items():
-            optimizer.load_state_dict(deepcopy(state[name]))  # it keeps the very moments that it is given
-            # Loading brought these of the agent that was saved.
+            optimizer.load_state_dict(deepcopy(state[name]))  # it keeps the given tensors and changes them
+            # Loading set these to those of the saved agent.
             for group in optimizer.param_groups:
                 group["capturable"] = self._capturable
                 group["lr"] = self.config.alpha_lr if name == "alpha_optimizer" else self.config.lr
         if self._captured is not None:
-            self._captured.forget()  # optimizers replace their state when they load
+            self._captured.forget()  # loading replaced the tensors of the optimizers' state
         random_state = state["generator"].cpu()
-        if random_state.numel() == self.generator.get_state().numel():  # else it is of another kind of device
+        if (
+            random_state.numel() == self.generator.get_state().numel()
+        ):  # else it is from another type of device
             self.generator.set_state(random_state)
 
 
 def _descend(loss: Tensor, *optimizers: torch.optim.Optimizer) -> None:
-    """A step of each on the gradient of `loss`."""
+    """One step of each optimizer on the gradient of `loss`."""
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    torch.autograd.backward(loss)
     for optimizer in optimizers:
         optimizer.step()

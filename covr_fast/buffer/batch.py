@@ -1,29 +1,36 @@
 """What `ReplayBuffer.sample` returns."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any, Generic
 
 import torch
 from torch import Tensor
+from typing_extensions import (
+    TypeVar,
+)  # typing's has no defaults before Python 3.13; torch requires this package
 
 Observation = Tensor | dict[str, Tensor]
 
+ObsT = TypeVar("ObsT", default=Any)
+"""Tensor, or dict[str, Tensor] where the buffer's obs_shape is a dict."""
+
 
 @dataclass(slots=True)
-class Batch:
+class Batch(Generic[ObsT]):
     """B transitions. With n-step returns, `k` below is n, or less where the episode ended earlier.
 
-    The tensors own their memory: they stay valid, and unchanged, for as long as anything refers to them.
+    The tensors own their memory: they stay valid and unchanged while anything refers to them.
     """
 
-    obs: Observation
-    """[B, C * stack, H, W] (a dict of such for dict observations), oldest frame first."""
+    obs: ObsT
+    """[B, C * stack, H, W] (or a dict of tensors by key), oldest frame first."""
     action: Tensor
     """[B, *action_shape]."""
     reward: Tensor
     """float32 [B]: sum of gamma^j * r_{t+j} over the k steps."""
-    next_obs: Observation
-    """As obs, k steps later."""
+    next_obs: ObsT
+    """Like obs, k steps later."""
     discount: Tensor
     """float32 [B]: gamma^k, or 0 where the episode terminated within the k steps."""
     terminated: Tensor
@@ -39,25 +46,29 @@ class Batch:
     obs_offset: Tensor | None = None
     """int64 [B, 2]: the (y, x) offsets that the augmentation used for obs; None without one."""
     next_obs_offset: Tensor | None = None
-    """int64 [B, 2]: likewise for next_obs."""
+    """int64 [B, 2]: the same for next_obs."""
 
-    def to(self, device: torch.device | str) -> "Batch":
-        """The batch on another device; `index` and the offsets stay on the CPU, as everywhere."""
+    def to(self, device: torch.device | str) -> "Batch[ObsT]":
+        """The batch on another device. `index` and the offsets stay on the CPU, where the buffer reads
+        them."""
+        staying = ("index", "obs_offset", "next_obs_offset")
+        moving = [field.name for field in fields(self) if field.name not in staying]
+        moved: dict[str, Any] = {name: _moved(getattr(self, name), device) for name in moving}
+        return replace(self, **moved)
 
-        def moved(value: Observation) -> Observation:
-            if isinstance(value, Mapping):
-                return {name: tensor.to(device) for name, tensor in value.items()}
-            return value.to(device)
 
-        return replace(
-            self,
-            obs=moved(self.obs),
-            next_obs=moved(self.next_obs),
-            extras={name: tensor.to(device) for name, tensor in self.extras.items()},
-            action=self.action.to(device),
-            reward=self.reward.to(device),
-            discount=self.discount.to(device),
-            terminated=self.terminated.to(device),
-            truncated=self.truncated.to(device),
-            weight=self.weight.to(device),
-        )
+def _moved(value: Observation, device: torch.device | str) -> Observation:
+    if isinstance(value, Mapping):
+        return {name: tensor.to(device) for name, tensor in value.items()}
+    return value.to(device)
+
+
+def pixels(observation: Observation) -> Tensor:
+    """The observations of a buffer whose obs_shape is no dict, as the type checker cannot know.
+
+    Raises:
+        TypeError: they are a dict.
+    """
+    if not isinstance(observation, Tensor):
+        raise TypeError(f"observations have the keys {sorted(observation)}: expected one tensor")
+    return observation

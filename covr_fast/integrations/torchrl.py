@@ -270,8 +270,8 @@ class FastReplayBuffer:
         size = len(batch.index)
         values: dict[Key, Tensor] = {layout.action.key: layout.action.restored(batch.action)}
         for entry in layout.obs:
-            values[entry.key] = entry.restored(batch.obs[entry.column])  # type: ignore[index]
-            values["next", *entry.key] = entry.restored(batch.next_obs[entry.column])  # type: ignore[index]
+            values[entry.key] = entry.restored(batch.obs[entry.column])
+            values["next", *entry.key] = entry.restored(batch.next_obs[entry.column])
         core = {
             layout.reward.key: batch.reward,
             DONE: batch.terminated | batch.truncated,

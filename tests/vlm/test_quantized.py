@@ -14,7 +14,7 @@ from transformers import BitsAndBytesConfig, QuantoConfig
 
 from covr_fast import TrainConfig
 from covr_fast.errors import UserError
-from covr_fast.trainer import load_prior
+from covr_fast.parts import load_prior
 from covr_fast.vlm import ActionPrior, TunerConfig, VLMTuner
 
 OPTIONS = {"action_dim": 2, "prompt": "Drive.", "device": "cpu"}

@@ -1,0 +1,87 @@
+"""The parts of a run as its settings ask for them: the device, the replay buffer and the VLM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from . import _C
+from .buffer import ReplayBuffer
+from .config import TrainConfig
+from .envs import PixelEnvs
+from .errors import UserError
+from .vlm import ActionPrior
+
+_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def compute_device(name: str) -> torch.device:
+    """Where the agent and the VLM compute; "auto" is CUDA where there is a device.
+
+    Raises:
+        UserError: "cuda" without a CUDA device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "device='cuda' but torch sees no CUDA device: use --device cpu, or check `covr-fast doctor`"
+        )
+    return torch.device(name)
+
+
+def replay_device(name: str, compute: torch.device) -> str:
+    """Where the replay buffer stores its frames; "auto" is where the agent computes, if it can be there.
+
+    Raises:
+        UserError: "cuda" without a CUDA device.
+    """
+    if name == "auto":  # without CUDA kernels the frames stay on the host, and each batch is copied over
+        return "cuda" if compute.type == "cuda" and _C.with_cuda else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("replay.device='cuda' but torch sees no CUDA device: use --replay.device auto")
+    return name
+
+
+def new_buffer(config: TrainConfig, envs: PixelEnvs, device: str) -> ReplayBuffer:
+    """The empty replay buffer D. Each transition has the VLM's prior, its mask and its version as extras."""
+    (action_dim,) = envs.action_shape
+    return ReplayBuffer(
+        config.replay.capacity,
+        num_envs=config.env.num_envs,
+        obs_shape=envs.obs_shape,
+        action_shape=envs.action_shape,
+        frame_stack=config.env.frame_stack,
+        n_step=config.replay.n_step,
+        gamma=config.replay.gamma,
+        sampler=config.replay.sampler,
+        device=device,
+        seed=config.seed,
+        extras={"prior": (action_dim,), "prior_mask": (), "prior_version": ((), torch.int64)},
+    )
+
+
+def load_prior(config: TrainConfig, action_dim: int, device: torch.device, model: str | Path) -> ActionPrior:
+    """The VLM in `model` with the settings of config.vlm.
+
+    Raises:
+        UserError: one of its files is damaged. For other errors see ActionPrior.from_pretrained.
+    """
+    try:
+        return ActionPrior.from_pretrained(
+            model,
+            action_dim=action_dim,
+            prompt=config.vlm.prompt,
+            decimals=config.vlm.decimals,
+            attention=config.vlm.attention,
+            dtype=_DTYPES[config.vlm.dtype],
+            device=device,
+            seed=config.seed,
+            quantization=None if config.vlm.quantization == "auto" else config.vlm.quantization,
+            graph=config.vlm.graph,
+        )
+    except (OSError, ValueError, RuntimeError, MemoryError):
+        raise
+    except Exception as error:  # safetensors and tokenizers report damaged files by their own exceptions
+        raise UserError(f"{model} cannot be opened: {' '.join(str(error).split())}") from error

@@ -1,0 +1,127 @@
+"""When a run is saved, and what the console says about it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .agents import SAC
+from .buffer import ReplayBuffer
+from .checkpoint import RESCUED, rescue_agent, save_checkpoint
+from .config import TrainConfig
+from .counters import Counters, Every
+from .errors import DivergedError, UserError, os_error_text
+from .interrupts import interrupt_afterwards
+from .logger import RunLogger
+from .vlm import ActionPrior
+
+CHECKPOINT_SHARE = 0.02
+"""Most of a run's time that regular checkpoints take."""
+
+
+@dataclass
+class RunSaver:
+    """Writes the checkpoints of a run: regular ones, and the one at its end, however it ends."""
+
+    config: TrainConfig
+    """Of the run; says when regular checkpoints are due."""
+    run: Path
+    """The run folder."""
+    agent: SAC
+    prior: ActionPrior
+    buffer: ReplayBuffer
+    counters: Counters
+    state: Callable[[], dict[str, Any]]
+    """Gives what counters.pt is to contain."""
+    log: RunLogger
+
+    def __post_init__(self) -> None:
+        self._steps_passed = Every(self.config.checkpoint_every, self.counters.step)
+        self._saved_at = time.perf_counter()
+        self._saving_took = 0.0
+
+    def save_if_due(self) -> None:
+        """A regular checkpoint. If it cannot be written, the run says so and goes on."""
+        if not self._due():
+            return
+        try:
+            self._save(with_replay=True)
+        except OSError as error:
+            stays = "the one before it stays" if self._has_checkpoint() else "there is none yet"
+            why = os_error_text(error)
+            self.log.say(f"no checkpoint at step {self.counters.step} ({why}): {stays}, and training goes on")
+
+    def save_last(self, *, with_replay: bool) -> None:
+        """The checkpoint at the end of a run. If the disk has no room for it, the agent alone is saved.
+
+        Raises:
+            UserError: the checkpoint could not be written; the message says what was saved.
+        """
+        try:
+            with interrupt_afterwards():
+                self._save(with_replay=with_replay)
+        except OSError as error:
+            what = f"of step {self.counters.step}, only the agent was saved, as {self.run / RESCUED}"
+            try:
+                rescue_agent(self.run, self.agent)
+            except OSError:
+                what = f"of step {self.counters.step}, nothing could be saved"
+            stays = f"; --resume {self.run} goes on from the checkpoint before it"
+            raise UserError(
+                f"{os_error_text(error)}: {what}{stays if self._has_checkpoint() else ''}"
+            ) from error
+
+    @contextmanager
+    def saved_on(self, *endings: type[BaseException]) -> Iterator[None]:
+        """Saves the run for a later resume if the block ends with one of these exceptions."""
+        try:
+            yield
+        except DivergedError:
+            raise  # the former checkpoint is worth more than one of NaN
+        except endings as error:
+            what = "interrupted" if isinstance(error, KeyboardInterrupt) else type(error).__name__
+            self.save_for_resume(what)
+            if isinstance(error, MemoryError):
+                raise UserError(str(error)) from error
+            raise
+
+    def save_for_resume(self, why: str) -> None:
+        """Saves a run that ends early, replay buffer included, and says how to continue it."""
+        self.log.say(f"{why} at step {self.counters.step}: saving")
+        self.save_last(with_replay=True)
+        self.log.say(f"{why} at step {self.counters.step} and saved: --resume {self.run} continues")
+
+    def _due(self) -> bool:
+        if self._steps_passed(self.counters.step):
+            return True
+        # A large replay buffer on a slow disk is written less often.
+        pause = max(60 * self.config.checkpoint_minutes, self._saving_took / CHECKPOINT_SHARE)
+        return self.config.checkpoint_minutes > 0 and time.perf_counter() - self._saved_at >= pause
+
+    def _has_checkpoint(self) -> bool:
+        return any((self.run / name).is_dir() for name in ("checkpoint", "checkpoint.old"))
+
+    def _save(self, *, with_replay: bool) -> None:
+        """Writes a checkpoint in place of the former one.
+
+        Raises:
+            OSError: it could not be written, and the former one is still there.
+            DivergedError: the agent's weights are not finite.
+        """
+        modules = self.agent.modules().values()
+        if not all(torch.isfinite(p).all() for module in modules for p in module.parameters()):
+            raise DivergedError(f"the agent's weights are NaN at step {self.counters.step}")
+        started = time.perf_counter()
+        buffer = self.buffer if with_replay else None
+        try:
+            with self.log.clock("checkpoint"):
+                save_checkpoint(self.run, self.agent, self.prior, self.state(), buffer)
+        finally:
+            self._saved_at = time.perf_counter()
+            self._saving_took = self._saved_at - started
