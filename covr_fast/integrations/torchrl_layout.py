@@ -2,28 +2,27 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from ..buffer import Batch, Prioritized, ReplayBuffer
 from .torchrl_entries import Key, Shape, text, texts
 
-DONE, TERMINATED, TRUNCATED = (("next", name) for name in ("done", "terminated", "truncated"))
+DONE, TERMINATED, TRUNCATED = ENDS = tuple(("next", name) for name in ("done", "terminated", "truncated"))
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-@dataclass(frozen=True)
-class Keys:
-    """The entries with a special meaning."""
+class Keys(NamedTuple):
+    """The entries with a special meaning. `reward` starts with "next"."""
 
     obs: tuple[Key, ...]
     action: Key
     reward: Key
-    """It starts with "next"."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,18 @@ class Entry:
     column: str | None
     """Its name in the buffer; None if it is the action, the reward or an end of the buffer."""
 
+    @classmethod
+    def of(cls, entries: Mapping[Key, Tensor], key: Key, column: str | None) -> "Entry":
+        return cls(key, tuple(entries[key].shape[1:]), entries[key].dtype, column)
+
     @property
     def stored_dtype(self) -> torch.dtype:
-        return stored_dtype(self.dtype)
+        """The dtype itself or, if numpy lacks it, the integer dtype with as many bits."""
+        try:
+            torch.empty(0, dtype=self.dtype, device="cpu").numpy()
+        except TypeError:
+            return _BITS[self.dtype.itemsize]
+        return self.dtype
 
     def check(self, tensor: Tensor, key: Key) -> None:
         if tensor.shape[1:] != self.shape or tensor.dtype != self.dtype:
@@ -69,36 +77,6 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """N transitions as `ReplayBuffer.add` takes them."""
-
-    obs: dict[str, np.ndarray]
-    next_obs: dict[str, np.ndarray]
-    action: np.ndarray
-    reward: np.ndarray
-    terminated: np.ndarray
-    truncated: np.ndarray
-    extras: dict[str, np.ndarray]
-
-    @property
-    def ends(self) -> np.ndarray:
-        ends: np.ndarray = self.terminated | self.truncated
-        return ends
-
-    def at(self, picked: np.ndarray) -> dict[str, Any]:
-        """The arguments of `add` for these rows."""
-        return {
-            "obs": {name: values[picked] for name, values in self.obs.items()},
-            "next_obs": {name: values[picked] for name, values in self.next_obs.items()},
-            "action": self.action[picked],
-            "reward": self.reward[picked],
-            "terminated": self.terminated[picked],
-            "truncated": self.truncated[picked],
-            **{name: values[picked] for name, values in self.extras.items()},
-        }
-
-
-@dataclass(frozen=True)
 class Layout:
     """The entries that a buffer's first tensordict had. All later ones must have the same.
 
@@ -113,38 +91,37 @@ class Layout:
     ends: tuple[Entry, ...]
     """done, terminated, truncated."""
     others: tuple[Entry, ...]
-    nested: dict[Key, Shape] = field(default_factory=dict)
+    nested: dict[Key, Shape]
     """Nested tensordicts and their batch dimensions after the rows."""
 
     @classmethod
     def of(cls, entries: Mapping[Key, Tensor], nested: dict[Key, Shape], keys: Keys, n_step: int) -> "Layout":
-        for key in (*keys.obs, *(("next", *key) for key in keys.obs)):
-            _need(entries, nested, key, "obs_keys")
-        _need(entries, nested, keys.action, "action_key")
-        _need(entries, nested, keys.reward, "reward_key")
+        needed = dict.fromkeys((*keys.obs, *map(_next, keys.obs)), "obs_keys")
+        needed |= {keys.action: "action_key", keys.reward: "reward_key"}
+        for key, option in needed.items():
+            _check_needed(entries, nested, key, option)
         if complex_ones := [key for key, tensor in entries.items() if tensor.dtype.is_complex]:
             raise ValueError(
                 f"{texts(complex_ones)} are complex, the buffer holds real numbers: give torch.view_as_real"
             )
-        given = [key for key in (DONE, TERMINATED, TRUNCATED) if key in entries]
-        _need_an_end(entries)
-        for key in given:
-            _check_flag(entries[key], key)
-        own = {*keys.obs, *(("next", *key) for key in keys.obs), keys.action, keys.reward, *given}
+        _check_ends(entries)
         reward = entries[keys.reward]
-        _check_reward(reward, keys.reward, n_step)
+        if n_step > 1 and not reward.dtype.is_floating_point:
+            raise ValueError(
+                f"{text(keys.reward)} is {reward.dtype}, which cannot hold sums over n_step={n_step} "
+                "discounted steps: cast it to torch.float32"
+            )
         core = reward.dtype == torch.float32 and math.prod(reward.shape[1:]) == 1
-        ends = []
-        for key in (DONE, TERMINATED, TRUNCATED):
-            flag = entries.get(key)
-            shape = tuple((entries[given[0]] if flag is None else flag).shape[1:])
-            ends.append(Entry(key, shape, torch.bool, None if flag is None else column(key)))
+        given = {key: Entry.of(entries, key, _column(key)) for key in ENDS if key in entries}
+        shape = next(iter(given.values())).shape
         return cls(
-            obs=tuple(_entry(entries, key, column(key).removeprefix("/")) for key in keys.obs),
-            action=_entry(entries, keys.action, None),
-            reward=_entry(entries, keys.reward, None if core else column(keys.reward)),
-            ends=tuple(ends),
-            others=tuple(_entry(entries, key, column(key)) for key in entries if key not in own),
+            obs=tuple(Entry.of(entries, key, _column(key).removeprefix("/")) for key in keys.obs),
+            action=Entry.of(entries, keys.action, None),
+            reward=Entry.of(entries, keys.reward, None if core else _column(keys.reward)),
+            ends=tuple(given.get(key) or Entry(key, shape, torch.bool, None) for key in ENDS),
+            others=tuple(
+                Entry.of(entries, key, _column(key)) for key in entries if key not in {*needed, *given}
+            ),
             nested=nested,
         )
 
@@ -154,8 +131,10 @@ class Layout:
         several = (self.reward, *self.ends, *self.others)
         return tuple(e for e in several if e.column is not None and 0 not in e.shape)
 
-    def rows(self, entries: Mapping[Key, Tensor], frame_stack: int) -> Rows:
-        """The transitions of a flat tensordict's entries, each [N, *shape].
+    # ---- storing ----
+
+    def rows(self, entries: Mapping[Key, Tensor], frame_stack: int) -> dict[str, Any]:
+        """The arguments of `ReplayBuffer.add` for a flat tensordict's entries, each [N, *shape].
 
         Raises:
             ValueError: entries that the buffer could not return as they are.
@@ -165,51 +144,106 @@ class Layout:
             if entry.key in entries:
                 entry.check(entries[entry.key], entry.key)
         for entry in self.obs:
-            for key in (entry.key, ("next", *entry.key)):
+            for key in (entry.key, _next(entry.key)):
                 entry.check(entries[key], key)
-                _refuse_not_finite(key, entries[key])
+                _check_floats(key, entries[key])
             if frame_stack > 1 and len(entry.shape) == 3:
                 _check_slide(entry, entries, frame_stack)
         for key in (self.action.key, self.reward.key):
-            _refuse_not_finite(key, entries[key])
+            _check_floats(key, entries[key])
         for entry in self.others:
-            _refuse_nan(entry.key, entries[entry.key])
+            # Infinite values may have a meaning, such as the logits of forbidden actions.
+            _check_floats(entry.key, entries[entry.key], infinite=True)
         n = len(entries[self.action.key])
         reward = entries[self.reward.key]
         reward = reward if self.reward.column is None else reward.double().reshape(n, -1).sum(1)
         reward = reward.float().reshape(n)
-        _refuse(self.reward.key, ~torch.isfinite(reward), "beyond the range of float32")
+        _refuse(self.reward.key, ~reward.isfinite(), "beyond the range of float32")
         terminated, truncated = _ends(entries)
-        return Rows(
-            obs={str(e.column): e.frames(entries[e.key]) for e in self.obs},
-            next_obs={str(e.column): e.frames(entries["next", *e.key]) for e in self.obs},
-            action=self.action.rows(entries[self.action.key]),
-            reward=reward.numpy(),
-            terminated=terminated,
-            truncated=truncated,
-            extras={str(e.column): e.rows(entries[e.key]) for e in self.columns},
-        )
+        return {
+            "obs": {str(e.column): e.frames(entries[e.key]) for e in self.obs},
+            "next_obs": {str(e.column): e.frames(entries[_next(e.key)]) for e in self.obs},
+            "action": self.action.rows(entries[self.action.key]),
+            "reward": reward.numpy(),
+            "terminated": terminated,
+            "truncated": truncated,
+            **{str(e.column): e.rows(entries[e.key]) for e in self.columns},
+        }
 
     def _check_keys(self, entries: Mapping[Key, Tensor]) -> None:
-        obs = [key for e in self.obs for key in (e.key, ("next", *e.key))]
+        obs = [key for e in self.obs for key in (e.key, _next(e.key))]
         stored = [e.key for e in (*self.ends, *self.others) if e.column is not None]
         needed = {*obs, self.action.key, self.reward.key, *stored}
-        known = needed | {e.key for e in self.ends}
         if missing := needed - entries.keys():
             raise ValueError(
                 f"the tensordict lacks {texts(missing)}, which the first one had: every transition needs a "
                 "value. Add them, or build a buffer without them"
             )
-        if unknown := entries.keys() - known:
+        if unknown := entries.keys() - needed - set(ENDS):
             raise ValueError(
                 f"the tensordict has {texts(unknown)}, which the first one had not: those before it have no "
                 "value for them. Leave them out (tensordict.exclude), or empty() the buffer first"
             )
-        _need_an_end(entries)
+
+    # ---- restoring ----
+
+    def tensordict(self, batch: Batch, buffer: ReplayBuffer) -> TensorDict:
+        """The transitions of a batch of the buffer, with nested tensordicts as they were."""
+        size = len(batch.index)
+        values = {self.action.key: self.action.restored(batch.action)}
+        for entry in self.obs:
+            values[entry.key] = entry.restored(batch.obs[entry.column])
+            values[_next(entry.key)] = entry.restored(batch.next_obs[entry.column])
+        core = {
+            self.reward.key: batch.reward,
+            DONE: batch.terminated | batch.truncated,
+            TERMINATED: batch.terminated,
+            TRUNCATED: batch.truncated,
+        }
+        for entry in (self.reward, *self.ends):
+            if entry.column is None:
+                values[entry.key] = core[entry.key].reshape(size, *entry.shape)
+        for entry in self.others:
+            if 0 in entry.shape:
+                values[entry.key] = torch.empty(size, *entry.shape, dtype=entry.dtype, device="cpu")
+        of_first = of_last = batch.extras
+        if buffer.n_step > 1:
+            _, alive = buffer.windows(batch.index, buffer.n_step)
+            steps = torch.from_numpy(alive.sum(axis=1, keepdims=True))
+            of_last = buffer.extras(batch.index + (steps[:, 0] - 1) * buffer.num_envs)
+            values["steps_to_next_obs",] = steps
+        for entry in self.columns:
+            of_row = of_last if entry.key[0] == "next" else of_first
+            values[entry.key] = entry.restored(of_row[str(entry.column)])
+        if buffer.n_step > 1 and self.reward.column is not None:
+            values[self.reward.key] = self._n_step_reward(buffer, batch.index, alive)
+        values["index",] = batch.index
+        if isinstance(buffer.sampler, Prioritized):
+            values["priority_weight",] = batch.weight
+        result = TensorDict(batch_size=[size])
+        for key, dims in sorted(self.nested.items(), key=lambda item: len(item[0])):
+            result[key] = TensorDict(batch_size=[size, *dims])
+        for key, value in values.items():
+            result[key] = value
+        return result
+
+    def _n_step_reward(self, buffer: ReplayBuffer, index: Tensor, alive: np.ndarray) -> Tensor:
+        """The discounted sum of rewards [B, *shape], which are an extra of the buffer, over the steps that
+        are alive [B, n]."""
+        total = torch.zeros(len(index), *self.reward.shape, dtype=torch.float64, device="cpu")
+        for k, of_step in enumerate(torch.from_numpy(alive).T):
+            found = buffer.extras(index[of_step] + k * buffer.num_envs)[str(self.reward.column)]
+            total[of_step] += buffer.gamma**k * self.reward.restored(found).double()
+        return total.to(self.reward.dtype)
+
+    # ---- saving ----
 
     def check_same(self, other: "Layout") -> None:
         """Raises ValueError if another layout, of a saved buffer, has other entries."""
-        ours, saved = ({e.key: (e.dtype, e.shape) for e in layout._all()} for layout in (self, other))
+        ours, saved = (
+            {e.key: (e.dtype, e.shape) for e in (*of.obs, of.action, of.reward, *of.ends, *of.others)}
+            for of in (self, other)
+        )
         if differing := {key for key in ours.keys() | saved if ours.get(key) != saved.get(key)}:
             told = "; ".join(
                 f"{text(key)} is {saved.get(key)} there and {ours.get(key)} here" for key in sorted(differing)
@@ -217,18 +251,6 @@ class Layout:
             raise ValueError(
                 f"the state has other entries than this buffer: {told}. empty() the buffer first"
             )
-
-    def _all(self) -> tuple[Entry, ...]:
-        return (*self.obs, self.action, self.reward, *self.ends, *self.others)
-
-    def tensordict(self, values: Mapping[Key, Tensor], size: int) -> TensorDict:
-        """The values, with nested tensordicts as they were."""
-        result = TensorDict(batch_size=[size])
-        for key, dims in sorted(self.nested.items(), key=lambda item: len(item[0])):
-            result[key] = TensorDict(batch_size=[size, *dims])
-        for key, value in values.items():
-            result[key] = value
-        return result
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -252,81 +274,19 @@ class Layout:
         )
 
 
-def column(key: Key) -> str:
+def _next(key: Key) -> Key:
+    return ("next", *key)
+
+
+def _column(key: Key) -> str:
     """An entry's name in the buffer. The slash keeps it apart from the arguments of `ReplayBuffer.add`."""
     return "".join("/" + part.replace("\\", "\\\\").replace("/", "\\/") for part in key)
-
-
-def stored_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype itself or, if numpy lacks it, the integer dtype with as many bits."""
-    try:
-        torch.empty(0, dtype=dtype, device="cpu").numpy()
-    except TypeError:
-        return _BITS[dtype.itemsize]
-    return dtype
-
-
-def _entry(entries: Mapping[Key, Tensor], key: Key, name: str | None) -> Entry:
-    return Entry(key, tuple(entries[key].shape[1:]), entries[key].dtype, name)
-
-
-def _need(entries: Mapping[Key, Tensor], nested: Mapping[Key, Shape], key: Key, option: str) -> None:
-    if key in nested:
-        raise ValueError(
-            f"{text(key)} of {option} is a nested tensordict: name an entry of it with a tuple, as in "
-            f"({text(key)}, ...)"
-        )
-    if key not in entries:
-        raise ValueError(f"the tensordict lacks {text(key)} of {option}: it has the entries {texts(entries)}")
-    if 0 in entries[key].shape[1:]:
-        raise ValueError(
-            f"{text(key)} of {option} has rows {tuple(entries[key].shape[1:])}, which hold no value"
-        )
-
-
-def _need_an_end(entries: Mapping[Key, Tensor]) -> None:
-    if DONE not in entries and TERMINATED not in entries:
-        raise ValueError(f"the tensordict has neither {text(DONE)} nor {text(TERMINATED)}: set one of them")
-
-
-def _check_flag(tensor: Tensor, key: Key) -> None:
-    if tensor.dtype != torch.bool or math.prod(tensor.shape[1:]) != 1:
-        raise ValueError(
-            f"{text(key)} has rows of {tensor.dtype} {tuple(tensor.shape[1:])}: it must be one bool per row. "
-            "Where agents end separately, say when the environment ends, with any() or all() over them"
-        )
-
-
-def _check_reward(reward: Tensor, key: Key, n_step: int) -> None:
-    if n_step > 1 and not reward.dtype.is_floating_point:
-        raise ValueError(
-            f"{text(key)} is {reward.dtype}, which cannot hold sums over n_step={n_step} discounted steps: "
-            "cast it to torch.float32"
-        )
-
-
-def _check_slide(entry: Entry, entries: Mapping[Key, Tensor], frame_stack: int) -> None:
-    new = entry.shape[0] // frame_stack
-    older, newer = entries["next", *entry.key][:, : entry.shape[0] - new], entries[entry.key][:, new:]
-    bits = _BITS[entry.dtype.itemsize]
-    older, newer = older.view(bits), newer.view(bits)
-    if torch.equal(older, newer):
-        return
-    differ = (older != newer).flatten(1).any(1)
-    _refuse(
-        ("next", *entry.key),
-        differ,
-        f"not {text(entry.key)} moved on by one frame",
-        f"with frame_stack={frame_stack} it must be, oldest frame first; build the buffer with frame_stack=1 "
-        "to store observations as they are",
-    )
 
 
 def _ends(entries: Mapping[Key, Tensor]) -> tuple[np.ndarray, np.ndarray]:
     """(terminated, truncated), bool [N]. Where any end of the tensordict is True, at least one of them is."""
     done, terminated, truncated = (
-        None if flag is None else flag.reshape(-1)
-        for flag in (entries.get(key) for key in (DONE, TERMINATED, TRUNCATED))
+        None if flag is None else flag.reshape(-1) for flag in map(entries.get, ENDS)
     )
     if terminated is None:
         if truncated is not None:
@@ -341,22 +301,53 @@ def _ends(entries: Mapping[Key, Tensor]) -> tuple[np.ndarray, np.ndarray]:
     return terminated.numpy(), truncated.numpy()
 
 
-def _refuse_not_finite(key: Key, tensor: Tensor) -> None:
-    if (floats := _floats(tensor)) is not None:
-        _refuse(key, ~torch.isfinite(floats), "NaN or infinite")
+# ---- what is refused before anything is added ----
 
 
-def _refuse_nan(key: Key, tensor: Tensor) -> None:
-    """Infinite values are allowed: they may have a meaning, such as the logits of forbidden actions."""
-    if (floats := _floats(tensor)) is not None:
-        _refuse(key, torch.isnan(floats), "NaN")
+def _check_needed(entries: Mapping[Key, Tensor], nested: Mapping[Key, Shape], key: Key, option: str) -> None:
+    if key in nested:
+        raise ValueError(
+            f"{text(key)} of {option} is a nested tensordict: name an entry of it with a tuple, as in "
+            f"({text(key)}, ...)"
+        )
+    if key not in entries:
+        raise ValueError(f"the tensordict lacks {text(key)} of {option}: it has the entries {texts(entries)}")
+    if 0 in entries[key].shape[1:]:
+        raise ValueError(
+            f"{text(key)} of {option} has rows {tuple(entries[key].shape[1:])}, which hold no value"
+        )
 
 
-def _floats(tensor: Tensor) -> Tensor | None:
-    """The floats in a dtype that torch can test; None for integers."""
-    if not tensor.dtype.is_floating_point:
-        return None
-    return tensor.float() if tensor.dtype.itemsize == 1 else tensor
+def _check_ends(entries: Mapping[Key, Tensor]) -> None:
+    if DONE not in entries and TERMINATED not in entries:
+        raise ValueError(f"the tensordict has neither {text(DONE)} nor {text(TERMINATED)}: set one of them")
+    for key in ENDS:
+        if key in entries and ((flag := entries[key]).dtype != torch.bool or math.prod(flag.shape[1:]) != 1):
+            raise ValueError(
+                f"{text(key)} has rows of {flag.dtype} {tuple(flag.shape[1:])}: it must be one bool per row. "
+                "Where agents end separately, say when the environment ends, with any() or all() over them"
+            )
+
+
+def _check_slide(entry: Entry, entries: Mapping[Key, Tensor], frame_stack: int) -> None:
+    key, bits, new = _next(entry.key), _BITS[entry.dtype.itemsize], entry.shape[0] // frame_stack
+    older, newer = entries[key][:, : entry.shape[0] - new].view(bits), entries[entry.key][:, new:].view(bits)
+    if not torch.equal(older, newer):
+        _refuse(
+            key,
+            older != newer,
+            f"not {text(entry.key)} moved on by one frame",
+            f"with frame_stack={frame_stack} it must be, oldest frame first; build the buffer with "
+            "frame_stack=1 to store observations as they are",
+        )
+
+
+def _check_floats(key: Key, tensor: Tensor, *, infinite: bool = False) -> None:
+    """NaN is refused, and infinity unless it is allowed."""
+    if tensor.dtype.is_floating_point:
+        floats = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # torch cannot test a float8
+        wrong = floats.isnan() if infinite else ~floats.isfinite()
+        _refuse(key, wrong, "NaN" if infinite else "NaN or infinite")
 
 
 def _refuse(
