@@ -34,7 +34,7 @@ def test_rows_agree_with_sb3(stack, transpose, timeouts):
         for theirs, ours in zip(*samples, strict=True):
             assert_same(theirs, ours)
     assert ours_too[1].size() == ours_too[0].size() == 33
-    assert ours_too[1]._stacks["obs"].frames == (stack or 1)
+    assert ours_too[1]._stored.stacks["obs"].frames == (stack or 1)
 
 
 def test_stacks_take_the_memory_of_frames():
@@ -60,7 +60,7 @@ def test_a_still_picture_does_not_decide_the_stack():
     for i in range(29):
         for buffer in (theirs, ours):
             buffer.add(stacks[i], stacks[i + 1], np.zeros((1, 1)), np.array([i]), np.array([i == 6]), [{}])
-    assert ours._stacks["obs"].frames == 4
+    assert ours._stored.stacks["obs"].frames == 4
     assert_same(theirs._get_samples(np.arange(29)), ours._get_samples(np.arange(29)))
 
 
@@ -79,7 +79,7 @@ def test_a_picture_that_stood_still_until_the_ring_was_full():
             buffer.add(obs, next_obs, np.zeros((1, 1)), np.array([i]), no, [{}])
         if i >= 20:
             assert_same(theirs._get_samples(np.arange(20)), ours._get_samples(np.arange(20)))
-    assert ours._stacks["obs"].frames == 4
+    assert ours._stored.stacks["obs"].frames == 4
 
 
 def test_a_row_that_is_refused_says_nothing_about_the_stack():
@@ -89,7 +89,7 @@ def test_a_row_that_is_refused_says_nothing_about_the_stack():
     obs, no = env.reset(), np.zeros(2, bool)
     with pytest.raises(ValueError, match="reward is NaN"):
         buffer.add(obs, obs, np.zeros((2, 2)), np.array([np.nan, 0.0]), no, [{}, {}])
-    assert buffer._stacks["obs"].frames == 3
+    assert buffer._stored.stacks["obs"].frames == 3
 
 
 def test_environments_that_do_not_keep_to_their_dtypes():
@@ -123,7 +123,7 @@ def test_dict_observations_agree():
     env = vec_env(2, 3, shape=(16, 20, 3), key="camera")
     buffers = pair(env, 60, DictReplayBuffer)
     rollout(env, buffers, 50)
-    assert buffers[1]._stacks["camera"].frames == 3
+    assert buffers[1]._stored.stacks["camera"].frames == 3
     samples = []
     for buffer in buffers:
         np.random.seed(3)  # noqa: NPY002
@@ -204,7 +204,7 @@ def test_agents_learn_save_and_go_on(agent, optimize, tmp_path):
     np.testing.assert_array_equal(again.replay_buffer.observations, model.replay_buffer.observations)
     again.learn(20)
     again.learn(20, reset_num_timesteps=False)
-    assert again.replay_buffer._stacks["obs"].frames == 2
+    assert again.replay_buffer._stored.stacks["obs"].frames == 2
 
 
 def test_contrib_agents():

@@ -82,7 +82,7 @@ def test_the_reset_frame_at_terminations(frame_stack):
         warnings.simplefilter("error")
         terminated, _ = rollout(buffers, 60, AutoresetMode.SAME_STEP)
     assert terminated.sum() > 4
-    assert ours._stacks["obs"].frames == 4
+    assert ours._stored.stacks["obs"].frames == 4
     for name in ("observations", "actions", "rewards", "dones"):
         np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name), err_msg=name)
     used, expected = np.array(ours.next_observations)[:60], theirs.next_observations[:60]
@@ -104,7 +104,7 @@ def test_rows_between_episodes_are_never_drawn(mode, finals, padding, frame_stac
         terminated, between = rollout(buffers, 60, mode, padding, finals)
     assert len(told) == 1
     assert between.sum() > 4
-    assert ours._stacks["obs"].frames == 4
+    assert ours._stored.stacks["obs"].frames == 4
     for name in ("observations", "actions", "rewards", "dones"):
         np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name), err_msg=name)
     good = ~between & ~terminated
@@ -132,7 +132,7 @@ def test_n_step_returns_do_not_reach_across_rows_between_episodes():
         keep = positions[~between[positions, e]]
         at = np.full(len(keep), e)
         expected = _at(theirs, keep, at)
-        got = ours._samples(ours._ids(keep, at), None)
+        got = ours._samples(ours.buffer.ids_at(at, keep), None)
         unused = expected.dones[:, 0] == 1
         got.next_observations[unused] = expected.next_observations[unused]
         assert_same(expected, got)
@@ -255,7 +255,7 @@ def test_the_first_row_that_is_refused_leaves_nothing_behind():
     with pytest.raises(ValueError, match="reward is NaN"):
         ours.add(still, stacks[0], np.zeros(1, int), np.array([np.nan]), np.zeros(1), [{}])
     feed((theirs, ours), stacks)
-    assert ours._stacks["obs"].frames == 4
+    assert ours._stored.stacks["obs"].frames == 4
     assert_same(theirs._get_samples(np.arange(5)), ours._get_samples(np.arange(5)))
 
 
@@ -268,7 +268,7 @@ def test_a_first_step_that_terminates_decides_nothing():
     next_obs = stacks[1].copy()
     next_obs[0] = next_obs[0, :1]  # the reset of environment 0
     ours.add(stacks[0], next_obs, np.zeros(2, int), np.zeros(2), np.array([1, 0]), {})
-    assert ours._stacks["obs"].frames == 4
+    assert ours._stored.stacks["obs"].frames == 4
 
 
 def test_first_steps_that_all_terminate_say_that_the_guess_is_one():
@@ -289,7 +289,7 @@ def test_channels_last_stacks():
     reset = np.repeat(rng.integers(0, 256, (1, 16, 20, 1), dtype=np.uint8), 4, axis=3)
     feed(buffers, [stacks[8], reset], lambda i: True)
     feed(buffers, stacks[9:])
-    assert ours._stacks["obs"].frames == 4
+    assert ours._stored.stacks["obs"].frames == 4
     rows = np.delete(np.arange(15), 7)
     assert_same(theirs._get_samples(rows), ours._get_samples(rows))
     np.testing.assert_array_equal(ours.next_observations[7, 0, ..., :-1], stacks[8][0, ..., 1:])
@@ -305,7 +305,7 @@ def test_pictures_of_every_type_and_layout(dtype, frame, axis):
     stacks = [np.moveaxis(frames[i : i + 4], 0, axis)[None] for i in range(17)]
     buffers = theirs, ours = one(stacks[0].shape[1:], dtype=dtype)
     feed(buffers, stacks, lambda i: i % 7 == 6)
-    assert ours._stacks["obs"].frames == 4
+    assert ours._stored.stacks["obs"].frames == 4
     assert_same(theirs._get_samples(np.arange(16)), ours._get_samples(np.arange(16)))
     np.testing.assert_array_equal(ours.observations, theirs.observations)
 
@@ -313,7 +313,7 @@ def test_pictures_of_every_type_and_layout(dtype, frame, axis):
 def test_a_still_picture_of_more_channels_than_a_stack_has_frames():
     buffers = theirs, ours = one((66, 70, 70))
     feed(buffers, [np.zeros((1, 66, 70, 70), np.uint8)] * 4)
-    assert ours._stacks["obs"].frames == 33
+    assert ours._stored.stacks["obs"].frames == 33
     assert_same(theirs._get_samples(np.arange(3)), ours._get_samples(np.arange(3)))
 
 
@@ -340,5 +340,5 @@ def test_float_stacks_that_differ_by_rounding_are_stacks():
         zero = np.zeros(1)
         buffer.add(frames[None, t : t + 4], again[None], np.zeros((1, 1)), zero, zero, [{}])
         frames[t + 1 : t + 5] = again
-    assert buffer._stacks["obs"].frames == 4
+    assert buffer._stored.stacks["obs"].frames == 4
     assert buffer.buffer.jumps == 0
