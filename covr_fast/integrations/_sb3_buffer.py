@@ -9,14 +9,7 @@ import torch
 from ..buffer import Batch, FrameStackError, ReplayBuffer
 from ..buffer.storage import size_text
 from ._sb3_rows import Rows
-from ._sb3_stacks import (
-    FrameStack,
-    as_given,
-    between_episodes,
-    coarser_for,
-    proven_by,
-    recognised,
-)
+from ._sb3_stacks import FrameStack, as_given, between_episodes, coarser_for, proven_by, recognised
 
 CHUNK = 256  # transitions that are rebuilt together
 
@@ -39,7 +32,7 @@ class StackingBuffer:
 
     Args:
         options: of ReplayBuffer, without those that depend on the stacks.
-        rows: the first that will be added. Where `frame_stack` is "auto", the stacks are recognised from them.
+        rows: the first that will be added. Where frame_stack is "auto", they say what observations stack.
 
     Attributes:
         between: bool [positions, n_envs], the rows that lead from one episode into the next. They keep their
@@ -90,9 +83,7 @@ class StackingBuffer:
                 return self.add(rows)
         if between.any() and not self.between.any():
             warnings.warn(_NO_TRANSITION, stacklevel=3)
-        slid = {
-            name: stack.moved_on(rows.obs[name], rows.next_obs[name]) for name, stack in self.stacks.items()
-        }
+        slid = {key: stack.moved_on(rows.obs[key], rows.next_obs[key]) for key, stack in self.stacks.items()}
         # Cut before and after them, so that no n-step return includes them.
         apart = np.flatnonzero(between)
         self.buffer.cut(apart)

@@ -282,7 +282,8 @@ class FastReplayBuffer(SB3ReplayBuffer):
         """which: flat indices into [buffer_size, n_envs]."""
         if not np.isin(values, (0, 1)).all():
             raise ValueError(f"{name} are 0 or 1, got {values[~np.isin(values, (0, 1))][0]}")
-        ids = self._filled.ids().reshape(-1)[which]
+        positions, envs = np.divmod(which, self.n_envs)
+        ids = self.buffer.ids_at(envs, positions)
         correct = self.buffer.set_terminated if name == "dones" else self.buffer.set_truncated
         correct(ids[ids >= 0], values[ids >= 0] != 0)
 

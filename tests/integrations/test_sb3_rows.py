@@ -6,7 +6,7 @@ import torch
 from gymnasium import spaces
 
 pytest.importorskip("stable_baselines3")
-from sb3_pixels import assert_same
+from sb3_pixels import assert_same, assert_same_arrays, drawn, pair_of
 from stable_baselines3.common.buffers import DictReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 
@@ -27,9 +27,8 @@ def row(obs=None, next_obs=None, action=None, reward=None, done=None, infos=None
 
 
 def pair(space=VECTOR, action=FORCE, n=2):
-    args = 20, space, action, "cpu", n
     kind = DictReplayBuffer if isinstance(space, spaces.Dict) else SB3ReplayBuffer
-    return kind(*args), FastReplayBuffer(*args)
+    return pair_of(20, space, action, n, kind)
 
 
 SHAPES = {
@@ -101,7 +100,7 @@ def refuse(given, message, space):
         for buffer in (theirs, ours):
             buffer.add(*row(reward=np.array([7, 8]), space=space))
         np.testing.assert_array_equal(ours.rewards, theirs.rewards)
-        assert_same(samples(theirs), samples(ours))
+        assert_same(drawn(theirs), drawn(ours))
 
 
 @pytest.mark.parametrize(
@@ -161,8 +160,7 @@ def test_what_sb3_stores_unchanged_is_taken(given):
     buffers = theirs, ours = pair()
     for buffer in buffers:
         buffer.add(*row(**given))
-    for name in ("observations", "next_observations", "actions", "rewards", "dones", "timeouts"):
-        np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name), err_msg=name)
+    assert_same_arrays(theirs, ours)
 
 
 def test_one_environment_without_its_axis():
@@ -170,8 +168,7 @@ def test_one_environment_without_its_axis():
     given = np.ones(3, np.float32), np.full(3, 2.0), np.ones((2, 3)), 1.5, True, [{}]
     for buffer in buffers:
         buffer.add(*given)
-    for name in ("observations", "next_observations", "actions", "rewards", "dones"):
-        np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name), err_msg=name)
+    assert_same_arrays(theirs, ours)
 
 
 @pytest.mark.parametrize("n", [1, 2])
@@ -188,12 +185,7 @@ def test_spaces(space, n):
             action = np.stack([action_space.sample() for _ in range(n)])
             for buffer in buffers:
                 buffer.add(obs, next_obs, action, np.full(n, i), np.full(n, i == 4), [{}] * n)
-        assert_same(*(samples(buffer) for buffer in buffers))
-
-
-def samples(buffer):
-    np.random.seed(0)  # noqa: NPY002
-    return buffer.sample(50)
+        assert_same(*map(drawn, buffers))
 
 
 def test_extend_and_arrays_in_one_piece():
@@ -210,7 +202,7 @@ def test_extend_and_arrays_in_one_piece():
     )
     for buffer in buffers:
         buffer.extend(obs, next_obs, *rest)
-    assert_same(*(samples(buffer) for buffer in buffers))
+    assert_same(*map(drawn, buffers))
     for name in ("observations", "rewards", "dones"):
         flat = [buffer.swap_and_flatten(np.asarray(getattr(buffer, name))) for buffer in buffers]
         np.testing.assert_array_equal(*flat)

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("torchrl")
 from tensordict import NonTensorData, NonTensorStack, TensorDict, tensorclass
-from torchrl_peer import assert_as_torchrl, make, transitions
+from torchrl_peer import assert_as_torchrl, make, stacked, transitions
 
 from covr_fast.integrations.torchrl import FastReplayBuffer
 
@@ -100,20 +100,15 @@ def test_infinite_logits_are_data_and_infinite_rewards_are_not():
 
 
 def test_wide_pixels_are_refused_where_bytes_were():
-    frames = torch.randint(0, 256, (25, 1, 4, 4), dtype=torch.uint8)
-    data = transitions()
-    data["observation"], data["next", "observation"] = frames[:-1], frames[1:]
+    data = transitions(width=(1, 4, 4), dtype=torch.uint8)
     buffer = make()
     buffer.extend(data)
-    data["observation"] = frames[:-1].long() + 300
+    data["observation"] = data["observation"].long() + 300
     assert_refused(buffer, data, ValueError, r"'observation' has rows of torch.int64.*torch.uint8")
 
 
 def test_what_is_no_stack_is_refused_before_anything_is_added():
-    frames = torch.randint(0, 256, (27, 1, 5, 4), dtype=torch.uint8)
-    stacks = torch.cat([frames[:-2], frames[1:-1], frames[2:]], 1)
-    data = transitions()
-    data["observation"], data["next", "observation"] = stacks[:-1], stacks[1:].clone()
+    data = stacked(torch.randint(0, 256, (27, 1, 5, 4), dtype=torch.uint8))
     buffer = make(frame_stack=3)
     buffer.extend(data)
     data["next", "observation"][20, 0, 2, 2] += 1
