@@ -76,10 +76,11 @@ class FastReplayBuffer(SB3ReplayBuffer):
         self.optimize_memory_usage = optimize_memory_usage
         self.handle_timeout_termination = handle_timeout_termination
         self.n_steps, self.gamma = n_steps_and_gamma(self, n_steps, gamma)
-        self._shapes: dict[str, Shape] = (
-            dict(self.obs_shape) if isinstance(self.obs_shape, dict) else {"obs": tuple(self.obs_shape)}
-        )
-        self._single = not isinstance(self.obs_shape, dict)
+        self._single = not isinstance(observation_space, spaces.Dict)
+        space: Any = observation_space
+        self._spaces: dict[str, spaces.Space[Any]] = {"obs": space} if self._single else space.spaces
+        shape: Any = self.obs_shape
+        self._shapes: dict[str, Shape] = {"obs": shape} if self._single else shape
         self._action_dtype = self._maybe_cast_dtype(action_space.dtype)
         self._frame_stack = _checked_frame_stack(frame_stack, self._shapes, self._single)
         self._stored: StackingBuffer | None = None  # until the first `add`
@@ -100,8 +101,8 @@ class FastReplayBuffer(SB3ReplayBuffer):
         super().reset()
         self._stored = None
 
-    def _space(self, name: str) -> spaces.Space[Any]:
-        return self.observation_space if self._single else self.observation_space[name]  # type: ignore[index]
+    def _zero_rows(self, n: int) -> Observations:
+        return {key: np.zeros((n, *shape), self._spaces[key].dtype) for key, shape in self._shapes.items()}
 
     # ---- adding ----
 
@@ -131,9 +132,11 @@ class FastReplayBuffer(SB3ReplayBuffer):
         cut_off = np.zeros(self.n_envs, bool)
         if self.handle_timeout_termination:
             cut_off = timeouts(infos, self.n_envs)
+        shape, flat = self.action_space.shape or (), (self.action_dim,)
+        actions = as_rows(action, self.n_envs, shape, self._action_dtype, "action", flat)
         rows = Rows(
             self._observation_rows(obs, "obs"),
-            self._action_rows(action),
+            actions.reshape(self.n_envs, self.action_dim),
             as_rows(reward, self.n_envs, (), np.float32, "reward", (1,)),
             self._observation_rows(next_obs, "next_obs"),
             ended & ~cut_off,
@@ -156,15 +159,10 @@ class FastReplayBuffer(SB3ReplayBuffer):
         for name, shape in self._shapes.items():
             if name not in given:
                 raise ValueError(f"{what} lacks the key {name!r} of the observation space")
-            label, space = what if self._single else f"{what}[{name!r}]", self._space(name)
+            label, space = what if self._single else f"{what}[{name!r}]", self._spaces[name]
             others = [()] if isinstance(space, spaces.Discrete) else []
             rows[name] = as_rows(given[name], self.n_envs, shape, space.dtype, label, *others)
         return rows
-
-    def _action_rows(self, action: np.ndarray) -> np.ndarray:
-        shape, flat = self.action_space.shape or (), (self.action_dim,)
-        rows = as_rows(action, self.n_envs, shape, self._action_dtype, "action", flat)
-        return rows.reshape(self.n_envs, *flat)
 
     def _options(self) -> dict[str, Any]:
         """Of the covr_fast.ReplayBuffer inside."""
@@ -172,7 +170,7 @@ class FastReplayBuffer(SB3ReplayBuffer):
             "capacity": self.buffer_size * self.n_envs,
             "num_envs": self.n_envs,
             "obs_shape": self._shapes,
-            "obs_dtype": {name: _torch_dtype(self._space(name).dtype) for name in self._shapes},
+            "obs_dtype": {name: _torch_dtype(self._spaces[name].dtype) for name in self._shapes},
             "action_shape": (self.action_dim,),
             "action_dtype": _torch_dtype(self._action_dtype),
         }
@@ -253,11 +251,8 @@ class FastReplayBuffer(SB3ReplayBuffer):
         blank = copy.copy(self)
         blank.buffer_size = 1
         blank.reset()
-        zeros: Any = {
-            name: np.zeros((self.n_envs, *shape), self._space(name).dtype)
-            for name, shape in self._shapes.items()
-        }
-        obs, zero = zeros["obs"] if self._single else zeros, np.zeros(self.n_envs)
+        zeros, zero = self._zero_rows(self.n_envs), np.zeros(self.n_envs)
+        obs = zeros["obs"] if self._single else zeros
         action = np.zeros((self.n_envs, self.action_dim), self._action_dtype)
         blank.add(obs, obs, action, zero, zero, [{}] * self.n_envs)
         return blank
@@ -289,10 +284,7 @@ class FastReplayBuffer(SB3ReplayBuffer):
 
     def _rebuilt(self, name: str) -> np.ndarray | dict[str, np.ndarray]:
         """Zeros where nothing is stored."""
-        arrays = {
-            key: np.zeros((self.buffer_size * self.n_envs, *shape), self._space(key).dtype)
-            for key, shape in self._shapes.items()
-        }
+        arrays = self._zero_rows(self.buffer_size * self.n_envs)
         ids = np.empty(0, np.int64) if self._stored is None else self._stored.ids().reshape(-1)
         filled = np.flatnonzero(ids >= 0)
         for start in range(0, len(filled), CHUNK):
@@ -302,9 +294,9 @@ class FastReplayBuffer(SB3ReplayBuffer):
             for key, values in as_given(self._filled.stacks, part).items():
                 arrays[key][rows] = values
         remedy = _OBSERVATIONS_STAY.format(name)
+        size = self.buffer_size, self.n_envs
         tables: Observations = {
-            key: guarded(array.reshape(self.buffer_size, self.n_envs, *array.shape[1:]), remedy)
-            for key, array in arrays.items()
+            key: guarded(array.reshape(*size, *array.shape[1:]), remedy) for key, array in arrays.items()
         }
         return tables["obs"] if self._single else BufferDict(tables, remedy)
 
@@ -316,20 +308,10 @@ class FastReplayBuffer(SB3ReplayBuffer):
             raise ValueError(f"{name} has shape {np.shape(values)}: it must be {own.shape}")
         own[...] = values
 
-    rewards = _array(
-        _memory,
-        "rewards",
-        """float32, the buffer's own memory until `reset`, or until "auto" lowers the frame stack.""",
-    )
+    rewards = _array(_memory, "rewards", "float32. The buffer's own memory, until it is reset or rebuilt.")
     actions = _array(_memory, "actions", "The buffer's own memory, as `rewards`.")
-    dones = _array(
-        _ends, "dones", "float32. Setting elements terminates those transitions, or takes back their end."
-    )
-    timeouts = _array(
-        _ends,
-        "timeouts",
-        "float32. Setting elements truncates those transitions, or makes a truncation a termination.",
-    )
+    dones = _array(_ends, "dones", "float32. 1 terminates a transition; 0 takes back its end.")
+    timeouts = _array(_ends, "timeouts", "float32. 1 truncates a transition; 0 makes that a termination.")
     observations = _array(_rebuilt, "observations", "A read-only copy, rebuilt from frames on every access.")
     next_observations = _array(_rebuilt, "next_observations", "As `observations`.")
 

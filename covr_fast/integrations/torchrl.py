@@ -19,11 +19,10 @@ from ..buffer import Batch, Prioritized, ReplayBuffer
 from ..buffer.samplers import Sampler
 from ..files import replacing
 from ..scalars import as_int
-from .torchrl_entries import Key, read, text
-from .torchrl_layout import Keys, Layout
+from .torchrl_entries import Keys, NestedKey, read, text
+from .torchrl_layout import Layout
 from .torchrl_streams import Streams, in_steps
 
-NestedKey = str | tuple[str, ...]
 _TRAJECTORY, _MASK = ("collector", "traj_ids"), ("collector", "mask")
 _STATE = "state.pt"
 
@@ -96,9 +95,7 @@ class FastReplayBuffer:
         self.priority_key = unravel_key(priority_key)
         self.device = torch.device(device)
         self.pixels_dtype = pixels_dtype
-        self._keys = Keys(
-            _obs_keys(obs_keys), _key(action_key, "action_key"), ("next", *_key(reward_key, "reward_key"))
-        )
+        self._keys = Keys.of(obs_keys, action_key, reward_key)
         # The shapes are known only from the first tensordict. The other options are checked now.
         self._frame_stack = as_int(frame_stack, "frame_stack")
         probe = ReplayBuffer(
@@ -191,19 +188,12 @@ class FastReplayBuffer:
         for name in added_by_sample:
             entries.pop((name,), None)
         with self._lock:
-            layout = self._layout
-            if layout is None:
-                layout = Layout.of(entries, nested, self._keys, self._options["n_step"])
+            layout = self._layout or Layout.of(entries, nested, self._keys, self._options["n_step"])
             rows = layout.rows(entries, self._frame_stack)
             priority = self._priority_of(tensordict, n) if self._prioritized else None
             buffer = self._build(layout) if self._buffer is None else self._buffer
-            trajectories = entries.get(_TRAJECTORY)
-            streams = self._streams.of(
-                tensordict.shape,
-                tensordict.names,
-                None if trajectories is None else trajectories.reshape(-1).numpy(),
-                rows["terminated"] | rows["truncated"],
-            )
+            ends = rows["terminated"] | rows["truncated"]
+            streams = self._streams.of(tensordict, entries.get(_TRAJECTORY), ends)
             self._buffer, self._layout = buffer, layout
             index = np.empty(len(streams), np.int64)
             for step in in_steps(streams):
@@ -378,25 +368,6 @@ class FastReplayBuffer:
 def _picked(rows: dict[str, Any], step: np.ndarray) -> dict[str, Any]:
     """The arguments of `ReplayBuffer.add` for some of the rows."""
     return {name: _picked(v, step) if isinstance(v, dict) else v[step] for name, v in rows.items()}
-
-
-def _key(key: NestedKey, option: str) -> Key:
-    try:
-        flat = unravel_key(key)
-    except RuntimeError:
-        raise TypeError(f"{option} has {key!r}: a key is a string, or for nested entries a tuple") from None
-    return (flat,) if isinstance(flat, str) else flat
-
-
-def _obs_keys(keys: Sequence[NestedKey]) -> tuple[Key, ...]:
-    if isinstance(keys, str) or not isinstance(keys, Sequence):
-        raise TypeError(f"obs_keys is {keys!r}: it must be a tuple of keys, such as ('pixels',)")
-    found = tuple(_key(key, "obs_keys") for key in keys)
-    if not found or len(set(found)) < len(found):
-        raise ValueError(f"obs_keys is {keys!r}: it must hold at least one key, and each once")
-    if under_next := [text(key) for key in found if key[0] == "next"]:
-        raise ValueError(f"obs_keys has {', '.join(under_next)}: name the root's entries, 'next' is implied")
-    return found
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,18 +11,10 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from ..buffer import Batch, Prioritized, ReplayBuffer
-from .torchrl_entries import Key, Shape, text, texts
+from .torchrl_entries import Key, Keys, Shape, text, texts
 
 DONE, TERMINATED, TRUNCATED = ENDS = tuple(("next", name) for name in ("done", "terminated", "truncated"))
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-class Keys(NamedTuple):
-    """The entries with a special meaning. `reward` starts with "next"."""
-
-    obs: tuple[Key, ...]
-    action: Key
-    reward: Key
 
 
 @dataclass(frozen=True)
