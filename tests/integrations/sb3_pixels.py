@@ -1,5 +1,7 @@
 """Environments that give pictures, rollouts of them into several replay buffers at once, and comparisons."""
 
+import copy
+
 import gymnasium as gym
 import numpy as np
 import torch
@@ -53,12 +55,12 @@ def rollout(env, buffers, steps):
     for _ in range(steps):
         action = np.stack([env.action_space.sample() for _ in range(env.num_envs)])
         new_obs, reward, done, infos = env.step(action)
-        next_obs = {k: v.copy() for k, v in new_obs.items()} if isinstance(new_obs, dict) else new_obs.copy()
+        next_obs = copy.deepcopy(new_obs)
         for i in np.flatnonzero(done):
             final = infos[i]["terminal_observation"]
-            if isinstance(next_obs, dict):
-                for key in next_obs:
-                    next_obs[key][i] = final[key]
+            if isinstance(final, dict):
+                for key, value in final.items():
+                    next_obs[key][i] = value
             else:
                 next_obs[i] = final
         for buffer in buffers:

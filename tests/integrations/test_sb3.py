@@ -99,13 +99,6 @@ def test_gymnasium_infos():
     assert buffer.timeouts[1].tolist() == [1, 0]
 
 
-def test_sb3s_arrays_can_be_looked_at():
-    env = vec_env(2, 3)
-    theirs, ours = pair(env, 40)
-    rollout(env, (theirs, ours), 33)
-    assert_same_arrays(theirs, ours)
-
-
 SMALL = {"buffer_size": 200, "learning_starts": 20, "batch_size": 8}
 
 

@@ -192,11 +192,7 @@ def test_a_replacement_of_another_shape_is_refused():
 
 def test_columns_are_read_without_observations(monkeypatch):
     theirs, ours = filled()
-
-    def no_gather(*args, **options):
-        raise AssertionError("observations were rebuilt")
-
-    monkeypatch.setattr(BatchWriter, "batch", no_gather)
+    monkeypatch.setattr(BatchWriter, "batch", None)
     assert_same_arrays(theirs, ours, NAMES)
     ours.dones[ours.pos - 1] = True
 

@@ -2,7 +2,6 @@
 
 import warnings
 
-import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
@@ -10,42 +9,21 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import FrameStackObservation
 
 pytest.importorskip("stable_baselines3")
-from sb3_pixels import assert_same, assert_same_arrays, pair_of
+from sb3_pixels import Pixels, assert_same, assert_same_arrays, pair_of
 from stable_baselines3.common.buffers import NStepReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 
 from covr_fast.integrations.sb3 import FastReplayBuffer
 
 
-class Grey(gym.Env):
-    """Random grey pictures; every second episode terminates, the others are truncated."""
-
-    observation_space = spaces.Box(0, 255, (16, 20), np.uint8)
-    action_space = spaces.Discrete(3)
-    episodes = 0
-
-    def _picture(self):
-        return self.np_random.integers(0, 256, (16, 20), dtype=np.uint8)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.episodes += 1
-        self.left = int(self.np_random.integers(4, 12))
-        return self._picture(), {}
-
-    def step(self, action):
-        self.left -= 1
-        end, terminates = self.left == 0, self.episodes % 2 == 0
-        return self._picture(), float(self.np_random.random()), end and terminates, end and not terminates, {}
-
-
 def rollout(buffers, steps, mode, padding="reset", finals=True):
     """CleanRL's loop. Returns (terminated, between), each bool [steps, 2]: rows whose next_obs is never used,
     and rows that lead from one episode into the next."""
-    env = SyncVectorEnv(
-        [lambda: FrameStackObservation(Grey(), 4, padding_type=padding) for _ in range(2)],
-        autoreset_mode=mode,
-    )
+
+    def make():
+        return FrameStackObservation(Pixels((16, 20), discrete=True), 4, padding_type=padding)
+
+    env = SyncVectorEnv([make, make], autoreset_mode=mode)
     obs, _ = env.reset(seed=0)
     terminated, between = np.zeros((2, steps, 2), bool)
     ended = np.zeros(2, bool)
@@ -67,7 +45,7 @@ def rollout(buffers, steps, mode, padding="reset", finals=True):
 
 
 def pair(size=200, kind=SB3ReplayBuffer, **options):
-    args = size, spaces.Box(0, 255, (4, 16, 20), np.uint8), Grey.action_space, "cpu", 2
+    args = size, spaces.Box(0, 255, (4, 16, 20), np.uint8), spaces.Discrete(3), "cpu", 2
     frame_stack = options.pop("frame_stack", "auto")
     theirs = kind(*args, handle_timeout_termination=False, **options)
     ours = FastReplayBuffer(*args, handle_timeout_termination=False, frame_stack=frame_stack, **options)
@@ -333,18 +311,19 @@ def test_a_still_picture_of_more_channels_than_a_stack_has_frames():
     assert_same_rows(theirs, ours, 3)
 
 
-@pytest.mark.parametrize("keys", [None, "dict"])
-def test_frame_stacks_that_cannot_be_meant(keys):
-    box, action = spaces.Box(0, 255, (4, 16, 16), np.uint8), spaces.Discrete(3)
-    space = spaces.Dict({"camera": box}) if keys else box
-    unknown = {"camra": 4} if keys else {"obs": 4}
-    for wrong, message in (
-        (unknown, "camra" if keys else "pass an integer"),
-        ("Auto", "'Auto'"),
-        (0, "is 0"),
-    ):
-        with pytest.raises(ValueError, match=rf"frame_stack.*{message}"):
-            FastReplayBuffer(10, space, action, "cpu", 1, frame_stack=wrong)
+@pytest.mark.parametrize(
+    "in_dict, wrong, message",
+    [
+        (True, {"camra": 4}, "camra"),
+        (False, {"obs": 4}, "pass an integer"),
+        *((in_dict, wrong, repr(wrong)) for in_dict in (True, False) for wrong in ("Auto", 0)),
+    ],
+)
+def test_frame_stacks_that_cannot_be_meant(in_dict, wrong, message):
+    box = spaces.Box(0, 255, (4, 16, 16), np.uint8)
+    space = spaces.Dict({"camera": box}) if in_dict else box
+    with pytest.raises(ValueError, match=rf"frame_stack.*{message}"):
+        FastReplayBuffer(10, space, spaces.Discrete(3), "cpu", 1, frame_stack=wrong)
 
 
 def test_float_stacks_that_differ_by_rounding_are_stacks():

@@ -54,13 +54,6 @@ CHANGED = {
     "extra's dtype": (lambda d: d.set("extra", d["extra"].int()), r"'extra' has rows of torch.int32 \(2,\)"),
     "extra's shape": (lambda d: d.set("extra", torch.randn(24, 2, 1)), r"'extra' has rows of .* \(2, 1\)"),
 }
-NOT_A_NUMBER = {
-    "reward": ("next", "reward"),
-    "action": "action",
-    "observation": "observation",
-    "last observation": ("next", "observation"),
-    "extra": "extra",
-}
 
 
 @pytest.mark.parametrize("change", CHANGED)
@@ -73,12 +66,14 @@ def test_other_entries_than_the_first_had_are_refused(change):
     assert_refused(buffer, changed, ValueError, match)
 
 
-@pytest.mark.parametrize("where", NOT_A_NUMBER)
-def test_nan_is_refused_before_anything_is_added(where):
+@pytest.mark.parametrize(
+    "key", ["action", "observation", "extra", ("next", "observation"), ("next", "reward")], ids=str
+)
+def test_nan_is_refused_before_anything_is_added(key):
     buffer, data = make(), transitions(extra=torch.randn(24, 2))
     buffer.extend(data)
     wrong = data.clone()
-    wrong[NOT_A_NUMBER[where]][17] = torch.nan
+    wrong[key][17] = torch.nan
     assert_refused(buffer, wrong, ValueError, r"NaN.* in rows \[17\]: nothing was added")
     empty = make()
     with pytest.raises(ValueError, match="NaN"):
@@ -97,14 +92,6 @@ def test_infinite_logits_are_data_and_infinite_rewards_are_not():
     data["next", "reward"] = torch.full((24, 1), 1e300, dtype=torch.float64)
     with pytest.raises(ValueError, match="beyond the range of float32"):
         make().extend(data)
-
-
-def test_wide_pixels_are_refused_where_bytes_were():
-    data = transitions(width=(1, 4, 4), dtype=torch.uint8)
-    buffer = make()
-    buffer.extend(data)
-    data["observation"] = data["observation"].long() + 300
-    assert_refused(buffer, data, ValueError, r"'observation' has rows of torch.int64.*torch.uint8")
 
 
 def test_what_is_no_stack_is_refused_before_anything_is_added():
