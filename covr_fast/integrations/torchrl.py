@@ -19,9 +19,9 @@ from ..buffer import Batch, Prioritized, ReplayBuffer
 from ..buffer.samplers import Sampler
 from ..files import replacing
 from ..scalars import as_int
-from .torchrl_entries import Keys, NestedKey, read, text
-from .torchrl_layout import Layout
-from .torchrl_streams import Streams, in_steps
+from ._torchrl_entries import Keys, NestedKey, read, text
+from ._torchrl_layout import Layout
+from ._torchrl_streams import Streams, in_steps
 
 _TRAJECTORY, _MASK = ("collector", "traj_ids"), ("collector", "mask")
 _STATE = "state.pt"

@@ -11,7 +11,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from ..buffer import Batch, Prioritized, ReplayBuffer
-from .torchrl_entries import Key, Keys, Shape, text, texts
+from ._torchrl_entries import Key, Keys, Shape, text, texts
 
 DONE, TERMINATED, TRUNCATED = ENDS = tuple(("next", name) for name in ("done", "terminated", "truncated"))
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
