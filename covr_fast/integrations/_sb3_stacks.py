@@ -13,7 +13,7 @@ from ._sb3_rows import Observations, Rows, Shape
 Stacks = dict[str, "Stack"]
 FrameStack = int | Mapping[str, int] | Literal["auto"]
 _MOST_FRAMES = 64  # the largest frame_stack of a buffer
-_NOTHING_TOLD = (
+_ALL_TERMINATED = (
     "frame_stack of {0!r} is taken for 1: all first steps terminated, so their next_obs says nothing about "
     "frames. If observations are stacks, pass frame_stack= (in replay_buffer_kwargs)"
 )
@@ -81,7 +81,7 @@ def recognised(shapes: Mapping[str, Shape], declared: FrameStack, rows: Rows) ->
             continue
         stacks[name] = finest_stack(shape, rows.obs[name][used], rows.next_obs[name][used])
         if len(shape) >= 3 and stacks[name].frames == 1 and terminated.all():
-            warnings.warn(_NOTHING_TOLD.format(name), stacklevel=4)
+            warnings.warn(_ALL_TERMINATED.format(name), stacklevel=4)
     return stacks
 
 

@@ -14,6 +14,7 @@ from ..buffer import Batch, Prioritized, ReplayBuffer
 from ._torchrl_entries import Key, Keys, Shape, text, texts
 
 DONE, TERMINATED, TRUNCATED = ENDS = tuple(("next", name) for name in ("done", "terminated", "truncated"))
+_GROUPS = ("obs", "ends", "others")  # the fields of a Layout that have several entries
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -237,31 +238,27 @@ class Layout:
             for of in (self, other)
         )
         if differing := {key for key in ours.keys() | saved if ours.get(key) != saved.get(key)}:
-            told = "; ".join(
+            differences = "; ".join(
                 f"{text(key)} is {saved.get(key)} there and {ours.get(key)} here" for key in sorted(differing)
             )
             raise ValueError(
-                f"the state has other entries than this buffer: {told}. empty() the buffer first"
+                f"the state has other entries than this buffer: {differences}. empty() the buffer first"
             )
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "obs": [entry.state_dict() for entry in self.obs],
+            **{name: [entry.state_dict() for entry in getattr(self, name)] for name in _GROUPS},
             "action": self.action.state_dict(),
             "reward": self.reward.state_dict(),
-            "ends": [entry.state_dict() for entry in self.ends],
-            "others": [entry.state_dict() for entry in self.others],
             "nested": [[list(key), list(dims)] for key, dims in self.nested.items()],
         }
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Layout":
         return cls(
-            obs=tuple(map(Entry.from_state, state["obs"])),
+            **{name: tuple(map(Entry.from_state, state[name])) for name in _GROUPS},
             action=Entry.from_state(state["action"]),
             reward=Entry.from_state(state["reward"]),
-            ends=tuple(map(Entry.from_state, state["ends"])),
-            others=tuple(map(Entry.from_state, state["others"])),
             nested={tuple(key): tuple(dims) for key, dims in state["nested"]},
         )
 

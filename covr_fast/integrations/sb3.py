@@ -20,6 +20,8 @@ from ._sb3_buffer import CHUNK, StackingBuffer
 from ._sb3_rows import Infos, Observations, Rows, Shape, as_flags, as_rows, timeouts
 from ._sb3_stacks import FrameStack, as_given
 
+Samples = ReplayBufferSamples | DictReplayBufferSamples
+
 _NOTHING_TO_CHANGE = "the buffer is empty, there is nothing to change: add() transitions first"
 _WHOLE_ARRAY = "this is a part of buffer.{0}: assign to buffer.{0}[position, environment] in one step"
 _OBSERVATIONS_STAY = (
@@ -177,9 +179,7 @@ class FastReplayBuffer(SB3ReplayBuffer):
 
     # ---- sampling ----
 
-    def sample(  # type: ignore[override]
-        self, batch_size: int, env: VecNormalize | None = None
-    ) -> ReplayBufferSamples | DictReplayBufferSamples:
+    def sample(self, batch_size: int, env: VecNormalize | None = None) -> Samples:  # type: ignore[override]
         """Uniform over what is stored; the same rows as SB3 draws from the same numpy random state.
 
         Raises:
@@ -195,9 +195,7 @@ class FastReplayBuffer(SB3ReplayBuffer):
             ids[lost] = self._draw(upper, int(lost.sum()))
         return self._samples(ids, env)
 
-    def _get_samples(  # type: ignore[override]
-        self, batch_inds: np.ndarray, env: VecNormalize | None = None
-    ) -> ReplayBufferSamples | DictReplayBufferSamples:
+    def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> Samples:  # type: ignore[override]
         envs = np.random.randint(0, self.n_envs, size=len(batch_inds))  # noqa: NPY002
         ids = self.buffer.ids_at(envs, batch_inds)
         if (ids < 0).any():
@@ -211,9 +209,7 @@ class FastReplayBuffer(SB3ReplayBuffer):
         envs = np.random.randint(0, self.n_envs, size=n)  # noqa: NPY002
         return np.where(self._filled.between[positions, envs], -1, self.buffer.ids_at(envs, positions))
 
-    def _samples(
-        self, ids: np.ndarray, env: VecNormalize | None
-    ) -> ReplayBufferSamples | DictReplayBufferSamples:
+    def _samples(self, ids: np.ndarray, env: VecNormalize | None) -> Samples:
         batch = self._filled.get(ids, self.n_steps)
         rewards, discounts = self._rewards(ids, env)
         samples = ReplayBufferSamples if self._single else DictReplayBufferSamples
