@@ -52,7 +52,7 @@ class Streams:
         if self._num_envs > 1 and n:
             warnings.warn(
                 f"the tensordict [{n}] does not say which of the {self._num_envs} environments its rows are "
-                "of: all go to the first stream, which holds capacity / num_envs transitions. Extend with "
+                "of: all go to the first stream, which stores capacity / num_envs transitions. Extend with "
                 "[environments, time] or with ('collector', 'traj_ids'), or build the buffer with num_envs=1",
                 stacklevel=3,
             )

@@ -1,4 +1,4 @@
-"""Loops as CleanRL's: what they hand over where episodes end, and guesses of the frame stack."""
+"""Loops as CleanRL's: which next_obs they add where episodes end; and guesses of the frame stack."""
 
 import warnings
 
@@ -64,7 +64,7 @@ def test_the_reset_frame_at_terminations(frame_stack):
     assert_same_arrays(theirs, ours, ("observations", "actions", "rewards", "dones"))
     used, expected = np.array(ours.next_observations)[:60], theirs.next_observations[:60]
     np.testing.assert_array_equal(used[~terminated], expected[~terminated])
-    # Where it has no use: obs moved on by the newest frame of what was handed over.
+    # Where it has no use: obs moved on by the newest frame of the next_obs that was added.
     np.testing.assert_array_equal(used[terminated][:, -1], expected[terminated][:, -1])
     np.testing.assert_array_equal(used[terminated][:, :-1], ours.observations[:60][terminated][:, 1:])
 
@@ -194,7 +194,7 @@ def test_a_still_picture_does_not_decide_the_stack():
 
 @pytest.mark.filterwarnings("ignore:frame_stack of 'obs' was taken for 12 and is now 4")
 def test_a_picture_that_stood_still_until_the_ring_was_full():
-    """The guess is mended late, and every position still holds the transition that SB3 has there."""
+    """The guess is mended late, and every position still has the transition that SB3 has there."""
     stacks = stacks_of([np.full((3, 16, 16), 7, np.uint8)] * 34 + pictures(25, 3, 16, 16), 4)
     buffers = theirs, ours = one((12, 16, 16), size=20)
     feed(buffers, stacks[:21])
