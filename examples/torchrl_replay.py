@@ -1,4 +1,4 @@
-"""TorchRL's collector and trainer hooks with covr_fast's replay buffer, on a vector environment.
+"""TorchRL's collector and priorities with covr_fast's replay buffer, on Pendulum's vectors.
 
 pip install covr-fast[torchrl] gymnasium
 """

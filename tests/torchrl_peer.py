@@ -26,6 +26,18 @@ def transitions(n=24, episode=6, width=(3,), dtype=torch.float32, **root) -> Ten
     )
 
 
+def stacks_of(frames: torch.Tensor) -> torch.Tensor:
+    """Stacks of three of the frames [n + 3, C, H, W], of which n + 1 exist."""
+    return torch.cat([frames[:-2], frames[1:-1], frames[2:]], 1)
+
+
+def stacked(frames: torch.Tensor) -> TensorDict:
+    """Transitions whose observations stack these 27 frames."""
+    data, stacks = transitions(), stacks_of(frames)
+    data["observation"], data["next", "observation"] = stacks[:-1], stacks[1:].clone()
+    return data
+
+
 def make(capacity=1000, obs_keys=("observation",), **options) -> FastReplayBuffer:
     return FastReplayBuffer(capacity, obs_keys=obs_keys, seed=0, **options)
 

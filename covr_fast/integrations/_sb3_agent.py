@@ -46,11 +46,9 @@ def _agent_in_setup(buffer: object) -> OffPolicyAlgorithm | None:
     SB3 passes n_steps and gamma only to its own buffer classes. The agent that constructs a buffer is the
     caller of its constructors, so it is found on the call stack.
     """
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_name != "__init__":  # skips functions of this module
-        frame = frame.f_back  # type: ignore[assignment]
-    while frame is not None and _first_argument(frame) is buffer:  # skips constructors of the buffer
-        frame = frame.f_back  # type: ignore[assignment]
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and _first_argument(frame) is buffer:  # functions of this module, constructors
+        frame = frame.f_back
     if frame is None or frame.f_code.co_name != "_setup_model":
         return None
     caller = _first_argument(frame)

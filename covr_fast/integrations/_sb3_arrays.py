@@ -12,7 +12,7 @@ class BufferArray(np.ndarray):
     """A copy of a buffer's content, made on every access. A change is passed on or is an error, never lost.
 
     numpy sees a read-only array. Item assignment and in-place operators pass the changes to
-    `assign(flat indices, values)`. Without `assign`, they raise a ValueError that says what to do instead.
+    `assign(flat indices, values)`. Without `assign`, they raise a ValueError with the text `remedy`.
     A slice does not know its place in the buffer and always raises. A copy is an ordinary array.
     """
 
@@ -86,6 +86,7 @@ class BufferDict(dict[str, np.ndarray]):
 
 
 def guarded(array: np.ndarray, remedy: str, assign: Assign | None = None) -> BufferArray:
+    """`array` as a BufferArray; `remedy` is the text of its error."""
     view = array.view(BufferArray)
     view.flags.writeable = False
     view.assign, view.remedy, view.memory = assign, remedy, array

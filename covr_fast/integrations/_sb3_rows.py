@@ -2,12 +2,24 @@
 stored as another one is an error that names the argument."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 Infos = Sequence[Mapping[str, Any]] | Mapping[str, Any]
 Shape = tuple[int, ...]
+Observations = dict[str, np.ndarray]
+
+
+class Rows(NamedTuple):
+    """One transition per environment, in the order of `ReplayBuffer.add`. Arrays are [n_envs, ...]."""
+
+    obs: Observations
+    action: np.ndarray
+    reward: np.ndarray
+    next_obs: Observations
+    terminated: np.ndarray
+    truncated: np.ndarray
 
 
 def as_rows(value: Any, n_envs: int, shape: Shape, dtype: Any, what: str, *others: Shape) -> np.ndarray:

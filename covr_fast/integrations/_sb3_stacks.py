@@ -6,16 +6,14 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-from torch import Tensor
 
 from ..buffer.batch import Observation
+from ._sb3_rows import Observations, Rows, Shape
 
-Shape = tuple[int, ...]
-Observations = dict[str, np.ndarray]
 Stacks = dict[str, "Stack"]
 FrameStack = int | Mapping[str, int] | Literal["auto"]
 _MOST_FRAMES = 64  # the largest frame_stack of a buffer
-_NOTHING_TOLD = (
+_ALL_TERMINATED = (
     "frame_stack of {0!r} is taken for 1: all first steps terminated, so their next_obs says nothing about "
     "frames. If observations are stacks, pass frame_stack= (in replay_buffer_kwargs)"
 )
@@ -71,64 +69,59 @@ class Stack:
 # ---- the stacks of all keys; observations are dicts of arrays [n, *shape] ----
 
 
-def recognised(
-    shapes: Mapping[str, Shape],
-    declared: FrameStack,
-    obs: Observations,
-    next_obs: Observations,
-    terminated: np.ndarray,
-) -> Stacks:
+def recognised(shapes: Mapping[str, Shape], declared: FrameStack, rows: Rows) -> Stacks:
     """The declared stacks; where "auto" is declared, the finest that slide from obs to next_obs."""
     stacks = {}
+    terminated = rows.terminated
     used = terminated if terminated.all() else ~terminated  # next_obs may be anything at terminations
     for name, shape in shapes.items():
         frames = declared.get(name, 1) if isinstance(declared, Mapping) else declared
         if frames != "auto":
             stacks[name] = Stack(shape, frames, channels_last(shape))
             continue
-        stacks[name] = finest_stack(shape, obs[name][used], next_obs[name][used])
+        stacks[name] = finest_stack(shape, rows.obs[name][used], rows.next_obs[name][used])
         if len(shape) >= 3 and stacks[name].frames == 1 and terminated.all():
-            warnings.warn(_NOTHING_TOLD.format(name), stacklevel=4)
+            warnings.warn(_ALL_TERMINATED.format(name), stacklevel=4)
     return stacks
 
 
-def coarser_for(stacks: Stacks, obs: Observations, next_obs: Observations) -> Stacks:
+def coarser_for(stacks: Stacks, rows: Rows) -> Stacks:
     """The finest that slide from obs to next_obs and are not finer than `stacks`."""
     coarser = dict(stacks)
     for name in coarser:
-        while not coarser[name].slides(obs[name], next_obs[name]).all():
+        while not coarser[name].slides(rows.obs[name], rows.next_obs[name]).all():
             coarser[name] = coarser[name].coarser()
     return coarser
 
 
-def proven_by(stacks: Stacks, obs: Observations, next_obs: Observations, terminated: np.ndarray) -> bool:
+def proven_by(stacks: Stacks, rows: Rows) -> bool:
     """Whether there is a row whose frames slide and differ: those of a still image always slide."""
-    moved = ~terminated
+    moved = ~rows.terminated
     for name, stack in stacks.items():
         if stack.frames > 1:
-            moved = moved & stack.slides(obs[name], next_obs[name]) & stack.differs(next_obs[name])
+            next_obs = rows.next_obs[name]
+            moved = moved & stack.slides(rows.obs[name], next_obs) & stack.differs(next_obs)
     return bool(moved.any())
 
 
-def between_episodes(
-    stacks: Stacks, obs: Observations, next_obs: Observations, terminated: np.ndarray, proven: bool
-) -> np.ndarray | None:
+def between_episodes(stacks: Stacks, rows: Rows, proven: bool) -> np.ndarray | None:
     """bool [n]: rows whose frames do not slide, because they lead from one episode into the next and are not
     transitions. At terminations next_obs may be anything. None: observations are not such stacks."""
-    between = np.zeros(len(terminated), bool)
+    between = np.zeros(len(rows.terminated), bool)
     for name, stack in stacks.items():
-        jumps = ~stack.slides(obs[name], next_obs[name]) & ~terminated
-        if (jumps & ~(stack.begins_episode(next_obs[name]) & proven)).any():
+        next_obs = rows.next_obs[name]
+        jumps = ~stack.slides(rows.obs[name], next_obs) & ~rows.terminated
+        if (jumps & ~(stack.begins_episode(next_obs) & proven)).any():
             return None
         between |= jumps
     return between
 
 
-def as_given(stacks: Stacks, observations: Observation) -> dict[str, Tensor]:
+def as_given(stacks: Stacks, observations: Observation) -> Observations:
     """Sampled observations in the layout of the environments."""
     assert isinstance(observations, dict)
     return {
-        name: value.permute(0, 2, 3, 1) if stacks[name].channels_last else value
+        name: (value.permute(0, 2, 3, 1) if stacks[name].channels_last else value).numpy()
         for name, value in observations.items()
     }
 

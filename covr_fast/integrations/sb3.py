@@ -1,8 +1,8 @@
 """`FastReplayBuffer` for Stable-Baselines3: `SAC("CnnPolicy", env, replay_buffer_class=FastReplayBuffer)`."""
 
-import warnings
-from collections.abc import Mapping
-from typing import Any, Literal
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,25 +13,26 @@ from stable_baselines3.common.type_aliases import DictReplayBufferSamples, Repla
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor
 
-from ..buffer import Batch, FrameStackError, ReplayBuffer
-from ..buffer.storage import size_text
+from ..buffer import ReplayBuffer
 from ._sb3_agent import n_steps_and_gamma
 from ._sb3_arrays import BufferDict, MemoryArray, guarded
-from ._sb3_rows import Infos, Shape, as_flags, as_rows, timeouts
-from ._sb3_stacks import (
-    FrameStack,
-    Observations,
-    Stacks,
-    as_given,
-    between_episodes,
-    coarser_for,
-    proven_by,
-    recognised,
+from ._sb3_buffer import CHUNK, StackingBuffer
+from ._sb3_rows import Infos, Observations, Rows, Shape, as_flags, as_rows, timeouts
+from ._sb3_stacks import FrameStack, as_given
+
+Samples = ReplayBufferSamples | DictReplayBufferSamples
+
+_NOTHING_TO_CHANGE = "the buffer is empty, there is nothing to change: add() transitions first"
+_WHOLE_ARRAY = "this is a part of buffer.{0}: assign to buffer.{0}[position, environment] in one step"
+_OBSERVATIONS_STAY = (
+    "buffer.{} cannot be changed: observations share their frames with their neighbours. add() the changed "
+    "transitions to another buffer, or use Stable-Baselines3's own ReplayBuffer"
 )
 
-_CHUNK = 256  # transitions that are rebuilt together
 
-Rows = tuple[Observations, np.ndarray, np.ndarray, Observations, np.ndarray, np.ndarray]
+def _array(read: Callable[[Any, str], Any], name: str, doc: str) -> Any:
+    """A property of this name. Its value is read(buffer, name); assigning to it replaces all elements."""
+    return property(lambda self: read(self, name), lambda self, values: self._replace(name, values), doc=doc)
 
 
 class FastReplayBuffer(SB3ReplayBuffer):
@@ -77,30 +78,33 @@ class FastReplayBuffer(SB3ReplayBuffer):
         self.optimize_memory_usage = optimize_memory_usage
         self.handle_timeout_termination = handle_timeout_termination
         self.n_steps, self.gamma = n_steps_and_gamma(self, n_steps, gamma)
-        self._shapes: dict[str, Shape] = (
-            dict(self.obs_shape) if isinstance(self.obs_shape, dict) else {"obs": tuple(self.obs_shape)}
-        )
-        self._single = not isinstance(self.obs_shape, dict)
-        self._dtypes = {name: _torch_dtype(self._space(name).dtype) for name in self._shapes}
+        self._single = not isinstance(observation_space, spaces.Dict)
+        space: Any = observation_space
+        self._spaces: dict[str, spaces.Space[Any]] = {"obs": space} if self._single else space.spaces
+        shape: Any = self.obs_shape
+        self._shapes: dict[str, Shape] = {"obs": shape} if self._single else shape
         self._action_dtype = self._maybe_cast_dtype(action_space.dtype)
         self._frame_stack = _checked_frame_stack(frame_stack, self._shapes, self._single)
-        self._forget()
-
-    def _forget(self) -> None:
-        self._stacks: Stacks = {}
-        self._proven = False  # that observations are such stacks
-        self._between = np.zeros((self.buffer_size, self.n_envs), bool)  # rows that are not transitions
-        self._buffer: ReplayBuffer | None = None
-
-    def _space(self, name: str) -> spaces.Space[Any]:
-        return self.observation_space if self._single else self.observation_space[name]  # type: ignore[index]
+        self._stored: StackingBuffer | None = None  # until the first `add`
 
     @property
     def buffer(self) -> ReplayBuffer:
         """The covr_fast.ReplayBuffer inside. IndexError before the first `add`."""
-        if self._buffer is None:
+        return self._filled.buffer
+
+    @property
+    def _filled(self) -> StackingBuffer:
+        if self._stored is None:
             raise IndexError("the buffer is empty: add() transitions first")
-        return self._buffer
+        return self._stored
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        super().reset()
+        self._stored = None
+
+    def _zero_rows(self, n: int) -> Observations:
+        return {key: np.zeros((n, *shape), self._spaces[key].dtype) for key, shape in self._shapes.items()}
 
     # ---- adding ----
 
@@ -130,15 +134,21 @@ class FastReplayBuffer(SB3ReplayBuffer):
         cut_off = np.zeros(self.n_envs, bool)
         if self.handle_timeout_termination:
             cut_off = timeouts(infos, self.n_envs)
-        rows = (
+        shape, flat = self.action_space.shape or (), (self.action_dim,)
+        actions = as_rows(action, self.n_envs, shape, self._action_dtype, "action", flat)
+        rows = Rows(
             self._observation_rows(obs, "obs"),
-            self._action_rows(action),
+            actions.reshape(self.n_envs, self.action_dim),
             as_rows(reward, self.n_envs, (), np.float32, "reward", (1,)),
             self._observation_rows(next_obs, "next_obs"),
             ended & ~cut_off,
             cut_off,
         )
-        self._between[self.pos] = self._append(rows)
+        stored = self._stored or StackingBuffer(self._options(), self._frame_stack, rows)
+        if self.pos != stored.position:
+            raise ValueError(f"pos was set to {self.pos}: it cannot be moved; reset() forgets everything")
+        stored.add(rows)
+        self._stored = stored  # not earlier: the frame stack of a row that is refused may be wrong
         self.pos += 1
         if self.pos == self.buffer_size:
             self.full = True
@@ -151,158 +161,43 @@ class FastReplayBuffer(SB3ReplayBuffer):
         for name, shape in self._shapes.items():
             if name not in given:
                 raise ValueError(f"{what} lacks the key {name!r} of the observation space")
-            label, space = what if self._single else f"{what}[{name!r}]", self._space(name)
+            label, space = what if self._single else f"{what}[{name!r}]", self._spaces[name]
             others = [()] if isinstance(space, spaces.Discrete) else []
             rows[name] = as_rows(given[name], self.n_envs, shape, space.dtype, label, *others)
         return rows
 
-    def _action_rows(self, action: np.ndarray) -> np.ndarray:
-        shape, flat = self.action_space.shape or (), (self.action_dim,)
-        rows = as_rows(action, self.n_envs, shape, self._action_dtype, "action", flat)
-        return rows.reshape(self.n_envs, *flat)
-
-    def _append(self, rows: Rows) -> np.ndarray:
-        """bool [n_envs]: which of the rows are not transitions."""
-        if self._buffer is not None:
-            if self.pos != self._buffer.stream_bounds()[2][0] % self.buffer_size:
-                raise ValueError(f"pos was set to {self.pos}: it cannot be moved; reset() forgets everything")
-            return self._add(rows)
-        self._stacks = recognised(self._shapes, self._frame_stack, rows[0], rows[3], rows[4])
-        self._buffer = self._build()
-        try:
-            return self._add(rows)
-        except Exception:
-            self._forget()  # the frame stack of a row that is refused may be wrong
-            raise
-
-    def _add(self, rows: Rows) -> np.ndarray:
-        try:
-            self.buffer.add(*rows)
-            return np.zeros(self.n_envs, bool)
-        except FrameStackError as error:
-            between = self._between_episodes(rows)
-            if between is None:
-                self._drop_guess(rows, error)
-                return self._add(rows)
-        if between.any() and not self._between.any():
-            warnings.warn(_NO_TRANSITION, stacklevel=4)
-        obs, action, reward, next_obs, *ends = rows
-        next_obs = {name: stack.moved_on(obs[name], next_obs[name]) for name, stack in self._stacks.items()}
-        # Cut before and after them, so that no n-step return includes them.
-        apart = np.flatnonzero(between)
-        self.buffer.cut(apart)
-        self.buffer.add(obs, action, reward, next_obs, *ends)
-        self.buffer.cut(apart)
-        return between
-
-    # ---- frame stacks ----
-
-    def _between_episodes(self, rows: Rows) -> np.ndarray | None:
-        """bool [n_envs]: which rows lead from one episode into the next. None: these are not stacks."""
-        obs, next_obs, terminated = rows[0], rows[3], rows[4]
-        self._proven = self._proven or proven_by(self._stacks, obs, next_obs, terminated) or self._prove()
-        if self._frame_stack == "auto" and not self._proven:
-            return None
-        return between_episodes(self._stacks, obs, next_obs, terminated, self._proven)
-
-    def _prove(self) -> bool:
-        """Whether stored rows prove that observations are such stacks."""
-        ids = self._all_ids()
-        newest_first = np.sort(ids[ids >= 0])[::-1]
-        for start in range(0, len(newest_first), _CHUNK):
-            batch = self.buffer.get(newest_first[start : start + _CHUNK].copy(), dtype=torch.uint8)
-            obs, next_obs = (
-                {name: value.numpy() for name, value in as_given(self._stacks, part).items()}
-                for part in (batch.obs, batch.next_obs)
-            )
-            if proven_by(self._stacks, obs, next_obs, batch.terminated.numpy()):
-                return True
-        return False
-
-    def _drop_guess(self, rows: Rows, error: ValueError) -> None:
-        """Rebuilds the buffer with the fewer frames that these rows allow, or raises their error."""
-        old, before = self.buffer, self._stacks
-        if self._frame_stack != "auto":
-            raise error
-        self._stacks = coarser_for(before, rows[0], rows[3])
-        if self._stacks == before:
-            raise error
-        self._rebuild()
-        for name, stack in self._stacks.items():
-            was = before[name].frames
-            if stack.frames < was:
-                sizes = size_text(self.buffer.nbytes), size_text(old.nbytes)
-                warnings.warn(_FEWER_FRAMES.format(name, was, stack.frames, *sizes), stacklevel=5)
-
-    def _rebuild(self) -> None:
-        old = self.buffer
-        first, _, count = old.stream_bounds()
-        while True:
-            self._buffer = self._build()
-            self._buffer.start_at(first)  # so that every transition keeps its position
-            try:
-                for t in range(int(first.min()), int(count.max())):
-                    self._copy_step(old, t)
-                return
-            except FrameStackError:
-                self._stacks = {name: stack.coarser() for name, stack in self._stacks.items()}
-
-    def _copy_step(self, old: ReplayBuffer, t: int) -> None:
-        ids = np.arange(t * self.n_envs, (t + 1) * self.n_envs)
-        ids = ids[old.contains(ids).numpy()]
-        if not len(ids):
-            return
-        batch = old.get(ids, dtype=torch.uint8)
-        envs = ids % self.n_envs
-        self.buffer.add(
-            as_given(self._stacks, batch.obs),
-            batch.action,
-            batch.reward,
-            as_given(self._stacks, batch.next_obs),
-            batch.terminated,
-            batch.truncated,
-            env_ids=envs,
-        )
-        ended = [bool(old.stream_rows(int(env), t, t + 1)["end"][0]) for env in envs]
-        self.buffer.cut(envs[ended])
-
-    def _build(self) -> ReplayBuffer:
-        return ReplayBuffer(
-            self.buffer_size * self.n_envs,
-            num_envs=self.n_envs,
-            obs_shape=self._shapes,
-            obs_dtype=self._dtypes,
-            action_shape=(self.action_dim,),
-            action_dtype=_torch_dtype(self._action_dtype),
-            frame_stack={name: stack.frames for name, stack in self._stacks.items()},
-            channels_last={name: stack.channels_last for name, stack in self._stacks.items()},
-            on_jump="cut",  # learn() resets the environments without telling the buffer
-        )
+    def _options(self) -> dict[str, Any]:
+        """Of the covr_fast.ReplayBuffer inside."""
+        return {
+            "capacity": self.buffer_size * self.n_envs,
+            "num_envs": self.n_envs,
+            "obs_shape": self._shapes,
+            "obs_dtype": {name: _torch_dtype(self._spaces[name].dtype) for name in self._shapes},
+            "action_shape": (self.action_dim,),
+            "action_dtype": _torch_dtype(self._action_dtype),
+        }
 
     # ---- sampling ----
 
-    def sample(  # type: ignore[override]
-        self, batch_size: int, env: VecNormalize | None = None
-    ) -> ReplayBufferSamples | DictReplayBufferSamples:
+    def sample(self, batch_size: int, env: VecNormalize | None = None) -> Samples:  # type: ignore[override]
         """Uniform over what is stored; the same rows as SB3 draws from the same numpy random state.
 
         Raises:
             IndexError: none of the rows is a transition.
         """
         upper = self.buffer_size if self.full else self.pos
-        if self._buffer is None and upper > 0:
+        if self._stored is None and upper > 0:
             return self._zeros().sample(batch_size, env)
         ids = self._draw(upper, batch_size)
         while (lost := ids < 0).any():
-            if lost.all() and not self._drawable().any():
+            if lost.all() and ((self._filled.ids() < 0) | self._filled.between).all():
                 raise IndexError("nothing to sample: no row is a transition yet; add() some first")
             ids[lost] = self._draw(upper, int(lost.sum()))
         return self._samples(ids, env)
 
-    def _get_samples(  # type: ignore[override]
-        self, batch_inds: np.ndarray, env: VecNormalize | None = None
-    ) -> ReplayBufferSamples | DictReplayBufferSamples:
-        ids = self._ids(batch_inds, np.random.randint(0, self.n_envs, size=len(batch_inds)))  # noqa: NPY002
+    def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> Samples:  # type: ignore[override]
+        envs = np.random.randint(0, self.n_envs, size=len(batch_inds))  # noqa: NPY002
+        ids = self.buffer.ids_at(envs, batch_inds)
         if (ids < 0).any():
             raise IndexError(f"positions {np.asarray(batch_inds)[ids < 0]} hold no transition")
         return self._samples(ids, env)
@@ -312,47 +207,30 @@ class FastReplayBuffer(SB3ReplayBuffer):
         order, as in SB3."""
         positions = np.random.randint(0, upper, size=n)  # noqa: NPY002
         envs = np.random.randint(0, self.n_envs, size=n)  # noqa: NPY002
-        return np.where(self._between[positions, envs], -1, self._ids(positions, envs))
+        return np.where(self._filled.between[positions, envs], -1, self.buffer.ids_at(envs, positions))
 
-    def _drawable(self) -> np.ndarray:
-        """bool [buffer_size, n_envs]"""
-        return (self._all_ids() >= 0) & ~self._between
-
-    def _ids(self, positions: np.ndarray, envs: np.ndarray) -> np.ndarray:
-        """Ids of the transitions at these positions, -1 where there are none."""
-        return self.buffer.ids_at(envs, positions)
-
-    def _all_ids(self) -> np.ndarray:
-        """`_ids` of all positions, [buffer_size, n_envs]."""
-        positions, envs = np.divmod(np.arange(self.buffer_size * self.n_envs), self.n_envs)
-        return self._ids(positions, envs).reshape(self.buffer_size, self.n_envs)
-
-    def _samples(
-        self, ids: np.ndarray, env: VecNormalize | None
-    ) -> ReplayBufferSamples | DictReplayBufferSamples:
-        batch = self._batch(ids, self.n_steps)
-        obs, next_obs = as_given(self._stacks, batch.obs), as_given(self._stacks, batch.next_obs)
-        if env is not None:
-            obs, next_obs = _normalized(obs, env), _normalized(next_obs, env)
+    def _samples(self, ids: np.ndarray, env: VecNormalize | None) -> Samples:
+        batch = self._filled.get(ids, self.n_steps)
         rewards, discounts = self._rewards(ids, env)
         samples = ReplayBufferSamples if self._single else DictReplayBufferSamples
         return samples(
-            observations=self._on_device(obs),  # type: ignore[arg-type]
+            observations=self._observation(batch.obs, env),
             actions=batch.action.to(self.device),
-            next_observations=self._on_device(next_obs),  # type: ignore[arg-type]
+            next_observations=self._observation(batch.next_obs, env),
             dones=batch.terminated.to(self.device, torch.float32).reshape(-1, 1),
             rewards=rewards.to(self.device),
             discounts=discounts.to(self.device) if self.n_steps > 1 else None,
         )
 
-    def _batch(self, ids: np.ndarray, n_step: int) -> Batch:
-        last = any(stack.channels_last for stack in self._stacks.values())
-        memory_format = torch.channels_last if last else torch.contiguous_format
-        return self.buffer.get(ids, n_step=n_step, dtype=torch.uint8, memory_format=memory_format)
-
-    def _on_device(self, observations: dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
-        moved = {name: value.to(self.device) for name, value in observations.items()}
-        return moved["obs"] if self._single else moved
+    def _observation(self, sampled: dict[str, Tensor], env: VecNormalize | None) -> Any:
+        """As SB3 gives it, a tensor or a dict of tensors."""
+        arrays = as_given(self._filled.stacks, sampled)
+        value: Any = arrays["obs"] if self._single else arrays
+        if env is not None:
+            value = env.normalize_obs(value)
+        if self._single:
+            return torch.as_tensor(value, device=self.device)
+        return {name: torch.as_tensor(array, device=self.device) for name, array in value.items()}
 
     def _rewards(self, ids: np.ndarray, env: VecNormalize | None) -> tuple[Tensor, Tensor]:
         """(n-step rewards, discounts), float32 [B, 1]. VecNormalize clips each reward, not the sum."""
@@ -364,106 +242,31 @@ class FastReplayBuffer(SB3ReplayBuffer):
         discounts = (self.gamma ** alive.sum(axis=1, keepdims=True)).astype(np.float32)
         return torch.from_numpy(total), torch.from_numpy(discounts)
 
-    def reset(self) -> None:
-        """Forgets everything."""
-        super().reset()
-        self._forget()
-
     def _zeros(self) -> "FastReplayBuffer":
         """A buffer with one step of zeros, which SB3's arrays contain before anything is added."""
-        blank = FastReplayBuffer(
-            self.n_envs,
-            self.observation_space,
-            self.action_space,
-            self.device,
-            self.n_envs,
-            frame_stack=1,
-            n_steps=self.n_steps,
-            gamma=self.gamma,
-        )
-        given = {
-            name: np.zeros((self.n_envs, *shape), self._space(name).dtype)
-            for name, shape in self._shapes.items()
-        }
-        obs, zero = given["obs"] if self._single else given, np.zeros(self.n_envs)
+        blank = copy.copy(self)
+        blank.buffer_size = 1
+        blank.reset()
+        zeros, zero = self._zero_rows(self.n_envs), np.zeros(self.n_envs)
+        obs = zeros["obs"] if self._single else zeros
         action = np.zeros((self.n_envs, self.action_dim), self._action_dtype)
         blank.add(obs, obs, action, zero, zero, [{}] * self.n_envs)
         return blank
 
     # ---- SB3's arrays [buffer_size, n_envs, ...], to read and to change ----
 
-    @property
-    def rewards(self) -> np.ndarray:
-        """float32, the buffer's own memory until `reset`, or until "auto" lowers the frame stack."""
-        return self._memory("reward", (), np.float32)
+    def _memory(self, name: str) -> np.ndarray:
+        if self._stored is not None:
+            return self.buffer.ring(name.removesuffix("s")).swapaxes(0, 1).view(MemoryArray)
+        shape, dtype = ((), np.float32) if name == "rewards" else ((self.action_dim,), self._action_dtype)
+        return guarded(np.zeros((self.buffer_size, self.n_envs, *shape), dtype), _NOTHING_TO_CHANGE)
 
-    @rewards.setter
-    def rewards(self, values: np.ndarray) -> None:
-        self._replace("rewards", values)
-
-    @property
-    def actions(self) -> np.ndarray:
-        """The buffer's own memory, as `rewards`."""
-        return self._memory("action", (self.action_dim,), self._action_dtype)
-
-    @actions.setter
-    def actions(self, values: np.ndarray) -> None:
-        self._replace("actions", values)
-
-    @property
-    def dones(self) -> np.ndarray:
-        """float32. Setting elements of this array terminates those transitions, or takes back their end."""
-        return self._ends("dones", "terminated", "truncated")
-
-    @dones.setter
-    def dones(self, values: np.ndarray) -> None:
-        self._replace("dones", values)
-
-    @property
-    def timeouts(self) -> np.ndarray:
-        """float32. Setting elements of this array truncates those transitions, or makes a truncation a
-        termination."""
-        return self._ends("timeouts", "truncated")
-
-    @timeouts.setter
-    def timeouts(self, values: np.ndarray) -> None:
-        self._replace("timeouts", values)
-
-    @property  # type: ignore[override]
-    def observations(self) -> np.ndarray | dict[str, np.ndarray]:
-        """A read-only copy, rebuilt from frames on every access."""
-        return self._rebuilt("observations", "obs")
-
-    @observations.setter
-    def observations(self, values: Any) -> None:
-        raise ValueError(_OBSERVATIONS_STAY.format("observations"))
-
-    @property  # type: ignore[override]
-    def next_observations(self) -> np.ndarray | dict[str, np.ndarray]:
-        """A read-only copy, rebuilt from frames on every access."""
-        return self._rebuilt("next_observations", "next_obs")
-
-    @next_observations.setter
-    def next_observations(self, values: Any) -> None:
-        raise ValueError(_OBSERVATIONS_STAY.format("next_observations"))
-
-    def _memory(self, name: str, shape: Shape, dtype: Any) -> np.ndarray:
-        if self._buffer is None:
-            return guarded(np.zeros((self.buffer_size, self.n_envs, *shape), dtype), _NOTHING_TO_CHANGE)
-        return self._buffer.ring(name).swapaxes(0, 1).view(MemoryArray)
-
-    def _replace(self, name: str, values: np.ndarray) -> None:
-        own = getattr(self, name)
-        if np.shape(values) != own.shape:
-            raise ValueError(f"{name} has shape {np.shape(values)}: it must be {own.shape}")
-        own[...] = values
-
-    def _ends(self, name: str, *kinds: str) -> np.ndarray:
+    def _ends(self, name: str) -> np.ndarray:
         ends = np.zeros((self.buffer_size, self.n_envs), np.float32)
-        if self._buffer is None:
+        if self._stored is None:
             return guarded(ends, _NOTHING_TO_CHANGE)
-        for kind in kinds:
-            ends[self._buffer.ring(kind).T] = 1
+        for kind in ("terminated", "truncated") if name == "dones" else ("truncated",):
+            ends[self.buffer.ring(kind).T] = 1
         return guarded(ends, _WHOLE_ARRAY.format(name), lambda *change: self._set_ends(name, *change))
 
     def _set_ends(self, name: str, which: np.ndarray, values: np.ndarray) -> None:
@@ -471,48 +274,42 @@ class FastReplayBuffer(SB3ReplayBuffer):
         if not np.isin(values, (0, 1)).all():
             raise ValueError(f"{name} are 0 or 1, got {values[~np.isin(values, (0, 1))][0]}")
         positions, envs = np.divmod(which, self.n_envs)
-        ids = self._ids(positions, envs)
+        ids = self.buffer.ids_at(envs, positions)
         correct = self.buffer.set_terminated if name == "dones" else self.buffer.set_truncated
         correct(ids[ids >= 0], values[ids >= 0] != 0)
 
-    def _rebuilt(self, name: str, part: Literal["obs", "next_obs"]) -> np.ndarray | dict[str, np.ndarray]:
+    def _rebuilt(self, name: str) -> np.ndarray | dict[str, np.ndarray]:
         """Zeros where nothing is stored."""
-        arrays = {
-            key: np.zeros((self.buffer_size * self.n_envs, *shape), self._space(key).dtype)
-            for key, shape in self._shapes.items()
-        }
-        ids = np.empty(0, np.int64) if self._buffer is None else self._all_ids().reshape(-1)
-        stored = np.flatnonzero(ids >= 0)
-        for start in range(0, len(stored), _CHUNK):
-            rows = stored[start : start + _CHUNK]
-            batch = self._batch(ids[rows], 1)
-            for key, values in as_given(self._stacks, getattr(batch, part)).items():
-                arrays[key][rows] = values.numpy()
+        arrays = self._zero_rows(self.buffer_size * self.n_envs)
+        ids = np.empty(0, np.int64) if self._stored is None else self._stored.ids().reshape(-1)
+        filled = np.flatnonzero(ids >= 0)
+        for start in range(0, len(filled), CHUNK):
+            rows = filled[start : start + CHUNK]
+            batch = self._filled.get(ids[rows], 1)
+            part = batch.obs if name == "observations" else batch.next_obs
+            for key, values in as_given(self._filled.stacks, part).items():
+                arrays[key][rows] = values
         remedy = _OBSERVATIONS_STAY.format(name)
+        size = self.buffer_size, self.n_envs
         tables: Observations = {
-            key: guarded(array.reshape(self.buffer_size, self.n_envs, *array.shape[1:]), remedy)
-            for key, array in arrays.items()
+            key: guarded(array.reshape(*size, *array.shape[1:]), remedy) for key, array in arrays.items()
         }
         return tables["obs"] if self._single else BufferDict(tables, remedy)
 
+    def _replace(self, name: str, values: np.ndarray) -> None:
+        if name in ("observations", "next_observations"):
+            raise ValueError(_OBSERVATIONS_STAY.format(name))
+        own = getattr(self, name)
+        if np.shape(values) != own.shape:
+            raise ValueError(f"{name} has shape {np.shape(values)}: it must be {own.shape}")
+        own[...] = values
 
-_FEWER_FRAMES = (
-    "frame_stack of {0!r} was taken for {1} and is now {2}, as a next_obs is not its obs without the oldest "
-    "frame plus a new one: the buffer takes {3} instead of {4}. If observations stack {1} frames, pass "
-    "frame_stack={1} (in replay_buffer_kwargs), and such rows are refused; if {2}, pass that"
-)
-_NO_TRANSITION = (
-    "the next_obs of a row is the first observation of another episode, though its own did not terminate. "
-    "That is no transition (gymnasium's next-step autoreset gives one such row per episode): such rows keep "
-    "their positions, but are never drawn. With AutoresetMode.SAME_STEP, and the final observation as "
-    "next_obs, there are none"
-)
-_NOTHING_TO_CHANGE = "the buffer is empty, there is nothing to change: add() transitions first"
-_WHOLE_ARRAY = "this is a part of buffer.{0}: assign to buffer.{0}[position, environment] in one step"
-_OBSERVATIONS_STAY = (
-    "buffer.{} cannot be changed: observations share their frames with their neighbours. add() the changed "
-    "transitions to another buffer, or use Stable-Baselines3's own ReplayBuffer"
-)
+    rewards = _array(_memory, "rewards", "float32. The buffer's own memory, until it is reset or rebuilt.")
+    actions = _array(_memory, "actions", "The buffer's own memory, as `rewards`.")
+    dones = _array(_ends, "dones", "float32. 1 terminates a transition; 0 takes back its end.")
+    timeouts = _array(_ends, "timeouts", "float32. 1 truncates a transition; 0 makes that a termination.")
+    observations = _array(_rebuilt, "observations", "A read-only copy, rebuilt from frames on every access.")
+    next_observations = _array(_rebuilt, "next_observations", "As `observations`.")
 
 
 def _checked_frame_stack(given: FrameStack, shapes: Mapping[str, Shape], single: bool) -> FrameStack:
@@ -527,15 +324,6 @@ def _checked_frame_stack(given: FrameStack, shapes: Mapping[str, Shape], single:
     elif given != "auto" and not single:
         return {name: given for name, shape in shapes.items() if len(shape) >= 3}
     return given
-
-
-def _normalized(observations: dict[str, Tensor], env: VecNormalize) -> dict[str, Tensor]:
-    arrays = {name: value.numpy() for name, value in observations.items()}
-    if "obs" in arrays and not isinstance(env.observation_space, spaces.Dict):
-        return {"obs": torch.as_tensor(env.normalize_obs(arrays["obs"]))}
-    normalized = env.normalize_obs(arrays)
-    assert isinstance(normalized, dict)
-    return {name: torch.as_tensor(value) for name, value in normalized.items()}
 
 
 def _torch_dtype(dtype: Any) -> torch.dtype:

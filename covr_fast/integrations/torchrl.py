@@ -16,12 +16,13 @@ from tensordict import TensorDict, TensorDictBase, unravel_key
 from torch import Tensor
 
 from ..buffer import Batch, Prioritized, ReplayBuffer
-from ..buffer.samplers import Sampler, as_sampler
-from .torchrl_entries import Key, read, text
-from .torchrl_layout import DONE, TERMINATED, TRUNCATED, Entry, Keys, Layout
-from .torchrl_streams import Streams, in_steps
+from ..buffer.samplers import Sampler
+from ..files import replacing
+from ..scalars import as_int
+from ._torchrl_entries import Keys, NestedKey, read, text
+from ._torchrl_layout import Layout
+from ._torchrl_streams import Streams, in_steps
 
-NestedKey = str | tuple[str, ...]
 _TRAJECTORY, _MASK = ("collector", "traj_ids"), ("collector", "mask")
 _STATE = "state.pt"
 
@@ -90,35 +91,29 @@ class FastReplayBuffer:
             raise ValueError(
                 f"pixels_dtype is {pixels_dtype}: it must be torch.uint8, float32, bfloat16 or float16"
             )
-        if not isinstance(frame_stack, int | np.integer):
-            raise TypeError(f"frame_stack is {frame_stack!r}: it must be an integer")
         self.batch_size = batch_size
         self.priority_key = unravel_key(priority_key)
         self.device = torch.device(device)
         self.pixels_dtype = pixels_dtype
-        self._keys = Keys(
-            _obs_keys(obs_keys), _key(action_key, "action_key"), ("next", *_key(reward_key, "reward_key"))
-        )
-        self._options: dict[str, Any] = {
-            "capacity": capacity,
-            "num_envs": num_envs,
-            "n_step": n_step,
-            "gamma": gamma,
-            "sampler": as_sampler(sampler),
-            "seed": seed,
-        }
+        self._keys = Keys.of(obs_keys, action_key, reward_key)
         # The shapes are known only from the first tensordict. The other options are checked now.
+        self._frame_stack = as_int(frame_stack, "frame_stack")
         probe = ReplayBuffer(
-            **self._options, obs_shape=(max(1, frame_stack), 1, 1), action_shape=(), frame_stack=frame_stack
+            capacity,
+            num_envs=num_envs,
+            n_step=n_step,
+            gamma=gamma,
+            sampler=sampler,
+            seed=seed,
+            obs_shape=(max(1, self._frame_stack), 1, 1),
+            action_shape=(),
+            frame_stack=self._frame_stack,
         )
-        self._options["gamma"] = float(probe.gamma)  # states contain Python's numbers only
-        self._frame_stack, self._num_envs = int(frame_stack), probe.num_envs
+        checked = {name: getattr(probe, name) for name in ("capacity", "num_envs", "n_step", "gamma")}
+        self._options: dict[str, Any] = {**checked, "sampler": probe.sampler, "seed": seed}
         self._settings = {
-            "capacity": probe.capacity,
-            "num_envs": probe.num_envs,
+            **checked,
             "frame_stack": self._frame_stack,
-            "n_step": probe.n_step,
-            "gamma": self._options["gamma"],
             "sampler": repr(probe.sampler),
             "obs_keys": ", ".join(map(text, self._keys.obs)),
             "action_key": text(self._keys.action),
@@ -156,7 +151,7 @@ class FastReplayBuffer:
         with self._lock:
             self._buffer: ReplayBuffer | None = None
             self._layout: Layout | None = None
-            self._streams = Streams(self._num_envs)
+            self._streams = Streams(self._options["num_envs"])
 
     # ---- adding ----
 
@@ -187,26 +182,22 @@ class FastReplayBuffer:
                 f"{text(_MASK)} is False in some rows: they are padding. Extend with "
                 f"tensordict[tensordict[{text(_MASK)}]]"
             )
-        for key in self._added:
-            entries.pop((key,), None)
+        added_by_sample = {"index", "priority_weight"} if self._prioritized else {"index"}
+        if self._options["n_step"] > 1:
+            added_by_sample.add("steps_to_next_obs")
+        for name in added_by_sample:
+            entries.pop((name,), None)
         with self._lock:
-            layout = self._layout
-            if layout is None:
-                layout = Layout.of(entries, nested, self._keys, self._options["n_step"])
+            layout = self._layout or Layout.of(entries, nested, self._keys, self._options["n_step"])
             rows = layout.rows(entries, self._frame_stack)
             priority = self._priority_of(tensordict, n) if self._prioritized else None
             buffer = self._build(layout) if self._buffer is None else self._buffer
-            trajectories = entries.get(_TRAJECTORY)
-            streams = self._streams.of(
-                tensordict.shape,
-                tensordict.names,
-                None if trajectories is None else trajectories.reshape(-1).numpy(),
-                rows.ends,
-            )
+            ends = rows["terminated"] | rows["truncated"]
+            streams = self._streams.of(tensordict, entries.get(_TRAJECTORY), ends)
             self._buffer, self._layout = buffer, layout
             index = np.empty(len(streams), np.int64)
             for step in in_steps(streams):
-                index[step] = buffer.add(**rows.at(step), env_ids=streams[step])
+                index[step] = buffer.add(**_picked(rows, step), env_ids=streams[step])
             if priority is not None:
                 buffer.update_priorities(index, priority)
         return torch.from_numpy(index)
@@ -216,12 +207,6 @@ class FastReplayBuffer:
         if tensordict.ndim:
             raise ValueError(f"add() got a tensordict {list(tensordict.shape)}: extend() takes several rows")
         return self.extend(tensordict)[0]
-
-    @property
-    def _added(self) -> list[str]:
-        """The entries that `sample` adds."""
-        several = ["steps_to_next_obs"] if self._options["n_step"] > 1 else []
-        return ["index", *(["priority_weight"] if self._prioritized else []), *several]
 
     def _build(self, layout: Layout) -> ReplayBuffer:
         frame_stack = self._frame_stack
@@ -259,56 +244,14 @@ class FastReplayBuffer:
             found = self._tensordict(self.buffer.get(ids.reshape(-1), dtype=self.pixels_dtype))
         return found.reshape(ids.shape) if ids.ndim else found[0]
 
+    def _tensordict(self, batch: Batch) -> TensorDict:
+        assert self._layout is not None
+        return self._layout.tensordict(batch, self.buffer).to(self.device)
+
     def __iter__(self) -> Iterator[TensorDict]:
         """Samples without end."""
         while True:
             yield self.sample()
-
-    def _tensordict(self, batch: Batch) -> TensorDict:
-        buffer, layout = self.buffer, self._layout
-        assert layout is not None
-        size = len(batch.index)
-        values: dict[Key, Tensor] = {layout.action.key: layout.action.restored(batch.action)}
-        for entry in layout.obs:
-            values[entry.key] = entry.restored(batch.obs[entry.column])
-            values["next", *entry.key] = entry.restored(batch.next_obs[entry.column])
-        core = {
-            layout.reward.key: batch.reward,
-            DONE: batch.terminated | batch.truncated,
-            TERMINATED: batch.terminated,
-            TRUNCATED: batch.truncated,
-        }
-        for entry in (layout.reward, *layout.ends):
-            if entry.column is None:
-                values[entry.key] = core[entry.key].reshape(size, *entry.shape)
-        of_first, of_last = batch.extras, batch.extras
-        if buffer.n_step > 1:
-            _, alive = buffer.windows(batch.index, buffer.n_step)
-            steps = torch.from_numpy(alive.sum(axis=1, keepdims=True))
-            of_last = buffer.extras(batch.index + (steps[:, 0] - 1) * buffer.num_envs)
-            values["steps_to_next_obs",] = steps
-        for entry in layout.others:
-            if 0 in entry.shape:
-                values[entry.key] = torch.empty(size, *entry.shape, dtype=entry.dtype, device="cpu")
-        for entry in layout.columns:
-            of_row = of_last if entry.key[0] == "next" else of_first
-            values[entry.key] = entry.restored(of_row[str(entry.column)])
-        if buffer.n_step > 1 and layout.reward.column is not None:
-            values[layout.reward.key] = self._n_step_reward(layout.reward, batch.index, alive)
-        values["index",] = batch.index
-        if self._prioritized:
-            values["priority_weight",] = batch.weight
-        return layout.tensordict(values, size).to(self.device)
-
-    def _n_step_reward(self, reward: Entry, index: Tensor, alive: np.ndarray) -> Tensor:
-        """The discounted sum of rewards [B, *shape], which are an extra of the buffer, over the steps that
-        are alive [B, n]."""
-        buffer = self.buffer
-        total = torch.zeros(len(index), *reward.shape, dtype=torch.float64, device="cpu")
-        for k, of_step in enumerate(torch.from_numpy(alive).T):
-            found = buffer.extras(index[of_step] + k * buffer.num_envs)[str(reward.column)]
-            total[of_step] += buffer.gamma**k * reward.restored(found).double()
-        return total.to(reward.dtype)
 
     # ---- priorities ----
 
@@ -391,7 +334,7 @@ class FastReplayBuffer:
         with _saying_damaged():
             layout = None if state["layout"] is None else Layout.from_state(state["layout"])
             buffer = None if layout is None else _restored(state["buffer"], layout)
-            streams = Streams.from_state(self._num_envs, state["streams"])
+            streams = Streams.from_state(self._options["num_envs"], state["streams"])
         with self._lock:
             if self._layout is not None and layout is not None:
                 self._layout.check_same(layout)
@@ -399,11 +342,9 @@ class FastReplayBuffer:
 
     def dumps(self, path: str | os.PathLike[str]) -> None:
         """Writes `state_dict` into the folder `path`, which is created if it does not exist."""
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f"{_STATE}.tmp"
-        torch.save(self.state_dict(), temporary)
-        temporary.replace(folder / _STATE)
+        Path(path).mkdir(parents=True, exist_ok=True)
+        with replacing(Path(path) / _STATE) as file:
+            torch.save(self.state_dict(), file)
 
     def loads(self, path: str | os.PathLike[str]) -> None:
         """`load_state_dict` of what `dumps` wrote into the folder `path`."""
@@ -424,23 +365,9 @@ class FastReplayBuffer:
             self._buffer.__setstate__(state["_buffer"])
 
 
-def _key(key: NestedKey, option: str) -> Key:
-    try:
-        flat = unravel_key(key)
-    except RuntimeError:
-        raise TypeError(f"{option} has {key!r}: a key is a string, or for nested entries a tuple") from None
-    return (flat,) if isinstance(flat, str) else flat
-
-
-def _obs_keys(keys: Sequence[NestedKey]) -> tuple[Key, ...]:
-    if isinstance(keys, str) or not isinstance(keys, Sequence):
-        raise TypeError(f"obs_keys is {keys!r}: it must be a tuple of keys, such as ('pixels',)")
-    found = tuple(_key(key, "obs_keys") for key in keys)
-    if not found or len(set(found)) < len(found):
-        raise ValueError(f"obs_keys is {keys!r}: it must hold at least one key, and each once")
-    if under_next := [text(key) for key in found if key[0] == "next"]:
-        raise ValueError(f"obs_keys has {', '.join(under_next)}: name the root's entries, 'next' is implied")
-    return found
+def _picked(rows: dict[str, Any], step: np.ndarray) -> dict[str, Any]:
+    """The arguments of `ReplayBuffer.add` for some of the rows."""
+    return {name: _picked(v, step) if isinstance(v, dict) else v[step] for name, v in rows.items()}
 
 
 @contextmanager

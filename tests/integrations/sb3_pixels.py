@@ -1,4 +1,6 @@
-"""Environments that give pictures, and rollouts of them into several replay buffers at once."""
+"""Environments that give pictures, rollouts of them into several replay buffers at once, and comparisons."""
+
+import copy
 
 import gymnasium as gym
 import numpy as np
@@ -8,6 +10,8 @@ from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecTransposeImage
 
 from covr_fast.integrations.sb3 import FastReplayBuffer
+
+ARRAYS = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
 
 
 class Pixels(gym.Env):
@@ -51,12 +55,12 @@ def rollout(env, buffers, steps):
     for _ in range(steps):
         action = np.stack([env.action_space.sample() for _ in range(env.num_envs)])
         new_obs, reward, done, infos = env.step(action)
-        next_obs = {k: v.copy() for k, v in new_obs.items()} if isinstance(new_obs, dict) else new_obs.copy()
+        next_obs = copy.deepcopy(new_obs)
         for i in np.flatnonzero(done):
             final = infos[i]["terminal_observation"]
-            if isinstance(next_obs, dict):
-                for key in next_obs:
-                    next_obs[key][i] = final[key]
+            if isinstance(final, dict):
+                for key, value in final.items():
+                    next_obs[key][i] = value
             else:
                 next_obs[i] = final
         for buffer in buffers:
@@ -66,19 +70,24 @@ def rollout(env, buffers, steps):
 
 def assert_same(a, b):
     for name, x, y in zip(a._fields, a, b, strict=True):
-        if isinstance(x, dict):
-            assert x.keys() == y.keys()
-            pairs = [(x[key], y[key]) for key in x]
-        else:
-            pairs = [] if x is None and y is None else [(x, y)]
-        for x, y in pairs:
-            assert x.dtype == y.dtype, name
-            torch.testing.assert_close(
-                x, y, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
-            )
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def drawn(buffer, size=64, env=None, seed=3):
+    np.random.seed(seed)  # noqa: NPY002
+    return buffer.sample(size, env)
+
+
+def assert_same_arrays(theirs, ours, names=ARRAYS):
+    for name in names:
+        np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name), err_msg=name)
 
 
 def pair(env, size, sb3=SB3ReplayBuffer, **options):
     """SB3's own buffer and ours for the same spaces."""
-    args = (size, env.observation_space, env.action_space, "cpu", env.num_envs)
+    return pair_of(size, env.observation_space, env.action_space, env.num_envs, sb3, **options)
+
+
+def pair_of(size, obs_space, action_space, n_envs=1, sb3=SB3ReplayBuffer, **options):
+    args = size, obs_space, action_space, "cpu", n_envs
     return sb3(*args, **options), FastReplayBuffer(*args, **options)

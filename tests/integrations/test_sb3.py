@@ -1,23 +1,18 @@
 """The Stable-Baselines3 drop-in: the same rows as SB3's own buffers, and real agents."""
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
 
 pytest.importorskip("stable_baselines3")
-from sb3_pixels import assert_same, pair, rollout, vec_env
+from sb3_pixels import ARRAYS, assert_same, assert_same_arrays, drawn, pair, pair_of, rollout, vec_env
 from stable_baselines3 import DDPG, DQN, SAC, TD3
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer
-from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
 from covr_fast.integrations.sb3 import FastReplayBuffer
-
-torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("stack, transpose", [(None, True), (3, True), (4, False), (None, False)])
@@ -27,14 +22,11 @@ def test_rows_agree_with_sb3(stack, transpose, timeouts):
     ours_too = pair(env, 100, handle_timeout_termination=timeouts)
     for steps in (20, 50):
         rollout(env, ours_too, steps)  # each resets the environments in the midst of their episodes
-        samples = []
-        for buffer in ours_too:
-            np.random.seed(1)  # noqa: NPY002
-            samples.append([buffer.sample(64), buffer._get_samples(np.arange(20))])
+        samples = [[drawn(buffer), buffer._get_samples(np.arange(20))] for buffer in ours_too]
         for theirs, ours in zip(*samples, strict=True):
             assert_same(theirs, ours)
     assert ours_too[1].size() == ours_too[0].size() == 33
-    assert ours_too[1]._stacks["obs"].frames == (stack or 1)
+    assert ours_too[1]._stored.stacks["obs"].frames == (stack or 1)
 
 
 def test_stacks_take_the_memory_of_frames():
@@ -47,65 +39,16 @@ def test_stacks_take_the_memory_of_frames():
     assert len(buffer.buffer) == 40
 
 
-@pytest.mark.filterwarnings("ignore:frame_stack of 'obs' was taken for 12 and is now 4")
-def test_a_still_picture_does_not_decide_the_stack():
-    """Everything slides while nothing moves; the guess is mended without losing what was stored."""
-    space, action = spaces.Box(0, 255, (12, 16, 16), np.uint8), spaces.Box(-1, 1, (1,))
-    theirs, ours = (cls(50, space, action, "cpu", 1) for cls in (SB3ReplayBuffer, FastReplayBuffer))
-    rng = np.random.default_rng(0)
-    frames = [np.full((3, 16, 16), 7, np.uint8)] * 8 + list(
-        rng.integers(0, 256, (30, 3, 16, 16), dtype=np.uint8)
-    )
-    stacks = [np.concatenate(frames[i : i + 4])[None] for i in range(30)]
-    for i in range(29):
-        for buffer in (theirs, ours):
-            buffer.add(stacks[i], stacks[i + 1], np.zeros((1, 1)), np.array([i]), np.array([i == 6]), [{}])
-    assert ours._stacks["obs"].frames == 4
-    assert_same(theirs._get_samples(np.arange(29)), ours._get_samples(np.arange(29)))
-
-
-@pytest.mark.filterwarnings("ignore:frame_stack of 'obs' was taken for 12 and is now 4")
-def test_a_picture_that_stood_still_until_the_ring_was_full():
-    """The guess is mended late, and every position still holds the transition that SB3 has there."""
-    space, action = spaces.Box(0, 255, (12, 16, 16), np.uint8), spaces.Box(-1, 1, (1,))
-    theirs, ours = (cls(20, space, action, "cpu", 1) for cls in (SB3ReplayBuffer, FastReplayBuffer))
-    rng = np.random.default_rng(0)
-    moving = rng.integers(0, 256, (25, 3, 16, 16), dtype=np.uint8)
-    frames = [*[np.full((3, 16, 16), 7, np.uint8)] * 34, *moving]
-    stacks = [np.concatenate(frames[i : i + 4])[None] for i in range(len(frames) - 3)]
-    no = np.zeros(1, bool)
-    for i, (obs, next_obs) in enumerate(itertools.pairwise(stacks)):
-        for buffer in (theirs, ours):
-            buffer.add(obs, next_obs, np.zeros((1, 1)), np.array([i]), no, [{}])
-        if i >= 20:
-            assert_same(theirs._get_samples(np.arange(20)), ours._get_samples(np.arange(20)))
-    assert ours._stacks["obs"].frames == 4
-
-
-def test_a_row_that_is_refused_says_nothing_about_the_stack():
-    env = vec_env(2, 3)
-    buffer = FastReplayBuffer(100, env.observation_space, env.action_space, "cpu", 2)
-    rollout(env, [buffer], 10)
-    obs, no = env.reset(), np.zeros(2, bool)
-    with pytest.raises(ValueError, match="reward is NaN"):
-        buffer.add(obs, obs, np.zeros((2, 2)), np.array([np.nan, 0.0]), no, [{}, {}])
-    assert buffer._stacks["obs"].frames == 3
-
-
 def test_environments_that_do_not_keep_to_their_dtypes():
-    space, action = spaces.Box(0, 255, (3, 8, 8), np.uint8), spaces.Discrete(4)
-    theirs, ours = (cls(20, space, action, "cpu", 2) for cls in (SB3ReplayBuffer, FastReplayBuffer))
+    theirs, ours = pair_of(20, spaces.Box(0, 255, (3, 8, 8), np.uint8), spaces.Discrete(4), 2)
     obs, next_obs = np.random.default_rng(0).integers(0, 256, (2, 2, 3, 8, 8))
     for buffer in (theirs, ours):
         buffer.add(obs, next_obs, np.array([1.0, 3.0]), np.zeros(2), np.zeros(2, bool), [{}, {}])
-    np.testing.assert_array_equal(ours.observations[0], theirs.observations[0])
-    np.testing.assert_array_equal(ours.next_observations[0], theirs.next_observations[0])
-    np.testing.assert_array_equal(ours.actions[0], theirs.actions[0])
+    assert_same_arrays(theirs, ours)
 
 
 def test_observations_that_are_no_stack():
-    space, action = spaces.Box(0, 255, (12, 8, 8), np.uint8), spaces.Discrete(4)
-    theirs, ours = (cls(20, space, action, "cpu", 2) for cls in (SB3ReplayBuffer, FastReplayBuffer))
+    theirs, ours = pair_of(20, spaces.Box(0, 255, (12, 8, 8), np.uint8), spaces.Discrete(4), 2)
     rng = np.random.default_rng(0)
     for i in range(40):
         obs, next_obs = rng.integers(0, 256, (2, 2, 12, 8, 8), dtype=np.uint8)
@@ -113,35 +56,24 @@ def test_observations_that_are_no_stack():
             buffer.add(
                 obs, next_obs, np.array([1, 2]), np.array([i, i]), np.array([False, i % 5 == 0]), [{}, {}]
             )
-    np.random.seed(0)  # noqa: NPY002
-    expected = theirs.sample(64)
-    np.random.seed(0)  # noqa: NPY002
-    assert_same(expected, ours.sample(64))
+    assert_same(drawn(theirs), drawn(ours))
 
 
 def test_dict_observations_agree():
     env = vec_env(2, 3, shape=(16, 20, 3), key="camera")
-    buffers = pair(env, 60, DictReplayBuffer)
-    rollout(env, buffers, 50)
-    assert buffers[1]._stacks["camera"].frames == 3
-    samples = []
-    for buffer in buffers:
-        np.random.seed(3)  # noqa: NPY002
-        samples.append(buffer.sample(64))
-    assert_same(*samples)
+    theirs, ours = pair(env, 60, DictReplayBuffer)
+    rollout(env, (theirs, ours), 50)
+    assert ours._stored.stacks["camera"].frames == 3
+    assert_same(drawn(theirs), drawn(ours))
 
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_n_steps_agree(normalize):
     env = vec_env(2, 3)
-    buffers = pair(env, 80, NStepReplayBuffer, n_steps=3, gamma=0.9)
-    rollout(env, buffers, 70)
+    theirs, ours = pair(env, 80, NStepReplayBuffer, n_steps=3, gamma=0.9)
+    rollout(env, (theirs, ours), 70)
     normalizer = VecNormalize(env, norm_obs=False, gamma=0.9) if normalize else None
-    samples = []
-    for buffer in buffers:
-        np.random.seed(3)  # noqa: NPY002
-        samples.append(buffer.sample(200, normalizer))
-    assert_same(*samples)
+    assert_same(drawn(theirs, 200, normalizer), drawn(ours, 200, normalizer))
 
 
 def test_vec_normalize_is_honoured():
@@ -150,13 +82,9 @@ def test_vec_normalize_is_honoured():
     normalizer.reset()
     for _ in range(20):
         normalizer.step(np.zeros((2, 1), np.float32))
-    buffers = pair(env, 100)
-    rollout(env, buffers, 60)
-    samples = []
-    for buffer in buffers:
-        np.random.seed(3)  # noqa: NPY002
-        samples.append(buffer.sample(64, normalizer))
-    assert_same(*samples)
+    theirs, ours = pair(env, 100)
+    rollout(env, (theirs, ours), 60)
+    assert_same(drawn(theirs, env=normalizer), drawn(ours, env=normalizer))
 
 
 def test_gymnasium_infos():
@@ -169,14 +97,6 @@ def test_gymnasium_infos():
     )
     assert buffer.dones[1].tolist() == [1, 1]
     assert buffer.timeouts[1].tolist() == [1, 0]
-
-
-def test_sb3s_arrays_can_be_looked_at():
-    env = vec_env(2, 3)
-    theirs, ours = pair(env, 40)
-    rollout(env, (theirs, ours), 33)
-    for name in ("observations", "next_observations", "actions", "rewards", "dones", "timeouts"):
-        np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), err_msg=name)
 
 
 SMALL = {"buffer_size": 200, "learning_starts": 20, "batch_size": 8}
@@ -204,27 +124,14 @@ def test_agents_learn_save_and_go_on(agent, optimize, tmp_path):
     np.testing.assert_array_equal(again.replay_buffer.observations, model.replay_buffer.observations)
     again.learn(20)
     again.learn(20, reset_num_timesteps=False)
-    assert again.replay_buffer._stacks["obs"].frames == 2
+    assert again.replay_buffer._stored.stacks["obs"].frames == 2
 
 
-def test_contrib_agents():
-    contrib = pytest.importorskip("sb3_contrib")
-    for agent in (contrib.TQC, contrib.CrossQ):
-        env = make_vec_env("Pendulum-v1", n_envs=2, seed=0)
-        agent(
-            "MlpPolicy", env, replay_buffer_class=FastReplayBuffer, policy_kwargs={"net_arch": [8]}, **SMALL
-        ).learn(40)
-
-
-def test_dict_agent():
-    env = vec_env(1, 2, shape=(36, 36, 1), key="camera")
-    SAC(
-        "MultiInputPolicy",
-        env,
-        replay_buffer_class=FastReplayBuffer,
-        policy_kwargs={"net_arch": [8]},
-        **SMALL,
-    ).learn(40)
+@pytest.mark.parametrize("key, policy", [("camera", "MultiInputPolicy"), (None, "CnnPolicy")])
+def test_agents_learn_from_pixels(key, policy):
+    kwargs = {"net_arch": [8]} | ({} if key else {"features_extractor_kwargs": {"features_dim": 8}})
+    env = vec_env(1, 2, shape=(36, 36, 1), key=key)
+    SAC(policy, env, replay_buffer_class=FastReplayBuffer, policy_kwargs=kwargs, **SMALL).learn(40)
 
 
 def test_empty_and_reset():
@@ -240,12 +147,10 @@ def test_empty_and_reset():
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int64, np.float16, np.float64])
 def test_arrays_before_anything_was_added(dtype):
-    spaces_ = spaces.Box(0, 100, (3,), dtype=dtype), spaces.Discrete(4)
-    ours, theirs = (kind(20, *spaces_, "cpu", 2) for kind in (FastReplayBuffer, SB3ReplayBuffer))
-    for name in ("observations", "next_observations", "actions", "rewards", "dones", "timeouts"):
-        a, b = getattr(ours, name), getattr(theirs, name)
-        assert a.dtype == b.dtype, name
-        np.testing.assert_array_equal(a, b)
+    theirs, ours = pair_of(20, spaces.Box(0, 100, (3,), dtype=dtype), spaces.Discrete(4), 2)
+    assert_same_arrays(theirs, ours)
+    for name in ARRAYS:
+        assert getattr(ours, name).dtype == getattr(theirs, name).dtype, name
     ours.full = theirs.full = True
     a, b = ours.sample(7), theirs.sample(7)
     assert a.observations.dtype == b.observations.dtype
@@ -266,9 +171,3 @@ def test_ends_can_be_corrected():
     now = np.array(buffer.dones)
     dones[0, 0] = now[0, 0] = 1 - now[0, 0]  # what was added since stays as it is
     np.testing.assert_array_equal(buffer.dones, now)
-
-
-def test_sac_from_pixels():
-    env = vec_env(1, 2, shape=(36, 36, 1))
-    policy = {"net_arch": [8], "features_extractor_kwargs": {"features_dim": 8}}
-    SAC("CnnPolicy", env, replay_buffer_class=FastReplayBuffer, policy_kwargs=policy, **SMALL).learn(30)

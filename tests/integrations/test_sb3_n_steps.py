@@ -13,7 +13,6 @@ from stable_baselines3.common.env_util import make_vec_env
 
 from covr_fast.integrations.sb3 import FastReplayBuffer
 
-torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:`n_steps=:UserWarning")  # SB3's: it does not know this buffer
 
 DISCRETE = (DQN, QRDQN)
@@ -26,8 +25,9 @@ def make(agent, **options):
     return agent("MlpPolicy", env, seed=0, **small, **options)
 
 
-def weights(agent):
-    return torch.cat([value.flatten() for value in agent.policy.state_dict().values()])
+def assert_same_weights(ours, theirs):
+    for name, value in theirs.policy.state_dict().items():
+        torch.testing.assert_close(ours.policy.state_dict()[name], value, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("agent", AGENTS)
@@ -45,7 +45,7 @@ def test_agents_train_as_with_sb3s_own_buffer(agent, given):
     ours = make(agent, gamma=0.5, replay_buffer_class=FastReplayBuffer, **given).learn(60)
     assert type(theirs.replay_buffer) is NStepReplayBuffer
     assert (ours.replay_buffer.n_steps, ours.replay_buffer.gamma) == (3, 0.5)
-    torch.testing.assert_close(weights(ours), weights(theirs), rtol=1e-4, atol=1e-5)
+    assert_same_weights(ours, theirs)
 
 
 def test_agents_of_one_step_train_as_with_sb3s_own_buffer():
@@ -53,7 +53,7 @@ def test_agents_of_one_step_train_as_with_sb3s_own_buffer():
     ours = make(SAC, gamma=0.5, replay_buffer_class=FastReplayBuffer).learn(60)
     assert (ours.replay_buffer.n_steps, ours.replay_buffer.gamma) == (1, 0.5)
     assert ours.replay_buffer.sample(3).discounts is None
-    torch.testing.assert_close(weights(ours), weights(theirs), rtol=1e-4, atol=1e-5)
+    assert_same_weights(ours, theirs)
 
 
 def test_the_buffers_gamma_and_an_agent_by_default():
@@ -61,17 +61,13 @@ def test_the_buffers_gamma_and_an_agent_by_default():
     options = {"n_steps": 3, "gamma": 0.5}
     theirs = make(SAC, replay_buffer_class=NStepReplayBuffer, replay_buffer_kwargs=options).learn(60)
     ours = make(SAC, replay_buffer_class=FastReplayBuffer, replay_buffer_kwargs=options).learn(60)
-    torch.testing.assert_close(weights(ours), weights(theirs), rtol=1e-4, atol=1e-5)
+    assert_same_weights(ours, theirs)
 
 
 @pytest.mark.parametrize(
     "given, to_agent, message",
     [
-        (
-            {"n_steps": 3},
-            {"n_steps": 2},
-            r"replay_buffer_kwargs has n_steps=3, SAC has n_steps=2",
-        ),
+        ({"n_steps": 3}, {"n_steps": 2}, r"replay_buffer_kwargs has n_steps=3, SAC has n_steps=2"),
         ({"gamma": 0.9}, {"gamma": 0.5}, r"has gamma=0\.9, SAC has gamma=0\.5: give it to SAC alone"),
         ({"n_steps": 3, "gamma": 0.9}, {"gamma": 0.5}, r"has gamma=0\.9, SAC has gamma=0\.5"),
         ({"gamma": 0.9}, {}, r"replay_buffer_kwargs has gamma=0\.9, SAC has gamma=0\.99"),

@@ -1,8 +1,7 @@
-"""Loops as CleanRL's: what they hand over where episodes end, and guesses of the frame stack."""
+"""Loops as CleanRL's: which next_obs they add where episodes end; and guesses of the frame stack."""
 
 import warnings
 
-import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
@@ -10,42 +9,21 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import FrameStackObservation
 
 pytest.importorskip("stable_baselines3")
-from sb3_pixels import assert_same
+from sb3_pixels import Pixels, assert_same, assert_same_arrays, pair_of
 from stable_baselines3.common.buffers import NStepReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer as SB3ReplayBuffer
 
 from covr_fast.integrations.sb3 import FastReplayBuffer
 
 
-class Grey(gym.Env):
-    """Random grey pictures; every second episode terminates, the others are truncated."""
-
-    observation_space = spaces.Box(0, 255, (16, 20), np.uint8)
-    action_space = spaces.Discrete(3)
-    episodes = 0
-
-    def _picture(self):
-        return self.np_random.integers(0, 256, (16, 20), dtype=np.uint8)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.episodes += 1
-        self.left = int(self.np_random.integers(4, 12))
-        return self._picture(), {}
-
-    def step(self, action):
-        self.left -= 1
-        end, terminates = self.left == 0, self.episodes % 2 == 0
-        return self._picture(), float(self.np_random.random()), end and terminates, end and not terminates, {}
-
-
 def rollout(buffers, steps, mode, padding="reset", finals=True):
     """CleanRL's loop. Returns (terminated, between), each bool [steps, 2]: rows whose next_obs is never used,
     and rows that lead from one episode into the next."""
-    env = SyncVectorEnv(
-        [lambda: FrameStackObservation(Grey(), 4, padding_type=padding) for _ in range(2)],
-        autoreset_mode=mode,
-    )
+
+    def make():
+        return FrameStackObservation(Pixels((16, 20), discrete=True), 4, padding_type=padding)
+
+    env = SyncVectorEnv([make, make], autoreset_mode=mode)
     obs, _ = env.reset(seed=0)
     terminated, between = np.zeros((2, steps, 2), bool)
     ended = np.zeros(2, bool)
@@ -67,7 +45,7 @@ def rollout(buffers, steps, mode, padding="reset", finals=True):
 
 
 def pair(size=200, kind=SB3ReplayBuffer, **options):
-    args = size, spaces.Box(0, 255, (4, 16, 20), np.uint8), Grey.action_space, "cpu", 2
+    args = size, spaces.Box(0, 255, (4, 16, 20), np.uint8), spaces.Discrete(3), "cpu", 2
     frame_stack = options.pop("frame_stack", "auto")
     theirs = kind(*args, handle_timeout_termination=False, **options)
     ours = FastReplayBuffer(*args, handle_timeout_termination=False, frame_stack=frame_stack, **options)
@@ -82,12 +60,11 @@ def test_the_reset_frame_at_terminations(frame_stack):
         warnings.simplefilter("error")
         terminated, _ = rollout(buffers, 60, AutoresetMode.SAME_STEP)
     assert terminated.sum() > 4
-    assert ours._stacks["obs"].frames == 4
-    for name in ("observations", "actions", "rewards", "dones"):
-        np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name), err_msg=name)
+    assert ours._stored.stacks["obs"].frames == 4
+    assert_same_arrays(theirs, ours, ("observations", "actions", "rewards", "dones"))
     used, expected = np.array(ours.next_observations)[:60], theirs.next_observations[:60]
     np.testing.assert_array_equal(used[~terminated], expected[~terminated])
-    # Where it has no use: obs moved on by the newest frame of what was handed over.
+    # Where it has no use: obs moved on by the newest frame of the next_obs that was added.
     np.testing.assert_array_equal(used[terminated][:, -1], expected[terminated][:, -1])
     np.testing.assert_array_equal(used[terminated][:, :-1], ours.observations[:60][terminated][:, 1:])
 
@@ -104,9 +81,8 @@ def test_rows_between_episodes_are_never_drawn(mode, finals, padding, frame_stac
         terminated, between = rollout(buffers, 60, mode, padding, finals)
     assert len(told) == 1
     assert between.sum() > 4
-    assert ours._stacks["obs"].frames == 4
-    for name in ("observations", "actions", "rewards", "dones"):
-        np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name), err_msg=name)
+    assert ours._stored.stacks["obs"].frames == 4
+    assert_same_arrays(theirs, ours, ("observations", "actions", "rewards", "dones"))
     good = ~between & ~terminated
     np.testing.assert_array_equal(
         np.array(ours.next_observations)[:60][good], theirs.next_observations[:60][good]
@@ -132,7 +108,7 @@ def test_n_step_returns_do_not_reach_across_rows_between_episodes():
         keep = positions[~between[positions, e]]
         at = np.full(len(keep), e)
         expected = _at(theirs, keep, at)
-        got = ours._samples(ours._ids(keep, at), None)
+        got = ours._samples(ours.buffer.ids_at(at, keep), None)
         unused = expected.dones[:, 0] == 1
         got.next_observations[unused] = expected.next_observations[unused]
         assert_same(expected, got)
@@ -172,10 +148,9 @@ def test_memory_of_such_loops_is_that_of_frames():
 
 def test_a_buffer_of_such_rows_alone_says_that_there_is_nothing():
     ours = pair(2, frame_stack=4)[1]
-    rng = np.random.default_rng(0)
-    stacks = stacks_of(list(rng.integers(0, 256, (5, 1, 16, 20), dtype=np.uint8)), 4)
-    first = np.repeat(rng.integers(0, 256, (1, 1, 16, 20), dtype=np.uint8), 4, axis=1)
-    obs, later, first = (stack.repeat(2, axis=0) for stack in (*stacks, first))
+    *frames, first = pictures(6, 1, 16, 20)
+    stacks = *stacks_of(frames, 4), first[None].repeat(4, axis=1)
+    obs, later, first = (stack.repeat(2, axis=0) for stack in stacks)
     rest = np.zeros(2, int), np.zeros(2), np.zeros(2), {}
     ours.add(obs, later, *rest)
     with pytest.warns(UserWarning, match="never drawn"):
@@ -188,10 +163,17 @@ def stacks_of(frames, n):
     return [np.concatenate(frames[i : i + n])[None] for i in range(len(frames) - n + 1)]
 
 
-def one(shape, *, dtype=np.uint8, **options):
-    space = spaces.Box(0, 255, shape, dtype)
-    args = 60, space, spaces.Discrete(3), "cpu", 1
-    return SB3ReplayBuffer(*args), FastReplayBuffer(*args, **options)
+def pictures(*shape):
+    return list(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+
+
+def one(shape, *, size=60, dtype=np.uint8, **options):
+    theirs = pair_of(size, spaces.Box(0, 255, shape, dtype), spaces.Discrete(3))[0]
+    return theirs, FastReplayBuffer(size, theirs.observation_space, theirs.action_space, "cpu", 1, **options)
+
+
+def assert_same_rows(theirs, ours, n):
+    assert_same(theirs._get_samples(np.arange(n)), ours._get_samples(np.arange(n)))
 
 
 def feed(buffers, stacks, done=lambda i: False):
@@ -200,14 +182,34 @@ def feed(buffers, stacks, done=lambda i: False):
             buffer.add(stacks[i], stacks[i + 1], np.zeros(1, int), np.array([i]), np.array([done(i)]), [{}])
 
 
+@pytest.mark.filterwarnings("ignore:frame_stack of 'obs' was taken for 12 and is now 4")
+def test_a_still_picture_does_not_decide_the_stack():
+    """Everything slides while nothing moves; the guess is mended without losing what was stored."""
+    frames = [np.full((3, 16, 16), 7, np.uint8)] * 8 + pictures(30, 3, 16, 16)
+    buffers = theirs, ours = one((12, 16, 16))
+    feed(buffers, stacks_of(frames, 4)[:30], lambda i: i == 6)
+    assert ours._stored.stacks["obs"].frames == 4
+    assert_same_rows(theirs, ours, 29)
+
+
+@pytest.mark.filterwarnings("ignore:frame_stack of 'obs' was taken for 12 and is now 4")
+def test_a_picture_that_stood_still_until_the_ring_was_full():
+    """The guess is mended late, and every position still has the transition that SB3 has there."""
+    stacks = stacks_of([np.full((3, 16, 16), 7, np.uint8)] * 34 + pictures(25, 3, 16, 16), 4)
+    buffers = theirs, ours = one((12, 16, 16), size=20)
+    feed(buffers, stacks[:21])
+    for i in range(20, len(stacks) - 1):
+        feed(buffers, stacks[i : i + 2])
+        assert_same_rows(theirs, ours, 20)
+    assert ours._stored.stacks["obs"].frames == 4
+
+
 def test_a_guess_that_drops_names_it_and_its_cost():
     """A picture that stood still and is no stack at all."""
-    rng = np.random.default_rng(0)
-    moving = list(rng.integers(0, 256, (20, 1, 3, 16, 16), dtype=np.uint8))
     still = [np.full((1, 3, 16, 16), 7, np.uint8)] * 5
     buffers = theirs, ours = one((3, 16, 16))
     with pytest.warns(UserWarning, match="taken for 3") as told:
-        feed(buffers, still + moving)
+        feed(buffers, still + pictures(20, 1, 3, 16, 16))
     (message,) = (str(warning.message) for warning in told)
     assert "frame_stack of 'obs' was taken for 3 and is now 1" in message
     assert "MiB instead of 0.0 MiB" in message
@@ -215,29 +217,27 @@ def test_a_guess_that_drops_names_it_and_its_cost():
         "pass frame_stack=3 (in replay_buffer_kwargs), and such rows are refused; if 1, pass that" in message
     )
     assert told[0].filename == __file__
-    assert_same(theirs._get_samples(np.arange(24)), ours._get_samples(np.arange(24)))
+    assert_same_rows(theirs, ours, 24)
 
 
 def test_repeated_frames_prove_no_stack():
     """A grey picture in three channels looks like the first stack of an episode on every step."""
-    rng = np.random.default_rng(0)
-    moving = [np.repeat(p, 3, axis=1) for p in rng.integers(0, 256, (20, 1, 1, 16, 16), dtype=np.uint8)]
+    moving = [np.repeat(picture, 3, axis=1) for picture in pictures(20, 1, 1, 16, 16)]
     still = [np.full((1, 3, 16, 16), 7, np.uint8)] * 5
     buffers = theirs, ours = one((3, 16, 16))
     with pytest.warns(UserWarning, match="taken for 3 and is now 1"):
         feed(buffers, still + moving, lambda i: i == 2)
-    assert_same(theirs._get_samples(np.arange(24)), ours._get_samples(np.arange(24)))
+    assert_same_rows(theirs, ours, 24)
 
 
 @pytest.mark.parametrize("steps", [0, 5])
 @pytest.mark.parametrize("frames", [4, 1], ids=["four frames", "one repeated"])
 def test_a_declared_stack_is_refused_where_it_does_not_slide(steps, frames):
     """Without steps before it nothing shows that repeated frames begin an episode."""
-    rng = np.random.default_rng(0)
-    stacks = stacks_of(list(rng.integers(0, 256, (9, 1, 16, 16), dtype=np.uint8)), 4)
+    stacks = stacks_of(pictures(9, 1, 16, 16), 4)
     _, ours = one((4, 16, 16), frame_stack=4)
     feed([ours], stacks[: steps + 1])
-    next_obs = rng.integers(0, 256, (1, frames, 16, 16), dtype=np.uint8).repeat(4 // frames, axis=1)
+    next_obs = 255 - np.stack(pictures(1, frames, 16, 16)).repeat(4 // frames, axis=1)
     if (steps, frames) == (5, 1):
         with pytest.warns(UserWarning, match="never drawn"):
             feed([ours], [stacks[steps], next_obs])
@@ -247,49 +247,43 @@ def test_a_declared_stack_is_refused_where_it_does_not_slide(steps, frames):
     assert (ours.pos, ours.size()) == (steps, steps)
 
 
-def test_the_first_row_that_is_refused_leaves_nothing_behind():
-    rng = np.random.default_rng(0)
-    stacks = stacks_of(list(rng.integers(0, 256, (9, 1, 16, 16), dtype=np.uint8)), 4)
+def test_a_row_that_is_refused_says_nothing_about_the_stack():
+    """Neither the first row nor a later one."""
     theirs, ours = one((4, 16, 16))
+    stacks = stacks_of(pictures(9, 1, 16, 16), 4)
     still = np.zeros((1, 4, 16, 16), np.uint8)
-    with pytest.raises(ValueError, match="reward is NaN"):
-        ours.add(still, stacks[0], np.zeros(1, int), np.array([np.nan]), np.zeros(1), [{}])
-    feed((theirs, ours), stacks)
-    assert ours._stacks["obs"].frames == 4
-    assert_same(theirs._get_samples(np.arange(5)), ours._get_samples(np.arange(5)))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="reward is NaN"):
+            ours.add(still, stacks[0], np.zeros(1, int), np.array([np.nan]), np.zeros(1), [{}])
+        feed((theirs, ours), stacks)
+        assert ours._stored.stacks["obs"].frames == 4
+        assert_same_rows(theirs, ours, ours.pos)
 
 
 def test_a_first_step_that_terminates_decides_nothing():
     """Other environments tell the stack; their next_obs must slide."""
-    rng = np.random.default_rng(0)
-    frames = rng.integers(0, 256, (2, 9, 1, 16, 20), dtype=np.uint8)
-    stacks = np.stack([np.concatenate(stacks_of(list(f), 4)) for f in frames], axis=1)
+    stacks = np.stack([np.concatenate(stacks_of(f, 4)) for f in pictures(2, 9, 1, 16, 20)], axis=1)
     ours = pair()[1]
     next_obs = stacks[1].copy()
     next_obs[0] = next_obs[0, :1]  # the reset of environment 0
     ours.add(stacks[0], next_obs, np.zeros(2, int), np.zeros(2), np.array([1, 0]), {})
-    assert ours._stacks["obs"].frames == 4
+    assert ours._stored.stacks["obs"].frames == 4
 
 
 def test_first_steps_that_all_terminate_say_that_the_guess_is_one():
     _, ours = one((4, 16, 16))
-    obs = np.random.default_rng(0).integers(0, 256, (2, 1, 4, 16, 16), dtype=np.uint8)
     with pytest.warns(UserWarning, match=r"taken for 1: all first steps terminated.*pass frame_stack="):
-        feed([ours], obs, lambda i: True)
+        feed([ours], pictures(2, 1, 4, 16, 16), lambda i: True)
 
 
 def test_channels_last_stacks():
-    rng = np.random.default_rng(0)
-    stacks = [
-        s.transpose(0, 2, 3, 1)
-        for s in stacks_of(list(rng.integers(0, 256, (20, 1, 16, 20), dtype=np.uint8)), 4)
-    ]
+    stacks = [stack.transpose(0, 2, 3, 1) for stack in stacks_of(pictures(20, 1, 16, 20), 4)]
     buffers = theirs, ours = one((16, 20, 4))
     feed(buffers, stacks[:8])
-    reset = np.repeat(rng.integers(0, 256, (1, 16, 20, 1), dtype=np.uint8), 4, axis=3)
+    reset = np.repeat(np.stack(pictures(1, 16, 20, 1)), 4, axis=3)
     feed(buffers, [stacks[8], reset], lambda i: True)
     feed(buffers, stacks[9:])
-    assert ours._stacks["obs"].frames == 4
+    assert ours._stored.stacks["obs"].frames == 4
     rows = np.delete(np.arange(15), 7)
     assert_same(theirs._get_samples(rows), ours._get_samples(rows))
     np.testing.assert_array_equal(ours.next_observations[7, 0, ..., :-1], stacks[8][0, ..., 1:])
@@ -305,40 +299,40 @@ def test_pictures_of_every_type_and_layout(dtype, frame, axis):
     stacks = [np.moveaxis(frames[i : i + 4], 0, axis)[None] for i in range(17)]
     buffers = theirs, ours = one(stacks[0].shape[1:], dtype=dtype)
     feed(buffers, stacks, lambda i: i % 7 == 6)
-    assert ours._stacks["obs"].frames == 4
-    assert_same(theirs._get_samples(np.arange(16)), ours._get_samples(np.arange(16)))
+    assert ours._stored.stacks["obs"].frames == 4
+    assert_same_rows(theirs, ours, 16)
     np.testing.assert_array_equal(ours.observations, theirs.observations)
 
 
 def test_a_still_picture_of_more_channels_than_a_stack_has_frames():
     buffers = theirs, ours = one((66, 70, 70))
     feed(buffers, [np.zeros((1, 66, 70, 70), np.uint8)] * 4)
-    assert ours._stacks["obs"].frames == 33
-    assert_same(theirs._get_samples(np.arange(3)), ours._get_samples(np.arange(3)))
+    assert ours._stored.stacks["obs"].frames == 33
+    assert_same_rows(theirs, ours, 3)
 
 
-@pytest.mark.parametrize("keys", [None, "dict"])
-def test_frame_stacks_that_cannot_be_meant(keys):
-    box, action = spaces.Box(0, 255, (4, 16, 16), np.uint8), spaces.Discrete(3)
-    space = spaces.Dict({"camera": box}) if keys else box
-    unknown = {"camra": 4} if keys else {"obs": 4}
-    for wrong, message in (
-        (unknown, "camra" if keys else "pass an integer"),
-        ("Auto", "'Auto'"),
-        (0, "is 0"),
-    ):
-        with pytest.raises(ValueError, match=rf"frame_stack.*{message}"):
-            FastReplayBuffer(10, space, action, "cpu", 1, frame_stack=wrong)
+@pytest.mark.parametrize(
+    "in_dict, wrong, message",
+    [
+        (True, {"camra": 4}, "camra"),
+        (False, {"obs": 4}, "pass an integer"),
+        *((in_dict, wrong, repr(wrong)) for in_dict in (True, False) for wrong in ("Auto", 0)),
+    ],
+)
+def test_frame_stacks_that_cannot_be_meant(in_dict, wrong, message):
+    box = spaces.Box(0, 255, (4, 16, 16), np.uint8)
+    space = spaces.Dict({"camera": box}) if in_dict else box
+    with pytest.raises(ValueError, match=rf"frame_stack.*{message}"):
+        FastReplayBuffer(10, space, spaces.Discrete(3), "cpu", 1, frame_stack=wrong)
 
 
 def test_float_stacks_that_differ_by_rounding_are_stacks():
-    space = spaces.Box(-1, 1, (4, 8, 8), np.float32)
-    buffer = FastReplayBuffer(20, space, spaces.Discrete(3), "cpu", 1)
+    _, buffer = one((4, 8, 8), dtype=np.float32)
     frames = np.random.default_rng(0).uniform(0.1, 1, (15, 8, 8)).astype(np.float32)
     for t in range(10):
         again = frames[t + 1 : t + 5] * np.float32(1 + 2e-7)  # normalised once more
         zero = np.zeros(1)
         buffer.add(frames[None, t : t + 4], again[None], np.zeros((1, 1)), zero, zero, [{}])
         frames[t + 1 : t + 5] = again
-    assert buffer._stacks["obs"].frames == 4
+    assert buffer._stored.stacks["obs"].frames == 4
     assert buffer.buffer.jumps == 0

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("torchrl")
 from tensordict import LazyStackedTensorDict, TensorDict
-from torchrl_peer import assert_as_torchrl, make, transitions
+from torchrl_peer import assert_as_torchrl, make, stacked, stacks_of, transitions
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
@@ -62,8 +62,7 @@ def test_two_agents():
 
 def test_nested_keys_and_names_that_look_alike():
     data = transitions()
-    pixels = torch.randint(0, 256, (27, 1, 5, 4), dtype=torch.uint8)
-    stacks = torch.cat([pixels[:-2], pixels[1:-1], pixels[2:]], 1)
+    stacks = stacks_of(torch.randint(0, 256, (27, 1, 5, 4), dtype=torch.uint8))
     data["agent"] = TensorDict({"pixels": stacks[:-1], "b/c": torch.randn(24)}, [24])
     data["next", "agent"] = TensorDict({"pixels": stacks[1:], "gain": torch.randn(24, 2)}, [24])
     data["agent/b"] = TensorDict({"c": torch.randn(24)}, [24])
@@ -71,7 +70,7 @@ def test_nested_keys_and_names_that_look_alike():
     data["collector"] = TensorDict({"index": torch.arange(24), "done": torch.randn(24)}, [24])
     buffer = make(obs_keys=(("agent", "pixels"), "observation"), frame_stack=3)
     assert_as_torchrl(buffer, data[:10], data[10:])
-    assert int(buffer.buffer._storage.tensors["written.agent/pixels"].sum()) == 24 + 4 * 3
+    assert int(buffer.buffer.state_dict()["tensors"]["written.agent/pixels"].sum()) == 24 + 4 * 3
 
 
 @pytest.mark.parametrize(
@@ -105,10 +104,7 @@ def test_observations_of_any_dtype_and_shape(dtype, width):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_stacks_of_float_pixels(dtype):
-    frames = torch.rand(27, 1, 5, 4).to(dtype)
-    stacks = torch.cat([frames[:-2], frames[1:-1], frames[2:]], 1)
-    data = transitions()
-    data["observation"], data["next", "observation"] = stacks[:-1], stacks[1:]
+    data = stacked(torch.rand(27, 1, 5, 4).to(dtype))
     assert_as_torchrl(make(frame_stack=3), data[:10], data[10:])
 
 
@@ -235,7 +231,7 @@ def test_time_is_where_its_name_is(names):
         data = (data if names[0] == "env" else data.transpose(0, 1).contiguous()).refine_names(*names)
     buffer = make(num_envs=3)
     assert_as_torchrl(buffer, data)
-    assert int(buffer.buffer._storage.tensors["written.observation"].sum()) == 3 * (24 + 4)
+    assert int(buffer.buffer.state_dict()["tensors"]["written.observation"].sum()) == 3 * (24 + 4)
 
 
 def test_empty_tensordicts_and_padding():

@@ -60,7 +60,7 @@ def test_what_a_collector_gives_comes_back():
     batches = [data.clone() for data in Collector(two_envs(), None, frames_per_batch=40, total_frames=160)]
     assert batches[0].shape == (2, 20)
     assert_as_torchrl(buffer, *batches)
-    frames = int(buffer.buffer._storage.tensors["written.observation"].sum())
+    frames = int(buffer.buffer.state_dict()["tensors"]["written.observation"].sum())
     assert frames < 160 * 1.3  # an episode of 5 or fewer steps has one frame more
 
 

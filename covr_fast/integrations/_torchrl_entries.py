@@ -1,14 +1,49 @@
-"""The entries of a tensordict as flat tensors."""
+"""The entries of a tensordict as flat tensors, and the keys that name them."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
-from tensordict import LazyStackedTensorDict, TensorDictBase, is_non_tensor, is_tensorclass
+from tensordict import LazyStackedTensorDict, TensorDictBase, is_non_tensor, is_tensorclass, unravel_key
 from torch import Tensor
 
+NestedKey = str | tuple[str, ...]
 Key = tuple[str, ...]
 Shape = tuple[int, ...]
+
+
+class Keys(NamedTuple):
+    """The entries with a special meaning."""
+
+    obs: tuple[Key, ...]
+    action: Key
+    reward: Key
+
+    @classmethod
+    def of(cls, obs: Sequence[NestedKey], action: NestedKey, reward: NestedKey) -> "Keys":
+        """As FastReplayBuffer is given them; the reward is under "next".
+
+        Raises:
+            TypeError, ValueError: not keys, none for the observations, or a key twice or under "next".
+        """
+        if isinstance(obs, str) or not isinstance(obs, Sequence):
+            raise TypeError(f"obs_keys is {obs!r}: it must be a tuple of keys, such as ('pixels',)")
+        found = tuple(_flat(key, "obs_keys") for key in obs)
+        if not found or len(set(found)) < len(found):
+            raise ValueError(f"obs_keys is {obs!r}: it must hold at least one key, and each once")
+        if under_next := [text(key) for key in found if key[0] == "next"]:
+            names = ", ".join(under_next)
+            raise ValueError(f"obs_keys has {names}: name the root's entries, 'next' is implied")
+        return cls(found, _flat(action, "action_key"), ("next", *_flat(reward, "reward_key")))
+
+
+def _flat(key: NestedKey, option: str) -> Key:
+    try:
+        flat = unravel_key(key)
+    except RuntimeError:
+        raise TypeError(f"{option} has {key!r}: a key is a string, or for nested entries a tuple") from None
+    return (flat,) if isinstance(flat, str) else flat
 
 
 def read(tensordict: TensorDictBase) -> tuple[dict[Key, Tensor], dict[Key, Shape]]:

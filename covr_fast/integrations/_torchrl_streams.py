@@ -2,11 +2,13 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections import Counter
 from typing import Any
 
 import numpy as np
 import torch
+from tensordict import TensorDictBase
+from torch import Tensor
 
 
 class Streams:
@@ -18,28 +20,23 @@ class Streams:
         self._last_used = np.zeros(num_envs, np.int64)
         self._clock = 0
 
-    def of(
-        self,
-        shape: Sequence[int],
-        names: Sequence[str | None],
-        trajectories: np.ndarray | None,
-        ends: np.ndarray,
-    ) -> np.ndarray:
-        """The stream of every row, int64 [N], in the order of a flattened tensordict of this shape.
+    def of(self, tensordict: TensorDictBase, trajectories: Tensor | None, ends: np.ndarray) -> np.ndarray:
+        """The stream of every row, int64 [N], in the order of the flattened tensordict. Its dimension named
+        "time" is time; without one, the last of several.
 
         Args:
-            names: of the dimensions. The one called "time" is time; without one, the last of several.
-            trajectories: int64 [N], if known.
+            trajectories: N integers, if known.
             ends: bool [N]: the row ends its trajectory.
         """
+        shape, names = tensordict.shape, tensordict.names
         if trajectories is not None:
-            if trajectories.shape != ends.shape or trajectories.dtype.kind not in "iu":
+            given = trajectories.numpy().reshape(-1)
+            if given.shape != ends.shape or given.dtype.kind not in "iu":
                 raise ValueError(
-                    f"('collector', 'traj_ids') are {trajectories.size} values of {trajectories.dtype} for "
-                    f"{len(ends)} rows: there must be one integer per row"
+                    f"('collector', 'traj_ids') are {given.size} values of {given.dtype} for {len(ends)} "
+                    "rows: there must be one integer per row"
                 )
-            rows = zip(trajectories.tolist(), ends, strict=True)
-            return np.array([self._stream(trajectory, end) for trajectory, end in rows], np.int64)
+            return np.array([self._stream(*row) for row in zip(given.tolist(), ends, strict=True)], np.int64)
         if len(shape) > 1:
             time = names.index("time") if "time" in names else len(shape) - 1
             others = (*shape[:time], 1, *shape[time + 1 :])
@@ -55,15 +52,15 @@ class Streams:
         if self._num_envs > 1 and n:
             warnings.warn(
                 f"the tensordict [{n}] does not say which of the {self._num_envs} environments its rows are "
-                "of: all go to the first stream, which holds capacity / num_envs transitions. Extend with "
+                "of: all go to the first stream, which stores capacity / num_envs transitions. Extend with "
                 "[environments, time] or with ('collector', 'traj_ids'), or build the buffer with num_envs=1",
                 stacklevel=3,
             )
         return np.zeros(n, np.int64)
 
     def _stream(self, trajectory: int, ends: bool) -> int:
-        """The stream of the trajectory. A new one gets the stream that was not used for the longest time, and
-        if possible one without a trajectory that has not ended."""
+        """A new trajectory gets the stream that was not used for the longest time, if possible one without a
+        trajectory that has not ended."""
         if trajectory not in self._stream_of:
             busy = np.zeros(self._num_envs, bool)
             busy[list(self._stream_of.values())] = True
@@ -96,12 +93,11 @@ class Streams:
 
 def in_steps(streams: np.ndarray) -> list[np.ndarray]:
     """Groups of rows, each with at most one row per stream. The rows of a stream keep their order."""
-    if not len(streams):
-        return []
-    order = np.argsort(streams, kind="stable")
-    ordered = streams[order]
-    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
-    occurrence = np.empty(len(streams), np.int64)
-    occurrence[order] = np.arange(len(streams)) - np.repeat(starts, np.diff(np.r_[starts, len(streams)]))
-    by_step = np.argsort(occurrence, kind="stable")
-    return np.split(by_step, np.flatnonzero(np.diff(occurrence[by_step])) + 1)
+    steps: list[list[int]] = []
+    seen: Counter[int] = Counter()
+    for row, stream in enumerate(streams.tolist()):
+        if seen[stream] == len(steps):
+            steps.append([])
+        steps[seen[stream]].append(row)
+        seen[stream] += 1
+    return [np.array(step) for step in steps]
