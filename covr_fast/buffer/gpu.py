@@ -9,7 +9,7 @@ the CPU writes what the GPU reads).
 
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -18,23 +18,23 @@ from torch import Tensor
 from .. import _C
 from ..border import CPU, address
 from .batch import Batch
-from .output import Draw, OutputSpec
+from .output import Draw, Gather, OutputSpec
 
 
-class DeviceGather:
+class DeviceGather(Gather):
     """Plans on the CPU, gathers on the GPU."""
 
     pin_memory = True
 
     def __init__(self, device: torch.device, core: Any, pinned: bool) -> None:
+        super().__init__()
         self._device = device
         self._core = core
         self._pinned = pinned
         cuda: Any = torch.cuda  # these constructors have no annotations
         self._upload_stream = cuda.Stream(device)
         self._sent, self._read = cuda.Event(), cuda.Event()
-        # For kernel launches that belong together with a call of the core.
-        self.lock: AbstractContextManager[Any] = threading.Lock()
+        self.lock = threading.Lock()  # for kernel launches that belong together with a call of the core
 
     @contextmanager
     def adding(self) -> Iterator[None]:

@@ -1,8 +1,8 @@
 """The shapes and dtypes that a buffer is built for: checked once, so that adding and sampling need not."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,8 @@ from ..scalars import as_int
 
 Shape = tuple[int, ...]
 ShapeAndType = Shape | tuple[Sequence[int], torch.dtype]
+
+_ARGUMENTS_OF_ADD = {"obs", "action", "reward", "next_obs", "terminated", "truncated", "env_ids", "self"}
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class KeySpec:
     shape: Shape
     """Of the stacked observation, as it is added."""
     dtype: torch.dtype
+    numpy_dtype: np.dtype
     stack: int
     """How many frames it stacks."""
     channels: int
@@ -33,10 +36,6 @@ class KeySpec:
     width: int
     channels_last: bool
     """It is added as [height, width, channels]."""
-
-    @cached_property
-    def numpy_dtype(self) -> np.dtype:
-        return numpy_dtype(self.dtype, f"obs_dtype of {self.name!r}")
 
     @property
     def is_image(self) -> bool:
@@ -73,12 +72,42 @@ class ColumnSpec:
     """The constructor's argument that says the dtype, for errors."""
 
 
-def key_spec(
+def key_specs(
+    obs_shape: Sequence[int] | Mapping[str, Sequence[int]],
+    obs_dtype: torch.dtype | Mapping[str, torch.dtype] | None,
+    frame_stack: int | Mapping[str, int],
+    channels_last: bool | Mapping[str, bool],
+) -> list[KeySpec]:
+    """The keys of an observation. In a dict, an integer frame_stack is for the images only."""
+    options = {"obs_dtype": obs_dtype, "frame_stack": frame_stack, "channels_last": channels_last}
+    by_key = {option: given for option, given in options.items() if isinstance(given, Mapping)}
+    single = not isinstance(obs_shape, Mapping)
+    if single and by_key:
+        raise TypeError("obs_dtype, frame_stack and channels_last can be dicts only if obs_shape is one")
+    shapes = obs_shape if isinstance(obs_shape, Mapping) else {"obs": obs_shape}
+    if not shapes:
+        raise ValueError("obs_shape is an empty dict: a buffer needs at least one observation key")
+    for option, given in by_key.items():
+        if unknown := given.keys() - shapes.keys():
+            raise ValueError(f"{option} names {sorted(unknown)}, obs_shape has the keys {sorted(shapes)}")
+    specs = []
+    for name, shape in shapes.items():
+        dtype = obs_dtype.get(name) if isinstance(obs_dtype, Mapping) else obs_dtype
+        if isinstance(frame_stack, Mapping):
+            stack = frame_stack.get(name, 1)
+        else:
+            stack = frame_stack if single or len(shape) == 3 else 1
+        last = channels_last.get(name, False) if isinstance(channels_last, Mapping) else channels_last
+        specs.append(_key_spec(name, shape, dtype, stack, last))
+    return specs
+
+
+def _key_spec(
     name: str, shape: Sequence[int], dtype: torch.dtype | None, stack: int, channels_last: bool
 ) -> KeySpec:
     """Splits a stacked shape into frames; says how to fix one that cannot be split."""
-    as_name(name, "obs_shape")
-    shape, stack = as_shape(shape, f"obs_shape of {name!r}"), as_int(stack, "frame_stack")
+    _check_name(name, "obs_shape")
+    shape, stack = _as_shape(shape, f"obs_shape of {name!r}"), as_int(stack, "frame_stack")
     if any(n < 1 for n in shape):
         raise ValueError(f"obs_shape of {name!r} is {shape}: every size must be at least 1")
     if not 1 <= stack <= 64:
@@ -92,61 +121,41 @@ def key_spec(
         )
     if dtype is None:
         dtype = torch.uint8 if len(shape) == 3 or _is_grey(shape, stack) else torch.float32
-    numpy_dtype(dtype, f"obs_dtype of {name!r}")
+    found = _numpy_dtype(dtype, f"obs_dtype of {name!r}")
     channels_last = bool(channels_last) and len(shape) == 3
-    stacked = shape[-1 if channels_last else 0] if shape else 1
-    if stacked % stack:
+    if shape[-1 if channels_last else 0] % stack if shape else stack > 1:
         where = "last" if channels_last else "first"
         raise ValueError(
             f"obs_shape of {name!r} is {shape}: its {where} dimension is not a multiple of "
             f"frame_stack={stack}. obs_shape is the stacked shape, e.g. (9, 84, 84) for three RGB frames"
         )
-    channels = stacked // stack
+    height, width = 1, 1
     if len(shape) == 3:
         height, width = shape[:2] if channels_last else shape[1:]
     elif dtype == torch.uint8 and _is_grey(shape, stack):
-        channels, (height, width) = 1, shape
-    else:
-        height = width = 1
-        for n in shape[1:]:
-            channels *= n
-    return KeySpec(name, shape, dtype, stack, channels, height, width, channels_last)
+        height, width = shape
+    channels = math.prod(shape) // (stack * height * width)
+    return KeySpec(name, shape, dtype, found, stack, channels, height, width, channels_last)
 
 
-def key_specs(
-    obs_shape: Sequence[int] | Mapping[str, Sequence[int]],
-    obs_dtype: torch.dtype | Mapping[str, torch.dtype] | None,
-    frame_stack: int | Mapping[str, int],
-    channels_last: bool | Mapping[str, bool],
-) -> list[KeySpec]:
-    """The keys of an observation. In a dict, an integer frame_stack is for the images only."""
-    if not isinstance(obs_shape, Mapping):
-        if (
-            isinstance(obs_dtype, Mapping)
-            or isinstance(frame_stack, Mapping)
-            or isinstance(channels_last, Mapping)
-        ):
-            raise TypeError("obs_dtype, frame_stack and channels_last can be dicts only if obs_shape is one")
-        return [key_spec("obs", obs_shape, obs_dtype, frame_stack, channels_last)]
-    if not obs_shape:
-        raise ValueError("obs_shape is an empty dict: a buffer needs at least one observation key")
-    for option, given in (
-        ("obs_dtype", obs_dtype),
-        ("frame_stack", frame_stack),
-        ("channels_last", channels_last),
-    ):
-        if isinstance(given, Mapping) and (unknown := given.keys() - obs_shape.keys()):
-            raise ValueError(f"{option} names {sorted(unknown)}, obs_shape has the keys {sorted(obs_shape)}")
-    specs = []
-    for name, shape in obs_shape.items():
-        dtype = obs_dtype.get(name) if isinstance(obs_dtype, Mapping) else obs_dtype
-        if isinstance(frame_stack, Mapping):
-            stack = frame_stack.get(name, 1)
-        else:
-            stack = frame_stack if len(shape) == 3 else 1
-        last = channels_last.get(name, False) if isinstance(channels_last, Mapping) else channels_last
-        specs.append(key_spec(name, shape, dtype, stack, last))
-    return specs
+def column_specs(
+    action_shape: Sequence[int], action_dtype: torch.dtype, extras: Mapping[str, ShapeAndType] | None
+) -> list[ColumnSpec]:
+    """The action, then the extras: `(2,)` is a shape, `((2,), torch.int64)` a shape with its dtype, which is
+    float32 unless given."""
+    shape = _as_shape(action_shape, "action_shape")
+    found = _numpy_dtype(action_dtype, "action_dtype")
+    columns = [ColumnSpec("action", shape, action_dtype, found, "action_dtype")]
+    for name, spec in (extras or {}).items():
+        _check_name(name, "extras")
+        what, sizes, dtype = f"extras[{name!r}]", spec, torch.float32
+        if isinstance(spec, Sequence) and len(spec) == 2 and isinstance(spec[1], torch.dtype):
+            sizes, dtype = spec
+        shape, found = _as_shape(sizes, what), _numpy_dtype(dtype, f"the dtype of {what}")
+        columns.append(ColumnSpec(name, shape, dtype, found, f"dtype of {what}"))
+    if taken := (extras or {}).keys() & _ARGUMENTS_OF_ADD:
+        raise ValueError(f"extras has {sorted(taken)}: add() has arguments of that name, choose others")
+    return columns
 
 
 def _is_grey(shape: Shape, stack: int) -> bool:
@@ -154,13 +163,12 @@ def _is_grey(shape: Shape, stack: int) -> bool:
     return len(shape) == 2 and stack == 1
 
 
-def as_name(name: Any, what: str) -> str:
+def _check_name(name: Any, what: str) -> None:
     if not isinstance(name, str):
         raise TypeError(f"{what} has the key {name!r}: keys must be strings")
-    return name
 
 
-def as_shape(sizes: Sequence[int], what: str) -> Shape:
+def _as_shape(sizes: Sequence[Any], what: str) -> Shape:
     try:
         if isinstance(sizes, str):
             raise TypeError
@@ -169,15 +177,7 @@ def as_shape(sizes: Sequence[int], what: str) -> Shape:
         raise TypeError(f"{what} is {sizes!r}: it must be a tuple of integers, such as (3,) or ()") from None
 
 
-def shape_and_dtype(spec: ShapeAndType, what: str) -> tuple[Shape, torch.dtype]:
-    """`(2,)` is a shape, `((2,), torch.int64)` a shape with its dtype; float32 unless given."""
-    if isinstance(spec, Sequence) and len(spec) == 2 and isinstance(spec[1], torch.dtype):
-        shape, dtype = spec
-        return as_shape(shape, what), dtype
-    return as_shape(spec, what), torch.float32
-
-
-def numpy_dtype(dtype: torch.dtype, what: str) -> np.dtype:
+def _numpy_dtype(dtype: torch.dtype, what: str) -> np.dtype:
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"{what} is {dtype!r}: it must be a dtype of torch, such as torch.uint8")
     try:

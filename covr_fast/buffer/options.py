@@ -1,98 +1,56 @@
 """What a buffer is built with: checked once, and written to and read from a state's config."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 
 from ..scalars import as_float, as_int
-from .observation import (
-    ColumnSpec,
-    KeySpec,
-    Shape,
-    ShapeAndType,
-    as_name,
-    as_shape,
-    key_specs,
-    numpy_dtype,
-    shape_and_dtype,
-)
-from .samplers import Prioritized, Recent, Sampler, Uniform, as_sampler
+from .observation import ColumnSpec, KeySpec
+from .samplers import SAMPLERS, SamplerSpec
 
-_ARGUMENTS_OF_ADD = {"obs", "action", "reward", "next_obs", "terminated", "truncated", "env_ids", "self"}
 _BY_KEY = ("obs_shape", "obs_dtype", "frame_stack", "channels_last")
-_SAMPLERS = {kind.__name__: kind for kind in (Uniform, Recent, Prioritized)}
 
 
 @dataclass(frozen=True)
 class Options:
-    """The constructor's arguments, except the seed and where the buffer lies."""
+    """The constructor's arguments, except the seed and where the buffer lies.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot be used, which the message names.
+    """
 
     capacity: int
     num_envs: int
     n_step: int
     gamma: float
-    sampler: Uniform | Recent | Prioritized
-    keys: tuple[KeySpec, ...]
+    sampler: SamplerSpec
+    on_jump: Literal["error", "cut"]
+    keys: list[KeySpec]
     """One per observation."""
     single: bool
     """Observations are plain arrays, not dicts."""
-    columns: tuple[ColumnSpec, ...]
+    columns: list[ColumnSpec]
     """The action, then the extras."""
-    on_jump: Literal["error", "cut"]
 
-    @classmethod
-    def checked(
-        cls,
-        *,
-        capacity: int,
-        num_envs: int,
-        n_step: int,
-        gamma: float,
-        sampler: Sampler,
-        obs_shape: Sequence[int] | Mapping[str, Sequence[int]],
-        obs_dtype: torch.dtype | Mapping[str, torch.dtype] | None,
-        frame_stack: int | Mapping[str, int],
-        channels_last: bool | Mapping[str, bool],
-        action_shape: Sequence[int],
-        action_dtype: torch.dtype,
-        extras: Mapping[str, ShapeAndType] | None,
-        on_jump: Literal["error", "cut"],
-    ) -> "Options":
-        """Raises TypeError or ValueError, naming the argument, where one cannot be used."""
-        capacity, num_envs = as_int(capacity, "capacity"), as_int(num_envs, "num_envs")
-        n_step, gamma = as_int(n_step, "n_step"), as_float(gamma, "gamma")
-        if num_envs < 1:
-            raise ValueError(f"num_envs is {num_envs}: it must be at least 1")
-        if capacity < num_envs:
-            raise ValueError(f"capacity is {capacity}: it must be at least num_envs = {num_envs}")
-        if not 1 <= n_step <= capacity // num_envs:
+    def __post_init__(self) -> None:
+        for name in ("capacity", "num_envs", "n_step"):
+            object.__setattr__(self, name, as_int(getattr(self, name), name))
+        object.__setattr__(self, "gamma", as_float(self.gamma, "gamma"))
+        if self.num_envs < 1:
+            raise ValueError(f"num_envs is {self.num_envs}: it must be at least 1")
+        if self.capacity < self.num_envs:
+            raise ValueError(f"capacity is {self.capacity}: it must be at least num_envs = {self.num_envs}")
+        if not 1 <= self.n_step <= self.capacity // self.num_envs:
             raise ValueError(
-                f"n_step is {n_step}: it must lie between 1 and the {capacity // num_envs} transitions "
-                "that the buffer stores per environment"
+                f"n_step is {self.n_step}: it must lie between 1 and the {self.capacity // self.num_envs} "
+                "transitions that the buffer stores per environment"
             )
-        if not 0.0 <= gamma <= 1.0:
-            raise ValueError(f"gamma is {gamma}: it must lie in [0, 1]")
-        if on_jump not in ("error", "cut"):
-            raise ValueError(f"on_jump is {on_jump!r}: it must be 'error' or 'cut'")
-        columns = [_column("action", as_shape(action_shape, "action_shape"), action_dtype, "action_dtype")]
-        for name, spec in (extras or {}).items():
-            what = f"extras[{as_name(name, 'extras')!r}]"
-            columns.append(_column(name, *shape_and_dtype(spec, what), f"dtype of {what}"))
-        if taken := (extras or {}).keys() & _ARGUMENTS_OF_ADD:
-            raise ValueError(f"extras has {sorted(taken)}: add() has arguments of that name, choose others")
-        return cls(
-            capacity=capacity,
-            num_envs=num_envs,
-            n_step=n_step,
-            gamma=gamma,
-            sampler=as_sampler(sampler),
-            keys=tuple(key_specs(obs_shape, obs_dtype, frame_stack, channels_last)),
-            single=not isinstance(obs_shape, Mapping),
-            columns=tuple(columns),
-            on_jump=on_jump,
-        )
+        if not 0.0 <= self.gamma <= 1.0:
+            raise ValueError(f"gamma is {self.gamma}: it must lie in [0, 1]")
+        if self.on_jump not in ("error", "cut"):
+            raise ValueError(f"on_jump is {self.on_jump!r}: it must be 'error' or 'cut'")
 
     def config(self) -> dict[str, Any]:
         """As JSON values."""
@@ -119,7 +77,7 @@ def constructor_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of ReplayBuffer(...) from which `config` was made."""
     arguments = dict(config)
     sampler = dict(config["sampler"])
-    arguments["sampler"] = _SAMPLERS[sampler.pop("kind")](**sampler)
+    arguments["sampler"] = SAMPLERS[sampler.pop("kind").lower()](**sampler)
     arguments["obs_dtype"] = {key: getattr(torch, name) for key, name in config["obs_dtype"].items()}
     arguments["action_dtype"] = getattr(torch, config["action_dtype"])
     arguments["extras"] = {
@@ -128,11 +86,6 @@ def constructor_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     if arguments.pop("single"):
         arguments |= {option: arguments[option]["obs"] for option in _BY_KEY}
     return arguments
-
-
-def _column(name: str, shape: Shape, dtype: torch.dtype, declared_by: str) -> ColumnSpec:
-    what = declared_by if name == "action" else f"the {declared_by}"
-    return ColumnSpec(name, shape, dtype, numpy_dtype(dtype, what), declared_by)
 
 
 def _name(dtype: torch.dtype) -> str:

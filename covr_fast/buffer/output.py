@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -43,7 +43,12 @@ class OutputSpec:
         dtype: torch.dtype,
         memory_format: torch.memory_format,
     ) -> None:
-        _check(keys, augment, pad, dtype, memory_format)
+        if memory_format not in (torch.contiguous_format, torch.channels_last):
+            raise ValueError(f"memory_format is {memory_format}: use contiguous_format or channels_last")
+        if dtype not in _OUT_TYPES:
+            raise ValueError(f"dtype is {dtype}: observations come as uint8, float32, bfloat16 or float16")
+        if augment is not None:
+            _check_augment(keys, augment, pad)
         self.offset_range = 0 if augment is None else 2 * pad + 1
         self.shift_origin = pad if augment == "shift" else 0
         crop = pad if augment == "crop" else 0
@@ -93,34 +98,48 @@ class OutputSpec:
         ]
 
 
-class Gather(Protocol):
-    """How batches are made where the buffer is: `host.HostGather` or `gpu.DeviceGather`."""
+class Gather:
+    """Fills batches: here on the CPU, where nothing waits, because the lock of the C++ core is enough.
 
-    lock: AbstractContextManager[Any]
+    `gpu.DeviceGather` overrides this for a GPU.
+    """
+
+    lock: AbstractContextManager[Any] = nullcontext()
     """Excludes `adding` and `fill` of other threads. Acquire it before the lock of the C++ core."""
-    pin_memory: bool
+    pin_memory = False
     """Whether what the CPU fills of a batch is pinned memory."""
+
+    def __init__(self) -> None:
+        self._pool = _C.OutputPool()
 
     def adding(self) -> AbstractContextManager[None]:
         """For the block in which the core adds. It locks."""
+        return self.lock
 
     def start_reading(self) -> None:
         """From here on the caller may read frames."""
 
     def reading(self) -> AbstractContextManager[None]:
         """For a block that reads frames, which must not be replaced before they are read."""
+        return self.lock
 
     def allocate(self, spec: OutputSpec, n: int) -> list[Tensor]:
         """Memory for n observations, one tensor per key, where `fill` writes them."""
+        return spec.allocate(n, self._pool)
 
     def fill(
         self, request: Any, draw: Draw, spec: OutputSpec, obs: list[Tensor], next_obs: list[Tensor]
     ) -> None:
         """Fills what `request` names, and obs and next_obs, which are of `allocate`. next_obs may be []. It
         locks."""
+        to_next = spec.addresses(next_obs) if next_obs else [0] * len(obs)
+        for key in zip(spec.targets, spec.addresses(obs), to_next, strict=True):
+            request.add_key(*key)
+        draw(request, torch.get_num_threads())
 
     def frames(self, ring: Tensor, streams: Tensor, slots: Tensor) -> Tensor:
         """The single frames ring[streams, slots], where batches arrive. Call it while `reading`."""
+        return ring[streams, slots]
 
     def deliver(self, batch: Batch) -> None:
         """Sends what the CPU filled of a batch to where batches arrive."""
@@ -134,11 +153,11 @@ class BatchWriter:
         self._single = options.single
         self._gather = gather
         self._specs: dict[tuple[Any, ...], OutputSpec] = {}
-        pinned = {"pin_memory": True} if gather.pin_memory else {}
 
         def maker(dtype: torch.dtype) -> Callable[..., Tensor]:
             """Makes tensors [*sizes]. Dtype and device are settled here, which saves time in every batch."""
-            return partial(torch.empty(0, dtype=dtype, device=CPU).new_empty, **pinned)
+            new_empty = torch.empty(0, dtype=dtype, device=CPU).new_empty
+            return partial(new_empty, pin_memory=True) if gather.pin_memory else new_empty
 
         self._floats, self._bools = maker(torch.float32), maker(torch.bool)
         self._columns = [(c.name, maker(c.dtype), c.shape, c.dtype) for c in options.columns]
@@ -207,19 +226,7 @@ class BatchWriter:
         return {key.name: values for key, values in zip(self._keys, observations, strict=True)}
 
 
-def _check(
-    keys: Sequence[KeySpec],
-    augment: Augment | None,
-    pad: int,
-    dtype: torch.dtype,
-    memory_format: torch.memory_format,
-) -> None:
-    if memory_format not in (torch.contiguous_format, torch.channels_last):
-        raise ValueError(f"memory_format is {memory_format}: use contiguous_format or channels_last")
-    if dtype not in _OUT_TYPES:
-        raise ValueError(f"dtype is {dtype}: observations come as uint8, float32, bfloat16 or float16")
-    if augment is None:
-        return
+def _check_augment(keys: Sequence[KeySpec], augment: str, pad: int) -> None:
     if augment not in ("shift", "crop"):
         raise ValueError(f"augment is {augment!r}: it must be None, 'shift' or 'crop'")
     images = [key for key in keys if key.is_image]

@@ -16,12 +16,11 @@ from .arguments import ObservationRows, Rows, Transitions, flags, ids, integers,
 from .batch import Batch, Observation
 from .file import Reader, write
 from .gpu import DeviceGather, check_device
-from .host import HostGather
-from .observation import ShapeAndType
+from .observation import ShapeAndType, column_specs, key_specs
 from .options import Options, constructor_arguments
 from .output import Augment, BatchWriter, Gather, OutputSpec
 from .prefetch import Prefetch
-from .samplers import DrawSequence, Sampler, as_seed
+from .samplers import DrawSequence, Prioritized, Sampler, as_sampler, as_seed
 from .storage import Storage, size_text, stored_rows
 
 _ROWS_BEFORE_WARNING, _JUMPS_TO_WARN = 100, 0.1  # rows, and the share of them that are jumps
@@ -92,20 +91,16 @@ class ReplayBuffer:
         on_jump: Literal["error", "cut"] = "error",
         storage: Literal["device", "pinned"] = "device",
     ) -> None:
-        options = Options.checked(
-            capacity=capacity,
-            num_envs=num_envs,
-            n_step=n_step,
-            gamma=gamma,
-            sampler=sampler,
-            obs_shape=obs_shape,
-            obs_dtype=obs_dtype,
-            frame_stack=frame_stack,
-            channels_last=channels_last,
-            action_shape=action_shape,
-            action_dtype=action_dtype,
-            extras=extras,
-            on_jump=on_jump,
+        self._options = options = Options(
+            capacity,
+            num_envs,
+            n_step,
+            gamma,
+            as_sampler(sampler),
+            on_jump,
+            key_specs(obs_shape, obs_dtype, frame_stack, channels_last),
+            single=not isinstance(obs_shape, Mapping),
+            columns=column_specs(action_shape, action_dtype, extras),
         )
         seed = as_seed(seed)
         self.device = torch.device(device)
@@ -115,14 +110,11 @@ class ReplayBuffer:
         self.n_step = options.n_step
         self.gamma = options.gamma
         self.sampler = options.sampler
-        self._options = options
         self._placement: Literal["device", "pinned"] = storage
-        pinned = storage == "pinned"
+        pinned, on_cpu = storage == "pinned", self.device.type == "cpu"
         self._storage = Storage(options, self.device, pinned)
         self._core = self._storage.core
-        self._gather: Gather = (
-            HostGather() if self.device.type == "cpu" else DeviceGather(self.device, self._core, pinned)
-        )
+        self._gather = Gather() if on_cpu else DeviceGather(self.device, self._core, pinned)
         self._transitions = Transitions(options)
         self._batches = BatchWriter(options, self._gather)
         self._draws = DrawSequence(self._core, self.sampler, self._storage.rows, self.num_envs, seed)
@@ -322,7 +314,7 @@ class ReplayBuffer:
     def update_priorities(self, index: Rows, priority: Rows) -> None:
         """Sets the priorities [n], e.g. absolute TD errors, of these transitions; overwritten ones are
         skipped."""
-        if not self._draws.prioritized:
+        if not isinstance(self.sampler, Prioritized):
             raise ValueError('update_priorities() needs sampler="prioritized"')
         self._core.set_priorities(*priorities(index, priority))
 
@@ -404,7 +396,8 @@ class ReplayBuffer:
             raise ValueError(f"the state is of a buffer that was built with other values of {differing}")
         # Frames that are being sent arrive before those of the state, and those of the next add after them.
         with self._gather.reading():
-            for name, own in self._storage.parts_for(_shapes(tensors)).items():
+            parts = self._storage.parts_for({name: tensor.shape for name, tensor in tensors.items()})
+            for name, own in parts.items():
                 own.copy_(tensors[name])
         self._restore(tensors)
 
@@ -449,12 +442,7 @@ class ReplayBuffer:
         with open(path, "rb") as file:
             reader = Reader(file, os.fspath(path))
             buffer = cls(**constructor_arguments(reader.config), device=device, storage=storage)
-            shapes = reader.shapes()
-            tensors = buffer._storage.parts_for({name: shape for name, (_, shape) in shapes.items()})
-            for name, (dtype, shape) in shapes.items():
-                if name not in tensors:
-                    tensors[name] = torch.empty(shape, dtype=dtype, device=CPU)
-            reader.read_into(tensors)
+            tensors = reader.read(into=buffer._storage.parts_for(reader.shapes))
         buffer._restore(tensors)
         return buffer
 
@@ -481,7 +469,10 @@ class ReplayBuffer:
         """(first, ended, count), each int64 [num_envs]: transitions first .. count - 1 of a stream are
         stored, and those before `ended` belong to episodes that have ended. Transition t of environment e has
         the id t * num_envs + e."""
-        return self._storage.stream_bounds()
+        first, ended, count = (
+            self._storage.tensors[name].numpy().copy() for name in ("first", "ended", "count")
+        )
+        return first, ended, count
 
     def stream_rows(self, env: int, start: int, stop: int) -> dict[str, np.ndarray]:
         """Transitions start .. stop - 1 of an environment, which must be stored: reward float32, end bool
@@ -495,7 +486,8 @@ class ReplayBuffer:
         first = shaped(integers(t, "t"), (self.num_envs,), "t")
         if self.stream_bounds()[2].any() or (first < 0).any():
             raise ValueError("start_at() needs an empty buffer, and numbers of at least 0")
-        self._storage.start_at(first)
+        for name in ("count", "first", "ended"):
+            self._storage.tensors[name].copy_(torch.from_numpy(first))
 
     def ids_at(self, env_ids: Rows, positions: Rows) -> np.ndarray:
         """int64 [n], the ids of the transitions at these positions of their environments' rings; -1 where
@@ -507,13 +499,12 @@ class ReplayBuffer:
         """
         envs, places = integers(env_ids, "env_ids"), integers(positions, "positions")
         shaped(places, envs.shape, "positions")
-        for what, values, n in (
-            ("env_ids", envs, self.num_envs),
-            ("positions", places, self._storage.rows_per_stream),
-        ):
+        m = self._storage.rows_per_stream
+        for what, values, n in ("env_ids", envs, self.num_envs), ("positions", places, m):
             if ((values < 0) | (values >= n)).any():
                 raise IndexError(f"{what} must lie in [0, {n})")
-        return self._storage.ids_at(envs, places)
+        found: np.ndarray = self._core.ids_in_rows(envs * m + places)
+        return found
 
     def ring(self, name: str) -> np.ndarray:
         """One value per place of the rings, [num_envs, m, ...], placed as in `ids_at`.
@@ -523,7 +514,3 @@ class ReplayBuffer:
         change these. Places where nothing is stored have any value.
         """
         return self._storage.ring(name)
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

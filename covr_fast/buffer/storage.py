@@ -1,6 +1,5 @@
 """The buffer's memory: every tensor it owns, by name, and the C++ object that works on their addresses."""
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from .. import _C
 from ..border import CPU, address
-from .observation import KeySpec, Shape
 from .options import Options
 
 _TERMINATED, _TRUNCATED = np.uint8(1), np.uint8(2)  # flags of csrc/replay.h
@@ -43,25 +41,23 @@ class Storage:
     """
 
     def __init__(self, options: Options, device: torch.device, pinned: bool) -> None:
-        capacity, num_envs, keys = options.capacity, options.num_envs, options.keys
+        capacity, num_envs = options.capacity, options.num_envs
         self.num_envs = num_envs
-        self.keys = keys
+        self.keys = options.keys
         self.rows_per_stream = -(-capacity // num_envs)
         self.rows = num_envs * self.rows_per_stream
         self.limits = capacity // num_envs + (np.arange(num_envs) < capacity % num_envs).astype(np.int64)
-        shapes = [_ring_shape(key, num_envs, self.rows_per_stream) for key in keys]
-        rings = _frame_rings(keys, shapes, capacity, device, pinned)
+        rings = _frame_rings(options, self.rows_per_stream, device, pinned)
         self.frame_bytes = sum(ring.nbytes for ring in rings)
         sizes = {"streams": num_envs, "rows": self.rows}
         self.tensors: dict[str, Tensor] = {
             name: torch.zeros(sizes[size], dtype=dtype, device=CPU) for name, (size, dtype) in _CORE.items()
         }
         for column in options.columns:
-            self.tensors[f"column.{column.name}"] = torch.zeros(
-                (self.rows, *column.shape), dtype=column.dtype, device=CPU
-            )
+            values = torch.zeros((self.rows, *column.shape), dtype=column.dtype, device=CPU)
+            self.tensors[f"column.{column.name}"] = values
         self._recent: dict[str, Tensor] = {}  # copies of the latest frames, which the CPU compares with
-        for key, frames in zip(keys, rings, strict=True):
+        for key, frames in zip(self.keys, rings, strict=True):
             self.tensors[f"frames.{key.name}"] = frames
             if frames.is_cuda:
                 shape = (num_envs, key.stack + 1, *key.frame_shape)
@@ -115,14 +111,6 @@ class Storage:
 
     # ---- streams ----
 
-    def stream_bounds(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        first, ended, count = (self.tensors[name].numpy().copy() for name in ("first", "ended", "count"))
-        return first, ended, count
-
-    def start_at(self, t: np.ndarray) -> None:
-        for name in ("count", "first", "ended"):
-            self.tensors[name].copy_(torch.from_numpy(t))
-
     def stream_rows(self, env: int, start: int, stop: int) -> dict[str, np.ndarray]:
         rows = self._rows_of(env, np.arange(start, stop))
         flags = self.tensors["flags"].numpy()[rows]
@@ -134,20 +122,14 @@ class Storage:
         }
 
     def windows(self, at: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-        stream, t = at % self.num_envs, at // self.num_envs
-        reward = np.zeros((len(at), n), np.float32)
-        alive = np.zeros((len(at), n), bool)
-        still = np.ones(len(at), bool)
+        stream, t = (at % self.num_envs)[:, None], (at // self.num_envs)[:, None] + np.arange(n)
+        rows = self._rows_of(stream, t)
         with self.core.reading() as locked:
             stored_rows(locked, torch.from_numpy(at))
-            count = self.tensors["count"].numpy()[stream]
-            for k in range(n):
-                still = still & (t + k < count)
-                rows = self._rows_of(stream, t + k)
-                alive[:, k] = still
-                reward[:, k] = np.where(still, self.tensors["reward"].numpy()[rows], 0)
-                still = still & (self.tensors["flags"].numpy()[rows] == 0)
-        return reward, alive
+            alive = t < self.tensors["count"].numpy()[stream]
+            reward, flags = (self.tensors[name].numpy()[rows] for name in ("reward", "flags"))
+        alive[:, 1:] &= ~np.logical_or.accumulate(flags != 0, axis=1)[:, :-1]
+        return np.where(alive, reward, np.float32(0)), alive
 
     def _rows_of(self, stream: Any, t: np.ndarray) -> np.ndarray:
         rows: np.ndarray = stream * self.rows_per_stream + t % self.limits[stream]
@@ -187,10 +169,6 @@ class Storage:
         else:
             tensor = self.tensors["reward" if name == "reward" else f"column.{name}"]
         return tensor.view(self.num_envs, self.rows_per_stream, *tensor.shape[1:]).numpy()
-
-    def ids_at(self, streams: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        ids: np.ndarray = self.core.ids_in_rows(streams * self.rows_per_stream + positions)
-        return ids
 
     # ---- frames ----
 
@@ -247,7 +225,39 @@ def size_text(nbytes: float) -> str:
     return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"
 
 
-def shortage(nbytes: int, capacity: int, device: torch.device, pinned: bool) -> str | None:
+def _frame_rings(options: Options, rows_per_stream: int, device: torch.device, pinned: bool) -> list[Tensor]:
+    """One per key: [num_envs, slots, *frame_shape].
+
+    Raises:
+        MemoryError: the frames cannot fit. The system gives host memory only as it is written, so a buffer
+            that may never be full causes a warning instead.
+    """
+    # An episode of n transitions has n + 1 frames. There is room for the extra frames of episodes of at least
+    # 32 steps (of all, if 64 KiB per stream are enough), and for the stack of the oldest transition.
+    shapes, nbytes = [], 0
+    for key in options.keys:
+        spare = max(-(-rows_per_stream // 32), (64 << 10) // key.frame_bytes)
+        slots = rows_per_stream + min(rows_per_stream, spare) + key.stack + 1
+        shapes.append((options.num_envs, slots, *key.frame_shape))
+        nbytes += options.num_envs * slots * key.frame_bytes
+    short = _shortage(nbytes, options.capacity, device, pinned)
+    if short and device.type == "cuda":
+        raise MemoryError(short)
+    try:
+        rings = [
+            torch.empty(shape, dtype=key.dtype, device="cpu" if pinned else device, pin_memory=pinned)
+            for key, shape in zip(options.keys, shapes, strict=True)
+        ]
+    except RuntimeError as error:
+        if short is None:
+            raise
+        raise MemoryError(short) from error
+    if short:
+        warnings.warn(short, stacklevel=4)
+    return rings
+
+
+def _shortage(nbytes: int, capacity: int, device: torch.device, pinned: bool) -> str | None:
     """None if the frames of `capacity` transitions, nbytes in all, fit in memory; else what would fit."""
     on_gpu = device.type == "cuda" and not pinned
     memory = torch.cuda.mem_get_info(device) if on_gpu else _host_memory()
@@ -271,38 +281,3 @@ def _host_memory() -> tuple[int, int] | None:
         return None
     kilobytes = {name: int(rest.split()[0]) for name, rest in (line.split(":") for line in lines)}
     return kilobytes["MemAvailable"] << 10, kilobytes["MemTotal"] << 10
-
-
-def _ring_shape(key: KeySpec, num_envs: int, rows_per_stream: int) -> Shape:
-    """An episode of n transitions has n + 1 frames. There is room for the extra frames of episodes of at
-    least 32 steps (of all, if 64 KiB per stream are enough), and for the stack of the oldest transition."""
-    spare = max(-(-rows_per_stream // 32), (64 << 10) // key.frame_bytes)
-    slots = rows_per_stream + min(rows_per_stream, spare) + key.stack + 1
-    return (num_envs, slots, *key.frame_shape)
-
-
-def _frame_rings(
-    keys: Sequence[KeySpec],
-    shapes: list[Shape],
-    capacity: int,
-    device: torch.device,
-    pinned: bool,
-) -> list[Tensor]:
-    """Raises MemoryError if the frames cannot fit. The system gives host memory only as it is written, so a
-    buffer that may never be full causes a warning instead."""
-    nbytes = sum(math.prod(shape) * key.dtype.itemsize for key, shape in zip(keys, shapes, strict=True))
-    short = shortage(nbytes, capacity, device, pinned)
-    if short and device.type == "cuda":
-        raise MemoryError(short)
-    try:
-        rings = [
-            torch.empty(shape, dtype=key.dtype, device="cpu" if pinned else device, pin_memory=pinned)
-            for key, shape in zip(keys, shapes, strict=True)
-        ]
-    except RuntimeError as error:
-        if short is None:
-            raise
-        raise MemoryError(short) from error
-    if short:
-        warnings.warn(short, stacklevel=4)
-    return rings
