@@ -18,7 +18,10 @@ from torch import Tensor
 from .. import _C
 from ..border import CPU, address
 from .batch import Batch
+from .observation import Shape
 from .output import Draw, Gather, OutputSpec
+
+Placement = Literal["device", "pinned"]
 
 
 class DeviceGather(Gather):
@@ -59,8 +62,8 @@ class DeviceGather(Gather):
         yield
         self._read.record(torch.cuda.current_stream(self._device))
 
-    def allocate(self, spec: OutputSpec, n: int) -> list[Tensor]:
-        return spec.allocate_on(self._device, n)
+    def empty(self, shape: Shape, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self._device)
 
     def fill(
         self, request: Any, draw: Draw, spec: OutputSpec, obs: list[Tensor], next_obs: list[Tensor]
@@ -100,7 +103,7 @@ class DeviceGather(Gather):
         return values.to(self._device, non_blocking=True)
 
 
-def check_device(device: torch.device, storage: Literal["device", "pinned"]) -> None:
+def check_device(device: torch.device, storage: Placement) -> None:
     """Says why a buffer cannot be on this device."""
     if storage not in ("device", "pinned"):
         raise ValueError(f"storage is {storage!r}: it must be 'device' or 'pinned'")

@@ -138,24 +138,24 @@ def _key_spec(
     return KeySpec(name, shape, dtype, found, stack, channels, height, width, channels_last)
 
 
-def column_specs(
-    action_shape: Sequence[int], action_dtype: torch.dtype, extras: Mapping[str, ShapeAndType] | None
-) -> list[ColumnSpec]:
-    """The action, then the extras: `(2,)` is a shape, `((2,), torch.int64)` a shape with its dtype, which is
-    float32 unless given."""
-    shape = _as_shape(action_shape, "action_shape")
-    found = _numpy_dtype(action_dtype, "action_dtype")
-    columns = [ColumnSpec("action", shape, action_dtype, found, "action_dtype")]
+def action_spec(shape: Sequence[int], dtype: torch.dtype) -> ColumnSpec:
+    found = _numpy_dtype(dtype, "action_dtype")
+    return ColumnSpec("action", _as_shape(shape, "action_shape"), dtype, found, "action_dtype")
+
+
+def extra_specs(extras: Mapping[str, ShapeAndType] | None) -> dict[str, ColumnSpec]:
+    """`(2,)` is a shape, `((2,), torch.int64)` a shape with its dtype, which is float32 unless given."""
+    specs = {}
     for name, spec in (extras or {}).items():
         _check_name(name, "extras")
         what, sizes, dtype = f"extras[{name!r}]", spec, torch.float32
         if isinstance(spec, Sequence) and len(spec) == 2 and isinstance(spec[1], torch.dtype):
-            sizes, dtype = spec
+            sizes, dtype = spec  # type: ignore[assignment]
         shape, found = _as_shape(sizes, what), _numpy_dtype(dtype, f"the dtype of {what}")
-        columns.append(ColumnSpec(name, shape, dtype, found, f"dtype of {what}"))
-    if taken := (extras or {}).keys() & _ARGUMENTS_OF_ADD:
+        specs[name] = ColumnSpec(name, shape, dtype, found, f"dtype of {what}")
+    if taken := specs.keys() & _ARGUMENTS_OF_ADD:
         raise ValueError(f"extras has {sorted(taken)}: add() has arguments of that name, choose others")
-    return columns
+    return specs
 
 
 def _is_grey(shape: Shape, stack: int) -> bool:

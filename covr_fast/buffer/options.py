@@ -31,8 +31,8 @@ class Options:
     """One per observation."""
     single: bool
     """Observations are plain arrays, not dicts."""
-    columns: list[ColumnSpec]
-    """The action, then the extras."""
+    action: ColumnSpec
+    extras: dict[str, ColumnSpec]
 
     def __post_init__(self) -> None:
         for name in ("capacity", "num_envs", "n_step"):
@@ -52,9 +52,12 @@ class Options:
         if self.on_jump not in ("error", "cut"):
             raise ValueError(f"on_jump is {self.on_jump!r}: it must be 'error' or 'cut'")
 
+    @property
+    def columns(self) -> list[ColumnSpec]:
+        return [self.action, *self.extras.values()]
+
     def config(self) -> dict[str, Any]:
         """As JSON values."""
-        action, *extras = self.columns
         return {
             "capacity": self.capacity,
             "num_envs": self.num_envs,
@@ -63,9 +66,9 @@ class Options:
             "obs_dtype": {key.name: _name(key.dtype) for key in self.keys},
             "frame_stack": {key.name: key.stack for key in self.keys},
             "channels_last": {key.name: key.channels_last for key in self.keys},
-            "action_shape": list(action.shape),
-            "action_dtype": _name(action.dtype),
-            "extras": {extra.name: [list(extra.shape), _name(extra.dtype)] for extra in extras},
+            "action_shape": list(self.action.shape),
+            "action_dtype": _name(self.action.dtype),
+            "extras": {name: [list(extra.shape), _name(extra.dtype)] for name, extra in self.extras.items()},
             "on_jump": self.on_jump,
             "n_step": self.n_step,
             "gamma": self.gamma,

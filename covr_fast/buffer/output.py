@@ -53,7 +53,7 @@ class OutputSpec:
         self.shift_origin = pad if augment == "shift" else 0
         crop = pad if augment == "crop" else 0
         self.targets: list[Any] = []
-        self._outputs: list[tuple[Shape, torch.dtype, bool, int]] = []
+        self._outputs: list[tuple[Shape, torch.dtype, bool]] = []
         for key in keys:
             channels_last = memory_format == torch.channels_last and len(key.shape) == 3
             kind, lost = (dtype, crop) if key.is_image else (key.dtype, 0)
@@ -61,40 +61,24 @@ class OutputSpec:
             shifted = augment is not None and key.is_image
             size = key.height - 2 * lost, key.width - 2 * lost
             self.targets.append(_C.GatherTarget(out_type, channels_last, shifted, *size))
-            shape = key.out_shape(lost)
-            self._outputs.append((shape, kind, channels_last, math.prod(shape) * kind.itemsize))
+            self._outputs.append((key.out_shape(lost), kind, channels_last))
 
-    def allocate(self, n: int, pool: Any) -> list[Tensor]:
-        """Host memory for n observations of every key. Large ones are of the pool, and return to it when no
-        tensor shares them any more."""
+    def allocate(self, n: int, empty: Callable[[Shape, torch.dtype], Tensor]) -> list[Tensor]:
+        """n observations of every key, in memory that `empty` makes."""
         out = []
-        for shape, dtype, channels_last, row_bytes in self._outputs:
+        for shape, dtype, channels_last in self._outputs:
             if channels_last:
                 c, h, w = shape
-                shape = (h, w, c)
-            if n * row_bytes < _POOLED:
-                values = torch.empty((n, *shape), dtype=dtype, device=CPU)
+                out.append(empty((n, h, w, c), dtype).permute(0, 3, 1, 2))
             else:
-                values = torch.from_numpy(pool.take(n * row_bytes)).view(dtype).view(n, *shape)
-            out.append(values.permute(0, 3, 1, 2) if channels_last else values)
+                out.append(empty((n, *shape), dtype))
         return out
 
-    def allocate_on(self, device: torch.device, n: int) -> list[Tensor]:
-        return [
-            torch.empty(
-                (n, *shape),
-                dtype=dtype,
-                device=device,
-                memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-            )
-            for shape, dtype, channels_last, _ in self._outputs
-        ]
-
     def addresses(self, out: list[Tensor], device: torch.device | None = None) -> list[int]:
-        """Where the kernels write what `allocate`, or with a device `allocate_on`, has made."""
+        """Where the kernels write what `allocate` made."""
         return [
             address(values.permute(0, 2, 3, 1) if channels_last else values, dtype, device)
-            for values, (_, dtype, channels_last, _) in zip(out, self._outputs, strict=True)
+            for values, (_, dtype, channels_last) in zip(out, self._outputs, strict=True)
         ]
 
 
@@ -123,15 +107,18 @@ class Gather:
         """For a block that reads frames, which must not be replaced before they are read."""
         return self.lock
 
-    def allocate(self, spec: OutputSpec, n: int) -> list[Tensor]:
-        """Memory for n observations, one tensor per key, where `fill` writes them."""
-        return spec.allocate(n, self._pool)
+    def empty(self, shape: Shape, dtype: torch.dtype) -> Tensor:
+        """Memory for observations, where `fill` can write. What is large returns to a pool when no tensor
+        shares it any more."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        if nbytes < _POOLED:
+            return torch.empty(shape, dtype=dtype, device=CPU)
+        return torch.from_numpy(self._pool.take(nbytes)).view(dtype).view(shape)
 
     def fill(
         self, request: Any, draw: Draw, spec: OutputSpec, obs: list[Tensor], next_obs: list[Tensor]
     ) -> None:
-        """Fills what `request` names, and obs and next_obs, which are of `allocate`. next_obs may be []. It
-        locks."""
+        """Fills what `request` names, and obs and next_obs; next_obs may be []. It locks."""
         to_next = spec.addresses(next_obs) if next_obs else [0] * len(obs)
         for key in zip(spec.targets, spec.addresses(obs), to_next, strict=True):
             request.add_key(*key)
@@ -193,7 +180,7 @@ class BatchWriter:
             spec.offset_range,
             spec.shift_origin,
         )
-        obs, next_obs = self._gather.allocate(spec, n), self._gather.allocate(spec, n)
+        obs, next_obs = spec.allocate(n, self._gather.empty), spec.allocate(n, self._gather.empty)
         self._gather.fill(request, draw, spec, obs, next_obs)
         batch = Batch(
             obs=self.join(obs),
@@ -214,7 +201,7 @@ class BatchWriter:
 
     def observations(self, index: Tensor, draw: Draw, spec: OutputSpec) -> Observation:
         """Only the observations of these ids."""
-        out = self._gather.allocate(spec, len(index))
+        out = spec.allocate(len(index), self._gather.empty)
         request = _C.BatchOut(len(index), 1, address(index, torch.int64), 0, 0, 0, 0, 0, [], 0, 0, 0)
         self._gather.fill(request, draw, spec, out, [])
         return self.join(out)

@@ -63,11 +63,7 @@ class Prioritized:
 SamplerSpec = Uniform | Recent | Prioritized
 Sampler = Literal["uniform", "prioritized", "recent"] | SamplerSpec
 
-SAMPLERS: dict[str, type[SamplerSpec]] = {
-    "uniform": Uniform,
-    "prioritized": Prioritized,
-    "recent": Recent,
-}
+SAMPLERS: dict[str, type[SamplerSpec]] = {"uniform": Uniform, "prioritized": Prioritized, "recent": Recent}
 
 
 def as_sampler(sampler: Sampler) -> SamplerSpec:

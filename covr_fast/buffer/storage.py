@@ -1,7 +1,8 @@
 """The buffer's memory: every tensor it owns, by name, and the C++ object that works on their addresses."""
 
+import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,6 @@ from torch import Tensor
 from .. import _C
 from ..border import CPU, address
 from .options import Options
-
-_TERMINATED, _TRUNCATED = np.uint8(1), np.uint8(2)  # flags of csrc/replay.h
-_END = _TERMINATED | _TRUNCATED  # not kCut, the flag of a stream that was cut
 
 # The memory of the C++ object: one entry per stream, or one per row of transitions.
 _CORE = {
@@ -36,8 +34,7 @@ class Storage:
     """Rings of frames (one per environment and key) and rows of transitions, as named tensors.
 
     `capacity` transitions over `num_envs` streams; stream e has `limits[e]` of them in rows
-    e * rows_per_stream + t % limits[e]. See csrc/replay.h for how they refer to frames. Methods with the name
-    of one of ReplayBuffer do what that one documents.
+    e * rows_per_stream + t % limits[e]. See csrc/replay.h for how they refer to frames.
     """
 
     def __init__(self, options: Options, device: torch.device, pinned: bool) -> None:
@@ -65,7 +62,7 @@ class Storage:
             for name, (size, dtype) in _OF_KEY.items():
                 self.tensors[f"{name}.{key.name}"] = torch.zeros(sizes[size], dtype=dtype, device=CPU)
         for tensor in self.tensors.values():
-            if tensor.device.type == "cpu" and not tensor.is_pinned():
+            if tensor.is_cpu and not tensor.is_pinned():
                 # Before anything is written: random rows of large buffers are bound by address translation.
                 _C.prefer_huge_pages(address(tensor, tensor.dtype), tensor.nbytes)
         self.core = self._connect(options)
@@ -109,66 +106,13 @@ class Storage:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in (*self.tensors.values(), *self._recent.values()))
 
-    # ---- streams ----
+    def array(self, name: str) -> np.ndarray:
+        values: np.ndarray = self.tensors[name].numpy()
+        return values
 
-    def stream_rows(self, env: int, start: int, stop: int) -> dict[str, np.ndarray]:
-        rows = self._rows_of(env, np.arange(start, stop))
-        flags = self.tensors["flags"].numpy()[rows]
-        return {
-            "reward": self.tensors["reward"].numpy()[rows],
-            "end": flags != 0,
-            "terminated": (flags & _TERMINATED) != 0,
-            "time": self.tensors["time"].numpy()[rows],
-        }
-
-    def windows(self, at: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-        stream, t = (at % self.num_envs)[:, None], (at // self.num_envs)[:, None] + np.arange(n)
-        rows = self._rows_of(stream, t)
-        with self.core.reading() as locked:
-            stored_rows(locked, torch.from_numpy(at))
-            alive = t < self.tensors["count"].numpy()[stream]
-            reward, flags = (self.tensors[name].numpy()[rows] for name in ("reward", "flags"))
-        alive[:, 1:] &= ~np.logical_or.accumulate(flags != 0, axis=1)[:, :-1]
-        return np.where(alive, reward, np.float32(0)), alive
-
-    def _rows_of(self, stream: Any, t: np.ndarray) -> np.ndarray:
+    def rows_of(self, stream: Any, t: np.ndarray) -> np.ndarray:
         rows: np.ndarray = stream * self.rows_per_stream + t % self.limits[stream]
         return rows
-
-    # ---- single columns ----
-
-    def columns(self, names: Iterable[str], at: Tensor) -> list[Tensor]:
-        """These columns of the transitions with ids `at`, each [n, *shape]."""
-        with self.core.reading() as locked:
-            rows = stored_rows(locked, at)
-            return [self.tensors[f"column.{name}"][rows] for name in names]
-
-    def set_columns(self, at: Tensor, values: Mapping[str, np.ndarray]) -> None:
-        with self.core.writing() as locked:
-            rows = stored_rows(locked, at).numpy()
-            for name, value in values.items():
-                self.tensors[f"column.{name}"].numpy()[rows] = value
-
-    def set_terminated(self, at: Tensor, terminated: np.ndarray) -> None:
-        self._set_ends(at, lambda end: np.where(terminated, np.where(end, end, _TERMINATED), 0))
-
-    def set_truncated(self, at: Tensor, truncated: np.ndarray) -> None:
-        self._set_ends(at, lambda end: np.where(truncated, _TRUNCATED, np.where(end, _TERMINATED, 0)))
-
-    def _set_ends(self, at: Tensor, change: Callable[[np.ndarray], np.ndarray]) -> None:
-        """Replaces the flags of _END by what `change` makes of them."""
-        flags = self.tensors["flags"].numpy()
-        with self.core.writing() as locked:
-            rows = stored_rows(locked, at).numpy()
-            flags[rows] = change(flags[rows] & _END) | flags[rows] & ~_END
-
-    def ring(self, name: str) -> np.ndarray:
-        flag = {"terminated": _TERMINATED, "truncated": _TRUNCATED}.get(name)
-        if flag is not None:
-            tensor = (self.tensors["flags"] & int(flag)) != 0
-        else:
-            tensor = self.tensors["reward" if name == "reward" else f"column.{name}"]
-        return tensor.view(self.num_envs, self.rows_per_stream, *tensor.shape[1:]).numpy()
 
     # ---- frames ----
 
@@ -203,22 +147,6 @@ class Storage:
             name: tensor[:, : shapes[name][1]] if name.startswith("frames.") else tensor
             for name, tensor in self.tensors.items()
         }
-
-
-def stored_rows(locked: Any, at: Tensor) -> Tensor:
-    """The rows of the transitions with ids `at`, while the core is locked by `reading()` or `writing()`.
-
-    Raises:
-        IndexError: a transition is not stored.
-    """
-    rows = torch.from_numpy(locked.rows(at.numpy()))
-    if (rows < 0).any():
-        gone = at[rows < 0]
-        raise IndexError(
-            f"{len(gone)} of {len(at)} transitions, first {int(gone[0])}, are not in the buffer: they "
-            "were overwritten or never added (contains() tells which are in it)"
-        )
-    return rows
 
 
 def size_text(nbytes: float) -> str:
@@ -275,9 +203,8 @@ def _shortage(nbytes: int, capacity: int, device: torch.device, pinned: bool) ->
 
 def _host_memory() -> tuple[int, int] | None:
     """(free, total) bytes; None where there is no /proc."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
         return None
-    kilobytes = {name: int(rest.split()[0]) for name, rest in (line.split(":") for line in lines)}
-    return kilobytes["MemAvailable"] << 10, kilobytes["MemTotal"] << 10
+    kilobytes = dict(re.findall(r"(\w+): +(\d+) kB", meminfo.read_text()))
+    return int(kilobytes["MemAvailable"]) << 10, int(kilobytes["MemTotal"]) << 10
