@@ -112,13 +112,8 @@ def as_array(value: Rows) -> np.ndarray:
 def as_column(
     value: Rows, dtype: np.dtype, what: str, declared_by: str = "", infinite: bool = False
 ) -> np.ndarray:
-    """The same values as a contiguous array of `dtype`; not a copy if it is one already.
-
-    Args:
-        what: the argument's name, for errors.
-        declared_by: the constructor's argument that says the dtype, if one does.
-        infinite: infinite values are allowed.
-    """
+    """The same values as a contiguous array of `dtype`; not a copy if it is one already. `what` and
+    `declared_by` name, in errors, the argument and the constructor's argument that says the dtype."""
     return np.asarray(_cast(as_array(value), dtype, what, declared_by, infinite), order="C")
 
 

@@ -53,12 +53,7 @@ def write(path: str | os.PathLike[str], config: dict[str, Any], tensors: dict[st
 
 
 class Reader:
-    """An open file, whose tensors are read into memory that the caller provides.
-
-    Attributes:
-        config: what the buffer was built with.
-        shapes: of the tensors, by name.
-    """
+    """An open file. Its `config` and the `shapes` of its tensors are read at once."""
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         self._file, self._name = file, name

@@ -109,7 +109,7 @@ class FineTuneView:
     def _returns(self, env: int, start: int, stop: int) -> np.ndarray:
         if self.horizon is None:
             reward, end = self._rewards(env, start, stop)
-            return _returns_to_go(reward, end, self.gamma) if len(reward) else reward
+            return _returns_to_go(reward, end, self.gamma)
         count = int(self._buffer.stream_bounds()[2][env])
         reward, end = self._rewards(env, start, min(stop + self.horizon - 1, count))
         return _horizon_returns(reward, end, self.gamma, self.horizon)[: stop - start]
@@ -129,6 +129,8 @@ class FineTuneView:
 def _returns_to_go(reward: np.ndarray, end: np.ndarray, gamma: float) -> np.ndarray:
     from ..ops import discounted_returns
 
+    if not len(reward):
+        return reward
     rewards, ends = torch.from_numpy(reward)[:, None], torch.from_numpy(end)[:, None]
     return discounted_returns(rewards, ends, gamma)[:, 0].numpy()
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -139,7 +139,7 @@ class BatchWriter:
         self._keys = options.keys
         self._single = options.single
         self._gather = gather
-        self._specs: dict[tuple[Any, ...], OutputSpec] = {}
+        self.spec = cache(partial(OutputSpec, options.keys))
 
         def maker(dtype: torch.dtype) -> Callable[..., Tensor]:
             """Makes tensors [*sizes]. Dtype and device are settled here, which saves time in every batch."""
@@ -148,15 +148,6 @@ class BatchWriter:
 
         self._floats, self._bools = maker(torch.float32), maker(torch.bool)
         self._columns = [(c.name, maker(c.dtype), c.shape, c.dtype) for c in options.columns]
-
-    def spec(
-        self, augment: Augment | None, pad: int, dtype: torch.dtype, memory_format: torch.memory_format
-    ) -> OutputSpec:
-        options = (augment, pad, dtype, memory_format)
-        spec = self._specs.get(options)
-        if spec is None:
-            spec = self._specs[options] = OutputSpec(self._keys, *options)
-        return spec
 
     def batch(self, index: Tensor, draw: Draw, n_step: int, spec: OutputSpec) -> Batch:
         """The batch of the ids that `draw` puts into `index`, or finds there."""

@@ -151,10 +151,7 @@ class StoredTransitions:
 
 def stored_rows(locked: Any, at: Tensor) -> Tensor:
     """The rows of the transitions with ids `at`, while the core is locked by `reading()` or `writing()`.
-
-    Raises:
-        IndexError: a transition is not stored.
-    """
+    Raises IndexError if one is not stored."""
     rows = torch.from_numpy(locked.rows(at.numpy()))
     if (rows < 0).any():
         gone = at[rows < 0]

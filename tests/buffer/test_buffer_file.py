@@ -37,7 +37,7 @@ def assert_continues_alike(a: Driver, buffer: ReplayBuffer) -> None:
 @pytest.mark.parametrize(
     "options", [{}, {"n_step": 3, "sampler": Prioritized(alpha=0.8)}, {"sampler": "recent"}]
 )
-@pytest.mark.parametrize("way", ["save", "pickle", "state_dict"])
+@pytest.mark.parametrize("way", ["save", "pickle", "state_dict", "from_state_dict"])
 def test_a_restored_buffer_continues_identically(tmp_path, steps, options, way):
     driver = make(**options)
     for _ in range(steps):
@@ -52,6 +52,8 @@ def test_a_restored_buffer_continues_identically(tmp_path, steps, options, way):
         assert [path.name for path in tmp_path.iterdir()] == ["buffer"]
     elif way == "pickle":
         restored = pickle.loads(pickle.dumps(driver.buffer))
+    elif way == "from_state_dict":
+        restored = ReplayBuffer.from_state_dict(copy.deepcopy(driver.buffer.state_dict()))
     else:
         restored = make(**options, seed=9).buffer
         restored.load_state_dict(driver.buffer.state_dict())
