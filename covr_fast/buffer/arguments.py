@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .observation import ColumnSpec, KeySpec, Shape
-from .options import Options
+from .options import ColumnSpec, KeySpec, Options, Shape
 
 Rows = np.ndarray | Tensor | Sequence[Any]
 ObservationRows = Rows | Mapping[str, Rows]

@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import _C
 from ..border import CPU, address
 from .batch import Batch
-from .observation import Shape
+from .options import Shape
 from .output import Draw, Gather, OutputSpec
 
 Placement = Literal["device", "pinned"]

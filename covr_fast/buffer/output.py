@@ -12,8 +12,7 @@ from torch import Tensor
 from .. import _C
 from ..border import CPU, address
 from .batch import Batch, Observation
-from .observation import KeySpec, Shape
-from .options import Options
+from .options import KeySpec, Options, Shape
 
 Augment = Literal["shift", "crop"]
 Draw = Callable[[Any, int], None]
@@ -139,7 +138,7 @@ class BatchWriter:
         self._keys = options.keys
         self._single = options.single
         self._gather = gather
-        self.spec = cache(partial(OutputSpec, options.keys))
+        self.spec = cache(partial(OutputSpec, options.keys))  # (augment, pad, dtype, memory_format)
 
         def maker(dtype: torch.dtype) -> Callable[..., Tensor]:
             """Makes tensors [*sizes]. Dtype and device are settled here, which saves time in every batch."""

@@ -16,8 +16,7 @@ from .arguments import ObservationRows, Rows, flags, ids, integers, priorities
 from .batch import Batch, Observation
 from .file import Reader, write
 from .gpu import DeviceGather, Placement, check_device
-from .observation import ShapeAndType, action_spec, extra_specs, key_specs
-from .options import Options, constructor_arguments
+from .options import Options, ShapeAndType, action_spec, constructor_arguments, extra_specs, key_specs
 from .output import Augment, BatchWriter, Gather, OutputSpec
 from .prefetch import Prefetch
 from .samplers import DrawSequence, Prioritized, Sampler, as_sampler, as_seed
