@@ -121,7 +121,6 @@ class FineTuneView:
         last = np.flatnonzero(rows["end"] & ~rows["terminated"])
         if self.bootstrap is not None and len(last):
             value = self.bootstrap(torch.from_numpy(self._ids(env, start, stop)[last]))
-            reward = reward.copy()
             reward[last] += self.gamma * value.detach().cpu().numpy()
         return reward, rows["end"]
 

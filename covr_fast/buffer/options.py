@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -38,6 +38,8 @@ class KeySpec:
     width: int
     channels_last: bool
     """It is added as [height, width, channels]."""
+    declared_by: ClassVar[str] = "obs_dtype"
+    infinite: ClassVar[bool] = False
 
     @property
     def is_image(self) -> bool:
@@ -71,7 +73,12 @@ class ColumnSpec:
     dtype: torch.dtype
     numpy_dtype: np.dtype
     declared_by: str
-    """The constructor's argument that says the dtype, for errors."""
+    """The constructor's argument that says the dtype, for errors; "" where none does."""
+    infinite: bool = False
+    """Infinite values are allowed."""
+
+
+Spec = KeySpec | ColumnSpec
 
 
 @dataclass(frozen=True)
@@ -233,7 +240,7 @@ def extra_specs(extras: Mapping[str, ShapeAndType] | None) -> dict[str, ColumnSp
         if isinstance(spec, Sequence) and len(spec) == 2 and isinstance(spec[1], torch.dtype):
             sizes, dtype = spec  # type: ignore[assignment]
         shape, found = _as_shape(sizes, what), _numpy_dtype(dtype, f"the dtype of {what}")
-        specs[name] = ColumnSpec(name, shape, dtype, found, f"dtype of {what}")
+        specs[name] = ColumnSpec(name, shape, dtype, found, f"dtype of {what}", infinite=True)
     if taken := specs.keys() & _ARGUMENTS_OF_ADD:
         raise ValueError(f"extras has {sorted(taken)}: add() has arguments of that name, choose others")
     return specs

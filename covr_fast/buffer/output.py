@@ -82,13 +82,11 @@ class OutputSpec:
 
 
 class Gather:
-    """Fills batches: here on the CPU, where nothing waits, because the lock of the C++ core is enough.
-
-    `gpu.DeviceGather` overrides this for a GPU.
-    """
+    """Fills batches, here on the CPU, where nothing waits: the lock of the C++ core is enough. For a GPU,
+    `gpu.DeviceGather` overrides these methods."""
 
     lock: AbstractContextManager[Any] = nullcontext()
-    """Excludes `adding` and `fill` of other threads. Acquire it before the lock of the C++ core."""
+    """On a GPU: excludes `adding` and `fill` of other threads. Acquire it before the lock of the core."""
     pin_memory = False
     """Whether what the CPU fills of a batch is pinned memory."""
 
