@@ -18,7 +18,6 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ..border import CPU
 from ..files import replacing
 
 MAGIC = b"COVRBUF\n"
@@ -81,11 +80,11 @@ class Reader:
         for entry in self._entries:
             name, dtype = entry["name"], getattr(torch, entry["dtype"])
             tensors[name] = (
-                into[name] if name in into else torch.empty(entry["shape"], dtype=dtype, device=CPU)
+                into[name] if name in into else torch.empty(entry["shape"], dtype=dtype, device="cpu")
             )
             checksum = 0
             for piece in _pieces(tensors[name]):
-                on_cpu = piece if piece.is_cpu else torch.empty_like(piece, device=CPU)
+                on_cpu = piece if piece.is_cpu else torch.empty_like(piece, device="cpu")
                 chunk = _bytes(on_cpu)
                 if self._file.readinto(chunk) != len(chunk):  # type: ignore[attr-defined]
                     raise ValueError(f"{self._name} is damaged: it ends within {name!r}")

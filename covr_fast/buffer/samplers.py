@@ -154,7 +154,7 @@ class DrawSequence:
 
 
 class PriorityTree:
-    """The memory of the priorities, one per row of the buffer. csrc/priorities.h works on it."""
+    """The memory of the priorities, one per row of the buffer. csrc/replay/priorities.h works on it."""
 
     def __init__(self, core: Any, rows: int, num_envs: int, alpha: float) -> None:
         self._leaves = torch.zeros(rows, dtype=torch.float32, device=CPU)

@@ -11,7 +11,7 @@ from .arguments import Rows, flags, ids, integers, shaped, some_extras
 from .options import Options
 from .storage import Storage
 
-_TERMINATED, _TRUNCATED = np.uint8(1), np.uint8(2)  # flags of csrc/replay.h
+_TERMINATED, _TRUNCATED = np.uint8(1), np.uint8(2)  # flags of csrc/replay/replay.h
 _END = _TERMINATED | _TRUNCATED  # not kCut, the flag of a stream that was cut
 
 
