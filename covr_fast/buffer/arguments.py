@@ -12,92 +12,48 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .observation import ColumnSpec, KeySpec, Shape
-from .options import Options
+from .options import ColumnSpec, KeySpec, Options, Shape, Spec
 
 Rows = np.ndarray | Tensor | Sequence[Any]
 ObservationRows = Rows | Mapping[str, Rows]
 
-_REWARD, _ID = np.dtype(np.float32), np.dtype(np.int64)
+_REWARD = ColumnSpec("reward", (), torch.float32, np.dtype(np.float32), "")
+_ID = ColumnSpec("id", (), torch.int64, np.dtype(np.int64), "")
 _LARGEST = {n: float(np.finfo(f"f{n}").max) for n in (2, 4, 8)}  # by a float's bytes
 
 
-class Transitions:
-    """Checks the rows of `ReplayBuffer.add` and `set_extras`, for the shapes and dtypes of one buffer."""
-
-    def __init__(self, options: Options) -> None:
-        self._num_envs = options.num_envs
-        self._keys = options.keys
-        self._single = options.single
-        self._action, *extras = options.columns
-        self._extras = {extra.name: extra for extra in extras}
-
-    def added(
-        self,
-        obs: ObservationRows,
-        action: Rows,
-        reward: Rows,
-        next_obs: ObservationRows,
-        terminated: Rows,
-        truncated: Rows,
-        env_ids: Rows | None,
-        extras: Mapping[str, Rows],
-    ) -> tuple[Any, ...]:
-        """The arguments of `add` of the C++ core."""
-        if extras.keys() != self._extras.keys():
-            raise ValueError(f"add() got the extras {sorted(extras)}, declared are {sorted(self._extras)}")
-        return (
-            self._observation(obs, "obs"),
-            self._observation(next_obs, "next_obs"),
-            as_column(reward, _REWARD, "reward", ""),
-            flags(terminated, "terminated"),
-            flags(truncated, "truncated"),
-            [
-                as_column(action, self._action.numpy_dtype, "action", self._action.declared_by),
-                *(_extra(extras[name], column) for name, column in self._extras.items()),
-            ],
-            None if env_ids is None else integers(env_ids, "env_ids"),
-            self._num_envs,
-        )
-
-    def extras(self, n: int, values: Mapping[str, Rows]) -> dict[str, np.ndarray]:
-        """Some of the extras, for n transitions."""
-        if unknown := values.keys() - self._extras.keys():
-            raise ValueError(f"set_extras() got {sorted(unknown)}, declared are {sorted(self._extras)}")
-        return {
-            name: shaped(_extra(value, self._extras[name]), (n, *self._extras[name].shape), name)
-            for name, value in values.items()
-        }
-
-    def _observation(self, observation: ObservationRows, what: str) -> list[np.ndarray]:
-        if self._single:
-            return [_observation_rows(observation, self._keys[0], what)]  # type: ignore[arg-type]
-        if not isinstance(observation, Mapping):
-            raise ValueError(f"{what} must be a dict with the keys {[key.name for key in self._keys]}")
-        missing = [key.name for key in self._keys if key.name not in observation]
-        if missing:
-            raise ValueError(f"{what} lacks the keys {missing}")
-        return [_observation_rows(observation[key.name], key, f"{what}[{key.name!r}]") for key in self._keys]
+def observation(value: ObservationRows, options: Options, what: str) -> list[np.ndarray]:
+    """One array [rows, *key.shape] per key, of which each row is contiguous."""
+    if options.single:
+        return [_frames(value, options.keys[0], what)]  # type: ignore[arg-type]
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{what} must be a dict with the keys {[key.name for key in options.keys]}")
+    if missing := [key.name for key in options.keys if key.name not in value]:
+        raise ValueError(f"{what} lacks the keys {missing}")
+    return [_frames(value[key.name], key, f"{what}[{key.name!r}]") for key in options.keys]
 
 
-def as_column(
-    value: Rows, dtype: np.dtype, what: str, declared_by: str, *, infinite: bool = False
-) -> np.ndarray:
-    """The same values as a contiguous array of `dtype`; not a copy if it is one already.
+def columns(action: Rows, extras: Mapping[str, Rows], options: Options) -> list[np.ndarray]:
+    """The action and all extras."""
+    if extras.keys() != options.extras.keys():
+        raise ValueError(f"add() got the extras {sorted(extras)}, declared are {sorted(options.extras)}")
+    given = (as_column(extras[name], extra, name) for name, extra in options.extras.items())
+    return [as_column(action, options.action, "action"), *given]
 
-    Args:
-        what: the argument's name, for errors.
-        declared_by: the constructor's argument that says the dtype, "" where none does.
-        infinite: infinite values are allowed.
 
-    Raises:
-        ValueError: a value that `dtype` cannot represent, floats for integers, or NaN.
-    """
-    array = as_array(value)
-    if array.dtype == dtype:
-        _check_floats(array, dtype, what, declared_by, infinite)
-        return np.asarray(array, order="C")
-    return _cast(array, dtype, what, declared_by, infinite)
+def some_extras(values: Mapping[str, Rows], n: int, options: Options) -> dict[str, np.ndarray]:
+    """Those of the extras that are given, for n transitions."""
+    declared = options.extras
+    if unknown := values.keys() - declared.keys():
+        raise ValueError(f"set_extras() got {sorted(unknown)}, declared are {sorted(declared)}")
+    return {
+        name: shaped(as_column(value, declared[name], name), (n, *declared[name].shape), name)
+        for name, value in values.items()
+    }
+
+
+def rewards(value: Rows) -> np.ndarray:
+    return as_column(value, _REWARD, "reward")
 
 
 def flags(value: Rows, what: str) -> np.ndarray:
@@ -115,7 +71,7 @@ def integers(value: Rows, what: str) -> np.ndarray:
         raise ValueError(
             f"{what} has dtype {array.dtype}: it must be integers; of a mask take np.flatnonzero"
         )
-    return as_column(array, _ID, what, "")
+    return as_column(array, _ID, what)
 
 
 def ids(index: Rows) -> Tensor:
@@ -150,34 +106,35 @@ def as_array(value: Rows) -> np.ndarray:
     return np.asarray(value)
 
 
-def _observation_rows(value: Rows, key: KeySpec, what: str) -> np.ndarray:
-    """[rows, *key.shape], of which each row is contiguous."""
+def as_column(value: Rows, spec: ColumnSpec, what: str) -> np.ndarray:
+    """The same values as a contiguous array of the column's dtype; not a copy if it is one already."""
+    return np.asarray(_cast(as_array(value), spec, what), order="C")
+
+
+def _frames(value: Rows, key: KeySpec, what: str) -> np.ndarray:
     array = as_array(value)
     if array.shape[1:] != key.shape:
-        raise ValueError(
-            f"{what} has shape {array.shape}: it must be [rows, {', '.join(map(str, key.shape))}]"
-        )
-    if array.dtype != key.numpy_dtype:
-        return _cast(array, key.numpy_dtype, what, "obs_dtype", infinite=False)
-    _check_floats(array, key.numpy_dtype, what, "obs_dtype", infinite=False)
+        expected = ", ".join(map(str, ("rows", *key.shape)))
+        raise ValueError(f"{what} has shape {array.shape}: it must be [{expected}]")
+    array = _cast(array, key, what)
     return array if array[:1].flags.c_contiguous else np.ascontiguousarray(array)
 
 
-def _extra(values: Rows, extra: ColumnSpec) -> np.ndarray:
-    return as_column(values, extra.numpy_dtype, extra.name, extra.declared_by, infinite=True)
-
-
-def _cast(array: np.ndarray, dtype: np.dtype, what: str, declared_by: str, infinite: bool) -> np.ndarray:
+def _cast(array: np.ndarray, spec: Spec, what: str) -> np.ndarray:
+    """The array itself if it has the dtype already."""
+    dtype = spec.numpy_dtype
+    if array.dtype == dtype:
+        if dtype.kind == "f":
+            _check_floats(array, spec, what)
+        return array
     if array.size == 0 and array.dtype.kind in "biuf":
         return array.astype(dtype)
     if array.dtype.kind not in ("biuf" if dtype.kind == "f" else "biu"):
-        raise ValueError(
-            f"{what} has dtype {array.dtype}: it must be {dtype}; cast it{_or_declare(declared_by)}"
-        )
+        raise ValueError(f"{what} has dtype {array.dtype}: it must be {dtype}; cast it{_or_declare(spec)}")
     if array.dtype.kind == "f":
-        _check_floats(array, dtype, what, declared_by, infinite)
+        _check_floats(array, spec, what)
     elif (wrong := _not_exact(array, dtype)).any():
-        _refuse(array, wrong, f"which {dtype} cannot hold: mend it{_or_declare(declared_by)}", what)
+        _refuse(array, wrong, spec, what, "mend it")
     return array.astype(dtype, order="C")
 
 
@@ -201,29 +158,31 @@ def _not_exact(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return np.array([not least <= int(x) <= most for x in array.reshape(-1)]).reshape(array.shape)
 
 
-def _check_floats(array: np.ndarray, dtype: np.dtype, what: str, declared_by: str, infinite: bool) -> None:
-    """Raises unless every float lies in the range of `dtype`. Other arrays pass."""
-    if array.dtype.kind != "f":
-        return
+def _check_floats(array: np.ndarray, spec: Spec, what: str) -> None:
+    """Raises unless every float lies in the range of the column's dtype."""
+    largest = _LARGEST[spec.numpy_dtype.itemsize]
     with np.errstate(over="ignore"):  # C++ knows no long double
         known = array if array.dtype.itemsize <= 8 else array.astype(np.float64)
-    if _C.all_within(known, _LARGEST[dtype.itemsize]):
+    if _C.all_within(known, largest):
         return
-    undefined = np.isnan(array) if infinite else ~np.isfinite(array)
+    undefined = np.isnan(array) if spec.infinite else ~np.isfinite(array)
     if undefined.any():
-        kind = "NaN" if infinite else "NaN or infinite"
+        kind = "NaN" if spec.infinite else "NaN or infinite"
         rows = np.unique(np.argwhere(np.atleast_1d(undefined))[:, 0])[:5].tolist()
         raise ValueError(f"{what} is {kind} in rows {rows}: nothing was stored; mend where it comes from")
-    too_large = np.isfinite(array) & (np.abs(array) > np.float64(_LARGEST[dtype.itemsize]))
+    too_large = np.isfinite(array) & (np.abs(array) > np.float64(largest))
     if too_large.any():
-        _refuse(array, too_large, f"which {dtype} cannot hold: scale it{_or_declare(declared_by)}", what)
+        _refuse(array, too_large, spec, what, "scale it")
 
 
-def _refuse(array: np.ndarray, wrong: np.ndarray, why: str, what: str) -> NoReturn:
+def _refuse(array: np.ndarray, wrong: np.ndarray, spec: Spec, what: str, remedy: str) -> NoReturn:
     at = np.argwhere(np.atleast_1d(wrong))[0]
     value = np.atleast_1d(array)[tuple(at)]
-    raise ValueError(f"{what}{at.tolist()} is {value!s}, {why}; nothing was stored")
+    raise ValueError(
+        f"{what}{at.tolist()} is {value!s}, which {spec.numpy_dtype} cannot hold: "
+        f"{remedy}{_or_declare(spec)}; nothing was stored"
+    )
 
 
-def _or_declare(argument: str) -> str:
-    return f", or build the buffer with another {argument}" if argument else ""
+def _or_declare(spec: Spec) -> str:
+    return f", or build the buffer with another {spec.declared_by}" if spec.declared_by else ""

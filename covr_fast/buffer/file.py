@@ -28,32 +28,31 @@ _CHUNK = 64 << 20
 
 def write(path: str | os.PathLike[str], config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Writes a temporary file and renames it to `path` once it is on the disk: `path` is never incomplete."""
-    path = Path(path)
     entries = []
     for name, tensor in tensors.items():
-        checksum, size = 0, 0
-        for chunk in _chunks(tensor):
-            checksum, size = zlib.crc32(chunk, checksum), size + len(chunk)
+        checksum = 0
+        for piece in _pieces(tensor):
+            checksum = zlib.crc32(_bytes(piece), checksum)
         entries.append(
             {
                 "name": name,
                 "dtype": str(tensor.dtype).removeprefix("torch."),
                 "shape": list(tensor.shape),
-                "bytes": size,
+                "bytes": tensor.nbytes,
                 "crc32": checksum,
             }
         )
     header = json.dumps({"version": VERSION, "config": config, "tensors": entries}).encode()
-    with replacing(path) as file:
+    with replacing(Path(path)) as file:
         file.write(_PREFIX.pack(MAGIC, len(header), zlib.crc32(header)))
         file.write(header)
         for tensor in tensors.values():
-            for chunk in _chunks(tensor):
-                file.write(chunk)
+            for piece in _pieces(tensor):
+                file.write(_bytes(piece))
 
 
 class Reader:
-    """An open file. Its `config` is read at once, its tensors into memory that the caller provides."""
+    """An open file. Its `config` and the `shapes` of its tensors are read at once."""
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         self._file, self._name = file, name
@@ -72,30 +71,29 @@ class Reader:
             )
         self.config: dict[str, Any] = content["config"]
         self._entries: list[dict[str, Any]] = content["tensors"]
+        self.shapes: dict[str, list[int]] = {entry["name"]: entry["shape"] for entry in self._entries}
 
-    def shapes(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        return {e["name"]: (getattr(torch, e["dtype"]), tuple(e["shape"])) for e in self._entries}
-
-    def read_into(self, tensors: dict[str, Tensor]) -> None:
-        """Fills tensors that have the dtypes and shapes of `shapes`."""
+    def read(self, into: dict[str, Tensor]) -> dict[str, Tensor]:
+        """All tensors: those named in `into` are filled, which must have the right shapes; the others are
+        new."""
+        tensors = {}
         for entry in self._entries:
+            name, dtype = entry["name"], getattr(torch, entry["dtype"])
+            tensors[name] = (
+                into[name] if name in into else torch.empty(entry["shape"], dtype=dtype, device="cpu")
+            )
             checksum = 0
-            for piece in _pieces(tensors[entry["name"]]):
-                on_cpu = piece if piece.device.type == "cpu" else torch.empty_like(piece, device="cpu")
+            for piece in _pieces(tensors[name]):
+                on_cpu = piece if piece.is_cpu else torch.empty_like(piece, device="cpu")
                 chunk = _bytes(on_cpu)
                 if self._file.readinto(chunk) != len(chunk):  # type: ignore[attr-defined]
-                    raise ValueError(f"{self._name} is damaged: it ends within {entry['name']!r}")
+                    raise ValueError(f"{self._name} is damaged: it ends within {name!r}")
                 checksum = zlib.crc32(chunk, checksum)
                 if on_cpu is not piece:
                     piece.copy_(on_cpu)
             if checksum != entry["crc32"]:
-                raise ValueError(f"{self._name} is damaged: {entry['name']!r} does not match its checksum")
-
-
-def _chunks(tensor: Tensor) -> Iterator[memoryview]:
-    """The tensor's bytes in order."""
-    for piece in _pieces(tensor):
-        yield _bytes(piece.cpu())
+                raise ValueError(f"{self._name} is damaged: {name!r} does not match its checksum")
+        return tensors
 
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:
@@ -110,4 +108,4 @@ def _pieces(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _bytes(flat: Tensor) -> memoryview:
-    return memoryview(flat.numpy())  # type: ignore[arg-type]
+    return memoryview(flat.cpu().numpy())  # type: ignore[arg-type]

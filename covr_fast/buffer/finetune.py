@@ -51,15 +51,14 @@ class FineTuneView:
         self._consumed = buffer.stream_bounds()[0]
 
     def __len__(self) -> int:
-        start, stop = self._bounds()
+        _, start, stop = self._bounds()
         return int((stop - start).sum())
 
     @property
     def overwritten(self) -> int:
         """How many transitions the ring overwrote since the last `clear`. They are not in the view."""
-        start, stop = self._finished()
-        first = self._buffer.stream_bounds()[0]
-        return int((np.clip(first, start, stop) - start).sum())
+        consumed, start, _ = self._bounds()
+        return int((start - consumed).sum())
 
     @property
     def indices(self) -> Tensor:
@@ -78,7 +77,7 @@ class FineTuneView:
 
     def clear(self) -> None:
         """Empties the view. Steps of trajectories that have not finished stay pending."""
-        self._consumed = self._finished()[1]
+        self._consumed = self._bounds()[2]
 
     def state_dict(self) -> dict[str, Tensor]:
         """How far each stream was consumed. Everything else is in the buffer."""
@@ -92,21 +91,17 @@ class FineTuneView:
             )
         self._consumed = consumed.copy()
 
-    def _finished(self) -> tuple[np.ndarray, np.ndarray]:
-        """Per stream, the range of transitions that finished since the last clear, with the overwritten
-        ones."""
-        _, ended, count = self._buffer.stream_bounds()
+    def _bounds(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(consumed, start, stop) per stream: consumed .. stop - 1 finished since the last `clear`, of which
+        start .. stop - 1 are stored."""
+        first, ended, count = self._buffer.stream_bounds()
         stop = ended if self.horizon is None else np.maximum(ended, count - self.horizon + 1)
-        return self._consumed, np.maximum(stop, self._consumed)
-
-    def _bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        start, stop = self._finished()
-        return np.clip(self._buffer.stream_bounds()[0], start, stop), stop
+        stop = np.maximum(stop, self._consumed)
+        return self._consumed, np.clip(first, self._consumed, stop), stop
 
     def _collect(self, part: Callable[[int, int, int], np.ndarray]) -> np.ndarray:
-        start, stop = self._bounds()
-        parts = [part(env, a, b) for env, (a, b) in enumerate(zip(start, stop, strict=True))]
-        return np.concatenate(parts)
+        _, start, stop = self._bounds()
+        return np.concatenate([part(env, a, b) for env, (a, b) in enumerate(zip(start, stop, strict=True))])
 
     def _ids(self, env: int, start: int, stop: int) -> np.ndarray:
         return np.arange(start, stop, dtype=np.int64) * self._buffer.num_envs + env
@@ -126,7 +121,6 @@ class FineTuneView:
         last = np.flatnonzero(rows["end"] & ~rows["terminated"])
         if self.bootstrap is not None and len(last):
             value = self.bootstrap(torch.from_numpy(self._ids(env, start, stop)[last]))
-            reward = reward.copy()
             reward[last] += self.gamma * value.detach().cpu().numpy()
         return reward, rows["end"]
 
@@ -136,9 +130,8 @@ def _returns_to_go(reward: np.ndarray, end: np.ndarray, gamma: float) -> np.ndar
 
     if not len(reward):
         return reward
-    return discounted_returns(torch.from_numpy(reward)[:, None], torch.from_numpy(end)[:, None], gamma)[
-        :, 0
-    ].numpy()
+    rewards, ends = torch.from_numpy(reward)[:, None], torch.from_numpy(end)[:, None]
+    return discounted_returns(rewards, ends, gamma)[:, 0].numpy()
 
 
 def _horizon_returns(reward: np.ndarray, end: np.ndarray, gamma: float, horizon: int) -> np.ndarray:

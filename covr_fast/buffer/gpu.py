@@ -9,7 +9,7 @@ the CPU writes what the GPU reads).
 
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -18,23 +18,26 @@ from torch import Tensor
 from .. import _C
 from ..border import CPU, address
 from .batch import Batch
-from .output import Draw, OutputSpec
+from .options import Shape
+from .output import Draw, Gather, OutputSpec
+
+Placement = Literal["device", "pinned"]
 
 
-class DeviceGather:
+class DeviceGather(Gather):
     """Plans on the CPU, gathers on the GPU."""
 
     pin_memory = True
 
     def __init__(self, device: torch.device, core: Any, pinned: bool) -> None:
+        super().__init__()
         self._device = device
         self._core = core
         self._pinned = pinned
         cuda: Any = torch.cuda  # these constructors have no annotations
         self._upload_stream = cuda.Stream(device)
         self._sent, self._read = cuda.Event(), cuda.Event()
-        # For kernel launches that belong together with a call of the core.
-        self.lock: AbstractContextManager[Any] = threading.Lock()
+        self.lock = threading.Lock()  # for kernel launches that belong together with a call of the core
 
     @contextmanager
     def adding(self) -> Iterator[None]:
@@ -59,8 +62,8 @@ class DeviceGather:
         yield
         self._read.record(torch.cuda.current_stream(self._device))
 
-    def allocate(self, spec: OutputSpec, n: int) -> list[Tensor]:
-        return spec.allocate_on(self._device, n)
+    def empty(self, shape: Shape, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self._device)
 
     def fill(
         self, request: Any, draw: Draw, spec: OutputSpec, obs: list[Tensor], next_obs: list[Tensor]
@@ -100,7 +103,7 @@ class DeviceGather:
         return values.to(self._device, non_blocking=True)
 
 
-def check_device(device: torch.device, storage: Literal["device", "pinned"]) -> None:
+def check_device(device: torch.device, storage: Placement) -> None:
     """Says why a buffer cannot be on this device."""
     if storage not in ("device", "pinned"):
         raise ValueError(f"storage is {storage!r}: it must be 'device' or 'pinned'")

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from functools import partial
-from typing import Any, Literal, Protocol
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,8 +12,7 @@ from torch import Tensor
 from .. import _C
 from ..border import CPU, address
 from .batch import Batch, Observation
-from .observation import KeySpec, Shape
-from .options import Options
+from .options import KeySpec, Options, Shape
 
 Augment = Literal["shift", "crop"]
 Draw = Callable[[Any, int], None]
@@ -43,12 +42,17 @@ class OutputSpec:
         dtype: torch.dtype,
         memory_format: torch.memory_format,
     ) -> None:
-        _check(keys, augment, pad, dtype, memory_format)
+        if memory_format not in (torch.contiguous_format, torch.channels_last):
+            raise ValueError(f"memory_format is {memory_format}: use contiguous_format or channels_last")
+        if dtype not in _OUT_TYPES:
+            raise ValueError(f"dtype is {dtype}: observations come as uint8, float32, bfloat16 or float16")
+        if augment is not None:
+            _check_augment(keys, augment, pad)
         self.offset_range = 0 if augment is None else 2 * pad + 1
         self.shift_origin = pad if augment == "shift" else 0
         crop = pad if augment == "crop" else 0
         self.targets: list[Any] = []
-        self._outputs: list[tuple[Shape, torch.dtype, bool, int]] = []
+        self._outputs: list[tuple[Shape, torch.dtype, bool]] = []
         for key in keys:
             channels_last = memory_format == torch.channels_last and len(key.shape) == 3
             kind, lost = (dtype, crop) if key.is_image else (key.dtype, 0)
@@ -56,71 +60,70 @@ class OutputSpec:
             shifted = augment is not None and key.is_image
             size = key.height - 2 * lost, key.width - 2 * lost
             self.targets.append(_C.GatherTarget(out_type, channels_last, shifted, *size))
-            shape = key.out_shape(lost)
-            self._outputs.append((shape, kind, channels_last, math.prod(shape) * kind.itemsize))
+            self._outputs.append((key.out_shape(lost), kind, channels_last))
 
-    def allocate(self, n: int, pool: Any) -> list[Tensor]:
-        """Host memory for n observations of every key. Large ones are of the pool, and return to it when no
-        tensor shares them any more."""
+    def allocate(self, n: int, empty: Callable[[Shape, torch.dtype], Tensor]) -> list[Tensor]:
+        """n observations of every key, in memory that `empty` makes."""
         out = []
-        for shape, dtype, channels_last, row_bytes in self._outputs:
+        for shape, dtype, channels_last in self._outputs:
             if channels_last:
                 c, h, w = shape
-                shape = (h, w, c)
-            if n * row_bytes < _POOLED:
-                values = torch.empty((n, *shape), dtype=dtype, device=CPU)
+                out.append(empty((n, h, w, c), dtype).permute(0, 3, 1, 2))
             else:
-                values = torch.from_numpy(pool.take(n * row_bytes)).view(dtype).view(n, *shape)
-            out.append(values.permute(0, 3, 1, 2) if channels_last else values)
+                out.append(empty((n, *shape), dtype))
         return out
 
-    def allocate_on(self, device: torch.device, n: int) -> list[Tensor]:
-        return [
-            torch.empty(
-                (n, *shape),
-                dtype=dtype,
-                device=device,
-                memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-            )
-            for shape, dtype, channels_last, _ in self._outputs
-        ]
-
     def addresses(self, out: list[Tensor], device: torch.device | None = None) -> list[int]:
-        """Where the kernels write what `allocate`, or with a device `allocate_on`, has made."""
+        """Where the kernels write what `allocate` made."""
         return [
             address(values.permute(0, 2, 3, 1) if channels_last else values, dtype, device)
-            for values, (_, dtype, channels_last, _) in zip(out, self._outputs, strict=True)
+            for values, (_, dtype, channels_last) in zip(out, self._outputs, strict=True)
         ]
 
 
-class Gather(Protocol):
-    """How batches are made where the buffer is: `host.HostGather` or `gpu.DeviceGather`."""
+class Gather:
+    """Fills batches, here on the CPU, where nothing waits: the lock of the C++ core is enough. For a GPU,
+    `gpu.DeviceGather` overrides these methods."""
 
-    lock: AbstractContextManager[Any]
-    """Excludes `adding` and `fill` of other threads. Acquire it before the lock of the C++ core."""
-    pin_memory: bool
+    lock: AbstractContextManager[Any] = nullcontext()
+    """On a GPU: excludes `adding` and `fill` of other threads. Acquire it before the lock of the core."""
+    pin_memory = False
     """Whether what the CPU fills of a batch is pinned memory."""
+
+    def __init__(self) -> None:
+        self._pool = _C.OutputPool()
 
     def adding(self) -> AbstractContextManager[None]:
         """For the block in which the core adds. It locks."""
+        return self.lock
 
     def start_reading(self) -> None:
         """From here on the caller may read frames."""
 
     def reading(self) -> AbstractContextManager[None]:
         """For a block that reads frames, which must not be replaced before they are read."""
+        return self.lock
 
-    def allocate(self, spec: OutputSpec, n: int) -> list[Tensor]:
-        """Memory for n observations, one tensor per key, where `fill` writes them."""
+    def empty(self, shape: Shape, dtype: torch.dtype) -> Tensor:
+        """Memory for observations, where `fill` can write. What is large returns to a pool when no tensor
+        shares it any more."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        if nbytes < _POOLED:
+            return torch.empty(shape, dtype=dtype, device=CPU)
+        return torch.from_numpy(self._pool.take(nbytes)).view(dtype).view(shape)
 
     def fill(
         self, request: Any, draw: Draw, spec: OutputSpec, obs: list[Tensor], next_obs: list[Tensor]
     ) -> None:
-        """Fills what `request` names, and obs and next_obs, which are of `allocate`. next_obs may be []. It
-        locks."""
+        """Fills what `request` names, and obs and next_obs; next_obs may be []. It locks."""
+        to_next = spec.addresses(next_obs) if next_obs else [0] * len(obs)
+        for key in zip(spec.targets, spec.addresses(obs), to_next, strict=True):
+            request.add_key(*key)
+        draw(request, torch.get_num_threads())
 
     def frames(self, ring: Tensor, streams: Tensor, slots: Tensor) -> Tensor:
         """The single frames ring[streams, slots], where batches arrive. Call it while `reading`."""
+        return ring[streams, slots]
 
     def deliver(self, batch: Batch) -> None:
         """Sends what the CPU filled of a batch to where batches arrive."""
@@ -133,24 +136,15 @@ class BatchWriter:
         self._keys = options.keys
         self._single = options.single
         self._gather = gather
-        self._specs: dict[tuple[Any, ...], OutputSpec] = {}
-        pinned = {"pin_memory": True} if gather.pin_memory else {}
+        self.spec = cache(partial(OutputSpec, options.keys))  # (augment, pad, dtype, memory_format)
 
         def maker(dtype: torch.dtype) -> Callable[..., Tensor]:
             """Makes tensors [*sizes]. Dtype and device are settled here, which saves time in every batch."""
-            return partial(torch.empty(0, dtype=dtype, device=CPU).new_empty, **pinned)
+            new_empty = torch.empty(0, dtype=dtype, device=CPU).new_empty
+            return partial(new_empty, pin_memory=True) if gather.pin_memory else new_empty
 
         self._floats, self._bools = maker(torch.float32), maker(torch.bool)
         self._columns = [(c.name, maker(c.dtype), c.shape, c.dtype) for c in options.columns]
-
-    def spec(
-        self, augment: Augment | None, pad: int, dtype: torch.dtype, memory_format: torch.memory_format
-    ) -> OutputSpec:
-        options = (augment, pad, dtype, memory_format)
-        spec = self._specs.get(options)
-        if spec is None:
-            spec = self._specs[options] = OutputSpec(self._keys, *options)
-        return spec
 
     def batch(self, index: Tensor, draw: Draw, n_step: int, spec: OutputSpec) -> Batch:
         """The batch of the ids that `draw` puts into `index`, or finds there."""
@@ -174,7 +168,7 @@ class BatchWriter:
             spec.offset_range,
             spec.shift_origin,
         )
-        obs, next_obs = self._gather.allocate(spec, n), self._gather.allocate(spec, n)
+        obs, next_obs = spec.allocate(n, self._gather.empty), spec.allocate(n, self._gather.empty)
         self._gather.fill(request, draw, spec, obs, next_obs)
         batch = Batch(
             obs=self.join(obs),
@@ -195,7 +189,7 @@ class BatchWriter:
 
     def observations(self, index: Tensor, draw: Draw, spec: OutputSpec) -> Observation:
         """Only the observations of these ids."""
-        out = self._gather.allocate(spec, len(index))
+        out = spec.allocate(len(index), self._gather.empty)
         request = _C.BatchOut(len(index), 1, address(index, torch.int64), 0, 0, 0, 0, 0, [], 0, 0, 0)
         self._gather.fill(request, draw, spec, out, [])
         return self.join(out)
@@ -207,19 +201,7 @@ class BatchWriter:
         return {key.name: values for key, values in zip(self._keys, observations, strict=True)}
 
 
-def _check(
-    keys: Sequence[KeySpec],
-    augment: Augment | None,
-    pad: int,
-    dtype: torch.dtype,
-    memory_format: torch.memory_format,
-) -> None:
-    if memory_format not in (torch.contiguous_format, torch.channels_last):
-        raise ValueError(f"memory_format is {memory_format}: use contiguous_format or channels_last")
-    if dtype not in _OUT_TYPES:
-        raise ValueError(f"dtype is {dtype}: observations come as uint8, float32, bfloat16 or float16")
-    if augment is None:
-        return
+def _check_augment(keys: Sequence[KeySpec], augment: str, pad: int) -> None:
     if augment not in ("shift", "crop"):
         raise ValueError(f"augment is {augment!r}: it must be None, 'shift' or 'crop'")
     images = [key for key in keys if key.is_image]

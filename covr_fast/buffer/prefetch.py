@@ -33,10 +33,8 @@ class Prefetch(Iterator[Batch]):
     def __next__(self) -> Batch:
         if self._closed:
             raise ValueError("this prefetch was closed: call prefetch() of the buffer for a new one")
-        made, batch = None, None
-        if self._coming is not None:
-            (made, future), self._coming = self._coming, None
-            batch = future.result()
+        coming, self._coming = self._coming, None
+        made, batch = (None, None) if coming is None else (coming[0], coming[1].result())
         number = self._next_number()
         if batch is None or made != number:
             batch = self._draw(number)

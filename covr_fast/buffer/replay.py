@@ -7,27 +7,26 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..border import CPU
-from .arguments import ObservationRows, Rows, Transitions, flags, ids, integers, priorities, shaped
+from . import arguments
+from .arguments import ObservationRows, Rows, flags, ids, integers, priorities
 from .batch import Batch, Observation
 from .file import Reader, write
-from .gpu import DeviceGather, check_device
-from .host import HostGather
-from .observation import ShapeAndType
-from .options import Options, constructor_arguments
+from .gpu import DeviceGather, Placement, check_device
+from .options import Options, ShapeAndType, action_spec, constructor_arguments, extra_specs, key_specs
 from .output import Augment, BatchWriter, Gather, OutputSpec
 from .prefetch import Prefetch
-from .samplers import DrawSequence, Sampler, as_seed
-from .storage import Storage, size_text, stored_rows
+from .samplers import DrawSequence, Prioritized, Sampler, as_sampler, as_seed
+from .storage import Storage, size_text
+from .transitions import StoredTransitions, stored_rows
 
 _ROWS_BEFORE_WARNING, _JUMPS_TO_WARN = 100, 0.1  # rows, and the share of them that are jumps
 
 
-class ReplayBuffer:
+class ReplayBuffer(StoredTransitions):
     """A ring of single frames per environment, from which stacks and next observations are rebuilt.
 
     An observation [C * stack, H, W] is added stacked, as environments give it, and only its new frame is
@@ -90,40 +89,31 @@ class ReplayBuffer:
         action_dtype: torch.dtype = torch.float32,
         channels_last: bool | Mapping[str, bool] = False,
         on_jump: Literal["error", "cut"] = "error",
-        storage: Literal["device", "pinned"] = "device",
+        storage: Placement = "device",
     ) -> None:
-        options = Options.checked(
-            capacity=capacity,
-            num_envs=num_envs,
-            n_step=n_step,
-            gamma=gamma,
-            sampler=sampler,
-            obs_shape=obs_shape,
-            obs_dtype=obs_dtype,
-            frame_stack=frame_stack,
-            channels_last=channels_last,
-            action_shape=action_shape,
-            action_dtype=action_dtype,
-            extras=extras,
-            on_jump=on_jump,
+        options = Options(
+            capacity,
+            num_envs,
+            n_step,
+            gamma,
+            as_sampler(sampler),
+            on_jump,
+            key_specs(obs_shape, obs_dtype, frame_stack, channels_last),
+            single=not isinstance(obs_shape, Mapping),
+            action=action_spec(action_shape, action_dtype),
+            extras=extra_specs(extras),
         )
         seed = as_seed(seed)
         self.device = torch.device(device)
         check_device(self.device, storage)
         self.capacity = options.capacity
-        self.num_envs = options.num_envs
         self.n_step = options.n_step
         self.gamma = options.gamma
         self.sampler = options.sampler
-        self._options = options
-        self._placement: Literal["device", "pinned"] = storage
-        pinned = storage == "pinned"
-        self._storage = Storage(options, self.device, pinned)
-        self._core = self._storage.core
-        self._gather: Gather = (
-            HostGather() if self.device.type == "cpu" else DeviceGather(self.device, self._core, pinned)
-        )
-        self._transitions = Transitions(options)
+        self._placement: Placement = storage
+        pinned, on_cpu = storage == "pinned", self.device.type == "cpu"
+        super().__init__(options, Storage(options, self.device, pinned))
+        self._gather = Gather() if on_cpu else DeviceGather(self.device, self._core, pinned)
         self._batches = BatchWriter(options, self._gather)
         self._draws = DrawSequence(self._core, self.sampler, self._storage.rows, self.num_envs, seed)
         self._warned_of_jumps = False
@@ -200,7 +190,16 @@ class ReplayBuffer:
 
             After an error, nothing was added.
         """
-        rows = self._transitions.added(obs, action, reward, next_obs, terminated, truncated, env_ids, extras)
+        rows = (
+            arguments.observation(obs, self._options, "obs"),
+            arguments.observation(next_obs, self._options, "next_obs"),
+            arguments.rewards(reward),
+            flags(terminated, "terminated"),
+            flags(truncated, "truncated"),
+            arguments.columns(action, extras, self._options),
+            None if env_ids is None else integers(env_ids, "env_ids"),
+            self.num_envs,
+        )
         with self._gather.adding():
             added = self._core.add(*rows)
         if (jumps := self._core.jumps) and not self._warned_of_jumps:
@@ -322,7 +321,7 @@ class ReplayBuffer:
     def update_priorities(self, index: Rows, priority: Rows) -> None:
         """Sets the priorities [n], e.g. absolute TD errors, of these transitions; overwritten ones are
         skipped."""
-        if not self._draws.prioritized:
+        if not isinstance(self.sampler, Prioritized):
             raise ValueError('update_priorities() needs sampler="prioritized"')
         self._core.set_priorities(*priorities(index, priority))
 
@@ -345,41 +344,6 @@ class ReplayBuffer:
             with self._gather.reading():
                 found = [self._gather.frames(*where) for where in self._storage.newest_frames(rows)]
         return self._batches.join(found)
-
-    def actions(self, index: Rows) -> Tensor:
-        """The actions [n, *action_shape] of these transitions."""
-        return self._storage.columns(["action"], ids(index))[0]
-
-    def extras(self, index: Rows) -> dict[str, Tensor]:
-        """The extras, each [n, *shape], of these transitions."""
-        names = [extra.name for extra in self._options.columns[1:]]
-        return dict(zip(names, self._storage.columns(names, ids(index)), strict=True))
-
-    def set_extras(self, index: Rows, **values: Rows) -> None:
-        """Overwrites extras of these transitions, e.g. with a prior that arrives after its step."""
-        at = ids(index)
-        self._storage.set_columns(at, self._transitions.extras(len(at), values))
-
-    def set_terminated(self, index: Rows, terminated: Rows) -> None:
-        """Corrects which of these transitions [n] ended their episode: True terminates those that did not
-        end, False takes back any end. What follows in the stream stays as it was added."""
-        at = ids(index)
-        self._storage.set_terminated(at, shaped(flags(terminated, "terminated"), (len(at),), "terminated"))
-
-    def set_truncated(self, index: Rows, truncated: Rows) -> None:
-        """Corrects which of these transitions [n] were truncated: True truncates them, also those that
-        terminated; False turns a truncation into a termination. Otherwise as `set_terminated`."""
-        at = ids(index)
-        self._storage.set_truncated(at, shaped(flags(truncated, "truncated"), (len(at),), "truncated"))
-
-    def contains(self, index: Rows) -> Tensor:
-        """bool [n]: which of these transitions are stored now."""
-        return torch.from_numpy(self._core.rows(ids(index).numpy())) >= 0
-
-    def windows(self, index: Rows, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """(reward float32 [B, n], alive bool [B, n]): the n steps from each transition on, and which of them
-        belong to its episode and were added already. Rewards of the others are zero."""
-        return self._storage.windows(ids(index).numpy(), n)
 
     # ---- saving ----
 
@@ -404,7 +368,8 @@ class ReplayBuffer:
             raise ValueError(f"the state is of a buffer that was built with other values of {differing}")
         # Frames that are being sent arrive before those of the state, and those of the next add after them.
         with self._gather.reading():
-            for name, own in self._storage.parts_for(_shapes(tensors)).items():
+            parts = self._storage.parts_for({name: tensor.shape for name, tensor in tensors.items()})
+            for name, own in parts.items():
                 own.copy_(tensors[name])
         self._restore(tensors)
 
@@ -415,11 +380,7 @@ class ReplayBuffer:
 
     @classmethod
     def from_state_dict(
-        cls,
-        state: dict[str, Any],
-        *,
-        device: str | torch.device = "cpu",
-        storage: Literal["device", "pinned"] = "device",
+        cls, state: dict[str, Any], *, device: str | torch.device = "cpu", storage: Placement = "device"
     ) -> "ReplayBuffer":
         """A new buffer that continues as the one whose `state_dict` is given."""
         buffer = cls(**constructor_arguments(state["config"]), device=device, storage=storage)
@@ -438,7 +399,7 @@ class ReplayBuffer:
         path: str | os.PathLike[str],
         *,
         device: str | torch.device = "cpu",
-        storage: Literal["device", "pinned"] = "device",
+        storage: Placement = "device",
     ) -> "ReplayBuffer":
         """Opens what `save` wrote; sampling continues as it would have. If the environments start afresh,
         call `cut()` before adding.
@@ -449,12 +410,7 @@ class ReplayBuffer:
         with open(path, "rb") as file:
             reader = Reader(file, os.fspath(path))
             buffer = cls(**constructor_arguments(reader.config), device=device, storage=storage)
-            shapes = reader.shapes()
-            tensors = buffer._storage.parts_for({name: shape for name, (_, shape) in shapes.items()})
-            for name, (dtype, shape) in shapes.items():
-                if name not in tensors:
-                    tensors[name] = torch.empty(shape, dtype=dtype, device=CPU)
-            reader.read_into(tensors)
+            tensors = reader.read(into=buffer._storage.parts_for(reader.shapes))
         buffer._restore(tensors)
         return buffer
 
@@ -474,56 +430,3 @@ class ReplayBuffer:
         made = self.from_state_dict({**state, "tensors": tensors}, device=device, storage=storage)
         self.__dict__.update(made.__dict__)
         self._draws.process = state["drawn_in"]
-
-    # ---- streams ----
-
-    def stream_bounds(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(first, ended, count), each int64 [num_envs]: transitions first .. count - 1 of a stream are
-        stored, and those before `ended` belong to episodes that have ended. Transition t of environment e has
-        the id t * num_envs + e."""
-        return self._storage.stream_bounds()
-
-    def stream_rows(self, env: int, start: int, stop: int) -> dict[str, np.ndarray]:
-        """Transitions start .. stop - 1 of an environment, which must be stored: reward float32, end bool
-        (the episode ended, or was cut, with this step), terminated bool and time int32 (steps since the
-        episode began)."""
-        return self._storage.stream_rows(env, start, stop)
-
-    def start_at(self, t: Rows) -> None:
-        """The first transition that is added of environment e will be number t[e], int64 [num_envs], of its
-        stream instead of number 0. The buffer must be empty."""
-        first = shaped(integers(t, "t"), (self.num_envs,), "t")
-        if self.stream_bounds()[2].any() or (first < 0).any():
-            raise ValueError("start_at() needs an empty buffer, and numbers of at least 0")
-        self._storage.start_at(first)
-
-    def ids_at(self, env_ids: Rows, positions: Rows) -> np.ndarray:
-        """int64 [n], the ids of the transitions at these positions of their environments' rings; -1 where
-        none is stored. Transition t of environment e is at position t % m of a ring with m = capacity //
-        num_envs places, one more for e < capacity % num_envs.
-
-        Raises:
-            IndexError: an environment or a position that does not exist.
-        """
-        envs, places = integers(env_ids, "env_ids"), integers(positions, "positions")
-        shaped(places, envs.shape, "positions")
-        for what, values, n in (
-            ("env_ids", envs, self.num_envs),
-            ("positions", places, self._storage.rows_per_stream),
-        ):
-            if ((values < 0) | (values >= n)).any():
-                raise IndexError(f"{what} must lie in [0, {n})")
-        return self._storage.ids_at(envs, places)
-
-    def ring(self, name: str) -> np.ndarray:
-        """One value per place of the rings, [num_envs, m, ...], placed as in `ids_at`.
-
-        "reward", "action" and the names of extras give the buffer's own memory: what is written into it is
-        stored, unchecked. "terminated" and "truncated" give a bool copy; `set_terminated` and `set_truncated`
-        change these. Places where nothing is stored have any value.
-        """
-        return self._storage.ring(name)
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -60,26 +60,21 @@ class Prioritized:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must lie in [0, 1]")
 
 
-Sampler = Literal["uniform", "prioritized", "recent"] | Uniform | Recent | Prioritized
+SamplerSpec = Uniform | Recent | Prioritized
+Sampler = Literal["uniform", "prioritized", "recent"] | SamplerSpec
+
+SAMPLERS: dict[str, type[SamplerSpec]] = {"uniform": Uniform, "prioritized": Prioritized, "recent": Recent}
 
 
-_BY_NAME: dict[str, type[Uniform | Prioritized | Recent]] = {
-    "uniform": Uniform,
-    "prioritized": Prioritized,
-    "recent": Recent,
-}
-
-
-def as_sampler(sampler: Sampler) -> Uniform | Recent | Prioritized:
-    if isinstance(sampler, Uniform | Recent | Prioritized):
+def as_sampler(sampler: Sampler) -> SamplerSpec:
+    if isinstance(sampler, SamplerSpec):
         return sampler
+    names = ", ".join(SAMPLERS)
     if not isinstance(sampler, str):
-        raise TypeError(
-            f"sampler is {sampler!r}: it must be one of {', '.join(_BY_NAME)}, or an object of them"
-        )
-    if sampler not in _BY_NAME:
-        raise ValueError(f"sampler is {sampler!r}: it must be one of {', '.join(_BY_NAME)}")
-    return _BY_NAME[sampler]()
+        raise TypeError(f"sampler is {sampler!r}: it must be one of {names}, or an object of them")
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler is {sampler!r}: it must be one of {names}")
+    return SAMPLERS[sampler]()
 
 
 def as_seed(seed: int | None) -> int:
@@ -101,9 +96,7 @@ class DrawSequence:
         process: where the seed was last valid, as `processes.here` says.
     """
 
-    def __init__(
-        self, core: Any, sampler: Uniform | Recent | Prioritized, rows: int, num_envs: int, seed: int
-    ) -> None:
+    def __init__(self, core: Any, sampler: SamplerSpec, rows: int, num_envs: int, seed: int) -> None:
         self.seed = seed
         self.process = processes.here()
         self._core = core
@@ -139,10 +132,6 @@ class DrawSequence:
         self._core.get(request, self.seed, number, threads)
 
     @property
-    def prioritized(self) -> bool:
-        return self._priorities is not None
-
-    @property
     def nbytes(self) -> int:
         return 0 if self._priorities is None else self._priorities.nbytes
 
@@ -153,7 +142,7 @@ class DrawSequence:
             "beta": torch.tensor([self.beta], dtype=torch.float64, device=CPU),
         }
         if self._priorities is not None:
-            state |= {f"priority.{name}": value for name, value in self._priorities.state_dict().items()}
+            state |= self._priorities.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -161,12 +150,11 @@ class DrawSequence:
         self.seed, self._count = state["sampling"].tolist()
         self.beta = float(state["beta"])
         if self._priorities is not None:
-            names = self._priorities.state_dict()
-            self._priorities.load_state_dict({name: state[f"priority.{name}"] for name in names})
+            self._priorities.load_state_dict(state)
 
 
 class PriorityTree:
-    """The memory of the priorities, one per row of the buffer. csrc/priorities.h works on it."""
+    """The memory of the priorities, one per row of the buffer. csrc/replay/priorities.h works on it."""
 
     def __init__(self, core: Any, rows: int, num_envs: int, alpha: float) -> None:
         self._leaves = torch.zeros(rows, dtype=torch.float32, device=CPU)
@@ -184,12 +172,15 @@ class PriorityTree:
         return self._leaves.nbytes + self._sums.nbytes
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"priorities": self._leaves, "largest": self._largest, "bounds": self._bounds}
+        return {
+            "priority.priorities": self._leaves,
+            "priority.largest": self._largest,
+            "priority.bounds": self._bounds,
+        }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self._largest.copy_(state["largest"])
-        self._bounds.copy_(state["bounds"])
-        n = len(self._leaves)
-        rows = torch.arange(n, dtype=torch.int64, device=CPU)
-        priorities = state["priorities"].to(CPU, torch.float32).contiguous()
+        self._largest.copy_(state["priority.largest"])
+        self._bounds.copy_(state["priority.bounds"])
+        rows = torch.arange(len(self._leaves), dtype=torch.int64, device=CPU)
+        priorities = state["priority.priorities"].to(CPU, torch.float32).contiguous()
         _C.sum_tree_update(self._leaves, self._sums, rows, priorities)

@@ -37,11 +37,9 @@ def assert_continues_alike(a: Driver, buffer: ReplayBuffer) -> None:
 @pytest.mark.parametrize(
     "options", [{}, {"n_step": 3, "sampler": Prioritized(alpha=0.8)}, {"sampler": "recent"}]
 )
-@pytest.mark.parametrize("way", ["save", "pickle", "state_dict"])
+@pytest.mark.parametrize("way", ["save", "pickle", "state_dict", "from_state_dict"])
 def test_a_restored_buffer_continues_identically(tmp_path, steps, options, way):
-    driver = make(**options)
-    for _ in range(steps):
-        driver.add()
+    driver = make(**options, steps=steps)
     if steps and "sampler" in options:
         index = driver.buffer.sample(5).index
         if driver.buffer.beta:
@@ -52,6 +50,8 @@ def test_a_restored_buffer_continues_identically(tmp_path, steps, options, way):
         assert [path.name for path in tmp_path.iterdir()] == ["buffer"]
     elif way == "pickle":
         restored = pickle.loads(pickle.dumps(driver.buffer))
+    elif way == "from_state_dict":
+        restored = ReplayBuffer.from_state_dict(copy.deepcopy(driver.buffer.state_dict()))
     else:
         restored = make(**options, seed=9).buffer
         restored.load_state_dict(driver.buffer.state_dict())
@@ -79,9 +79,7 @@ def test_other_shapes_survive(tmp_path):
 
 
 def test_files_are_small_while_the_ring_is_empty(tmp_path):
-    driver = make(capacity=3000, frame=(3, 16, 16))
-    for _ in range(5):
-        driver.add()
+    driver = make(capacity=3000, frame=(3, 16, 16), steps=5)
     driver.buffer.save(tmp_path / "b")
     assert (tmp_path / "b").stat().st_size < 0.1 * driver.buffer.nbytes
 
@@ -89,9 +87,7 @@ def test_files_are_small_while_the_ring_is_empty(tmp_path):
 class TestDamage:
     @pytest.fixture
     def path(self, tmp_path):
-        driver = make()
-        for _ in range(FEW):
-            driver.add()
+        driver = make(steps=FEW)
         driver.buffer.save(tmp_path / "b")
         return tmp_path / "b"
 

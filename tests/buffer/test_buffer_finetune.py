@@ -36,7 +36,7 @@ def test_only_finished_trajectories_with_their_returns():
     script.add([4, 40], "-t")
     script.add([8, 80], "--")
     assert view.indices.tolist() == [0, 2, 1, 3, 5]
-    assert view.returns.tolist() == [2.0, 2.0, 30.0, 40.0, 40.0]  # no bootstrap behind the truncation
+    assert view.returns.tolist() == [2.0, 2.0, 30.0, 40.0, 40.0]  # no bootstrap after the truncation
     assert view.time_in_episode.tolist() == [0, 1, 0, 1, 2]
     assert view.returns.dtype == torch.float32
 
@@ -114,9 +114,9 @@ def test_random_scripts_against_loops(horizon):
                         break
                 if (ends[t + k - 1][e] != "-" or k == horizon) and t * 3 + e not in cleared:
                     expected[t * 3 + e] = total
-        held = {index for index in expected if buffer.contains([index])}
-        assert set(view.indices.tolist()) == held
-        assert len(view) == len(held)
+        stored = {index for index in expected if buffer.contains([index])}
+        assert set(view.indices.tolist()) == stored
+        assert len(view) == len(stored)
         lost = {t * 3 + e for t in range(i + 1) for e in range(3)} - cleared
         lost = {index for index in lost if not buffer.contains([index])}
         assert view.overwritten == len(lost)

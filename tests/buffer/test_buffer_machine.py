@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from buffer_oracle import StackedEnv
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from test_buffer import Driver
+from test_buffer import Driver, make
 
 from covr_fast import ReplayBuffer
 from covr_fast.buffer import FineTuneView, Uniform
@@ -28,42 +27,20 @@ class BufferMachine(RuleBasedStateMachine):
         n_step=st.integers(1, 4),
         padding=st.sampled_from(["repeat", "zero", "full"]),
         max_length=st.sampled_from([1, 2, 5, 30, 10**6]),
-        hwc=st.booleans(),
+        channels_last=st.booleans(),
         sampler=st.sampled_from(["uniform", "prioritized", "recent"]),
         seed=st.integers(0, 2**63 - 1),
     )
-    def build(
-        self,
-        num_envs,
-        extra_capacity,
-        stack,
-        frame,
-        n_step,
-        padding,
-        max_length,
-        hwc,
-        sampler,
-        seed,
-    ):
-        if hwc:
-            frame = (*frame[1:], frame[0])
-        rng = np.random.default_rng(seed)
-        envs = [StackedEnv(rng, frame, stack, padding, max_length, hwc) for _ in range(num_envs)]
-        axis = 2 if hwc else 0
-        buffer = ReplayBuffer(
-            num_envs * n_step + extra_capacity,
+    def build(self, num_envs, extra_capacity, frame, n_step, channels_last, **options):
+        self.driver = make(
+            capacity=num_envs * n_step + extra_capacity,
             num_envs=num_envs,
-            obs_shape=tuple(n * stack if i == axis else n for i, n in enumerate(frame)),
-            action_shape=(2,),
-            frame_stack=stack,
+            frame=(*frame[1:], frame[0]) if channels_last else frame,
             n_step=n_step,
-            sampler=sampler,
-            seed=seed,
-            extras={"prior": (3,)},
-            channels_last=hwc,
+            channels_last=channels_last,
+            **options,
         )
-        self.driver = Driver(buffer, envs, seed % 1000)
-        self.view = FineTuneView(buffer, 0.9)
+        self.view = FineTuneView(self.driver.buffer, 0.9)
         self.added: list[int] = []
 
     @rule(times=st.integers(1, 30))
@@ -128,9 +105,9 @@ class BufferMachine(RuleBasedStateMachine):
             return
         buffer, oracle = self.driver.buffer, self.driver.oracle
         added = torch.tensor(self.added, dtype=torch.int64)
-        held = added[buffer.contains(added)].tolist()
-        assert len(buffer) == len(held)
-        ready = [index for index in held if oracle.window(index) is not None]
+        stored = added[buffer.contains(added)].tolist()
+        assert len(buffer) == len(stored)
+        ready = [index for index in stored if oracle.window(index) is not None]
         if not ready:
             with pytest.raises(IndexError, match="nothing to sample"):
                 buffer.sample(1)
@@ -138,12 +115,9 @@ class BufferMachine(RuleBasedStateMachine):
         self.driver.check(16)
         if isinstance(buffer.sampler, Uniform):
             assert set(buffer.sample(len(ready) * 12 + 40, dtype=torch.uint8).index.tolist()) <= set(ready)
-        first_held = {}
-        for index in sorted(held):
-            first_held.setdefault(index % buffer.num_envs, index // buffer.num_envs)
-        for env, first in first_held.items():  # what is held is the latest part of every stream
-            of_env = [index for index in held if index % buffer.num_envs == env]
-            assert len(of_env) == len(oracle.streams[env]) - first
+        for env in {index % buffer.num_envs for index in stored}:  # the latest part of every stream
+            of_env = [index // buffer.num_envs for index in stored if index % buffer.num_envs == env]
+            assert len(of_env) == len(oracle.streams[env]) - min(of_env)
 
     @invariant()
     def view_is_right(self):

@@ -19,6 +19,7 @@ def filled(steps=40, **options) -> ReplayBuffer:
 
 
 def stack(step: int) -> np.ndarray:
+    """Of two environments; every pixel of a frame is its step's number."""
     frames = [np.full((2, 3, 12, 12), max(step - age, 0) % 256, np.uint8) for age in (2, 1, 0)]
     return np.concatenate(frames, axis=1)
 
@@ -84,11 +85,11 @@ def test_memory_of_two_batches_is_used_over_and_over():
         for _ in range(20):
             batch = next(batches)
             addresses.add(batch.obs.data_ptr())
-        held = next(batches)
-        before = held.obs.clone()
+        kept = next(batches)
+        before = kept.obs.clone()
         for _ in range(5):
             next(batches)
-        assert torch.equal(held.obs, before)
+        assert torch.equal(kept.obs, before)
     assert len(addresses) <= 6  # obs and next_obs of the batch in use, the one made and the one to come
 
 

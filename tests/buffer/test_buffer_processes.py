@@ -4,20 +4,16 @@ import multiprocessing
 import os
 import pickle
 
-import numpy as np
 import pytest
 import torch
+from test_buffer_samplers import fill
 from torch.utils.data import DataLoader, IterableDataset
 
 from covr_fast import ReplayBuffer
 
 
 def make(seed: int = 0) -> ReplayBuffer:
-    buffer = ReplayBuffer(200, num_envs=1, obs_shape=(1,), action_shape=(), seed=seed)
-    no = np.zeros(1, bool)
-    for t in range(200):
-        buffer.add(np.full((1, 1), t), np.zeros(1), np.zeros(1), np.full((1, 1), t + 1), no, no)
-    return buffer
+    return fill(200, num_envs=1, capacity=200, seed=seed)
 
 
 class Batches(IterableDataset):

@@ -7,11 +7,11 @@ import torch
 from covr_fast.buffer import Prioritized, Recent, ReplayBuffer
 
 
-def fill(steps, num_envs=2, capacity=100, ends=(), **options) -> ReplayBuffer:
-    """A buffer of scalar observations that count; every stream terminates at the steps in `ends`."""
-    buffer = ReplayBuffer(capacity, num_envs=num_envs, obs_shape=(1,), action_shape=(), seed=0, **options)
+def fill(steps, num_envs=2, capacity=100, seed=0, **options) -> ReplayBuffer:
+    """A buffer of scalar observations that count."""
+    buffer = ReplayBuffer(capacity, num_envs=num_envs, obs_shape=(1,), action_shape=(), seed=seed, **options)
     for t in range(steps):
-        add(buffer, t, t in ends)
+        add(buffer, t)
     return buffer
 
 
@@ -42,9 +42,7 @@ def test_recent_follows_its_law():
 
 
 def test_recent_takes_every_stream_in_proportion():
-    buffer = ReplayBuffer(
-        200, num_envs=2, obs_shape=(1,), action_shape=(), seed=0, sampler=Recent(eta=0.995, floor=10)
-    )
+    buffer = fill(0, capacity=200, sampler=Recent(eta=0.995, floor=10))
     for t in range(80):
         add(buffer, t, env_ids=[0])
     for t in range(20):
@@ -82,10 +80,8 @@ def test_new_transitions_get_the_largest_priority():
 @pytest.mark.parametrize("n_step", [1, 4])
 def test_prioritized_draws_exactly_what_can_be_sampled(n_step):
     rng = np.random.default_rng(0)
-    buffer = ReplayBuffer(
-        31, num_envs=3, obs_shape=(1,), action_shape=(), n_step=n_step, sampler="prioritized", seed=0
-    )
-    uniform = ReplayBuffer(31, num_envs=3, obs_shape=(1,), action_shape=(), n_step=n_step, seed=0)
+    options = {"num_envs": 3, "capacity": 31, "n_step": n_step}
+    buffer, uniform = fill(0, sampler="prioritized", **options), fill(0, **options)
     for t in range(150):
         env_ids = rng.permutation(3)[: rng.integers(1, 4)]
         end = rng.random() < 0.1

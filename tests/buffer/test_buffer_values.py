@@ -5,6 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from test_buffer import window
 
 from covr_fast import ReplayBuffer
 
@@ -18,18 +19,13 @@ def make(**options) -> ReplayBuffer:
 
 
 def rows(buffer: ReplayBuffer, **changes) -> dict:
+    """Arguments of add() for two environments: zeros, but for the `changes`."""
     key = buffer._options.keys[0]
     obs = np.zeros((2, *key.shape), key.numpy_dtype)
-    given = {
-        "obs": obs,
-        "action": np.zeros((2, *buffer._options.columns[0].shape), np.int64),
-        "reward": np.zeros(2),
-        "next_obs": obs,
-        "terminated": np.zeros(2, bool),
-        "truncated": np.zeros(2, bool),
-        "prior": np.zeros((2, 2), np.int64),
-    }
-    return given | changes
+    no = np.zeros(2, bool)
+    given = {"obs": obs, "reward": np.zeros(2), "next_obs": obs, "terminated": no, "truncated": no}
+    columns = {column.name: np.zeros((2, *column.shape), np.int64) for column in buffer._options.columns}
+    return given | columns | changes
 
 
 def refused(buffer: ReplayBuffer, match: str, **changes) -> None:
@@ -49,9 +45,8 @@ FLOATS = [torch.float16, torch.float32, torch.float64]
 def test_integers_fit_their_column_or_are_refused(dtype, name):
     limits = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
     buffer = make(obs_dtype=dtype, action_dtype=dtype, extras={"prior": ((2,), dtype)})
-    width = 3 if name in ("obs", "next_obs") else 2
     for limit, beyond in zip(limits, (-1, 1), strict=True):
-        kept = np.zeros((2, width), np.int64)
+        kept = np.zeros(rows(buffer)[name].shape, np.int64)
         kept[1, 0] = limit
         index = buffer.add(**rows(buffer, **{name: kept}))
         batch = buffer.get(index)
@@ -72,9 +67,8 @@ def test_integers_are_exact_in_a_float_column_or_refused(dtype, name):
     buffer = make(obs_dtype=dtype, action_dtype=dtype, extras={"prior": ((2,), dtype)})
     column = torch.float32 if name == "reward" else dtype
     first_lost = 2 ** {torch.float16: 11, torch.float32: 24, torch.float64: 53}[column] + 1
-    shape = {"obs": (2, 3), "reward": (2,)}.get(name, (2, 2))
-    given = np.zeros(shape, np.int64)
-    given[(1, *[0] * (len(shape) - 1))] = first_lost
+    given = np.zeros(rows(buffer)[name].shape, np.int64)
+    given[(1, *[0] * (given.ndim - 1))] = first_lost
     refused(buffer, rf"{name}\[1.*\] is {first_lost}, which float\d+ cannot hold", **{name: given})
     for exact in (first_lost - 1, first_lost + 1, -first_lost + 1):
         given[given != 0] = exact
@@ -115,21 +109,21 @@ def test_floats_are_rounded_but_do_not_overflow():
 @pytest.mark.parametrize("name", ["obs", "next_obs", "action", "reward", "prior"])
 def test_nan_is_refused_and_infinity_is_for_extras_only(name, value, dtype):
     buffer = make()
-    given = np.zeros({"reward": 2}.get(name, (2, 3 if "obs" in name else 2)), dtype)
+    given = rows(buffer)[name].astype(dtype)
     given[1] = value
     if name == "prior" and np.isinf(value):
         index = buffer.add(**rows(buffer, prior=given))
         assert buffer.extras(index)["prior"][1].tolist() == [value, value]
     else:
-        refused(buffer, rf"{name} is NaN.* in rows \[1\]", **{name: given})
+        what = "NaN" if name == "prior" else "NaN or infinite"
+        refused(buffer, rf"{name} is {what} in rows \[1\]", **{name: given})
 
 
 @pytest.mark.parametrize("name", ["obs", "action", "reward", "prior"])
 @pytest.mark.parametrize("kind", ["complex64", "object", "str", "datetime64[s]"])
 def test_what_is_no_number_is_refused(name, kind):
     buffer = make()
-    shape = {"obs": (2, 3), "reward": (2,)}.get(name, (2, 2))
-    refused(buffer, f"{name} has dtype", **{name: np.zeros(shape, int).astype(kind)})
+    refused(buffer, f"{name} has dtype", **{name: rows(buffer)[name].astype(int).astype(kind)})
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 2), (2, 6), (2, 2, 3, 1), (2, 1, 2, 3)])
@@ -168,10 +162,12 @@ def test_what_is_set_later_obeys_the_same_rules():
     with pytest.raises(ValueError, match=r"priority has shape \(1, 2\): it must be \(2,\)"):
         buffer.update_priorities(index, np.ones((1, 2)))
     buffer.update_priorities(index, np.ones((2, 1)))
-    with pytest.raises(ValueError, match="terminated has dtype float64: it must be bool"):
-        buffer.set_terminated(index, [0.5, np.nan])
-    with pytest.raises(ValueError, match=r"terminated has shape \(1,\): it must be \(2,\)"):
-        buffer.set_terminated(index, [True])
+    for name, correct in ("terminated", buffer.set_terminated), ("truncated", buffer.set_truncated):
+        for wrong in ([0.5, np.nan], [2, 3]):
+            with pytest.raises(ValueError, match=rf"{name} has dtype \w+64: it must be bool"):
+                correct(index, wrong)
+        with pytest.raises(ValueError, match=rf"{name} has shape \(1,\): it must be \(2,\)"):
+            correct(index, [True])
     assert not buffer.get(index).terminated.any()
 
 
@@ -204,9 +200,7 @@ class TestGreyPictures:
         return make(**({"obs_shape": (12, 10), "extras": None} | options))
 
     def add(self, buffer, obs, next_obs):
-        given = rows(buffer, obs=obs, next_obs=next_obs)
-        del given["prior"]
-        return buffer.add(**given)
+        return buffer.add(**rows(buffer, obs=obs, next_obs=next_obs))
 
     def frames(self, n, dtype=np.uint8):
         return np.random.default_rng(0).integers(0, 256, (n, 2, 12, 10), np.uint8).astype(dtype)
@@ -225,13 +219,12 @@ class TestGreyPictures:
         buffer, frames = self.buffer(), self.frames(2)
         index = self.add(buffer, frames[0], frames[1])
         shifted = buffer.get(index, augment="shift", pad=2, dtype=torch.uint8)
-        for row, (y, x) in enumerate(shifted.obs_offset.tolist()):
-            padded = np.pad(frames[0, row], 2, "edge")
-            assert np.array_equal(shifted.obs[row].numpy(), padded[y : y + 12, x : x + 10])
+        for got, offset, frame in zip(shifted.obs, shifted.obs_offset, frames[0], strict=True):
+            assert np.array_equal(got.numpy()[None], window(frame[None], offset, "shift", 2))
         cropped = buffer.get(index, augment="crop", pad=2, dtype=torch.uint8)
         assert cropped.obs.shape == (2, 8, 6)
-        for row, (y, x) in enumerate(cropped.next_obs_offset.tolist()):
-            assert np.array_equal(cropped.next_obs[row].numpy(), frames[1, row, y : y + 8, x : x + 6])
+        for got, offset, frame in zip(cropped.next_obs, cropped.next_obs_offset, frames[1], strict=True):
+            assert np.array_equal(got.numpy()[None], window(frame[None], offset, "crop", 2))
 
     def test_survive_a_file(self, tmp_path):
         buffer, frames = self.buffer(), self.frames(2)
@@ -262,13 +255,38 @@ class TestGreyPictures:
         assert make(obs_shape=(4, 7), frame_stack=4)._options.keys[0].dtype == torch.float32
 
 
-def test_corrected_ends_are_one_flag_per_row():
-    buffer = make()
+@pytest.mark.parametrize("name", ["obs", "action", "reward", "next_obs"])
+def test_bfloat16_as_autocast_gives_it(name):
+    buffer = make(sampler="prioritized")
+    given = torch.full(rows(buffer)[name].shape, 1.5, dtype=torch.bfloat16)
+    index = buffer.add(**rows(buffer, **{name: given}))
+    assert (getattr(buffer.get(index), name) == 1.5).all()
+    buffer.update_priorities(index, torch.ones(2, dtype=torch.bfloat16))
+
+
+def test_fractions_are_not_rounded_to_integers():
+    half = np.full((2, 3), 0.5, np.float32)
+    whole = make(action_dtype=torch.int64)
+    refused(whole, "action has dtype float32: it must be int64", action=half[:, :2])
+    refused(make(obs_dtype=torch.int64), "obs has dtype float32: it must be int64", obs=half, next_obs=half)
+    buffer = make(extras={"tokens": ((), torch.int32)})
+    index = buffer.add(**rows(buffer, tokens=[1, 2]))
+    with pytest.raises(
+        ValueError, match=r"tokens has dtype float64: it must be int32; cast it, or .* extras\['tokens'\]"
+    ):
+        buffer.set_extras(index, tokens=[0.5, 0.5])
+
+
+def test_a_mask_is_no_list_of_ids():
+    buffer, mask = make(), np.array([True, False])
+    refused(buffer, r"env_ids has dtype bool.*np\.flatnonzero", env_ids=mask)
+    with pytest.raises(ValueError, match="env_ids has dtype bool"):
+        buffer.cut(mask)
     index = buffer.add(**rows(buffer))
-    for correct in (buffer.set_truncated, buffer.set_terminated):
-        for wrong in ([True], [2, 3]):
-            with pytest.raises(ValueError, match=r"truncated|terminated"):
-                correct(index, wrong)
+    with pytest.raises(ValueError, match="index has dtype bool"):
+        buffer.get(torch.from_numpy(mask))
+    assert len(buffer.get(index[mask]).index) == 1
+    assert len(buffer.get([]).index) == 0
 
 
 def test_a_long_double_is_a_float():
