@@ -26,7 +26,6 @@ class Transitions:
     """Checks the rows of `ReplayBuffer.add` and `set_extras`, for the shapes and dtypes of one buffer."""
 
     def __init__(self, options: Options) -> None:
-        self._num_envs = options.num_envs
         self._keys = options.keys
         self._single = options.single
         self._action, *extras = options.columns
@@ -57,7 +56,6 @@ class Transitions:
                 *(_extra(extras[name], column) for name, column in self._extras.items()),
             ],
             None if env_ids is None else integers(env_ids, "env_ids"),
-            self._num_envs,
         )
 
     def extras(self, n: int, values: Mapping[str, Rows]) -> dict[str, np.ndarray]:

@@ -33,10 +33,15 @@ class HostGather:
         return spec.allocate(n, self._pool)
 
     def fill(
-        self, request: Any, draw: Draw, spec: OutputSpec, obs: list[Tensor], next_obs: list[Tensor]
+        self,
+        request: _C.ObservationsOut,
+        draw: Draw,
+        spec: OutputSpec,
+        obs: list[Tensor],
+        next_obs: list[Tensor],
     ) -> None:
-        to_next = spec.addresses(next_obs) if next_obs else [0] * len(obs)
-        for key in zip(spec.targets, spec.addresses(obs), to_next, strict=True):
+        to_next = spec.contiguous(next_obs) if next_obs else [None] * len(obs)
+        for key in zip(spec.targets, spec.contiguous(obs), to_next, strict=True):
             request.add_key(*key)
         draw(request, torch.get_num_threads())
 

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..border import CPU
 from .arguments import ObservationRows, Rows, Transitions, flags, ids, integers, priorities, shaped
 from .batch import Batch, Observation
 from .file import Reader, write
@@ -19,7 +18,7 @@ from .gpu import DeviceGather, check_device
 from .host import HostGather
 from .observation import ShapeAndType
 from .options import Options, constructor_arguments
-from .output import Augment, BatchWriter, Gather, OutputSpec
+from .output import CPU, Augment, BatchWriter, Gather, OutputSpec
 from .prefetch import Prefetch
 from .samplers import DrawSequence, Sampler, as_seed
 from .storage import Storage, size_text, stored_rows
@@ -232,7 +231,7 @@ class ReplayBuffer:
         Their next row begins a new segment. The last one ends as a truncated episode would: n-step returns
         stop there and bootstrap.
         """
-        self._core.cut(None if env_ids is None else integers(env_ids, "env_ids"), self.num_envs)
+        self._core.cut(None if env_ids is None else integers(env_ids, "env_ids"))
 
     # ---- sampling ----
 
@@ -453,7 +452,7 @@ class ReplayBuffer:
             tensors = buffer._storage.parts_for({name: shape for name, (_, shape) in shapes.items()})
             for name, (dtype, shape) in shapes.items():
                 if name not in tensors:
-                    tensors[name] = torch.empty(shape, dtype=dtype, device=CPU)
+                    tensors[name] = torch.empty(shape, dtype=dtype, device="cpu")
             reader.read_into(tensors)
         buffer._restore(tensors)
         return buffer
@@ -469,7 +468,7 @@ class ReplayBuffer:
         return copyreg.__newobj__, (type(self),), state | where  # type: ignore[attr-defined]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        tensors = {name: torch.as_tensor(values, device=CPU) for name, values in state["tensors"].items()}
+        tensors = {name: torch.as_tensor(values, device="cpu") for name, values in state["tensors"].items()}
         device, storage = state["device"], state["storage"]
         made = self.from_state_dict({**state, "tensors": tensors}, device=device, storage=storage)
         self.__dict__.update(made.__dict__)

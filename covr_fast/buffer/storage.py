@@ -1,4 +1,8 @@
-"""The buffer's memory: every tensor it owns, by name, and the C++ object that works on their addresses."""
+"""The buffer's memory: every tensor it owns, by name, and the C++ object that works on them.
+
+What C++ reads or writes is made with a dtype and a device here and in the other files of the buffer: torch's
+defaults are the process's, and other libraries change them while they work.
+"""
 
 import math
 import warnings
@@ -11,11 +15,10 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ..border import CPU, address
 from .observation import KeySpec, Shape
 from .options import Options
 
-_TERMINATED, _TRUNCATED = np.uint8(1), np.uint8(2)  # flags of csrc/replay.h
+_TERMINATED, _TRUNCATED = np.uint8(1), np.uint8(2)  # flags of csrc/replay/replay.h
 _END = _TERMINATED | _TRUNCATED  # not kCut, the flag of a stream that was cut
 
 # The memory of the C++ object: one entry per stream, or one per row of transitions.
@@ -38,8 +41,8 @@ class Storage:
     """Rings of frames (one per environment and key) and rows of transitions, as named tensors.
 
     `capacity` transitions over `num_envs` streams; stream e has `limits[e]` of them in rows
-    e * rows_per_stream + t % limits[e]. See csrc/replay.h for how they refer to frames. Methods with the name
-    of one of ReplayBuffer do what that one documents.
+    e * rows_per_stream + t % limits[e]. See csrc/replay/replay.h for how they refer to frames. Methods with the
+    name of one of ReplayBuffer do what that one documents.
     """
 
     def __init__(self, options: Options, device: torch.device, pinned: bool) -> None:
@@ -54,58 +57,49 @@ class Storage:
         self.frame_bytes = sum(ring.nbytes for ring in rings)
         sizes = {"streams": num_envs, "rows": self.rows}
         self.tensors: dict[str, Tensor] = {
-            name: torch.zeros(sizes[size], dtype=dtype, device=CPU) for name, (size, dtype) in _CORE.items()
+            name: torch.zeros(sizes[size], dtype=dtype, device="cpu") for name, (size, dtype) in _CORE.items()
         }
         for column in options.columns:
             self.tensors[f"column.{column.name}"] = torch.zeros(
-                (self.rows, *column.shape), dtype=column.dtype, device=CPU
+                (self.rows, *column.shape), dtype=column.dtype, device="cpu"
             )
         self._recent: dict[str, Tensor] = {}  # copies of the latest frames, which the CPU compares with
         for key, frames in zip(keys, rings, strict=True):
             self.tensors[f"frames.{key.name}"] = frames
             if frames.is_cuda:
                 shape = (num_envs, key.stack + 1, *key.frame_shape)
-                self._recent[key.name] = torch.empty(shape, dtype=key.dtype, device=CPU, pin_memory=True)
+                self._recent[key.name] = torch.empty(shape, dtype=key.dtype, device="cpu", pin_memory=True)
             for name, (size, dtype) in _OF_KEY.items():
-                self.tensors[f"{name}.{key.name}"] = torch.zeros(sizes[size], dtype=dtype, device=CPU)
+                self.tensors[f"{name}.{key.name}"] = torch.zeros(sizes[size], dtype=dtype, device="cpu")
         for tensor in self.tensors.values():
             if tensor.device.type == "cpu" and not tensor.is_pinned():
                 # Before anything is written: random rows of large buffers are bound by address translation.
-                _C.prefer_huge_pages(address(tensor, tensor.dtype), tensor.nbytes)
+                _C.prefer_huge_pages(tensor)
         self.core = self._connect(options)
 
-    def _connect(self, options: Options) -> Any:
+    def _connect(self, options: Options) -> _C.Replay:
         core = _C.Replay(
             capacity=options.capacity,
             num_envs=options.num_envs,
             n_step=options.n_step,
             gamma=options.gamma,
-            **{name: address(self.tensors[name], dtype) for name, (_, dtype) in _CORE.items()},
+            **{name: self.tensors[name] for name in _CORE},
         )
         for key in self.keys:
             frames = self.tensors[f"frames.{key.name}"]
-            recent = self._recent.get(key.name, frames)
             core.add_key(
                 name=key.name,
-                data=address(frames, key.dtype, frames.device),
-                recent=address(recent, key.dtype),
-                slots=frames.shape[1],
-                recent_slots=recent.shape[1],
+                frames=frames,
+                recent=self._recent.get(key.name, frames),
                 stack=key.stack,
                 channels=key.channels,
                 height=key.height,
                 width=key.width,
-                item_bytes=key.dtype.itemsize,
-                floating=key.dtype.is_floating_point,
                 channels_last=key.channels_last,
-                **{
-                    name: address(self.tensors[f"{name}.{key.name}"], dtype)
-                    for name, (_, dtype) in _OF_KEY.items()
-                },
+                **{name: self.tensors[f"{name}.{key.name}"] for name in _OF_KEY},
             )
         for column in options.columns:
-            memory = address(self.tensors[f"column.{column.name}"], column.dtype)
-            core.add_column(column.name, memory, column.shape, column.dtype.itemsize)
+            core.add_column(column.name, self.tensors[f"column.{column.name}"])
         core.cut_at_jumps = options.on_jump == "cut"
         return core
 
@@ -227,7 +221,7 @@ class Storage:
         }
 
 
-def stored_rows(locked: Any, at: Tensor) -> Tensor:
+def stored_rows(locked: _C.Lock, at: Tensor) -> Tensor:
     """The rows of the transitions with ids `at`, while the core is locked by `reading()` or `writing()`.
 
     Raises:
