@@ -41,8 +41,8 @@ class Storage:
     """Rings of frames (one per environment and key) and rows of transitions, as named tensors.
 
     `capacity` transitions over `num_envs` streams; stream e has `limits[e]` of them in rows
-    e * rows_per_stream + t % limits[e]. See csrc/replay/replay.h for how they refer to frames. Methods with the
-    name of one of ReplayBuffer do what that one documents.
+    e * rows_per_stream + t % limits[e]. See csrc/replay/replay.h for how they refer to frames. Methods with
+    the name of one of ReplayBuffer do what that one documents.
     """
 
     def __init__(self, options: Options, device: torch.device, pinned: bool) -> None:
