@@ -1,14 +1,17 @@
 """The border to C++: a tensor that a kernel would misread is a TypeError that names the argument."""
 
+import ast
 import re
 import timeit
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from covr_fast import _C
-from covr_fast.border import address
+import covr_fast
+from covr_fast import _C, ReplayBuffer
 from covr_fast.ops._backend import launch
 
 MISREAD = {
@@ -127,9 +130,146 @@ def test_a_tensor_is_read_in_a_few_microseconds():
     assert best < 20e-6, f"{best * 1e6:.1f} us for two tensors"
 
 
-@pytest.mark.parametrize("tensor", MISREAD.values(), ids=MISREAD.keys())
-def test_no_address_is_given_of_what_a_kernel_would_misread(tensor):
-    if tensor.is_cpu and tensor.dtype == torch.float32 and tensor.is_contiguous():
-        pytest.skip("an address has no dimensions")
-    with pytest.raises(TypeError, match=r"contiguous torch\.float32 tensor on cpu, but was given torch"):
-        address(tensor, torch.float32)
+# ---- the replay buffer ----
+
+
+def batch_arguments(n: int = 2, **other: Any) -> dict[str, Any]:
+    """The arguments of BatchOut for n rows, some of them replaced. Keep them while the request is used."""
+    bools = torch.zeros(n, dtype=torch.bool)
+    arguments = {
+        "ids": torch.zeros(n, dtype=torch.int64),
+        "n_step": 1,
+        "reward": torch.zeros(n),
+        "discount": torch.zeros(n),
+        "terminated": bools,
+        "truncated": bools.clone(),
+        "weight": torch.zeros(n),
+        "columns": [torch.zeros(n, 2)],
+        "offsets": None,
+        "offset_range": 0,
+        "shift_origin": 0,
+    }
+    return arguments | other
+
+
+def filled_buffer() -> ReplayBuffer:
+    buffer = ReplayBuffer(8, num_envs=1, obs_shape=(1, 4, 4), action_shape=(2,))
+    frame = np.zeros((1, 1, 4, 4), np.uint8)
+    buffer.add(frame, np.ones((1, 2)), np.ones(1), frame, np.zeros(1, bool), np.zeros(1, bool))
+    return buffer
+
+
+WHOLE = _C.GatherTarget(channels_last=False, shifted=False, height=4, width=4)
+
+
+def test_a_request_is_filled():
+    arguments, obs = batch_arguments(), torch.full((2, 1, 4, 4), torch.nan)
+    request = _C.BatchOut(**arguments)
+    request.add_key(WHOLE, obs, None)
+    buffer = filled_buffer()
+    buffer._core.sample(request, 0, 0, 1.0, 1, 1)
+    assert arguments["reward"].tolist() == [1, 1]
+    assert not obs.any()
+
+
+@pytest.mark.parametrize(
+    "place, tensor, message",
+    [
+        ("ids", torch.zeros(2), "ids must be a contiguous int64 tensor"),
+        ("reward", torch.zeros(2, dtype=torch.float64), "reward must be a contiguous float32 tensor"),
+        ("discount", torch.zeros(3), "discount must have shape [2], not [3]"),
+        ("terminated", torch.zeros(2, dtype=torch.uint8), "terminated must be a contiguous bool tensor"),
+        ("weight", torch.zeros(1, device="meta"), "weight must be a contiguous float32 tensor"),
+        (
+            "offsets",
+            torch.zeros(2, 1, 2, dtype=torch.int64),
+            "offsets must have shape [2, 2, 2], not [2, 1, 2]",
+        ),
+        ("columns", [torch.zeros(4, 2)[::2]], "columns must be a contiguous tensor"),
+    ],
+)
+def test_a_batch_is_refused_where_the_buffer_would_write_elsewhere(place, tensor, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        _C.BatchOut(**batch_arguments(**{place: tensor}))
+
+
+@pytest.mark.parametrize(
+    "columns, message",
+    [
+        ([], "a batch must have 1 columns, not 0"),
+        ([torch.zeros(2, 3)], "action must have shape [2, 2], not [2, 3]"),
+        ([torch.zeros(2, 2, dtype=torch.int32)], "action must be float32 on the CPU, not int32 on the CPU"),
+    ],
+)
+def test_columns_are_written_only_as_they_are_stored(columns, message):
+    arguments, buffer = batch_arguments(columns=columns), filled_buffer()
+    with pytest.raises(TypeError, match=re.escape(message)):
+        buffer._core.sample(_C.BatchOut(**arguments), 0, 0, 1.0, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "target, obs",
+    [
+        (WHOLE, torch.zeros(1, 1, 4, 4)),
+        (WHOLE, torch.zeros(2, 1, 3, 3)),
+        (WHOLE, torch.zeros(2, 1, 4, 4, dtype=torch.float64)),
+        (_C.GatherTarget(channels_last=False, shifted=False, height=9, width=9), torch.zeros(2, 1, 9, 9)),
+    ],
+)
+def test_observations_are_written_only_as_their_target_says(target, obs):
+    buffer, ids = filled_buffer(), torch.zeros(2, dtype=torch.int64)
+    request = _C.ObservationsOut(ids)
+    request.add_key(target, obs, None)
+    with pytest.raises(TypeError, match="observations 'obs' has another dtype, device or shape"):
+        buffer._core.observe(request, 1)
+
+
+def test_a_buffer_takes_only_memory_of_its_size():
+    streams, rows = torch.zeros(2, dtype=torch.int64), torch.zeros(8, dtype=torch.int64)
+    memory = {"count": streams, "first": streams, "ended": streams, "reward": torch.zeros(8)}
+    memory |= {"flags": rows.to(torch.uint8), "time": rows.int()}
+    core = _C.Replay(8, 2, 1, 0.9, **memory)
+    for name, tensor in memory.items():
+        with pytest.raises(TypeError, match=rf"{name} must have shape \[[28]\], not \[1\]"):
+            _C.Replay(8, 2, 1, 0.9, **memory | {name: tensor[:1]})
+    with pytest.raises(TypeError, match="values of column action"):
+        core.add_column("action", torch.zeros(7, 2))
+    frames = torch.zeros(2, 5, 3, 4, 4, dtype=torch.uint8)
+    key = {"name": "obs", "frames": frames, "recent": frames, "stack": 1, "channels": 3, "height": 4}
+    key |= {
+        "width": 4,
+        "channels_last": False,
+        "written": streams,
+        "newest": rows,
+        "depth": rows.to(torch.uint8),
+    }
+    core.add_key(**key)
+    for name, tensor in {"frames": frames[:1], "recent": frames.int(), "newest": rows[:4]}.items():
+        with pytest.raises(TypeError, match=f"{name} must"):
+            core.add_key(**key | {name: tensor})
+    with pytest.raises(TypeError, match=re.escape("sums must have shape [1], not [8]")):
+        core.prioritize(
+            torch.zeros(8), rows.double(), torch.ones(1, dtype=torch.float64), rows.view(2, 4), 0.6
+        )
+
+
+# ---- the stub ----
+
+
+def names_in(body: list[ast.stmt]) -> set[str]:
+    """What these statements of a stub define, without special methods."""
+    names = {node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    names |= {node.target.id for node in body if isinstance(node, ast.AnnAssign)}
+    return {name for name in names if not name.startswith("_")}
+
+
+def test_the_stub_lists_what_the_extension_has():
+    body = ast.parse(Path(covr_fast.__file__).with_name("_C.pyi").read_text()).body
+    listed = {(): names_in(body)}
+    listed |= {(node.name,): names_in(node.body) for node in body if isinstance(node, ast.ClassDef)}
+    for path, names in listed.items():
+        owner = getattr(_C, path[0]) if path else _C
+        if not _C.with_cuda:
+            names = {name for name in names if not re.search(r"(?<!with)_cuda$|_workspace$", name)}
+        defined = vars(owner).keys() if path else dir(_C)
+        assert {name for name in defined if not name.startswith("_")} == names, path

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ..border import CPU, address
 from .batch import Batch
 from .options import Shape
 from .output import Draw, Gather, OutputSpec
@@ -29,7 +28,7 @@ class DeviceGather(Gather):
 
     pin_memory = True
 
-    def __init__(self, device: torch.device, core: Any, pinned: bool) -> None:
+    def __init__(self, device: torch.device, core: _C.Replay, pinned: bool) -> None:
         super().__init__()
         self._device = device
         self._core = core
@@ -46,7 +45,7 @@ class DeviceGather(Gather):
             yield
             if not self._pinned:
                 self._upload_stream.wait_event(self._read)
-                self._core.upload(self._upload_stream.cuda_stream)
+                self._core.upload_cuda(self._upload_stream.cuda_stream)
                 self._sent.record(self._upload_stream)
 
     def start_reading(self) -> None:
@@ -66,26 +65,32 @@ class DeviceGather(Gather):
         return torch.empty(shape, dtype=dtype, device=self._device)
 
     def fill(
-        self, request: Any, draw: Draw, spec: OutputSpec, obs: list[Tensor], next_obs: list[Tensor]
+        self,
+        request: _C.ObservationsOut,
+        draw: Draw,
+        spec: OutputSpec,
+        obs: list[Tensor],
+        next_obs: list[Tensor],
     ) -> None:
         with self.lock:
             draw(request, torch.get_num_threads())
             with self.reading():
                 self._gather(request, spec, obs, next_obs)
 
-    def _gather(self, request: Any, spec: OutputSpec, obs: list[Tensor], next_obs: list[Tensor]) -> None:
+    def _gather(
+        self, request: _C.ObservationsOut, spec: OutputSpec, obs: list[Tensor], next_obs: list[Tensor]
+    ) -> None:
         n = len(obs[0])
         current = torch.cuda.current_stream(self._device).cuda_stream
-        device = obs[0].device  # with its number, which that of the buffer may lack
-        outputs = [spec.addresses(out, device) for out in (obs, next_obs) if out]
+        outputs = [spec.contiguous(out) for out in (obs, next_obs) if out]
         for k, target in enumerate(spec.targets):
             plans = torch.empty(
-                len(outputs), n, _C.stack_plan_bytes, dtype=torch.uint8, device=CPU, pin_memory=True
+                len(outputs), n, _C.stack_plan_bytes, dtype=torch.uint8, device="cpu", pin_memory=True
             )
-            self._core.plan(k, request, address(plans, torch.uint8), bool(next_obs))
-            on_device = plans.to(device, non_blocking=True)
+            self._core.plan_cuda(k, request, plans)
+            on_device = plans.to(obs[0].device, non_blocking=True)
             for plan, to in zip(on_device, outputs, strict=True):
-                self._core.gather_cuda(k, address(plan, torch.uint8, device), n, target, to[k], current)
+                self._core.gather_cuda(k, plan, target, to[k], current)
 
     def frames(self, ring: Tensor, streams: Tensor, slots: Tensor) -> Tensor:
         if ring.is_cuda:  # indices in ordinary memory would make the host wait for the stream

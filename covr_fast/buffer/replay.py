@@ -10,14 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..border import CPU
 from . import arguments
 from .arguments import ObservationRows, Rows, flags, ids, integers, priorities
 from .batch import Batch, Observation
 from .file import Reader, write
 from .gpu import DeviceGather, Placement, check_device
 from .options import Options, ShapeAndType, action_spec, constructor_arguments, extra_specs, key_specs
-from .output import Augment, BatchWriter, Gather, OutputSpec
+from .output import CPU, Augment, BatchWriter, Gather, OutputSpec
 from .prefetch import Prefetch
 from .samplers import DrawSequence, Prioritized, Sampler, as_sampler, as_seed
 from .storage import Storage, size_text
@@ -198,7 +197,6 @@ class ReplayBuffer(StoredTransitions):
             flags(truncated, "truncated"),
             arguments.columns(action, extras, self._options),
             None if env_ids is None else integers(env_ids, "env_ids"),
-            self.num_envs,
         )
         with self._gather.adding():
             added = self._core.add(*rows)
@@ -231,7 +229,7 @@ class ReplayBuffer(StoredTransitions):
         Their next row begins a new segment. The last one ends as a truncated episode would: n-step returns
         stop there and bootstrap.
         """
-        self._core.cut(None if env_ids is None else integers(env_ids, "env_ids"), self.num_envs)
+        self._core.cut(None if env_ids is None else integers(env_ids, "env_ids"))
 
     # ---- sampling ----
 
@@ -425,7 +423,7 @@ class ReplayBuffer(StoredTransitions):
         return copyreg.__newobj__, (type(self),), state | where  # type: ignore[attr-defined]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        tensors = {name: torch.as_tensor(values, device=CPU) for name, values in state["tensors"].items()}
+        tensors = {name: torch.as_tensor(values, device="cpu") for name, values in state["tensors"].items()}
         device, storage = state["device"], state["storage"]
         made = self.from_state_dict({**state, "tensors": tensors}, device=device, storage=storage)
         self.__dict__.update(made.__dict__)

@@ -3,14 +3,13 @@
 import secrets
 import threading
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .. import _C
-from ..border import CPU, address
 from ..scalars import as_float, as_int
 from . import processes
 
@@ -96,7 +95,7 @@ class DrawSequence:
         process: where the seed was last valid, as `processes.here` says.
     """
 
-    def __init__(self, core: Any, sampler: SamplerSpec, rows: int, num_envs: int, seed: int) -> None:
+    def __init__(self, core: _C.Replay, sampler: SamplerSpec, rows: int, num_envs: int, seed: int) -> None:
         self.seed = seed
         self.process = processes.here()
         self._core = core
@@ -120,14 +119,14 @@ class DrawSequence:
             self._count += 1
             return self._count - 1
 
-    def draw(self, number: int, request: Any, threads: int) -> None:
+    def draw(self, number: int, request: _C.BatchOut, threads: int) -> None:
         """Draws the ids of batch `number` into the request, and fills it."""
         if self._priorities is None:
             self._core.sample(request, self.seed, number, self._recency, self._floor, threads)
         else:
             self._core.sample_prioritized(request, self.seed, number, self.beta, threads)
 
-    def get(self, number: int, request: Any, threads: int) -> None:
+    def get(self, number: int, request: _C.BatchOut, threads: int) -> None:
         """Fills a request whose ids are given, with the augmentation of batch `number`."""
         self._core.get(request, self.seed, number, threads)
 
@@ -138,8 +137,8 @@ class DrawSequence:
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors share memory with this object."""
         state = {
-            "sampling": torch.tensor([self.seed, self._count], dtype=torch.int64, device=CPU),
-            "beta": torch.tensor([self.beta], dtype=torch.float64, device=CPU),
+            "sampling": torch.tensor([self.seed, self._count], dtype=torch.int64, device="cpu"),
+            "beta": torch.tensor([self.beta], dtype=torch.float64, device="cpu"),
         }
         if self._priorities is not None:
             state |= self._priorities.state_dict()
@@ -156,16 +155,14 @@ class DrawSequence:
 class PriorityTree:
     """The memory of the priorities, one per row of the buffer. csrc/replay/priorities.h works on it."""
 
-    def __init__(self, core: Any, rows: int, num_envs: int, alpha: float) -> None:
-        self._leaves = torch.zeros(rows, dtype=torch.float32, device=CPU)
-        self._sums = torch.zeros(_C.sum_tree_inner_nodes(rows), dtype=torch.float64, device=CPU)
-        self._largest = torch.ones(1, dtype=torch.float64, device=CPU)
-        self._bounds = torch.zeros(2, num_envs, dtype=torch.int64, device=CPU)
-        self._tree = address(self._leaves, torch.float32), address(self._sums, torch.float64)
-        for where, tensor in zip(self._tree, (self._leaves, self._sums), strict=True):
-            _C.prefer_huge_pages(where, tensor.nbytes)
-        followed = address(self._largest, torch.float64), address(self._bounds, torch.int64)
-        core.prioritize(*self._tree, *followed, rows, alpha)
+    def __init__(self, core: _C.Replay, rows: int, num_envs: int, alpha: float) -> None:
+        self._leaves = torch.zeros(rows, dtype=torch.float32, device="cpu")
+        self._sums = torch.zeros(_C.sum_tree_inner_nodes(rows), dtype=torch.float64, device="cpu")
+        self._largest = torch.ones(1, dtype=torch.float64, device="cpu")
+        self._bounds = torch.zeros(2, num_envs, dtype=torch.int64, device="cpu")
+        for tensor in (self._leaves, self._sums):
+            _C.prefer_huge_pages(tensor)
+        core.prioritize(self._leaves, self._sums, self._largest, self._bounds, alpha)
 
     @property
     def nbytes(self) -> int:
@@ -181,6 +178,6 @@ class PriorityTree:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self._largest.copy_(state["priority.largest"])
         self._bounds.copy_(state["priority.bounds"])
-        rows = torch.arange(len(self._leaves), dtype=torch.int64, device=CPU)
-        priorities = state["priority.priorities"].to(CPU, torch.float32).contiguous()
+        rows = torch.arange(len(self._leaves), dtype=torch.int64, device="cpu")
+        priorities = state["priority.priorities"].to("cpu", torch.float32).contiguous()
         _C.sum_tree_update(self._leaves, self._sums, rows, priorities)

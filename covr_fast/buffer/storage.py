@@ -1,4 +1,8 @@
-"""The buffer's memory: every tensor it owns, by name, and the C++ object that works on their addresses."""
+"""The buffer's memory: every tensor it owns, by name, and the C++ object that works on them.
+
+What C++ reads or writes is made with a dtype and a device here and in the other files of the buffer: torch's
+defaults are the process's, and other libraries change them while they work.
+"""
 
 import re
 import warnings
@@ -11,7 +15,6 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ..border import CPU, address
 from .options import Options
 
 # The memory of the C++ object: one entry per stream, or one per row of transitions.
@@ -48,57 +51,48 @@ class Storage:
         self.frame_bytes = sum(ring.nbytes for ring in rings)
         sizes = {"streams": num_envs, "rows": self.rows}
         self.tensors: dict[str, Tensor] = {
-            name: torch.zeros(sizes[size], dtype=dtype, device=CPU) for name, (size, dtype) in _CORE.items()
+            name: torch.zeros(sizes[size], dtype=dtype, device="cpu") for name, (size, dtype) in _CORE.items()
         }
         for column in options.columns:
-            values = torch.zeros((self.rows, *column.shape), dtype=column.dtype, device=CPU)
+            values = torch.zeros((self.rows, *column.shape), dtype=column.dtype, device="cpu")
             self.tensors[f"column.{column.name}"] = values
         self._recent: dict[str, Tensor] = {}  # copies of the latest frames, which the CPU compares with
         for key, frames in zip(self.keys, rings, strict=True):
             self.tensors[f"frames.{key.name}"] = frames
             if frames.is_cuda:
                 shape = (num_envs, key.stack + 1, *key.frame_shape)
-                self._recent[key.name] = torch.empty(shape, dtype=key.dtype, device=CPU, pin_memory=True)
+                self._recent[key.name] = torch.empty(shape, dtype=key.dtype, device="cpu", pin_memory=True)
             for name, (size, dtype) in _OF_KEY.items():
-                self.tensors[f"{name}.{key.name}"] = torch.zeros(sizes[size], dtype=dtype, device=CPU)
+                self.tensors[f"{name}.{key.name}"] = torch.zeros(sizes[size], dtype=dtype, device="cpu")
         for tensor in self.tensors.values():
             if tensor.is_cpu and not tensor.is_pinned():
                 # Before anything is written: random rows of large buffers are bound by address translation.
-                _C.prefer_huge_pages(address(tensor, tensor.dtype), tensor.nbytes)
+                _C.prefer_huge_pages(tensor)
         self.core = self._connect(options)
 
-    def _connect(self, options: Options) -> Any:
+    def _connect(self, options: Options) -> _C.Replay:
         core = _C.Replay(
             capacity=options.capacity,
             num_envs=options.num_envs,
             n_step=options.n_step,
             gamma=options.gamma,
-            **{name: address(self.tensors[name], dtype) for name, (_, dtype) in _CORE.items()},
+            **{name: self.tensors[name] for name in _CORE},
         )
         for key in self.keys:
             frames = self.tensors[f"frames.{key.name}"]
-            recent = self._recent.get(key.name, frames)
             core.add_key(
                 name=key.name,
-                data=address(frames, key.dtype, frames.device),
-                recent=address(recent, key.dtype),
-                slots=frames.shape[1],
-                recent_slots=recent.shape[1],
+                frames=frames,
+                recent=self._recent.get(key.name, frames),
                 stack=key.stack,
                 channels=key.channels,
                 height=key.height,
                 width=key.width,
-                item_bytes=key.dtype.itemsize,
-                floating=key.dtype.is_floating_point,
                 channels_last=key.channels_last,
-                **{
-                    name: address(self.tensors[f"{name}.{key.name}"], dtype)
-                    for name, (_, dtype) in _OF_KEY.items()
-                },
+                **{name: self.tensors[f"{name}.{key.name}"] for name in _OF_KEY},
             )
         for column in options.columns:
-            memory = address(self.tensors[f"column.{column.name}"], column.dtype)
-            core.add_column(column.name, memory, column.shape, column.dtype.itemsize)
+            core.add_column(column.name, self.tensors[f"column.{column.name}"])
         core.cut_at_jumps = options.on_jump == "cut"
         return core
 

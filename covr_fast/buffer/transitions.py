@@ -1,12 +1,12 @@
 """Stored transitions, read and corrected one by one."""
 
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .. import _C
 from .arguments import Rows, flags, ids, integers, shaped, some_extras
 from .options import Options
 from .storage import Storage
@@ -149,7 +149,7 @@ class StoredTransitions:
         return ring
 
 
-def stored_rows(locked: Any, at: Tensor) -> Tensor:
+def stored_rows(locked: _C.Lock, at: Tensor) -> Tensor:
     """The rows of the transitions with ids `at`, while the core is locked by `reading()` or `writing()`.
     Raises IndexError if one is not stored."""
     rows = torch.from_numpy(locked.rows(at.numpy()))

@@ -1,5 +1,7 @@
 """The operator on rows of logits: one kernel reduces a row to its loss, another one writes its gradient."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,8 @@ def reduce_rows(
     if backend == "triton":
         from covr_fast.kernels.triton import loss as kernels
 
-        return kernels.reduce_rows(logits, labels, scale, smoothing)
+        reduced: tuple[Tensor, Tensor] = kernels.reduce_rows(logits, labels, scale, smoothing)
+        return reduced
     losses, normaliser = torch.empty_like(scale), scale.new_empty(2, scale.numel())
     threads = torch.get_num_threads()
     _C.cross_entropy_reduce(losses, normaliser, logits, labels, scale, smoothing, threads)
@@ -80,14 +83,15 @@ def _cross_entropy_backward(
     return gradient
 
 
-@torch.library.register_fake("covr_fast::cross_entropy", lib=library)
 def _fake_cross_entropy(
     logits: Tensor, labels: Tensor, scale: Tensor, smoothing: float, backend: str
 ) -> tuple[Tensor, Tensor]:
     return scale.new_empty(()), scale.new_empty(2, scale.numel())
 
 
-@torch.library.register_fake("covr_fast::cross_entropy_backward", lib=library)
+torch.library.register_fake("covr_fast::cross_entropy", _fake_cross_entropy, lib=library)
+
+
 def _fake_cross_entropy_backward(
     upstream: Tensor,
     logits: Tensor,
@@ -100,12 +104,15 @@ def _fake_cross_entropy_backward(
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def _save_cross_entropy(ctx, inputs, output):
+torch.library.register_fake("covr_fast::cross_entropy_backward", _fake_cross_entropy_backward, lib=library)
+
+
+def _save_cross_entropy(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     logits, labels, scale, ctx.smoothing, ctx.backend = inputs
     ctx.save_for_backward(logits, labels, scale, output[1])
 
 
-def _differentiate_cross_entropy(ctx, upstream, _):
+def _differentiate_cross_entropy(ctx: Any, upstream: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     logits, labels, scale, normaliser = ctx.saved_tensors
     gradient = torch.ops.covr_fast.cross_entropy_backward(
         upstream, logits, labels, scale, ctx.smoothing, normaliser, ctx.backend

@@ -1,6 +1,7 @@
 """The operator that fuses the projection `hidden @ head.T` with the loss: logits exist only in chunks."""
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ def _linear_cross_entropy(
     hidden, head = hidden.contiguous(), head.contiguous()
     kept, kept_labels, kept_scale = _compact(labels, scale, hidden.device)
     rows = hidden if kept is None else hidden.index_select(0, kept)
-    # Undone on the products, which float16 holds better than their factors.
+    # Undone on the products, which float16 represents better than their factors.
     lift = _HALF_SCALE if hidden.dtype == torch.float16 else 1.0
 
     losses = torch.zeros(max(1, rows.shape[0]), dtype=torch.float32, device=hidden.device)
@@ -129,7 +130,6 @@ def _adds_in_float32(dtype: torch.dtype, device: torch.device) -> bool:
     return True
 
 
-@torch.library.register_fake("covr_fast::linear_cross_entropy", lib=library)
 def _fake_linear_cross_entropy(
     hidden: Tensor,
     head: Tensor,
@@ -147,6 +147,9 @@ def _fake_linear_cross_entropy(
     )
 
 
+torch.library.register_fake("covr_fast::linear_cross_entropy", _fake_linear_cross_entropy, lib=library)
+
+
 # gradient * upstream: not in place, since the graph may be walked again, and an operator of its own only for
 # the memory that a head's gradient needs.
 library.define("scale_gradient(Tensor gradient, Tensor upstream) -> Tensor")
@@ -158,18 +161,20 @@ def _scale_gradient(gradient: Tensor, upstream: Tensor) -> Tensor:
     return torch.mul(gradient, upstream.to(gradient.dtype), out=scaled)
 
 
-@torch.library.register_fake("covr_fast::scale_gradient", lib=library)
 def _fake_scale_gradient(gradient: Tensor, upstream: Tensor) -> Tensor:
     return torch.empty_like(gradient)
 
 
-def _save_linear_cross_entropy(ctx, inputs, output):
+torch.library.register_fake("covr_fast::scale_gradient", _fake_scale_gradient, lib=library)
+
+
+def _save_linear_cross_entropy(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.set_materialize_grads(False)  # or the unused gradient outputs get zeros as large as the head
     ctx.save_for_backward(*output[1:])
     ctx.hidden_needs_gradient, ctx.head_needs_gradient = inputs[5:7]
 
 
-def _differentiate_linear_cross_entropy(ctx, upstream, *_):
+def _differentiate_linear_cross_entropy(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     hidden_gradient, head_gradient = ctx.saved_tensors
     return (
         _times(hidden_gradient, upstream) if ctx.hidden_needs_gradient else None,
@@ -187,7 +192,8 @@ def _times(gradient: Tensor, upstream: Tensor) -> Tensor:
     plain = type(upstream) is Tensor and upstream.device.type == "cpu"
     if plain and float(upstream) == 1.0 and not torch._C._autograd._get_current_graph_task_keep_graph():
         return gradient
-    return torch.ops.covr_fast.scale_gradient(gradient, upstream)
+    scaled: Tensor = torch.ops.covr_fast.scale_gradient(gradient, upstream)
+    return scaled
 
 
 torch.library.register_autograd(

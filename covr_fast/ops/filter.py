@@ -181,16 +181,20 @@ def _cuda(returns: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return indices[:count], statistics
 
 
-@torch.library.register_fake("covr_fast::exploration_filter", lib=library)
 def _fake(returns: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     kept = torch.library.get_ctx().new_dynamic_size()
     return returns.new_empty(kept, dtype=torch.int64), returns.new_empty(4, dtype=torch.float64)
 
 
-@torch.library.register_fake("covr_fast::exploration_filter_padded", lib=library)
+torch.library.register_fake("covr_fast::exploration_filter", _fake, lib=library)
+
+
 def _fake_padded(returns: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     return (
         returns.new_empty(returns.shape, dtype=torch.int64),
         returns.new_empty((), dtype=torch.int64),
         returns.new_empty(4, dtype=torch.float64),
     )
+
+
+torch.library.register_fake("covr_fast::exploration_filter_padded", _fake_padded, lib=library)

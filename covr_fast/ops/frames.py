@@ -104,7 +104,8 @@ def _window(
 ) -> Tensor:
     if select(name, backend, frames, ("cpp", "cuda"), (torch.uint8,)) == "reference":
         return reference.window(frames, offsets, pad, (height, width), dtype)
-    return torch.ops.covr_fast.window(frames, offsets, pad, height, width, dtype)
+    windows: Tensor = torch.ops.covr_fast.window(frames, offsets, pad, height, width, dtype)
+    return windows
 
 
 library.define(
@@ -121,6 +122,8 @@ def _run(frames: Tensor, offsets: Tensor, pad: int, height: int, width: int, dty
     return result
 
 
-@torch.library.register_fake("covr_fast::window", lib=library)
 def _fake(frames: Tensor, offsets: Tensor, pad: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
     return frames.new_empty((*frames.shape[:2], height, width), dtype=dtype)
+
+
+torch.library.register_fake("covr_fast::window", _fake, lib=library)

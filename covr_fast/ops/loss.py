@@ -49,6 +49,7 @@ def return_weighted_cross_entropy(
         _check_labels(name, labels, logits.shape[-1], ignore_index)
         return reference.return_weighted_cross_entropy(logits, labels, weights, label_smoothing, ignore_index)
     scale = _row_scale(labels, weights, ignore_index)
+    loss: Tensor
     loss, _ = torch.ops.covr_fast.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), scale, label_smoothing, chosen
     )
@@ -108,6 +109,7 @@ def return_weighted_linear_cross_entropy(
             ignore_index,
         )
     differentiate = torch.is_grad_enabled()
+    loss: Tensor
     loss, _, _ = torch.ops.covr_fast.linear_cross_entropy(
         hidden.flatten(0, 1),
         head,

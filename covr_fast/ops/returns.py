@@ -1,6 +1,7 @@
 """Discounted return-to-go within episodes."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,18 +64,20 @@ def _run(rewards: Tensor, ends: Tensor, gamma: float) -> Tensor:
     return result
 
 
-@torch.library.register_fake("covr_fast::discounted_returns", lib=library)
 def _fake(rewards: Tensor, ends: Tensor, gamma: float) -> Tensor:
     return torch.empty_like(rewards, memory_format=torch.contiguous_format)
 
 
-def _setup_context(ctx, inputs, output):
+torch.library.register_fake("covr_fast::discounted_returns", _fake, lib=library)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _, ends, gamma = inputs
     ctx.save_for_backward(ends)
     ctx.gamma = gamma
 
 
-def _backward(ctx, gradient):
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     # The adjoint sums forward in time: it is the same scan over reversed time, where an episode's first
     # step, the one after an end, takes the place of its last.
     (ends,) = ctx.saved_tensors

@@ -95,7 +95,10 @@ class SumTree:
             raise ValueError("SumTree: all priorities are zero, so there is nothing to draw; update() first")
         jitter = torch.rand(batch_size, dtype=torch.float64, device=self.device, generator=generator)
         if self._reference is None:
-            return torch.ops.covr_fast.sum_tree_sample(self._leaves, self._sums, jitter)
+            drawn: tuple[Tensor, Tensor] = torch.ops.covr_fast.sum_tree_sample(
+                self._leaves, self._sums, jitter
+            )
+            return drawn
         strata = torch.arange(batch_size, dtype=torch.float64, device=self.device)
         return self._reference.descend((strata + jitter) / batch_size)
 
@@ -122,11 +125,15 @@ def _sample(leaves: Tensor, sums: Tensor, jitter: Tensor) -> tuple[Tensor, Tenso
     return indices, probabilities
 
 
-@torch.library.register_fake("covr_fast::sum_tree_update", lib=library)
 def _fake_update(leaves: Tensor, sums: Tensor, claims: Tensor, indices: Tensor, priorities: Tensor) -> None:
     return None
 
 
-@torch.library.register_fake("covr_fast::sum_tree_sample", lib=library)
+torch.library.register_fake("covr_fast::sum_tree_update", _fake_update, lib=library)
+
+
 def _fake_sample(leaves: Tensor, sums: Tensor, jitter: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(jitter, dtype=torch.int64), torch.empty_like(jitter)
+
+
+torch.library.register_fake("covr_fast::sum_tree_sample", _fake_sample, lib=library)

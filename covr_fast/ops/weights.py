@@ -27,7 +27,8 @@ def return_weights(returns: Tensor, *, backend: Backend = "auto") -> Tensor:
     returns = returns.detach()
     if select("return_weights", backend, returns, ("cpp", "cuda"), _DTYPES) == "reference":
         return reference.return_weights(returns)
-    return torch.ops.covr_fast.return_weights(returns)
+    weights: Tensor = torch.ops.covr_fast.return_weights(returns)
+    return weights
 
 
 library.define("return_weights(Tensor returns) -> Tensor")
@@ -49,6 +50,8 @@ def _cuda(returns: Tensor) -> Tensor:
     return weights
 
 
-@torch.library.register_fake("covr_fast::return_weights", lib=library)
 def _fake(returns: Tensor) -> Tensor:
     return torch.empty_like(returns, memory_format=torch.contiguous_format)
+
+
+torch.library.register_fake("covr_fast::return_weights", _fake, lib=library)

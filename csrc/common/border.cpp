@@ -8,7 +8,9 @@ namespace py = pybind11;
 namespace covr {
 namespace {
 
-constexpr std::array kNames{"bool", "uint8", "int32", "int64", "float16", "bfloat16", "float32", "float64"};
+// In the order of DType.
+constexpr std::array kNames{"bool",  "uint8",  "int8",    "int16",    "uint16",  "int32",  "uint32",
+                            "int64", "uint64", "float16", "bfloat16", "float32", "float64"};
 
 // torch's objects and the names of attributes, looked up once. They live as long as the process.
 struct Torch {
@@ -51,12 +53,20 @@ std::string text_of(std::span<const int64_t> shape) {
   return "[" + text + "]";
 }
 
+std::string text_of(std::optional<Device> device) {
+  if (!device) return "the CPU or a CUDA device";
+  return *device == Device::kCpu ? "the CPU" : "a CUDA device";
+}
+
+const char* text_of(DType dtype) { return kNames[static_cast<size_t>(dtype)]; }
+
 [[noreturn]] void refuse(py::handle object, const Expected& expected) {
   std::string text = std::string(expected.argument) + " must be a contiguous ";
   for (size_t i = 0; i < expected.dtypes.size(); ++i)
-    text += (i ? " or " : "") + std::string(kNames[static_cast<size_t>(expected.dtypes[i])]);
-  text += " tensor with " + std::to_string(expected.dimensions) + " dimensions on " +
-          (expected.device == Device::kCpu ? "the CPU" : "a CUDA device") + ", not ";
+    text += std::string(i ? "or " : "") + text_of(expected.dtypes[i]) + " ";
+  text += "tensor ";
+  if (expected.dimensions) text += "with " + std::to_string(*expected.dimensions) + " dimensions ";
+  text += "on " + text_of(expected.device) + ", not ";
   if (!py::isinstance(object, Torch::get().tensor_type))
     throw py::type_error(text + std::string(py::str(py::type::of(object).attr("__name__"))));
   const std::string layout = object.attr("is_contiguous")().cast<bool>()
@@ -69,28 +79,42 @@ std::string text_of(std::span<const int64_t> shape) {
 
 }  // namespace
 
-Found read_tensor(py::handle tensor, const Expected& expected, int64_t* shape) {
+Found read_tensor(py::handle tensor, const Expected& expected) {
   const Torch& torch = Torch::get();
   if (!py::isinstance(tensor, torch.tensor_type)) refuse(tensor, expected);
-  const py::object dtype = attribute(tensor, torch.dtype), lengths = attribute(tensor, torch.shape);
-  const auto found = std::find_if(expected.dtypes.begin(), expected.dtypes.end(), [&](DType candidate) {
-    return dtype.is(torch.dtypes[static_cast<size_t>(candidate)]);
-  });
-  if (found == expected.dtypes.end() || PyTuple_GET_SIZE(lengths.ptr()) != expected.dimensions ||
-      attribute(tensor, expected.device == Device::kCpu ? torch.is_cpu : torch.is_cuda).ptr() != Py_True ||
-      call(tensor, torch.is_contiguous).ptr() != Py_True)
+  const auto dtype = std::find_if(torch.dtypes.begin(), torch.dtypes.end(),
+                                  [own = attribute(tensor, torch.dtype)](py::handle d) { return own.is(d); });
+  const auto is_on = [&](Device device) {
+    if (expected.device && *expected.device != device) return false;
+    return attribute(tensor, device == Device::kCpu ? torch.is_cpu : torch.is_cuda).ptr() == Py_True;
+  };
+  const bool on_cpu = is_on(Device::kCpu);
+  Found found{nullptr, static_cast<DType>(dtype - torch.dtypes.begin()),
+              on_cpu ? Device::kCpu : Device::kCuda,
+              py::reinterpret_steal<py::tuple>(attribute(tensor, torch.shape).release())};
+  const auto& dtypes = expected.dtypes;
+  if (dtype == torch.dtypes.end() ||
+      (!dtypes.empty() && std::find(dtypes.begin(), dtypes.end(), found.dtype) == dtypes.end()) ||
+      (expected.dimensions && *expected.dimensions != static_cast<int>(found.shape.size())) ||
+      (!on_cpu && !is_on(Device::kCuda)) || call(tensor, torch.is_contiguous).ptr() != Py_True)
     refuse(tensor, expected);
-  for (int d = 0; d < expected.dimensions; ++d)
-    shape[d] = PyLong_AsLongLong(PyTuple_GET_ITEM(lengths.ptr(), d));
-  void* data = PyLong_AsVoidPtr(call(tensor, torch.data_ptr).ptr());
+  found.data = PyLong_AsVoidPtr(call(tensor, torch.data_ptr).ptr());
   if (PyErr_Occurred()) throw py::error_already_set();
-  return {static_cast<size_t>(found - expected.dtypes.begin()), data};
+  return found;
 }
 
 void require_shape(const char* argument, std::span<const int64_t> shape, std::span<const int64_t> expected) {
   if (!std::equal(shape.begin(), shape.end(), expected.begin(), expected.end()))
     throw py::type_error(std::string(argument) + " must have shape " + text_of(expected) + ", not " +
                          text_of(shape));
+}
+
+void require(const char* argument, const AnyView& tensor, DType dtype, Device device,
+             std::span<const int64_t> shape) {
+  if (tensor.dtype != dtype || tensor.device != device)
+    throw py::type_error(std::string(argument) + " must be " + text_of(dtype) + " on " + text_of(device) +
+                         ", not " + text_of(tensor.dtype) + " on " + text_of(tensor.device));
+  require_shape(argument, tensor.shape, shape);
 }
 
 }  // namespace covr

@@ -8,10 +8,13 @@
 #include <pybind11/pybind11.h>
 
 #include <array>
+#include <optional>
 #include <span>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <variant>
+#include <vector>
 
 #include "common/view.h"
 
@@ -19,24 +22,30 @@ namespace covr {
 
 struct Expected {
   const char* argument;
-  std::span<const DType> dtypes;  // one of these
-  int dimensions;
-  Device device;
+  std::span<const DType> dtypes;  // one of these; all if empty
+  std::optional<int> dimensions;  // any number if not given
+  std::optional<Device> device;   // any if not given
 };
 
 struct Found {
-  size_t dtype;  // place in Expected::dtypes
   void* data;
+  DType dtype;
+  Device device;
+  pybind11::tuple shape;
+
+  int64_t length(size_t dimension) const {
+    return PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), static_cast<Py_ssize_t>(dimension)));
+  }
 };
 
-// Reads a tensor and writes its shape, [dimensions]. Throws TypeError.
-Found read_tensor(pybind11::handle tensor, const Expected& expected, int64_t* shape);
+// Throws TypeError.
+Found read_tensor(pybind11::handle tensor, const Expected& expected);
 
 // How an argument of type A comes from Python: Raw is what pybind11 converts it to.
 template <typename A>
 struct Argument {
   using Raw = A;
-  static A from(Raw value, const char*) { return static_cast<A>(value); }
+  static A from(A& value, const char*) { return std::forward<A>(value); }
 };
 
 // Views of several element types, where a function takes any of them.
@@ -49,16 +58,17 @@ struct Argument<std::variant<First, Others...>> {
   static Variant from(Raw tensor, const char* name) {
     static constexpr std::array kDTypes{dtype_of<typename First::Element>(),
                                         dtype_of<typename Others::Element>()...};
-    std::array<int64_t, First::dimensions> shape;
-    const Found found = read_tensor(tensor, {name, kDTypes, First::dimensions, First::device}, shape.data());
-    Variant view;
-    size_t place = 0;
-    const auto choose = [&]<typename V>(V) {
-      if (place++ == found.dtype) view = V{static_cast<typename V::Element*>(found.data), shape};
+    const Found found = read_tensor(tensor, {name, kDTypes, First::dimensions, First::device});
+    Variant variant;
+    const auto choose = [&]<typename V>(V view) {
+      if (found.dtype != dtype_of<typename V::Element>()) return;
+      view.data = static_cast<typename V::Element*>(found.data);
+      for (size_t d = 0; d < view.shape.size(); ++d) view.shape[d] = found.length(d);
+      variant = view;
     };
     choose(First());
     (choose(Others()), ...);
-    return view;
+    return variant;
   }
 };
 
@@ -67,6 +77,38 @@ struct Argument<View<T, kDimensions, kOn>> {
   using Raw = pybind11::handle;
   static View<T, kDimensions, kOn> from(Raw tensor, const char* name) {
     return std::get<0>(Argument<std::variant<View<T, kDimensions, kOn>>>::from(tensor, name));
+  }
+};
+
+template <>
+struct Argument<AnyView> {
+  using Raw = pybind11::handle;
+  static AnyView from(Raw tensor, const char* name) {
+    const Found found = read_tensor(tensor, {name, {}, {}, {}});
+    AnyView view{static_cast<uint8_t*>(found.data), found.dtype, found.device, {}};
+    view.shape.resize(found.shape.size());
+    for (size_t d = 0; d < view.shape.size(); ++d) view.shape[d] = found.length(d);
+    return view;
+  }
+};
+
+template <typename V>
+struct Argument<std::vector<V>> {
+  using Raw = pybind11::list;
+  static std::vector<V> from(const Raw& tensors, const char* name) {
+    std::vector<V> views;
+    views.reserve(tensors.size());
+    for (pybind11::handle tensor : tensors) views.push_back(Argument<V>::from(tensor, name));
+    return views;
+  }
+};
+
+template <typename V>
+struct Argument<std::optional<V>> {
+  using Raw = pybind11::handle;
+  static std::optional<V> from(Raw tensor, const char* name) {
+    if (tensor.is_none()) return std::nullopt;
+    return Argument<V>::from(tensor, name);
   }
 };
 
@@ -84,11 +126,34 @@ void define(pybind11::module_& module, const char* name, R (*function)(A...), co
   module.def(
       name,
       [function, ... names = static_cast<const char*>(names)](typename Argument<A>::Raw... raw) -> R {
-        const std::tuple<A...> arguments{Argument<A>::from(raw, names)...};
+        std::tuple<A...> arguments{Argument<A>::from(raw, names)...};
         pybind11::gil_scoped_release release;
-        return std::apply(function, arguments);
+        return std::apply(function, std::move(arguments));
       },
       pybind11::arg(names)...);
+}
+
+// class.NAME = method, with one name for each argument. It keeps the GIL.
+template <typename Class, typename Owner, typename... A, typename... Names>
+void define_method(Class& type, const char* name, void (Owner::*method)(A...), const Names&... names) {
+  static_assert(sizeof...(A) == sizeof...(Names), "one name for each argument");
+  type.def(
+      name,
+      [method, ... names = static_cast<const char*>(names)](Owner& self, typename Argument<A>::Raw... raw) {
+        (self.*method)(Argument<A>::from(raw, names)...);
+      },
+      pybind11::arg(names)...);
+}
+
+// class(...) = function, which returns the object. It keeps the GIL.
+template <typename Class, typename R, typename... A, typename... Names>
+void define_constructor(Class& type, R (*function)(A...), const Names&... names) {
+  static_assert(sizeof...(A) == sizeof...(Names), "one name for each argument");
+  type.def(pybind11::init([function, ... names = static_cast<const char*>(names)](
+                              typename Argument<A>::Raw... raw) -> R {
+             return function(Argument<A>::from(raw, names)...);
+           }),
+           pybind11::arg(names)...);
 }
 
 }  // namespace covr

@@ -9,7 +9,10 @@
 #include <algorithm>
 #include <cstdlib>
 #include <limits>
+#include <memory>
 #include <new>
+
+#include "common/border.h"
 
 namespace py = pybind11;
 
@@ -21,15 +24,18 @@ constexpr int64_t kSlack = 4;  // a block may be larger than what it is used for
 constexpr int64_t kHugePage = 2 << 20;
 
 // Asks for 2 MiB pages: random 21 KB frames out of gigabytes are bound by address translation otherwise.
-void prefer_huge_pages(uint8_t* data, int64_t bytes) {
+void prefer_huge_pages(void* data, int64_t bytes) {
 #ifdef MADV_HUGEPAGE
-  const auto begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
-  const auto end =
-      (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kHugePage * kHugePage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  auto space = static_cast<size_t>(bytes);
+  if (std::align(kHugePage, kHugePage, data, space))
+    madvise(data, space / kHugePage * kHugePage, MADV_HUGEPAGE);
 #else
   (void)data, (void)bytes;
 #endif
+}
+
+void prefer_huge_pages_for(AnyView tensor) {
+  if (tensor.device == Device::kCpu) prefer_huge_pages(tensor.data, tensor.bytes());
 }
 
 uint8_t* allocate(int64_t bytes) {
@@ -109,10 +115,7 @@ void bind_output_pool(py::module_& m) {
       .def("take", &take_array, py::arg("bytes"))
       .def("release", &OutputPool::release)
       .def_property_readonly("idle", &OutputPool::idle);
-  m.def(
-      "prefer_huge_pages",
-      [](uintptr_t data, int64_t bytes) { prefer_huge_pages(reinterpret_cast<uint8_t*>(data), bytes); },
-      py::arg("data"), py::arg("bytes"));
+  define(m, "prefer_huge_pages", &prefer_huge_pages_for, "tensor");
 }
 
 }  // namespace covr

@@ -22,7 +22,7 @@ class OutputPool : public std::enable_shared_from_this<OutputPool> {
     int64_t bytes;
   };
 
-  Block take(int64_t bytes);    // a block of at least so many
+  Block take(int64_t bytes);    // a block of at least `bytes`
   void give_back(Block block);  // keeps the most recently used few, frees the rest
   void release();               // frees what nobody uses
   int64_t idle() const;         // bytes that nobody uses

@@ -87,8 +87,8 @@ class Pool {
   size_t workers_ = 0;
 };
 
-// After fork() the child has no worker threads, and the parent's mutex may be held: it starts afresh.
-// The old pool is leaked on purpose, since its threads may still wait on it in the parent.
+// After fork() the child has no worker threads, and the parent's mutex may be locked: it starts with a new
+// pool. The old pool is leaked on purpose, since its threads may still wait on it in the parent.
 Pool* g_pool = new Pool;
 
 }  // namespace

@@ -1,5 +1,6 @@
 // A tensor as C++ and CUDA functions take it: the element type, the number of dimensions and the device are
-// part of the type. Views are contiguous; border.h makes them from torch tensors and checks all of that.
+// part of the type. Views are contiguous; border.h makes them from torch tensors and checks all of that. They
+// are valid while the tensor lives. The data of a tensor without elements may be null.
 #pragma once
 
 #include <array>
@@ -7,6 +8,7 @@
 #include <initializer_list>
 #include <span>
 #include <type_traits>
+#include <vector>
 
 #include "common/half.h"
 
@@ -14,7 +16,6 @@ namespace covr {
 
 enum class Device { kCpu, kCuda };
 
-// Valid while the tensor lives. The data of a tensor without elements may be null.
 template <typename T, int kDimensions, Device kOn = Device::kCpu>
 struct View {
   using Element = T;
@@ -29,12 +30,52 @@ struct View {
     for (int64_t length : shape) elements *= length;
     return elements;
   }
+  T& operator[](int64_t i) const
+    requires(kDimensions == 1)
+  {
+    return data[i];
+  }
 };
 
 template <typename T, int kDimensions>
 using CudaView = View<T, kDimensions, Device::kCuda>;
 
-enum class DType { kBool, kUInt8, kInt32, kInt64, kFloat16, kBFloat16, kFloat32, kFloat64 };
+enum class DType {
+  kBool,
+  kUInt8,
+  kInt8,
+  kInt16,
+  kUInt16,
+  kInt32,
+  kUInt32,
+  kInt64,
+  kUInt64,
+  kFloat16,
+  kBFloat16,
+  kFloat32,
+  kFloat64
+};
+
+constexpr bool is_floating(DType dtype) { return dtype >= DType::kFloat16; }
+
+constexpr int64_t item_bytes(DType dtype) {
+  constexpr int64_t kBytes[]{1, 1, 1, 2, 2, 4, 4, 8, 8, 2, 2, 4, 8};
+  return kBytes[static_cast<int>(dtype)];
+}
+
+// A tensor whose dtype, device and number of dimensions are known only at run time.
+struct AnyView {
+  uint8_t* data = nullptr;
+  DType dtype{};
+  Device device{};
+  std::vector<int64_t> shape;
+
+  int64_t bytes() const {
+    int64_t bytes = item_bytes(dtype);
+    for (int64_t length : shape) bytes *= length;
+    return bytes;
+  }
+};
 
 template <typename T>
 constexpr DType dtype_of() {
@@ -66,5 +107,9 @@ inline void require_shape(const char* argument, std::span<const int64_t> shape,
                           std::initializer_list<int64_t> expected) {
   require_shape(argument, shape, std::span<const int64_t>(expected.begin(), expected.size()));
 }
+
+// The same for dtype, device and shape.
+void require(const char* argument, const AnyView& tensor, DType dtype, Device device,
+             std::span<const int64_t> shape);
 
 }  // namespace covr

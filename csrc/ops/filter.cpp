@@ -1,4 +1,4 @@
-// EDDF on the CPU: one pass for moments and a histogram, the ranks from the few bins that hold them, one
+// EDDF on the CPU: one pass for moments and a histogram, the ranks from the few bins with them, one
 // counting pass and one compacting pass. Nothing is sorted and no z-score is written.
 #include "ops/filter.h"
 
@@ -63,7 +63,7 @@ struct Query {
 };
 
 // Radix selection among keys that agree above their lowest `shift` bits: a histogram of the next eight of
-// them, then on into the bins that hold a rank.
+// them, then on into the bins with a rank.
 void select_keys(std::vector<uint32_t>& keys, int shift, std::vector<Query> queries, uint32_t* found) {
   const auto n = static_cast<int64_t>(keys.size());
   if (n <= kSortBelow || shift == 0) {
@@ -96,7 +96,7 @@ void select_keys(std::vector<uint32_t>& keys, int shift, std::vector<Query> quer
   }
 }
 
-// A first-level bin that holds some of the ranks.
+// A first-level bin with some of the ranks.
 struct Bin {
   uint32_t digit;
   std::vector<Query> queries;

@@ -1,5 +1,5 @@
-// Python's view of replay.h. Storage and outputs come as addresses of torch tensors, the rows of add() as
-// numpy arrays, which are checked here because a Python check would cost as much as storing them.
+// Python's side of replay.h: storage and batches are views of torch tensors. The rows of add() are numpy
+// arrays, which are checked here because a check in Python would cost as much as storing them.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -11,6 +11,8 @@
 #include <shared_mutex>
 #include <stdexcept>
 
+#include "common/border.h"
+#include "ops/sum_tree.h"
 #include "replay/priorities.h"
 #include "replay/replay.h"
 #ifdef COVR_WITH_CUDA
@@ -22,11 +24,6 @@ namespace py = pybind11;
 namespace covr {
 namespace {
 
-template <typename T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
 std::string shape_text(const py::array& array) {
   std::string text;
   for (py::ssize_t d = 0; d < array.ndim(); ++d) text += (d ? ", " : "") + std::to_string(array.shape(d));
@@ -34,8 +31,7 @@ std::string shape_text(const py::array& array) {
 }
 
 // Rows that are each contiguous, however far apart.
-const uint8_t* rows_of(const py::array& array, int64_t rows, int64_t row_bytes, const std::string& what,
-                       int64_t& stride) {
+Rows rows_of(const py::array& array, int64_t rows, int64_t row_bytes, const std::string& what) {
   if (array.ndim() < 1 || array.shape(0) != rows)
     throw std::invalid_argument(what + " has " + (array.ndim() < 1 ? "no" : std::to_string(array.shape(0))) +
                                 " rows, but reward has " + std::to_string(rows));
@@ -48,8 +44,7 @@ const uint8_t* rows_of(const py::array& array, int64_t rows, int64_t row_bytes, 
   if (bytes != row_bytes)
     throw std::invalid_argument(what + " has " + std::to_string(bytes) + " bytes per row instead of " +
                                 std::to_string(row_bytes) + ": check its shape and dtype");
-  stride = array.strides(0);
-  return static_cast<const uint8_t*>(array.data());
+  return {static_cast<const uint8_t*>(array.data()), array.strides(0)};
 }
 
 using Flags = py::array_t<bool, py::array::c_style>;
@@ -59,65 +54,61 @@ class PyReplay : public Replay {
  public:
   using Replay::Replay;
 
-  void add_observation_key(const std::string& name, uintptr_t data, uintptr_t recent, int64_t slots,
-                           int64_t recent_slots, int64_t stack, int64_t channels, int64_t height,
-                           int64_t width, int64_t item_bytes, bool floating, bool channels_last,
-                           uintptr_t written, uintptr_t newest, uintptr_t depth) {
-    ObservationKey key;
-    key.name = name;
-    key.frames = {at<uint8_t>(data), slots, stack, channels, height, width, item_bytes};
-    key.recent = key.frames;
-    key.recent.data = at<uint8_t>(recent);
-    key.recent.slots = recent_slots;
-    key.floating = floating;
-    key.input_channels_last = channels_last;
-    key.written = at<int64_t>(written);
-    key.newest = at<int64_t>(newest);
-    key.depth = at<uint8_t>(depth);
-    observation_bytes_.push_back(stack * key.frames.frame_bytes());
-    names_.push_back(name);
-    add_key(std::move(key));
+  // frames: [num_envs, slots, ...], channels-first. recent: the same, or fewer slots, on the CPU.
+  void add_key(std::string name, AnyView frames, AnyView recent, int64_t stack, int64_t channels,
+               int64_t height, int64_t width, bool channels_last, View<int64_t, 1> written,
+               View<int64_t, 1> newest, View<uint8_t, 1> depth) {
+    const auto layout = [&](const char* what, const AnyView& ring) {
+      const int64_t slots = ring.shape.at(1);
+      const FrameLayout layout{ring.data, slots, stack, channels, height, width, item_bytes(ring.dtype)};
+      if (ring.shape[0] != num_envs() || ring.bytes() != num_envs() * slots * layout.frame_bytes() ||
+          ring.dtype != frames.dtype)
+        throw py::type_error(std::string(what) + " must be frames [num_envs, slots, ...] of one dtype");
+      return layout;
+    };
+    if (recent.device != Device::kCpu) throw py::type_error("recent must be on the CPU");
+    require_shape("written", written.shape, {num_envs()});
+    require_shape("newest", newest.shape, {rows()});
+    require_shape("depth", depth.shape, {rows()});
+    Replay::add_key({std::move(name), frames.dtype, channels_last, frames.device, layout("frames", frames),
+                     layout("recent", recent), written, newest, depth});
   }
 
-  void add_named_column(const std::string& name, uintptr_t data, const std::vector<py::ssize_t>& shape,
-                        int64_t item_bytes) {
-    int64_t bytes = item_bytes;
-    for (py::ssize_t size : shape) bytes *= size;
-    column_names_.push_back(name);
-    column_shapes_.push_back(shape);
-    column_bytes_.push_back(bytes);
-    add_column({at<uint8_t>(data), bytes});
+  // values: [rows, ...].
+  void add_column(std::string name, AnyView values) {
+    if (values.device != Device::kCpu || values.shape.empty() || values.shape[0] != rows())
+      throw py::type_error("the values of column " + name + " must be [rows, ...] on the CPU");
+    const int64_t bytes = values.bytes() / rows();
+    Replay::add_column({std::move(name), std::move(values), bytes});
   }
 
   Ids add_rows(const std::vector<py::array>& obs, const std::vector<py::array>& next_obs,
                const py::array_t<float, py::array::c_style>& reward, const Flags& terminated,
                const Flags& truncated, const std::vector<py::array>& columns,
-               const std::optional<Ids>& env_ids, int64_t num_envs) {
+               const std::optional<Ids>& env_ids) {
     RowsIn in{};
     in.rows = reward.ndim() == 1 ? reward.shape(0) : -1;
     if (in.rows < 0) throw std::invalid_argument("reward must have one dimension, [rows]");
     if (env_ids) {
-      check_streams(*env_ids, in.rows, num_envs);
+      check_streams(*env_ids, in.rows);
       in.env_ids = env_ids->data();
-    } else if (in.rows != num_envs) {
+    } else if (in.rows != num_envs()) {
       throw std::invalid_argument("reward has " + std::to_string(in.rows) + " rows for " +
-                                  std::to_string(num_envs) +
+                                  std::to_string(num_envs()) +
                                   " environments: pass env_ids to add rows of some of them");
     }
-    for (size_t k = 0; k < names_.size(); ++k) {
-      int64_t stride = 0;
-      in.obs.push_back(rows_of(obs[k], in.rows, observation_bytes_[k], "obs '" + names_[k] + "'", stride));
-      in.obs_stride.push_back(stride);
-      in.next_obs.push_back(
-          rows_of(next_obs[k], in.rows, observation_bytes_[k], "next_obs '" + names_[k] + "'", stride));
-      in.next_obs_stride.push_back(stride);
+    if (obs.size() != keys().size() || next_obs.size() != keys().size() ||
+        columns.size() != Replay::columns().size())
+      throw std::invalid_argument("add() needs one array per observation key and per column");
+    for (size_t k = 0; k < keys().size(); ++k) {
+      const ObservationKey& key = keys()[k];
+      in.obs.push_back(rows_of(obs[k], in.rows, key.input_bytes(), "obs '" + key.name + "'"));
+      in.next_obs.push_back(rows_of(next_obs[k], in.rows, key.input_bytes(), "next_obs '" + key.name + "'"));
     }
-    for (size_t c = 0; c < column_names_.size(); ++c) {
-      int64_t stride = 0;
-      check_row_shape(columns[c], column_shapes_[c], column_names_[c]);
-      in.columns.push_back(rows_of(columns[c], in.rows, column_bytes_[c], column_names_[c], stride));
-      if (in.rows > 1 && stride != column_bytes_[c])
-        throw std::invalid_argument(column_names_[c] + " is not contiguous: pass a contiguous array");
+    for (size_t c = 0; c < columns.size(); ++c) {
+      const Column& column = Replay::columns()[c];
+      check_row_shape(columns[c], column);
+      in.columns.push_back(rows_of(columns[c], in.rows, column.bytes, column.name));
     }
     in.reward = reward.data();
     in.terminated = one_per_row(terminated, in.rows, "terminated");
@@ -131,8 +122,8 @@ class PyReplay : public Replay {
     return ids;
   }
 
-  void cut_streams(const std::optional<Ids>& env_ids, int64_t num_envs) {
-    if (env_ids) check_streams(*env_ids, env_ids->size(), num_envs);
+  void cut_streams(const std::optional<Ids>& env_ids) {
+    if (env_ids) check_streams(*env_ids, env_ids->size());
     const int64_t* ids = env_ids ? env_ids->data() : nullptr;
     const int64_t n = env_ids ? env_ids->size() : 0;
     py::gil_scoped_release release;
@@ -141,10 +132,13 @@ class PyReplay : public Replay {
     if (priorities_) priorities_->follow(*this);
   }
 
-  void prioritize(uintptr_t leaves, uintptr_t sums, uintptr_t largest, uintptr_t bounds, int64_t rows,
-                  double alpha) {
-    priorities_ = std::make_unique<Priorities>(at<float>(leaves), at<double>(sums), at<double>(largest),
-                                               at<int64_t>(bounds), rows, alpha);
+  void prioritize(View<float, 1> leaves, View<double, 1> sums, View<double, 1> largest,
+                  View<int64_t, 2> bounds, double alpha) {
+    require_shape("leaves", leaves.shape, {rows()});
+    require_shape("sums", sums.shape, {SumTreeLayout(rows()).inner_nodes()});
+    require_shape("largest", largest.shape, {1});
+    require_shape("bounds", bounds.shape, {2, num_envs()});
+    priorities_ = std::make_unique<Priorities>(leaves, sums, largest, bounds, alpha);
   }
 
   void set_priorities(const Ids& ids, const py::array_t<double, py::array::c_style>& priority) {
@@ -161,37 +155,96 @@ class PyReplay : public Replay {
 
   void sample(const BatchOut& out, uint64_t seed, uint64_t batch, double recency, int64_t recency_floor,
               int threads) {
+    check_columns(out);
     std::shared_lock guard(lock);
-    draw(seed, batch, recency, recency_floor, out.ids, out.rows);
-    std::fill_n(out.weight, out.rows, 1.0f);
+    draw(seed, batch, recency, recency_floor, out.ids.data, out.rows());
+    std::fill_n(out.weight.data, out.rows(), 1.0f);
     fill(out, seed, batch, threads);
   }
 
   void sample_prioritized(const BatchOut& out, uint64_t seed, uint64_t batch, double beta, int threads) {
+    check_columns(out);
+    if (!priorities_) throw std::invalid_argument("sample_prioritized needs prioritize first");
     std::shared_lock guard(lock);
-    priorities_->draw(*this, seed, batch, beta, out.ids, out.weight, out.rows);
+    priorities_->draw(*this, seed, batch, beta, out.ids.data, out.weight.data, out.rows());
     fill(out, seed, batch, threads);
   }
 
   void get(const BatchOut& out, uint64_t seed, uint64_t batch, int threads) {
+    check_columns(out);
     std::shared_lock guard(lock);
-    check_held(out);
-    std::fill_n(out.weight, out.rows, 1.0f);
+    check_stored(out.ids);
+    std::fill_n(out.weight.data, out.rows(), 1.0f);
     fill(out, seed, batch, threads);
   }
 
-  void observe(const BatchOut& out, int threads) {
+  void observe(const ObservationsOut& out, int threads) {
     std::shared_lock guard(lock);
-    check_held(out);
+    check_stored(out.ids);
     gather_keys(out, threads);
   }
 
+#ifdef COVR_WITH_CUDA
+  // The plans of a batch whose ids are drawn: [1, rows, stack_plan_bytes] of obs, or [2, ...] with next_obs.
+  void plan_cuda(size_t key, ObservationsOut& out, View<uint8_t, 3> plans) {
+    const bool with_next = plans.shape[0] == 2;
+    require_shape("plans", plans.shape, {with_next ? 2 : 1, out.rows(), sizeof(StackPlan)});
+    keys().at(key);
+    auto* obs = reinterpret_cast<StackPlan*>(plans.data);
+    plan(key, out, obs, with_next ? obs + out.rows() : nullptr);
+  }
+
+  // plans: [rows, stack_plan_bytes].
+  void gather_cuda(size_t key, CudaView<uint8_t, 2> plans, GatherTarget target, AnyView out,
+                   uintptr_t stream) {
+    const int64_t rows = plans.shape[0];
+    require_shape("plans", plans.shape, {rows, sizeof(StackPlan)});
+    check_target(key, target, out, rows, Device::kCuda);
+    target.dtype = out.dtype;
+    covr::gather_cuda(keys()[key].frames, reinterpret_cast<StackPlan*>(plans.data), rows, target, out.data,
+                      stream);
+  }
+
+  // Sends the frames that add() wrote since the last call to the device.
+  void upload_cuda(uintptr_t stream) {
+    for (const FrameWrite& write : take_writes()) {
+      const FrameLayout& frames = keys()[write.key].frames;
+      upload_frame(write.source, frames.data + write.slot * frames.frame_bytes(), frames.frame_bytes(),
+                   stream);
+    }
+  }
+#endif
+
  private:
-  void check_held(const BatchOut& out) const {
-    for (int64_t i = 0; i < out.rows; ++i)
-      if (find(out.ids[i]) < 0)
-        throw std::out_of_range("transition " + std::to_string(out.ids[i]) +
+  // Throws TypeError unless frames of key number k can be written into `out` in the form of `target`.
+  void check_target(size_t k, const GatherTarget& target, const AnyView& out, int64_t rows,
+                    Device device) const {
+    const ObservationKey& key = keys().at(k);
+    const bool cast = key.dtype == DType::kUInt8 && is_floating(out.dtype) && out.dtype != DType::kFloat64;
+    const bool whole = target.out_height == key.frames.height && target.out_width == key.frames.width;
+    if ((out.dtype != key.dtype && !cast) || (!whole && !target.shifted) || out.device != device ||
+        (device == Device::kCpu && key.device != device) || out.shape.empty() || out.shape[0] != rows ||
+        out.bytes() != rows * target.row_bytes(key.frames))
+      throw py::type_error("the tensor for observations '" + key.name +
+                           "' has another dtype, device or shape than its target says");
+  }
+
+  void check_stored(View<int64_t, 1> ids) const {
+    for (int64_t i = 0; i < ids.size(); ++i)
+      if (find(ids[i]) < 0)
+        throw std::out_of_range("transition " + std::to_string(ids[i]) +
                                 " is not in the buffer: it was overwritten or never added");
+  }
+
+  void check_columns(const BatchOut& out) const {
+    if (out.columns.size() != columns().size())
+      throw py::type_error("a batch must have " + std::to_string(columns().size()) + " columns, not " +
+                           std::to_string(out.columns.size()));
+    for (size_t c = 0; c < columns().size(); ++c) {
+      std::vector<int64_t> shape = columns()[c].values.shape;
+      shape[0] = out.rows();
+      require(columns()[c].name.c_str(), out.columns[c], columns()[c].values.dtype, Device::kCpu, shape);
+    }
   }
 
   void fill(const BatchOut& out, uint64_t seed, uint64_t batch, int threads) const {
@@ -199,34 +252,41 @@ class PyReplay : public Replay {
     gather_keys(out, threads);
   }
 
-  void gather_keys(const BatchOut& out, int threads) const {
-    for (size_t k = 0; k < out.keys.size(); ++k) gather_key(static_cast<int64_t>(k), out, threads);
+  void gather_keys(const ObservationsOut& out, int threads) const {
+    for (size_t k = 0; k < out.keys.size(); ++k) {
+      const auto& [target, obs, next_obs] = out.keys[k];
+      check_target(k, target, obs, out.rows(), Device::kCpu);
+      if (next_obs) require("next_obs", *next_obs, obs.dtype, Device::kCpu, obs.shape);
+      gather_key(k, out, threads);
+    }
   }
 
-  static void check_row_shape(const py::array& array, const std::vector<py::ssize_t>& shape,
-                              const std::string& what) {
-    const auto dimensions = static_cast<py::ssize_t>(shape.size()) + 1;
-    if (array.ndim() == dimensions && std::equal(shape.begin(), shape.end(), array.shape() + 1)) return;
+  static void check_row_shape(const py::array& array, const Column& column) {
+    const std::vector<int64_t>& shape = column.values.shape;
+    if (array.ndim() == static_cast<py::ssize_t>(shape.size()) &&
+        std::equal(shape.begin() + 1, shape.end(), array.shape() + 1))
+      return;
     std::string expected = "[rows";
-    for (py::ssize_t size : shape) expected += ", " + std::to_string(size);
-    throw std::invalid_argument(what + " has shape " + shape_text(array) + ": it must be " + expected + "]");
+    for (size_t d = 1; d < shape.size(); ++d) expected += ", " + std::to_string(shape[d]);
+    throw std::invalid_argument(column.name + " has shape " + shape_text(array) + ": it must be " + expected +
+                                "]");
   }
 
-  static const uint8_t* one_per_row(const Flags& flags, int64_t rows, const char* what) {
+  static const bool* one_per_row(const Flags& flags, int64_t rows, const char* what) {
     if (flags.ndim() != 1 || flags.shape(0) != rows)
       throw std::invalid_argument(std::string(what) + " must have one bool per row of reward");
-    return reinterpret_cast<const uint8_t*>(flags.data());
+    return flags.data();
   }
 
-  void check_streams(const Ids& env_ids, int64_t rows, int64_t num_envs) {
+  void check_streams(const Ids& env_ids, int64_t rows) {
     if (env_ids.ndim() != 1 || env_ids.shape(0) != rows)
       throw std::invalid_argument("env_ids must have one environment id per row");
-    seen_.assign(static_cast<size_t>(num_envs), false);
+    seen_.assign(static_cast<size_t>(num_envs()), false);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t env = env_ids.data()[r];
-      if (env < 0 || env >= num_envs)
+      if (env < 0 || env >= num_envs())
         throw std::invalid_argument("env_ids[" + std::to_string(r) + "] = " + std::to_string(env) +
-                                    " is not in [0, num_envs = " + std::to_string(num_envs) + ")");
+                                    " is not in [0, num_envs = " + std::to_string(num_envs()) + ")");
       if (seen_[static_cast<size_t>(env)])
         throw std::invalid_argument("env_ids contains " + std::to_string(env) +
                                     " twice: add the steps of one environment in separate calls, in order");
@@ -234,25 +294,22 @@ class PyReplay : public Replay {
     }
   }
 
-  std::vector<std::string> names_, column_names_;
-  std::vector<std::vector<py::ssize_t>> column_shapes_;
-  std::vector<int64_t> observation_bytes_, column_bytes_;
   std::vector<bool> seen_;
   std::unique_ptr<Priorities> priorities_;
 };
 
-// A lock held across several accesses from Python.
-struct Hold {
+// The buffer's lock, for several accesses from Python.
+struct Lock {
   PyReplay& replay;
   bool exclusive;
 
-  void enter() { exclusive ? replay.lock.lock() : replay.lock.lock_shared(); }
-  void exit() { exclusive ? replay.lock.unlock() : replay.lock.unlock_shared(); }
+  void acquire() { exclusive ? replay.lock.lock() : replay.lock.lock_shared(); }
+  void release() { exclusive ? replay.lock.unlock() : replay.lock.unlock_shared(); }
 };
 
 using IdMap = int64_t (Replay::*)(int64_t) const;
 
-// For callers that hold the lock.
+// For callers that have locked the buffer.
 Ids map_ids(const Replay& replay, const Ids& in, IdMap function) {
   Ids out(in.size());
   std::transform(in.data(), in.data() + in.size(), out.mutable_data(),
@@ -269,6 +326,34 @@ Ids lock_and_map_ids(PyReplay& replay, const Ids& in, IdMap function) {
   return map_ids(replay, in, function);
 }
 
+std::unique_ptr<PyReplay> make_replay(int64_t capacity, int64_t num_envs, int64_t n_step, double gamma,
+                                      View<int64_t, 1> count, View<int64_t, 1> first, View<int64_t, 1> ended,
+                                      View<float, 1> reward, View<uint8_t, 1> flags, View<int32_t, 1> time) {
+  return std::make_unique<PyReplay>(capacity, num_envs, n_step, gamma, count, first, ended, reward, flags,
+                                    time);
+}
+
+ObservationsOut make_observations_out(View<int64_t, 1> ids) { return {ids, 1, {}, {}, 0, 0}; }
+
+BatchOut make_batch_out(View<int64_t, 1> ids, int64_t n_step, View<float, 1> reward, View<float, 1> discount,
+                        View<bool, 1> terminated, View<bool, 1> truncated, View<float, 1> weight,
+                        std::vector<AnyView> columns, std::optional<View<int64_t, 3>> offsets,
+                        int64_t offset_range, int64_t shift_origin) {
+  require_shape("reward", reward.shape, ids.shape);
+  require_shape("discount", discount.shape, ids.shape);
+  require_shape("terminated", terminated.shape, ids.shape);
+  require_shape("truncated", truncated.shape, ids.shape);
+  require_shape("weight", weight.shape, ids.shape);
+  if (offsets) require_shape("offsets", offsets->shape, {2, ids.size(), 2});
+  return {{ids, n_step, {}, offsets, offset_range, shift_origin},
+          reward,
+          discount,
+          terminated,
+          truncated,
+          weight,
+          std::move(columns)};
+}
+
 }  // namespace
 
 void bind_replay(py::module_& m) {
@@ -276,110 +361,62 @@ void bind_replay(py::module_& m) {
   m.attr("stack_plan_bytes") = sizeof(StackPlan);
   py::register_exception<FrameStackError>(m, "FrameStackError", PyExc_ValueError);
   py::class_<GatherTarget>(m, "GatherTarget")
-      .def(py::init([](int type, bool channels_last, bool shifted, int64_t height, int64_t width) {
-             return GatherTarget{static_cast<OutType>(type), channels_last, shifted, height, width};
+      .def(py::init([](bool channels_last, bool shifted, int64_t height, int64_t width) {
+             return GatherTarget{{}, channels_last, shifted, height, width};
            }),
-           py::arg("type"), py::arg("channels_last"), py::arg("shifted"), py::arg("height"),
-           py::arg("width"));
+           py::arg("channels_last"), py::arg("shifted"), py::arg("height"), py::arg("width"));
 
-  py::class_<BatchOut>(m, "BatchOut")
-      .def(py::init([](int64_t rows, int64_t n_step, uintptr_t ids, uintptr_t reward, uintptr_t discount,
-                       uintptr_t terminated, uintptr_t truncated, uintptr_t weight,
-                       const std::vector<uintptr_t>& columns, uintptr_t offsets, int64_t offset_range,
-                       int64_t shift_origin) {
-             BatchOut out{rows,
-                          n_step,
-                          at<int64_t>(ids),
-                          at<float>(reward),
-                          at<float>(discount),
-                          at<uint8_t>(terminated),
-                          at<uint8_t>(truncated),
-                          at<float>(weight),
-                          {},
-                          {},
-                          at<int64_t>(offsets),
-                          offset_range,
-                          shift_origin};
-             for (uintptr_t column : columns) out.columns.push_back(at<uint8_t>(column));
-             return out;
-           }),
-           py::arg("rows"), py::arg("n_step"), py::arg("ids"), py::arg("reward"), py::arg("discount"),
-           py::arg("terminated"), py::arg("truncated"), py::arg("weight"), py::arg("columns"),
-           py::arg("offsets"), py::arg("offset_range"), py::arg("shift_origin"))
-      .def("add_key", [](BatchOut& out, const GatherTarget& target, uintptr_t obs, uintptr_t next_obs) {
-        out.keys.push_back({target, at<uint8_t>(obs), at<uint8_t>(next_obs)});
-      });
+  py::class_<ObservationsOut> observations_out(m, "ObservationsOut");
+  define_constructor(observations_out, &make_observations_out, "ids");
+  define_method(observations_out, "add_key", &ObservationsOut::add_key, "target", "obs", "next_obs");
+  py::class_<BatchOut, ObservationsOut> batch_out(m, "BatchOut");
+  define_constructor(batch_out, &make_batch_out, "ids", "n_step", "reward", "discount", "terminated",
+                     "truncated", "weight", "columns", "offsets", "offset_range", "shift_origin");
 
-  // `with replay.reading() as held: ...` holds writers off, `writing()` everyone. What takes the lock by
-  // itself must not be called inside.
-  py::class_<Hold>(m, "Hold")
+  // `with replay.reading() as locked: ...` keeps writers out, `writing()` everyone. Methods that acquire the
+  // lock themselves must not be called inside.
+  py::class_<Lock>(m, "Lock")
       .def("__enter__",
            [](const py::object& self) {
-             auto& hold = self.cast<Hold&>();
+             auto& lock = self.cast<Lock&>();
              {
                py::gil_scoped_release release;
-               hold.enter();
+               lock.acquire();
              }
              return self;
            })
-      .def("__exit__", [](Hold& self, const py::args&) { self.exit(); })
-      .def("rows", [](Hold& self, const Ids& ids) { return map_ids(self.replay, ids, &Replay::find); });
+      .def("__exit__", [](Lock& self, const py::args&) { self.release(); })
+      .def(
+          "rows", [](Lock& self, const Ids& ids) { return map_ids(self.replay, ids, &Replay::find); },
+          py::arg("ids"));
 
-  py::class_<PyReplay>(m, "Replay")
-      .def(py::init([](int64_t capacity, int64_t num_envs, int64_t n_step, double gamma, uintptr_t count,
-                       uintptr_t first, uintptr_t ended, uintptr_t reward, uintptr_t flags, uintptr_t time) {
-             return new PyReplay(capacity, num_envs, n_step, gamma, at<int64_t>(count), at<int64_t>(first),
-                                 at<int64_t>(ended), at<float>(reward), at<uint8_t>(flags),
-                                 at<int32_t>(time));
-           }),
-           py::arg("capacity"), py::arg("num_envs"), py::arg("n_step"), py::arg("gamma"), py::arg("count"),
-           py::arg("first"), py::arg("ended"), py::arg("reward"), py::arg("flags"), py::arg("time"))
-      .def("add_key", &PyReplay::add_observation_key, py::arg("name"), py::arg("data"), py::arg("recent"),
-           py::arg("slots"), py::arg("recent_slots"), py::arg("stack"), py::arg("channels"),
-           py::arg("height"), py::arg("width"), py::arg("item_bytes"), py::arg("floating"),
-           py::arg("channels_last"), py::arg("written"), py::arg("newest"), py::arg("depth"))
-      .def("add_column", &PyReplay::add_named_column, py::arg("name"), py::arg("data"), py::arg("shape"),
-           py::arg("item_bytes"))
-      .def("add", &PyReplay::add_rows, py::arg("obs"), py::arg("next_obs"), py::arg("reward"),
-           py::arg("terminated"), py::arg("truncated"), py::arg("columns"), py::arg("env_ids"),
-           py::arg("num_envs"))
-      .def("cut", &PyReplay::cut_streams, py::arg("env_ids"), py::arg("num_envs"))
+  py::class_<PyReplay> replay(m, "Replay");
+  define_constructor(replay, &make_replay, "capacity", "num_envs", "n_step", "gamma", "count", "first",
+                     "ended", "reward", "flags", "time");
+  define_method(replay, "add_key", &PyReplay::add_key, "name", "frames", "recent", "stack", "channels",
+                "height", "width", "channels_last", "written", "newest", "depth");
+  define_method(replay, "add_column", &PyReplay::add_column, "name", "values");
+  define_method(replay, "prioritize", &PyReplay::prioritize, "leaves", "sums", "largest", "bounds", "alpha");
 #ifdef COVR_WITH_CUDA
-      // The plans of a batch whose ids are drawn, into host memory [2, rows]: for gather_cuda.
-      .def("plan",
-           [](PyReplay& self, int64_t key, const BatchOut& out, uintptr_t plans, bool with_next) {
-             auto* to = at<StackPlan>(plans);
-             self.plan(key, out, to, with_next ? to + out.rows : nullptr);
-           })
-      .def("gather_cuda",
-           [](PyReplay& self, int64_t key, uintptr_t plans, int64_t rows, const GatherTarget& target,
-              uintptr_t out, uintptr_t stream) {
-             gather_cuda(self.frames(key), at<StackPlan>(plans), rows, target, at<void>(out),
-                         at<void>(stream));
-           })
-      // Sends the frames that add() wrote since the last call to the device.
-      .def("upload",
-           [](PyReplay& self, uintptr_t stream) {
-             for (const FrameWrite& write : self.take_writes()) {
-               const FrameLayout& frames = self.frames(write.key);
-               auto* to = const_cast<uint8_t*>(frames.data) + write.slot * frames.frame_bytes();
-               upload_frame(write.source, to, frames.frame_bytes(), at<void>(stream));
-             }
-           })
+  define_method(replay, "plan_cuda", &PyReplay::plan_cuda, "key", "out", "plans");
+  define_method(replay, "gather_cuda", &PyReplay::gather_cuda, "key", "plans", "target", "out", "stream");
+  define_method(replay, "upload_cuda", &PyReplay::upload_cuda, "stream");
 #endif
+  replay
+      .def("add", &PyReplay::add_rows, py::arg("obs"), py::arg("next_obs"), py::arg("reward"),
+           py::arg("terminated"), py::arg("truncated"), py::arg("columns"), py::arg("env_ids"))
+      .def("cut", &PyReplay::cut_streams, py::arg("env_ids"))
       .def_readwrite("cut_at_jumps", &PyReplay::cut_at_jumps)
       .def_property_readonly("rows_added", &PyReplay::rows_added)
       .def_property_readonly("jumps", &PyReplay::jumps)
       .def(
-          "reading", [](PyReplay& self) { return Hold{self, false}; }, py::keep_alive<0, 1>())
+          "reading", [](PyReplay& self) { return Lock{self, false}; }, py::keep_alive<0, 1>())
       .def(
-          "writing", [](PyReplay& self) { return Hold{self, true}; }, py::keep_alive<0, 1>())
+          "writing", [](PyReplay& self) { return Lock{self, true}; }, py::keep_alive<0, 1>())
       .def("size", &PyReplay::size)
       .def("samplable", &PyReplay::samplable)
-      .def("prioritize", &PyReplay::prioritize, py::arg("leaves"), py::arg("sums"), py::arg("largest"),
-           py::arg("bounds"), py::arg("rows"), py::arg("alpha"))
       .def("set_priorities", &PyReplay::set_priorities, py::arg("ids"), py::arg("priority"))
-      // Each makes a whole batch under one lock. `get` takes the ids that `out` holds, the others draw them.
+      // Each makes a whole batch under one lock. `get` takes the ids that are in `out`, the others draw them.
       .def("sample", &PyReplay::sample, py::arg("out"), py::arg("seed"), py::arg("batch"), py::arg("recency"),
            py::arg("recency_floor"), py::arg("threads"), kWithoutGil)
       .def("sample_prioritized", &PyReplay::sample_prioritized, py::arg("out"), py::arg("seed"),
@@ -387,9 +424,13 @@ void bind_replay(py::module_& m) {
       .def("get", &PyReplay::get, py::arg("out"), py::arg("seed"), py::arg("batch"), py::arg("threads"),
            kWithoutGil)
       .def("observe", &PyReplay::observe, py::arg("out"), py::arg("threads"), kWithoutGil)
-      .def("rows", [](PyReplay& self, const Ids& ids) { return lock_and_map_ids(self, ids, &Replay::find); })
-      .def("ids_in_rows",
-           [](PyReplay& self, const Ids& rows) { return lock_and_map_ids(self, rows, &Replay::id_in_row); });
+      .def(
+          "rows", [](PyReplay& self, const Ids& ids) { return lock_and_map_ids(self, ids, &Replay::find); },
+          py::arg("ids"))
+      .def(
+          "ids_in_rows",
+          [](PyReplay& self, const Ids& rows) { return lock_and_map_ids(self, rows, &Replay::id_in_row); },
+          py::arg("rows"));
 }
 
 }  // namespace covr

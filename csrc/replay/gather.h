@@ -1,13 +1,14 @@
 // Rebuilding observations from a ring of single frames: gather, stack, shift or crop, normalise, cast, write.
 #pragma once
 
+#include "common/view.h"
 #include "replay/gather_index.h"
 
 namespace covr {
 
 // One observation key's frames: `slots` per stream, `frame_bytes` each, channels-first.
 struct FrameLayout {
-  const uint8_t* data = nullptr;
+  uint8_t* data = nullptr;
   int64_t slots = 0;  // per stream
   int64_t stack = 1;
   int64_t channels = 1, height = 1, width = 1, item_bytes = 1;
@@ -17,14 +18,12 @@ struct FrameLayout {
   COVR_HD int64_t frame_bytes() const { return frame_items() * item_bytes; }
 };
 
-enum class OutType : int { kAsStored = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3 };
-
-// Where the observations go, and in what form. uint8 frames may be cut to (out_height, out_width) at the
-// plan's shift and cast to floats in [0, 1]; frames of any other type are copied as they are.
+// The form of the observations in a batch. uint8 frames may be cut to (out_height, out_width) at the plan's
+// shift and cast to floats in [0, 1]; frames of any other dtype are copied as they are.
 struct GatherTarget {
-  OutType type = OutType::kAsStored;
+  DType dtype = DType::kUInt8;
   bool channels_last = false;  // NHWC in memory instead of NCHW
-  bool shifted = false;        // honour the plans' shifts; otherwise whole frames
+  bool shifted = false;        // by the plans' shifts; otherwise whole frames
   int64_t out_height = 1, out_width = 1;
 
   // Where channel c of pixel i of the stack's j-th frame lies in its row, counted in items.
@@ -32,11 +31,8 @@ struct GatherTarget {
     return channels_last ? (i * frames.stack + j) * frames.channels + c
                          : (j * frames.channels + c) * out_height * out_width + i;
   }
-  int64_t item_bytes(const FrameLayout& frames) const {
-    return type == OutType::kAsStored ? frames.item_bytes : (type == OutType::kFloat32 ? 4 : 2);
-  }
   int64_t row_bytes(const FrameLayout& frames) const {
-    return frames.stack * frames.channels * out_height * out_width * item_bytes(frames);
+    return frames.stack * frames.channels * out_height * out_width * item_bytes(dtype);
   }
 };
 
@@ -47,7 +43,7 @@ void gather_observation(const FrameLayout& frames, const StackPlan& plan, const 
 // A copy whose writes bypass the cache: for memory that is not read again soon.
 void copy_streaming(const uint8_t* in, uint8_t* out, int64_t bytes);
 
-// Tells the kernel that the `streaming` writes of this thread are to be visible to others.
+// Makes the `streaming` writes of this thread visible to other threads.
 void finish_streaming();
 
 }  // namespace covr

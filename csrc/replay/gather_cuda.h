@@ -5,10 +5,10 @@
 
 namespace covr {
 
-// Observations [rows] of one key. `plans` and `out` are device addresses.
+// Observations [rows] of one key. `plans` and `out` are in device memory.
 void gather_cuda(const FrameLayout& frames, const StackPlan* plans, int64_t rows, const GatherTarget& target,
-                 void* out, void* stream);
+                 void* out, uintptr_t stream);
 
-void upload_frame(const uint8_t* host, uint8_t* device, int64_t bytes, void* stream);
+void upload_frame(const uint8_t* host, uint8_t* device, int64_t bytes, uintptr_t stream);
 
 }  // namespace covr

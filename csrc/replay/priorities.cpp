@@ -12,10 +12,6 @@ namespace covr {
 
 constexpr double kEpsilon = 1e-6;  // so that a priority of zero can still be drawn
 
-Priorities::Priorities(float* leaves, double* sums, double* largest, int64_t* bounds, int64_t rows,
-                       double alpha)
-    : leaves_(leaves), sums_(sums), largest_(largest), bounds_(bounds), rows_(rows), alpha_(alpha) {}
-
 void Priorities::follow(const Replay& replay) {
   touched_.clear();
   values_.clear();
@@ -26,16 +22,17 @@ void Priorities::follow(const Replay& replay) {
     }
   };
   for (int64_t env = 0; env < replay.num_envs(); ++env) {
-    int64_t& first = bounds_[env];
-    int64_t& ready = bounds_[replay.num_envs() + env];
+    int64_t& first = bounds_.data[env];
+    int64_t& ready = bounds_.data[replay.num_envs() + env];
     const int64_t new_first = replay.first(env), new_ready = replay.ready_end(env);
     // In this order: a new transition may lie where an old one was.
     mark(env, first, std::min(new_first, ready), 0.0f);
-    mark(env, std::max(new_first, ready), new_ready, static_cast<float>(*largest_));
+    mark(env, std::max(new_first, ready), new_ready, static_cast<float>(largest_[0]));
     first = new_first;
     ready = new_ready;
   }
-  sum_tree_set(leaves_, sums_, rows_, touched_.data(), values_.data(), static_cast<int64_t>(touched_.size()));
+  sum_tree_set(leaves_.data, sums_.data, leaves_.size(), touched_.data(), values_.data(),
+               static_cast<int64_t>(touched_.size()));
 }
 
 void Priorities::draw(const Replay& replay, uint64_t seed, uint64_t batch, double beta, int64_t* ids,
@@ -47,7 +44,7 @@ void Priorities::draw(const Replay& replay, uint64_t seed, uint64_t batch, doubl
     const Random128 random = philox(seed, batch, static_cast<uint32_t>(i), kDrawIndex);
     jitter[static_cast<size_t>(i)] = unit(random.word[0], random.word[1]);
   }
-  sum_tree_draw(leaves_, sums_, rows_, jitter.data(), n, ids, probability.data());
+  sum_tree_draw(leaves_.data, sums_.data, leaves_.size(), jitter.data(), n, ids, probability.data());
   const double rarest = *std::min_element(probability.begin(), probability.end());
   for (int64_t i = 0; i < n; ++i) {
     ids[i] = replay.id_in_row(ids[i]);
@@ -65,7 +62,7 @@ void Priorities::set(const Replay& replay, const int64_t* ids, const double* pri
                                 ": priority must be finite and not negative: pass absolute TD errors");
   touched_.clear();
   values_.clear();
-  double largest = *largest_;
+  double largest = largest_[0];
   for (int64_t i = 0; i < n; ++i) {
     const int64_t row = replay.find_ready(ids[i]);
     if (row < 0) continue;
@@ -76,8 +73,9 @@ void Priorities::set(const Replay& replay, const int64_t* ids, const double* pri
     values_.push_back(leaf);
     largest = std::max(largest, static_cast<double>(leaf));
   }
-  *largest_ = largest;
-  sum_tree_set(leaves_, sums_, rows_, touched_.data(), values_.data(), static_cast<int64_t>(touched_.size()));
+  largest_[0] = largest;
+  sum_tree_set(leaves_.data, sums_.data, leaves_.size(), touched_.data(), values_.data(),
+               static_cast<int64_t>(touched_.size()));
 }
 
 }  // namespace covr

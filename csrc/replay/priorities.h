@@ -5,15 +5,19 @@
 #include <cstdint>
 #include <vector>
 
+#include "common/view.h"
+
 namespace covr {
 
 class Replay;
 
 class Priorities {
  public:
-  // leaves [rows] and sums as sum_tree.h lays them out. largest: the largest leaf given so far. bounds [2,
-  // num_envs]: the first transition of each stream that has a leaf, and the one after the last.
-  Priorities(float* leaves, double* sums, double* largest, int64_t* bounds, int64_t rows, double alpha);
+  // leaves [rows] and sums as sum_tree.h lays them out. largest [1]: the largest leaf given so far. bounds
+  // [2, num_envs]: the first transition of each stream that has a leaf, and the one after the last.
+  Priorities(View<float, 1> leaves, View<double, 1> sums, View<double, 1> largest, View<int64_t, 2> bounds,
+             double alpha)
+      : leaves_(leaves), sums_(sums), largest_(largest), bounds_(bounds), alpha_(alpha) {}
 
   // After transitions were added, overwritten or completed: new ones get the largest priority.
   void follow(const Replay& replay);
@@ -26,10 +30,9 @@ class Priorities {
   void set(const Replay& replay, const int64_t* ids, const double* priority, int64_t n);
 
  private:
-  float* leaves_;
-  double *sums_, *largest_;
-  int64_t* bounds_;
-  int64_t rows_;
+  View<float, 1> leaves_;
+  View<double, 1> sums_, largest_;
+  View<int64_t, 2> bounds_;
   double alpha_;
   std::vector<int64_t> touched_;
   std::vector<float> values_;

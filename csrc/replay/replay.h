@@ -1,15 +1,16 @@
 // Bookkeeping of the replay buffer: which transition lives where, which of them may be sampled, and which
-// frames rebuild its observations. All memory belongs to the caller (torch tensors); this class knows
-// addresses.
+// frames rebuild its observations. All memory belongs to the caller (torch tensors); this class has views.
 //
 // Every environment is a stream. A stream numbers its transitions 0, 1, 2, ...; transition t lies in row
 // `env * rows_per_stream + t % limit`. Its public id, `t * num_envs + env`, is never reused, so an id whose
-// transition was overwritten is recognised as such. Observations are stacks of single frames from a second,
+// transition was overwritten is recognised. Observations are stacks of single frames from a second,
 // slightly longer ring per stream: an episode of n transitions has n + 1 frames.
 #pragma once
 
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "replay/gather.h"
@@ -24,13 +25,16 @@ constexpr uint8_t kEnd = kTerminated | kTruncated | kCut;
 // One observation key.
 struct ObservationKey {
   std::string name;
-  FrameLayout frames;  // the ring that samples are read from; on a GPU, a device address
-  FrameLayout recent;  // the same frames where the CPU can read the latest `stack` of each stream
-  bool input_channels_last = false;
-  bool floating = false;       // observations are compared as numbers then, not as bytes
-  int64_t* written = nullptr;  // [num_envs] frames written so far
-  int64_t* newest = nullptr;   // [rows] number of the newest frame of obs
-  uint8_t* depth = nullptr;    // [rows] older frames stored for obs; kZeroPadding on top
+  DType dtype;  // floats are compared as numbers, all others as bytes
+  bool input_channels_last;
+  Device device;             // of frames
+  FrameLayout frames;        // the ring that samples are read from
+  FrameLayout recent;        // the same frames where the CPU can read the latest `stack` of each stream
+  View<int64_t, 1> written;  // [num_envs] frames written so far
+  View<int64_t, 1> newest;   // [rows] number of the newest frame of obs
+  View<uint8_t, 1> depth;    // [rows] older frames stored for obs; kZeroPadding is added to it
+
+  int64_t input_bytes() const { return frames.stack * frames.frame_bytes(); }  // of an observation
 };
 constexpr uint8_t kZeroPadding = 0x80;
 
@@ -44,67 +48,91 @@ constexpr const char* kNothingToSample =
     "nothing to sample: no transition with all its n steps is stored yet; add() some first";
 
 struct Column {
-  uint8_t* data;
-  int64_t bytes;  // per transition
+  std::string name;
+  AnyView values;  // [rows, ...]
+  int64_t bytes;   // per transition
 };
 
-// One call's rows, as addresses. Row r of key k begins at obs[k] + r * obs_stride[k].
+struct Rows {
+  const uint8_t* data;
+  int64_t stride;  // in bytes
+
+  const uint8_t* operator[](int64_t row) const { return data + row * stride; }
+};
+
+// The rows of one call of add().
 struct RowsIn {
   int64_t rows;
   const int64_t* env_ids;  // nullptr: 0 .. rows-1
-  std::vector<const uint8_t*> obs, next_obs;
-  std::vector<int64_t> obs_stride, next_obs_stride;
+  std::vector<Rows> obs, next_obs, columns;
   const float* reward;
-  const uint8_t *terminated, *truncated;
-  std::vector<const uint8_t*> columns;
+  const bool *terminated, *truncated;
 };
 
-struct KeyOut {
-  GatherTarget target;
-  uint8_t *obs, *next_obs;  // either may be null
+// Where the observations of some transitions are written.
+struct ObservationsOut {
+  struct Key {
+    GatherTarget target;
+    AnyView obs;
+    std::optional<AnyView> next_obs;
+  };
+  View<int64_t, 1> ids;
+  int64_t n_step;  // next_obs is that of so many steps later
+  std::vector<Key> keys;
+  std::optional<View<int64_t, 3>> offsets;  // [2, rows, 2] of obs and next_obs, y before x
+  int64_t offset_range;                     // offsets are drawn from [0, offset_range)
+  int64_t shift_origin;                     // the offset that leaves the image where it is
+
+  int64_t rows() const { return ids.size(); }
+  // One key after the other, in their order in the buffer.
+  void add_key(GatherTarget target, AnyView obs, std::optional<AnyView> next_obs) {
+    target.dtype = obs.dtype;
+    keys.push_back({target, std::move(obs), std::move(next_obs)});
+  }
 };
 
-struct BatchOut {
-  int64_t rows, n_step;
-  int64_t* ids;
-  float *reward, *discount;
-  uint8_t *terminated, *truncated;
-  float* weight;
-  std::vector<uint8_t*> columns;
-  std::vector<KeyOut> keys;
-  int64_t* offsets;      // [2, rows, 2] of obs and next_obs, y before x; null without augmentation
-  int64_t offset_range;  // offsets are drawn from [0, offset_range)
-  int64_t shift_origin;  // the offset that leaves the picture where it is
+// Where a whole batch is written.
+struct BatchOut : ObservationsOut {
+  View<float, 1> reward, discount;
+  View<bool, 1> terminated, truncated;
+  View<float, 1> weight;
+  std::vector<AnyView> columns;
 };
 
-// One frame that was written, for storage that the CPU cannot write itself.
+// One frame that was written to where the CPU reads, and its slot of the ring that samples are read from.
 struct FrameWrite {
-  int64_t key, slot;
+  size_t key;
+  int64_t slot;
   const uint8_t* source;
 };
 
 class Replay {
  public:
-  Replay(int64_t capacity, int64_t num_envs, int64_t n_step, double gamma, int64_t* count, int64_t* first,
-         int64_t* ended, float* reward, uint8_t* flags, int32_t* time);
+  // count, first and ended have one value per stream, reward, flags and time one per row.
+  Replay(int64_t capacity, int64_t num_envs, int64_t n_step, double gamma, View<int64_t, 1> count,
+         View<int64_t, 1> first, View<int64_t, 1> ended, View<float, 1> reward, View<uint8_t, 1> flags,
+         View<int32_t, 1> time);
 
-  int64_t add_key(ObservationKey key);
-  void add_column(Column column) { columns_.push_back(column); }
+  void add_key(ObservationKey key) { keys_.push_back(std::move(key)); }
+  void add_column(Column column) { columns_.push_back(std::move(column)); }
+  const std::vector<ObservationKey>& keys() const { return keys_; }
+  const std::vector<Column>& columns() const { return columns_; }
 
   // Appends the rows; their ids go to `ids`. Throws FrameStackError, with nothing written, where an
   // observation contradicts its stream.
   void add(const RowsIn& in, int64_t* ids);
   // The next row of these streams (all, if null) begins a new segment.
   void cut(const int64_t* env_ids, int64_t n);
-  std::vector<FrameWrite> take_writes();
-  const FrameLayout& frames(int64_t key) const;
+  // The frames written since the last call, for storage that the CPU cannot write itself.
+  std::vector<FrameWrite> take_writes() { return std::exchange(writes_, {}); }
 
+  int64_t rows() const { return num_envs_ * rows_per_stream_; }
   int64_t rows_per_stream() const { return rows_per_stream_; }
   int64_t limit(int64_t env) const { return limit_ + (env < longer_streams_); }
-  int64_t size() const;       // transitions held
+  int64_t size() const;       // transitions stored
   int64_t samplable() const;  // transitions whose n steps are complete
   int64_t row(int64_t env, int64_t t) const { return env * rows_per_stream_ + t % limit(env); }
-  // The row of an id, or -1 if that transition is not held (any more).
+  // The row of an id, or -1 if that transition is not stored.
   int64_t find(int64_t id) const;
   int64_t find_ready(int64_t id) const;  // the same, or -1 if its n steps are not complete
   int64_t id_in_row(int64_t row) const;  // the id of the transition in a row, or -1
@@ -116,8 +144,8 @@ class Replay {
   // Fills everything but the observations.
   void gather_rows(const BatchOut& out, uint64_t seed, uint64_t batch) const;
   // The observation plans of one key: obs and next_obs of each id (next_obs after n steps).
-  void plan(int64_t key, const BatchOut& out, StackPlan* obs, StackPlan* next_obs) const;
-  void gather_key(int64_t key, const BatchOut& out, int threads) const;
+  void plan(size_t key, const ObservationsOut& out, StackPlan* obs, StackPlan* next_obs) const;
+  void gather_key(size_t key, const ObservationsOut& out, int threads) const;
 
   SharedLock lock;
   // An obs that does not continue its stream begins a new segment instead of being refused.
@@ -135,7 +163,7 @@ class Replay {
     bool fresh, cuts_previous;
   };
   int64_t steps(int64_t env, int64_t t, int64_t n_step) const;
-  StackPlan stack_after(int64_t key, int64_t env) const;
+  StackPlan stack_after(size_t key, int64_t env) const;
   Segment check(const RowsIn& in, int64_t row, int64_t env) const;
   int64_t probe_phase(const RowsIn& in, int64_t row, int64_t env, size_t key) const;
   static int64_t frame_phase(int64_t phase, int64_t position, bool next);
@@ -148,12 +176,12 @@ class Replay {
   void evict(int64_t env);
 
   const int64_t num_envs_, n_step_, rows_per_stream_;
-  const int64_t limit_, longer_streams_;  // these first streams hold one transition more
+  const int64_t limit_, longer_streams_;  // these first streams have room for one transition more
   const double gamma_;
-  int64_t *count_, *first_, *ended_;
-  float* reward_;
-  uint8_t* flags_;
-  int32_t* time_;
+  const View<int64_t, 1> count_, first_, ended_;
+  const View<float, 1> reward_;
+  const View<uint8_t, 1> flags_;
+  const View<int32_t, 1> time_;
   std::vector<ObservationKey> keys_;
   std::vector<Column> columns_;
   std::vector<FrameWrite> writes_;

@@ -13,7 +13,7 @@ namespace covr::cuda {
 namespace {
 
 constexpr int kThreads = 1024;
-constexpr int64_t kFew = 8192;    // values that one block holds in shared memory
+constexpr int64_t kFew = 8192;    // values that fit into the shared memory of one block
 constexpr int kMaxBlocks = 1024;  // whose counts one block can scan
 constexpr int kFirstBits = 12, kBits = 10;
 constexpr int kFirstBins = 1 << kFirstBits, kBins = 1 << kBits;

@@ -6,9 +6,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <stdexcept>
-#include <string>
-
+#include "launch.h"
 #include "replay/gather_cuda.h"
 
 namespace covr {
@@ -85,43 +83,38 @@ __global__ void copy_kernel(FrameLayout frames, const StackPlan* plans, GatherTa
   }
 }
 
-void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
-}
-
 }  // namespace
 
 void gather_cuda(const FrameLayout& frames, const StackPlan* plans, int64_t rows, const GatherTarget& target,
-                 void* out, void* stream) {
+                 void* out, uintptr_t stream) {
   if (rows == 0) return;
   const auto blocks = static_cast<unsigned>(rows * frames.stack);
-  const auto s = static_cast<cudaStream_t>(stream);
+  const auto s = cuda::as_stream(stream);
   const auto launch = [&](auto* to) { gather_kernel<<<blocks, kThreads, 0, s>>>(frames, plans, target, to); };
   if (frames.item_bytes != 1) {
     copy_kernel<<<blocks, kThreads, 0, s>>>(frames, plans, target, static_cast<uint8_t*>(out));
   } else {
-    switch (target.type) {
-      case OutType::kAsStored:
-        launch(static_cast<uint8_t*>(out));
-        break;
-      case OutType::kFloat32:
+    switch (target.dtype) {
+      case DType::kFloat32:
         launch(static_cast<float*>(out));
         break;
-      case OutType::kBFloat16:
+      case DType::kBFloat16:
         launch(static_cast<__nv_bfloat16*>(out));
         break;
-      case OutType::kFloat16:
+      case DType::kFloat16:
         launch(static_cast<__half*>(out));
         break;
+      default:
+        launch(static_cast<uint8_t*>(out));
     }
   }
-  check(cudaGetLastError(), "gather kernel");
+  cuda::check(cudaGetLastError(), "gather kernel");
 }
 
-void upload_frame(const uint8_t* host, uint8_t* device, int64_t bytes, void* stream) {
-  check(cudaMemcpyAsync(device, host, static_cast<size_t>(bytes), cudaMemcpyHostToDevice,
-                        static_cast<cudaStream_t>(stream)),
-        "frame upload");
+void upload_frame(const uint8_t* host, uint8_t* device, int64_t bytes, uintptr_t stream) {
+  cuda::check(cudaMemcpyAsync(device, host, static_cast<size_t>(bytes), cudaMemcpyHostToDevice,
+                              cuda::as_stream(stream)),
+              "frame upload");
 }
 
 }  // namespace covr
