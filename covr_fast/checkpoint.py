@@ -72,6 +72,8 @@ def save_checkpoint(
         UserError: the prior is an adapter of a model in the checkpoint that would be replaced.
         OSError: it could not be written; the former checkpoint is still there.
     """
+    from safetensors import SafetensorError
+
     if prior.needs(run / "checkpoint") or prior.needs(run / "checkpoint.old"):
         raise UserError(
             f"the VLM is an adapter of {prior.backbone.source}, which saving would remove: copy that model "
@@ -80,8 +82,10 @@ def save_checkpoint(
     with replaced_folder(run / "checkpoint") as new:
         _write(agent.state_dict(), new / "agent.pt")
         _write(counters, new / "counters.pt")
-        with _as_os_error(new / "vlm"):
+        try:
             prior.save_pretrained(new / "vlm")
+        except SafetensorError as error:  # what safetensors raises for a failed write
+            raise OSError(errno.EIO, str(error), str(new / "vlm")) from error
         if buffer is not None:
             buffer.save(new / "replay")
     (run / RESCUED).unlink(missing_ok=True)
@@ -117,31 +121,15 @@ def rescue_agent(run: Path, agent: SAC) -> None:
         OSError: it could not be written.
     """
     (run / _RESERVE).unlink(missing_ok=True)
-    with replacing(run / RESCUED) as file:
-        file.write(_serialized(agent.state_dict()))
+    _write(agent.state_dict(), run / RESCUED)
 
 
 def _write(content: dict[str, Any], path: Path) -> None:
-    with writing(path), path.open("wb") as file:
-        file.write(_serialized(content))
-
-
-def _serialized(content: dict[str, Any]) -> memoryview:
     """What `torch.save` writes. Not written to the file by torch, which does not say why a write failed."""
     serialized = io.BytesIO()
     torch.save(content, serialized)
-    return serialized.getbuffer()
-
-
-@contextmanager
-def _as_os_error(path: Path) -> Iterator[None]:
-    """Turns the error that safetensors raises for a failed write into an OSError."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except SafetensorError as error:
-        raise OSError(errno.EIO, str(error), str(path)) from error
+    with replacing(path) as file:
+        file.write(serialized.getbuffer())
 
 
 class Checkpoint:

@@ -309,11 +309,8 @@ class TrainConfig:
             config = TrainConfig(**{**data, **parts})
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"config.json does not fit this version of covr_fast: {error}") from error
-        # JSON has no tuples.
-        config.agent.channels, config.agent.strides = (
-            tuple(config.agent.channels),
-            tuple(config.agent.strides),
-        )
+        agent = config.agent
+        agent.channels, agent.strides = tuple(agent.channels), tuple(agent.strides)  # JSON has no tuples
         return config
 
 

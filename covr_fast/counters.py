@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 
 @dataclass
@@ -18,13 +17,6 @@ class Counters:
     """Policy updates."""
     returns: list[float] = field(default_factory=list)
     """Sum of rewards of each finished training episode, in the order in which they ended."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in vars(self):
-            setattr(self, name, state[name])
 
 
 class Every:

@@ -18,28 +18,14 @@ import torch
 from .opengl import INSTALL
 
 REQUIRED = (
-    "envpool",
-    "gymnasium",
-    "transformers",
-    "tokenizers",
-    "peft",
-    "safetensors",
-    "tyro",
-    "filelock",
-    "rich",
-    "tensorboard",
-    "matplotlib",
-    "imageio",
-    "imageio-ffmpeg",
-    "pillow",
-)
+    "envpool", "gymnasium", "transformers", "tokenizers", "peft", "safetensors", "tyro", "filelock", "rich",
+    "tensorboard", "matplotlib", "imageio", "imageio-ffmpeg", "pillow",
+)  # fmt: skip
 OPTIONAL = {
-    "triton": "pip install 'covr-fast[triton]'",
-    "bitsandbytes": "pip install 'covr-fast[quantize]'",
-    "flash-attn-4": "pip install 'covr-fast[flash]'",
-    "stable-baselines3": "pip install 'covr-fast[sb3]'",
-    "torchrl": "pip install 'covr-fast[torchrl]'",
-}
+    "triton": "triton", "bitsandbytes": "quantize", "flash-attn-4": "flash", "stable-baselines3": "sb3",
+    "torchrl": "torchrl",
+}  # fmt: skip
+"""Package -> the extra of covr-fast that brings it."""
 ENVIRONMENTS = {
     "CarRacing": ("CarRacing-v3", "pip install --force-reinstall envpool"),
     "DMControl": ("CheetahRun-v1", INSTALL),
@@ -143,6 +129,10 @@ def print_diagnosis(d: dict[str, Any]) -> None:
 
     It needs no other packages than Python's: those that print nicer tables may be missing.
     """
+    without = [kind for kind, problem in d["environments"].items() if problem]
+    verdict = f"ready, but for {' and '.join(without)}: see above" if without else "ready"
+    if not d["ready_to_train"]:
+        verdict = "not ready, see above"
     extension = d["extension"]
     if not extension["built"]:
         native = f"missing ({extension['error']}): pip install -e ."
@@ -150,29 +140,20 @@ def print_diagnosis(d: dict[str, Any]) -> None:
         native = "with CUDA kernels"
     else:
         native = "CPU only" + ("; nvcc is here: reinstall to build the CUDA kernels" if d["nvcc"] else "")
+    missing = "missing: pip install 'covr-fast[{}]'"
     rows = [
         ("covr-fast", str(d["covr-fast"])),
         ("python, torch, cores", f"{d['python']}, {d['torch']}, {d['cores']}"),
         ("CUDA devices", ", ".join(d["cuda_devices"]) or "none: everything runs on the CPU"),
         ("C++ extension", native),
+        *((name, version or missing.format("train")) for name, version in d["required"].items()),
         *(
-            (name, version or "missing: pip install 'covr-fast[train]'")
-            for name, version in d["required"].items()
-        ),
-        *(
-            (f"{name} (optional)", version or f"missing: {OPTIONAL[name]}")
+            (f"{name} (optional)", version or missing.format(OPTIONAL[name]))
             for name, version in d["optional"].items()
         ),
         *((f"{kind} frames", problem or "drawn") for kind, problem in d["environments"].items()),
-        ("covr-fast train", _verdict(d)),
+        ("covr-fast train", verdict),
     ]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:<{width}}  {value}")
-
-
-def _verdict(d: dict[str, Any]) -> str:
-    if not d["ready_to_train"]:
-        return "not ready, see above"
-    without = [kind for kind, problem in d["environments"].items() if problem]
-    return f"ready, but for {' and '.join(without)}: see above" if without else "ready"

@@ -23,20 +23,15 @@ from .files import read_records, write_whole, writing
 
 
 class Clock:
-    """Adds up wall time by activity. Activities do not nest: each second is counted once.
+    """Adds up wall time by activity. Activities do not nest: each second is counted once."""
 
-    Args:
-        seconds: of each activity in earlier parts of the run.
-        total: seconds of the earlier parts in all.
-    """
-
-    def __init__(self, seconds: Mapping[str, float] | None = None, total: float = 0.0) -> None:
-        self.seconds = dict(seconds or {})
-        self._earlier = total
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._earlier = 0.0
         self.start()
 
     def start(self) -> None:
-        """Counts the total from now on, after that of the earlier parts."""
+        """Counts the total from now on, after that of the run's earlier parts (`load_state_dict`)."""
         self._started = time.perf_counter() - self._earlier
 
     @contextmanager

@@ -121,9 +121,7 @@ def _dm_control(env_id: str, action_repeat: int) -> Callable[[bool], TrainConfig
 PRESETS: dict[str, Preset] = {
     "carracing": Preset("CarRacing in a small picture, ten minutes on two CPU cores", _car_racing),
     "carracing-gpu": Preset(
-        "CarRacing at full size on one GPU",
-        _car_racing_gpu,
-        "Qwen/Qwen2.5-VL-3B-Instruct",
+        "CarRacing at full size on one GPU", _car_racing_gpu, "Qwen/Qwen2.5-VL-3B-Instruct"
     ),
     "cartpole-swingup": Preset("DMControl Cartpole Swingup", _dm_control("CartpoleSwingup-v1", 8)),
     "reacher-easy": Preset("DMControl Reacher Easy", _dm_control("ReacherEasy-v1", 4)),

@@ -50,7 +50,9 @@ class Lane:
             self._stream.wait_stream(caller)
         else:
             self._stream.wait_event(after)
-        _record(inputs, self._stream)
+        for tensor in inputs:
+            if tensor is not None and tensor.is_cuda:
+                tensor.record_stream(self._stream)
         try:
             with torch.cuda.stream(self._stream):
                 yield
@@ -79,9 +81,3 @@ def receive(*tensors: Tensor) -> None:
     for tensor in tensors:
         if tensor.is_cuda:
             tensor.record_stream(torch.cuda.current_stream(tensor.device))
-
-
-def _record(tensors: tuple[Tensor | None, ...], stream: torch.cuda.Stream) -> None:
-    for tensor in tensors:
-        if tensor is not None and tensor.is_cuda:
-            tensor.record_stream(stream)

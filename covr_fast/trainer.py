@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,8 @@ from .config import TrainConfig
 from .counters import Counters, Every
 from .envs import Rows, make_env
 from .errors import DivergedError, UserError, as_user_error, os_error_as_user_error
-from .evaluate import Evaluation
-from .evaluations import Evaluations, record_episode
+from .evaluate import Evaluation, Evaluations
 from .files import write_whole
-from .interrupts import deferred_interrupts
 from .labeller import PriorLabeller
 from .logger import Clock, MeanMetrics, RunLogger
 from .parts import compute_device, load_prior, new_buffer, replay_device
@@ -33,14 +31,11 @@ from .report import plot_curves
 from .resume import open_resumed
 from .rounds import Rounds, vlm_images
 from .run_folder import RunFolder
-from .saving import RunSaver
+from .saving import RunSaver, deferred_interrupts
 from .seeds import training_seed
 from .streams import Lane
 from .view import agent_obs_shape, agent_view, vlm_view
 from .vlm import VLMTuner
-
-StepCallback = Callable[[Rows], object]
-"""See Trainer.on_step."""
 
 
 class Trainer:
@@ -109,7 +104,15 @@ class Trainer:
                 self.prior = load_prior(config, action_dim, self.device, model)
             self.tuner = VLMTuner(self.prior, config.tuner)
             self._prior_noise = torch.Generator().manual_seed(config.seed)
-            self.labeller = self._new_labeller() if config.vlm.background else None
+            self.labeller = None
+            if config.vlm.background:
+                self.labeller = PriorLabeller(
+                    self.prior,
+                    self.buffer,
+                    lambda ids: vlm_images(config, self.buffer, ids),
+                    temperature=config.vlm.temperature,
+                    generator=self._prior_noise,
+                )
             self.rounds = Rounds(config, self.agent, self.buffer, self.tuner, self.labeller)
         self.collector = Collector(self.envs, self.buffer)
         self.evaluations = Evaluations(config, self.agent, self.prior)
@@ -118,26 +121,17 @@ class Trainer:
         self._rng = np.random.default_rng(config.seed)
         self._lane = Lane(self.device, urgent=True)
         self._metrics = MeanMetrics()
-        self._callbacks: list[StepCallback] = []
+        self._callbacks: list[Callable[[Rows], object]] = []
         if saved:
             self._restore(saved)
         self._logged_returns = len(self.counters.returns)
-
-    def _new_labeller(self) -> PriorLabeller:
-        return PriorLabeller(
-            self.prior,
-            self.buffer,
-            lambda ids: vlm_images(self.config, self.buffer, ids),
-            temperature=self.config.vlm.temperature,
-            generator=self._prior_noise,
-        )
 
     @property
     def step(self) -> int:
         """Environment steps so far: decisions, summed over environments."""
         return self.counters.step
 
-    def on_step(self, callback: StepCallback) -> None:
+    def on_step(self, callback: Callable[[Rows], object]) -> None:
         """Calls `callback(rows)` at the end of every step of the loop, in the thread that calls `run`.
 
         A step is one decision of one batch of environments. By then its transitions `rows` (see envs.Rows)
@@ -190,8 +184,13 @@ class Trainer:
             log.say(f"note: {doubt}")
         with saver.saved_on(Exception, KeyboardInterrupt), self.clock("evaluation"):
             self.evaluations.measure_before(self.step, log)
-        with saver.saved_on(Exception), deferred_interrupts() as interrupted, self._threads_ended():
-            self._train(interrupted)
+        with saver.saved_on(Exception), deferred_interrupts() as interrupted:
+            try:
+                self._train(interrupted)
+            finally:  # a round that is still running is dropped
+                self.tuner.stop()
+                if self.labeller is not None:
+                    self.labeller.close()
         if interrupted:
             saver.save_for_resume("interrupted")
             raise KeyboardInterrupt
@@ -201,20 +200,11 @@ class Trainer:
         summary = self._summary(evaluations)
         write_whole(self.out / "summary.json", json.dumps(summary, indent=2) + "\n")
         if self.config.video:
+            from .video import record_episode
+
             with os_error_as_user_error("the run is finished but for this video"):
                 record_episode(self.config, self.agent, self.prior, self.out)
         return summary
-
-    @contextmanager
-    def _threads_ended(self) -> Iterator[None]:
-        """Ends the tuner's and the labeller's threads when the loop ends; a round that is still running is
-        dropped."""
-        try:
-            yield
-        finally:
-            self.tuner.stop()
-            if self.labeller is not None:
-                self.labeller.close()
 
     # ---- the loop ----------------------------------------------------------------------------------
 
@@ -361,7 +351,7 @@ class Trainer:
         """counters.pt of a checkpoint."""
         return {
             "settings": self.config.to_dict(),
-            **self.counters.state_dict(),
+            **vars(self.counters),
             **self.clock.state_dict(),
             **self.rounds.state_dict(),
             **self.evaluations.state_dict(),
@@ -375,7 +365,7 @@ class Trainer:
         restore_agent(self.agent, saved.agent_state(), saved.folder / "agent.pt")
         state = saved.counters
         try:
-            self.counters.load_state_dict(state)
+            self.counters = Counters(**{name: state[name] for name in vars(self.counters)})
             self.clock.load_state_dict(state)
             self.rounds.load_state_dict(state, empty_buffer=not saved.has_replay())
             self.evaluations.load_state_dict(state)

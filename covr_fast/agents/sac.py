@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..buffer.batch import Batch
 from ..cuda_graph import CudaGraphs
-from .batch import TransitionBatch
 from .captured import CapturedUpdate
 from .compiled import compiled
 from .losses import Networks, critic_loss, policy_loss
@@ -117,7 +117,7 @@ class SAC:
         value: Tensor = self.critic(latent, mean).amin(0) / self.config.reward_scale
         return value
 
-    def update(self, batch: TransitionBatch, *, guide: bool) -> dict[str, Tensor]:
+    def update(self, batch: Batch[Tensor], *, guide: bool) -> dict[str, Tensor]:
         """One step on critic and encoder, actor, temperature and target. Returns metrics, which stay on the
         device.
 
@@ -131,7 +131,7 @@ class SAC:
         update = self._captured or self._update
         return update(batch, guide)
 
-    def _update(self, batch: TransitionBatch, guide: bool) -> dict[str, Tensor]:
+    def _update(self, batch: Batch[Tensor], guide: bool) -> dict[str, Tensor]:
         latent, metrics = self.update_critic(batch)
         metrics |= self.update_actor(latent, batch, guide=guide)
         with torch.no_grad():
@@ -140,7 +140,7 @@ class SAC:
             )
         return metrics
 
-    def update_critic(self, batch: TransitionBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def update_critic(self, batch: Batch[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """A step on critic and encoder. Returns the latents [B, D] of batch.obs from before it, and
         metrics."""
         loss, latent, metrics = self._critic_loss(
@@ -149,7 +149,7 @@ class SAC:
         _descend(loss, self.critic_optimizer)
         return latent, metrics
 
-    def update_actor(self, latent: Tensor, batch: TransitionBatch, *, guide: bool) -> dict[str, Tensor]:
+    def update_actor(self, latent: Tensor, batch: Batch[Tensor], *, guide: bool) -> dict[str, Tensor]:
         """A step on actor and temperature from detached latents [B, D]. Returns metrics."""
         # The actor's gradient passes through the critic, whose own weights need none.
         self.critic.requires_grad_(False)
