@@ -17,10 +17,10 @@ import torch
 from .agents import SAC
 from .buffer import ReplayBuffer
 from .config import TrainConfig
-from .envs import action_labels
 from .errors import UserError
 from .evaluate import Policy, actor_policy
 from .files import flush_tree, read_json, replacing, writing
+from .tasks import action_labels
 from .view import agent_obs_shape
 from .vlm import ActionPrior
 
@@ -133,17 +133,17 @@ def _write(content: dict[str, Any], path: Path) -> None:
 
 
 class Checkpoint:
-    """An open checkpoint. `counters` is the content of counters.pt; the rest is read when it is asked for."""
+    """RUN/checkpoint, opened. `counters` is the content of counters.pt; the rest is read on request.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.vlm = folder / "vlm"
-        self.counters = _read(folder / "counters.pt")
-        self.written = (folder / "counters.pt").stat().st_mtime_ns
+    Raises:
+        UserError: there is none, or counters.pt is damaged.
+    """
 
-    def agent_state(self) -> dict[str, Any]:
-        """For SAC.load_state_dict."""
-        return _read(self.folder / "agent.pt")
+    def __init__(self, run: Path):
+        self.folder = newest_folder(run / "checkpoint")
+        self.vlm = self.folder / "vlm"
+        self.counters = _read(self.folder / "counters.pt")
+        self.written = (self.folder / "counters.pt").stat().st_mtime_ns
 
     def has_replay(self) -> bool:
         return (self.folder / "replay").is_file()
@@ -186,15 +186,6 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged ({reason}): {_REMEDY}") from error
 
 
-def load_checkpoint(run: Path) -> Checkpoint:
-    """Opens RUN/checkpoint.
-
-    Raises:
-        UserError: it does not exist, or is damaged.
-    """
-    return Checkpoint(newest_folder(run / "checkpoint"))
-
-
 def load_config(run: Path) -> TrainConfig:
     """Reads config.json of a run folder."""
     path = run / "config.json"
@@ -216,16 +207,17 @@ def load_actor(run: Path) -> tuple[Policy, TrainConfig]:
     agent = SAC(agent_obs_shape(config), (len(action_labels(config.env)),), config.agent, seed=config.seed)
     rescued = run / RESCUED
     path = rescued if rescued.is_file() else newest_folder(run / "checkpoint") / "agent.pt"
-    restore_agent(agent, _read(path), path)
+    restore_agent(agent, path)
     return actor_policy(agent, config), config
 
 
-def restore_agent(agent: SAC, state: dict[str, Any], path: Path) -> None:
-    """Loads `state`, the content of `path`, into `agent`.
+def restore_agent(agent: SAC, path: Path) -> None:
+    """Loads an agent.pt.
 
     Raises:
-        UserError: it is the state of an agent with other settings.
+        UserError: it is missing, damaged, or the state of an agent with other settings.
     """
+    state = _read(path)
     try:
         agent.load_state_dict(state)
     except (RuntimeError, KeyError, ValueError) as error:

@@ -284,8 +284,7 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings in plain types, for config.json."""
-        plain: dict[str, Any] = _plain(asdict(self))
-        return plain
+        return dict(_plain(asdict(self)))
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> TrainConfig:
@@ -295,10 +294,8 @@ class TrainConfig:
         Raises:
             UserError: a setting is unknown; the message suggests similar names.
         """
-        nested = {
-            "env": EnvConfig, "agent": SACConfig, "replay": ReplayConfig, "vlm": VLMConfig,
-            "tuner": TunerConfig, "covr": COVRConfig, "eval": EvalConfig,
-        }  # fmt: skip
+        sections = {part.name: part.default_factory for part in fields(TrainConfig)}
+        nested: dict[str, Any] = {name: cls for name, cls in sections.items() if is_dataclass(cls)}
         known = {part.name for part in fields(TrainConfig)}
         known |= {f"{name}.{part.name}" for name, cls in nested.items() for part in fields(cls)}
         try:

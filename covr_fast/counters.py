@@ -20,12 +20,8 @@ class Counters:
 
 
 class Every:
-    """Says when an event that recurs every `n` steps is due.
-
-    Args:
-        n: steps between two events; 0 means never.
-        start: the step at which counting begins. A multiple of `n` that was reached by then is not due again.
-    """
+    """Says when an event that recurs every `n` steps is due; 0 means never. A multiple that was reached at
+    step `start` is not due again."""
 
     def __init__(self, n: int, start: int = 0) -> None:
         self._n = n

@@ -21,7 +21,6 @@ from .opengl import DRAWING, import_envpool, require_frames, return_memory
 from .scalars import as_int
 from .seeds import SEEDS
 from .tasks import Task, find_task
-from .tasks import action_labels as action_labels
 
 
 @dataclass
@@ -245,7 +244,9 @@ class PixelEnvs:
                 f"environment {self.config.id} returned a reward that is not finite (env_ids {bad})"
             )
         # Rendered frames are rendered once for all repeats; an ended episode still shows its last state.
-        self._push(ids, self._frames(simulator, newest, ids - first))
+        c, shown = self.config.channels, self._frames(simulator, newest, ids - first)
+        self._stacks[ids, :-c] = self._stacks[ids, c:]
+        self._stacks[ids, -c:] = shown
         next_obs = self._stacks[ids]
         obs = next_obs
         done = terminated | truncated
@@ -264,11 +265,6 @@ class PixelEnvs:
         with DRAWING:
             rgb: np.ndarray = simulator.render(rows.astype(np.int32))
         return self._resize(rgb)
-
-    def _push(self, ids: np.ndarray, frames: np.ndarray) -> None:
-        c = self.config.channels
-        self._stacks[ids, :-c] = self._stacks[ids, c:]
-        self._stacks[ids, -c:] = frames
 
     def _start_stacks(self, ids: np.ndarray, frames: np.ndarray) -> None:
         self._stacks[ids] = np.tile(frames, (1, self.config.frame_stack, 1, 1))

@@ -80,13 +80,7 @@ def vlm_policy(prior: ActionPrior, config: TrainConfig) -> Policy:
 
 
 class Evaluations:
-    """Evaluates a run's policies, and logs and says the results.
-
-    Args:
-        config: of the run.
-        agent: whose actor is measured.
-        prior: the VLM, which with eval.vlm is measured before and after training.
-    """
+    """Evaluates a run's policies, and logs and says the results."""
 
     def __init__(self, config: TrainConfig, agent: SAC, prior: ActionPrior) -> None:
         self._config = config
@@ -116,8 +110,8 @@ class Evaluations:
         return self.before | after
 
     def _measure(self, name: str, policy: Policy, step: int, log: RunLogger) -> Evaluation:
-        config = self._config
-        result = evaluate(policy, config.env, config.eval.episodes, seed=config.eval.seed)
+        asked = self._config.eval
+        result = evaluate(policy, self._config.env, asked.episodes, seed=asked.seed)
         log.scalars(step, {f"eval/{name}_mean": result.mean, f"eval/{name}_std": result.std})
         log.say(f"{name}: {result.mean:.0f} ± {result.std:.0f} over {len(result.returns)} episodes")
         return result

@@ -22,9 +22,10 @@ def compute_device(name: str) -> torch.device:
     Raises:
         UserError: "cuda" without a CUDA device.
     """
+    found = torch.cuda.is_available()
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
+        name = "cuda" if found else "cpu"
+    if name == "cuda" and not found:
         raise UserError(
             "device='cuda' but torch sees no CUDA device: use --device cpu, or check `covr-fast doctor`"
         )

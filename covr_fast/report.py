@@ -89,19 +89,14 @@ def _shortest_names(runs: Sequence[Path]) -> list[str]:
     names = []
     for own in parts:
         others = {other for other in parts if other != own}
-        count = next(
-            (n for n in range(1, len(own)) if all(other[-n:] != own[-n:] for other in others)), len(own)
-        )
-        names.append("/".join(own[-count:]))
+        lengths = (n for n in range(1, len(own)) if all(other[-n:] != own[-n:] for other in others))
+        names.append("/".join(own[-next(lengths, len(own)) :]))
     return names
 
 
 def print_summary(summary: dict[str, Any], console: Console, run: str | None = None) -> None:
-    """Prints the evaluations, the fine-tuning rounds and where the time went.
-
-    Args:
-        run: its label, if there are several runs.
-    """
+    """Prints the evaluations, the fine-tuning rounds and where the time went. `run` is a label, for where
+    there are several runs."""
     title = f"{summary['environment']}, seed {summary['seed']}: episode returns"
     table = Table(title=title if run is None else f"{run}: {title}", title_justify="left")
     table.add_column("policy")
@@ -162,7 +157,6 @@ def plot_curves(run: Path) -> Path:
         return [p[0] for p in points], [p[1] for p in points]
 
     rounds = [m for m in metrics if "round/loss_after" in m]
-
     ax = axes[0, 0]
     ax.plot(*series("episode_return"), color="tab:blue", label="training episodes")
     for (name, label), colour in zip(
@@ -176,13 +170,12 @@ def plot_curves(run: Path) -> Path:
     ax.set(title="episode return", xlabel="environment steps", ylabel="sum of rewards")
 
     ax = axes[0, 1]
-    labels = [f"{m['round/round']:.0f}" for m in rounds]
     where = list(range(len(rounds)))
     for offset, when, colour in ((-0.2, "before", "tab:gray"), (0.2, "after", "tab:orange")):
         losses = [m[f"round/loss_{when}"] for m in rounds]
         ax.bar([x + offset for x in where], losses, 0.38, label=when, color=colour)
     ax.set(title="VLM loss on held-out kept samples", xlabel="fine-tuning round", ylabel="nats per token")
-    ax.set_xticks(where, labels)
+    ax.set_xticks(where, [f"{m['round/round']:.0f}" for m in rounds])
     ax.legend(fontsize=8)
 
     ax = axes[1, 0]

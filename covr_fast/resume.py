@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .checkpoint import Checkpoint, load_checkpoint, load_config
+from .checkpoint import Checkpoint, load_config
 from .config import TrainConfig
 from .errors import UserError
 from .files import full_names, read_json, read_records
@@ -53,7 +53,7 @@ def open_resumed(run: Path, config: TrainConfig) -> Checkpoint:
         UserError: a setting that may not change was changed, there is no checkpoint, or nothing is left to
             do.
     """
-    saved = load_checkpoint(run)
+    saved = Checkpoint(run)
     begun_with = saved.counters.get("settings")  # missing in checkpoints of the first version
     before = TrainConfig.from_dict(begun_with) if begun_with else load_config(run)
     _refuse_changes(before, config)

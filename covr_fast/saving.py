@@ -115,8 +115,7 @@ class RunSaver:
             OSError: it could not be written, and the former one is still there.
             DivergedError: the agent's weights are not finite.
         """
-        modules = self.agent.modules().values()
-        if not all(torch.isfinite(p).all() for module in modules for p in module.parameters()):
+        if not all(torch.isfinite(p).all() for m in self.agent.modules().values() for p in m.parameters()):
             raise DivergedError(f"the agent's weights are NaN at step {self.counters.step}")
         started = time.perf_counter()
         buffer = self.buffer if with_replay else None

@@ -22,12 +22,7 @@ from torch import Tensor
 
 
 class Lane:
-    """A CUDA stream for one kind of work.
-
-    Args:
-        device: where the work runs; on a CPU a lane does nothing.
-        urgent: kernels of this lane are scheduled before those of other lanes.
-    """
+    """A CUDA stream for one kind of work. Kernels of an urgent lane are scheduled before those of others."""
 
     def __init__(self, device: torch.device, *, urgent: bool = False) -> None:
         self._device = device

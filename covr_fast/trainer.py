@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .agents import SAC
 from .buffer import Batch
-from .checkpoint import Checkpoint, load_checkpoint, reserved_room, restore_agent
+from .checkpoint import Checkpoint, reserved_room, restore_agent
 from .collect import Collector
 from .config import TrainConfig
 from .counters import Counters, Every
@@ -88,11 +88,7 @@ class Trainer:
         (action_dim,) = self.envs.action_shape
         with as_user_error():
             self.agent = SAC(
-                agent_obs_shape(config),
-                self.envs.action_shape,
-                config.agent,
-                device=self.device,
-                seed=config.seed,
+                agent_obs_shape(config), (action_dim,), config.agent, device=self.device, seed=config.seed
             )
             frames_on = replay_device(config.replay.device, self.device)
             if saved and saved.has_replay():
@@ -156,7 +152,7 @@ class Trainer:
         """
         torch.set_num_threads(self.threads)  # a trainer that was built later may have changed it
         with self.folder.claimed(resume=self._resumed), os_error_as_user_error():
-            if self._continues is not None and load_checkpoint(self.out).written != self._continues:
+            if self._continues is not None and Checkpoint(self.out).written != self._continues:
                 raise UserError(
                     f"the run in {self.out} has gone on since this trainer was built: build it again"
                 )
@@ -301,8 +297,6 @@ class Trainer:
 
     def _log_figures(self) -> None:
         counters, rounds = self.counters, self.rounds
-        new = counters.returns[self._logged_returns :]
-        self._logged_returns = len(counters.returns)
         figures = self._metrics.read()
         figures |= {f"time/{name}": share for name, share in self.clock.shares().items()}
         figures |= {
@@ -311,19 +305,18 @@ class Trainer:
             "steps_per_second": counters.step / self.clock.total,
             "guided": float(rounds.guiding),
         }
-        if new:
+        if new := counters.returns[self._logged_returns :]:
             figures["episode_return"] = float(np.mean(new))
+        self._logged_returns = len(counters.returns)
         self._log.scalars(self.step, figures)
         recent = counters.returns[-20:]
-        self._log.progress(
-            self.step,
-            {
-                "return": f"{np.mean(recent):.0f}" if recent else "-",
-                "rounds": str(rounds.schedule.rounds),
-                "steps/s": f"{figures['steps_per_second']:.0f}",
-                "updates": str(counters.updates),
-            },
-        )
+        shown = {
+            "return": f"{np.mean(recent):.0f}" if recent else "-",
+            "rounds": str(rounds.schedule.rounds),
+            "steps/s": f"{figures['steps_per_second']:.0f}",
+            "updates": str(counters.updates),
+        }
+        self._log.progress(self.step, shown)
 
     def _summary(self, evaluations: dict[str, Evaluation]) -> dict[str, Any]:
         counters, seconds = self.counters, self.clock.total
@@ -362,7 +355,7 @@ class Trainer:
         }
 
     def _restore(self, saved: Checkpoint) -> None:
-        restore_agent(self.agent, saved.agent_state(), saved.folder / "agent.pt")
+        restore_agent(self.agent, saved.folder / "agent.pt")
         state = saved.counters
         try:
             self.counters = Counters(**{name: state[name] for name in vars(self.counters)})

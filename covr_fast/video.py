@@ -11,9 +11,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .agents import SAC
 from .config import TrainConfig
-from .envs import action_labels
 from .evaluate import actor_policy, evaluate
 from .files import writing
+from .tasks import action_labels
 from .view import newest_frame, vlm_view
 from .vlm import ActionPrior
 

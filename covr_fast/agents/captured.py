@@ -32,9 +32,7 @@ class CapturedUpdate:
     What waits for what: each call is a turn of `graphs` on the caller's current stream. Weights are changed
     in place, so an eager call on that stream (acting, evaluating) sees them as the last update left them.
 
-    Args:
-        update: of a batch and `guide` -> metrics; it changes weights and optimizer state in place.
-        graphs: with the generators that `update` draws from.
+    `update` changes weights and optimizer state in place; `graphs` has the generators that it draws from.
     """
 
     def __init__(self, update: Update, graphs: CudaGraphs) -> None:
