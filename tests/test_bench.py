@@ -4,17 +4,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_cli import TINY, call
+from small_runs import FLAGS, call
 
 from covr_fast.agents import SAC
 from covr_fast.buffer import ReplayBuffer
 from covr_fast.vlm import ActionPrior
 
-FIELDS = [f"--{name}={value}" for name, value in TINY.items()]
-
 
 def bench(monkeypatch, *arguments: str) -> int:
-    return call(monkeypatch, "bench", "carracing", "--seconds", "0.05", *FIELDS, *arguments)
+    return call(monkeypatch, "bench", "carracing", "--seconds", "0.05", *FLAGS, *arguments)
 
 
 def test_it_times_every_part_and_writes_nothing(monkeypatch, capsys, tmp_path):

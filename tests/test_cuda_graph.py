@@ -236,10 +236,8 @@ def test_cuda_capture_beside_a_busy_thread():
     thread.start()
     try:
         for _ in range(20):
-            eager, captured = (
-                Accumulate("cuda"),
-                Captured(Accumulate("cuda"), CudaGraphs(torch.device("cuda"))),
-            )
+            eager = Accumulate("cuda")
+            captured = Captured(Accumulate("cuda"), CudaGraphs(torch.device("cuda")))
             for seed in range(6):
                 expected, got = eager(factors(seed, "cuda")), captured(factors(seed, "cuda"))
                 assert torch.equal(got["state"], expected["state"])

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from fake_graphs import FakeGraphs
-from test_sac_graph import (
+from small_agents import (
     SHAPE,
     SMALL,
     asked,
@@ -17,7 +17,7 @@ from test_sac_graph import (
     eager_agent,
     make_batch,
     prioritized_buffer,
-)
+)  # fmt: skip
 from torch._dynamo.utils import counters
 
 from covr_fast.agents import SAC
@@ -161,12 +161,9 @@ def test_a_state_goes_from_one_kind_of_agent_to_the_other(saved, loaded, traced_
 def test_without_a_compiler_the_option_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # nothing that was compiled before
     agent, batch = compiled_agent(), make_batch(0)
-    with (
-        torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}),
-        pytest.raises(
-            UserError, match=r"agent\.compile: torch cannot compile here .*no-such-compiler.*g\+\+"
-        ),
-    ):
+    said = r"agent\.compile: torch cannot compile here .*no-such-compiler.*g\+\+"
+    missing = torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")})
+    with missing, pytest.raises(UserError, match=said):
         agent.update(batch, guide=False)
 
 
