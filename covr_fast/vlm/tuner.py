@@ -100,10 +100,10 @@ class VLMTuner:
         self._stop.clear()
         self._report = self._before = None
         if not self.config.overlap:
-            self._train(samples)
+            self._run(samples)
             return
         self._thread = threading.Thread(
-            target=self._run,
+            target=self._run_in_thread,
             args=(samples, mark(self._device), torch.get_num_threads()),
             name="vlm-tuner",
             daemon=True,
@@ -160,42 +160,41 @@ class VLMTuner:
 
     # ---- the round ----
 
-    def _run(self, samples: Samples, ready: "torch.cuda.Event | None", threads: int) -> None:
-        """The body of the thread."""
+    def _run_in_thread(self, samples: Samples, ready: "torch.cuda.Event | None", threads: int) -> None:
         try:
             # The order of sums, and so the result, depends on the number of threads: use the caller's.
             torch.set_num_threads(threads)
-            self._train(samples, ready)
+            self._run(samples, ready)
             self._lane.synchronize()  # a report says that the weights are there
         except BaseException as error:  # poll() raises it
             self._error = error
 
-    def _train(self, samples: Samples, ready: "torch.cuda.Event | None" = None) -> None:
-        """Runs a round and sets its report. A round that is stopped or fails is undone.
+    def _run(self, samples: Samples, ready: "torch.cuda.Event | None" = None) -> None:
+        """A round on the tuner's stream.
 
         Args:
             ready: the `mark` after which the samples may be read. None: all of the caller's stream.
         """
-        config, backbone = self.config, self._backbone
-        remedy = f"lower micro_batch (it is {config.micro_batch}) or set gradient_checkpointing"
-        with (
-            out_of_memory("fine-tuning", remedy),
-            self._lane.work(samples.frames, after=ready),
-            own_mode(backbone.device, grad=True),
-        ):
-            weights = trainable(backbone.model)
+        remedy = f"lower micro_batch (it is {self.config.micro_batch}) or set gradient_checkpointing"
+        with out_of_memory("fine-tuning", remedy), self._lane.work(samples.frames, after=ready):
+            self._report = self._train(samples)
+
+    def _train(self, samples: Samples) -> RoundReport | None:
+        """The report of a round. A round that is stopped (None) or fails is undone."""
+        config, report = self.config, None
+        with own_mode(self._device, grad=True):
+            weights = trainable(self._backbone.model)
             self._before = before = snapshot(weights)
-            report = None
             try:
                 layout = self.prior.layout((samples.frames.shape[2], samples.frames.shape[3]))
-                model = AnswerModel(backbone, layout, checkpointing=config.gradient_checkpointing)
+                model = AnswerModel(self._backbone, layout, checkpointing=config.gradient_checkpointing)
                 report = run_round(model, samples, weights, before, config, self.rounds, self._stop)
             finally:
                 for weight in weights:
                     weight.grad = None
                 if report is None:
                     self._undo()
-            self._report = report
+        return report
 
     def _undo(self) -> None:
         """Restores the state before the last round."""
