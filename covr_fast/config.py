@@ -180,8 +180,9 @@ class TrainConfig:
 
         if name not in PRESETS:
             raise unknown("preset", name, PRESETS)
-        config = PRESETS[name].build(model)
-        config.begun_as = name
+        model = PRESETS[name].model if model is None else model
+        config = PRESETS[name].make(is_nano(model))
+        config.vlm.model, config.begun_as = model, name
         return config
 
     def check(self) -> None:

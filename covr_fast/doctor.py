@@ -52,14 +52,6 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _extension() -> dict[str, Any]:
-    try:
-        from . import _C
-    except ImportError as error:
-        return {"built": False, "with_cuda": False, "error": str(error)}
-    return {"built": True, "with_cuda": bool(_C.with_cuda)}
-
-
 def problem_of(code: str, *arguments: str, timeout: float = 120) -> str | None:
     """Runs Python code in a child process, which may abort or hang without harm to this one.
 
@@ -104,7 +96,12 @@ def diagnose() -> dict[str, Any]:
     "ready_to_train" says whether `covr-fast train carracing` can run. "environments" gives for "CarRacing"
     and for "DMControl", which also needs OpenGL, why there is no frame of it here; None if there is one.
     """
-    extension = _extension()
+    try:
+        from . import _C
+
+        extension: dict[str, Any] = {"built": True, "with_cuda": bool(_C.with_cuda)}
+    except ImportError as error:
+        extension = {"built": False, "with_cuda": False, "error": str(error)}
     required = {name: _version(name) for name in REQUIRED}
     with ThreadPoolExecutor() as pool:
         environments = dict(zip(ENVIRONMENTS, pool.map(_problem_with, ENVIRONMENTS), strict=True))

@@ -22,7 +22,6 @@ class PriorLabeller:
     worker's stream waits for the frames, and the VLM answers on its own stream (see `streams`).
 
     Args:
-        prior: the VLM.
         buffer: has the extras "prior" (A,), "prior_mask" () and "prior_version" ().
         images: ids int64[n] of stored transitions -> uint8[n, 3, H, W], their images for the VLM.
         max_batch: most images of one call.

@@ -13,8 +13,6 @@ from .envs import PixelEnvs
 from .errors import UserError
 from .vlm import ActionPrior
 
-_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 def compute_device(name: str) -> torch.device:
     """Where the agent and the VLM compute; "auto" is CUDA where there is a device.
@@ -76,7 +74,7 @@ def load_prior(config: TrainConfig, action_dim: int, device: torch.device, model
             prompt=config.vlm.prompt,
             decimals=config.vlm.decimals,
             attention=config.vlm.attention,
-            dtype=_DTYPES[config.vlm.dtype],
+            dtype=None if config.vlm.dtype == "auto" else getattr(torch, config.vlm.dtype),
             device=device,
             seed=config.seed,
             quantization=None if config.vlm.quantization == "auto" else config.vlm.quantization,

@@ -15,7 +15,6 @@ from .agents.sac import SACConfig
 from .config import COVRConfig, ReplayConfig, TrainConfig, VLMConfig
 from .envs import EnvConfig
 from .vlm import TunerConfig
-from .vlm.model.nano import is_nano
 
 
 @dataclass(frozen=True)
@@ -27,12 +26,6 @@ class Preset:
     """The settings for nano (True), or for a pretrained VLM (False)."""
     model: str = "nano"
     """The VLM if none is given."""
-
-    def build(self, model: str | None = None) -> TrainConfig:
-        model = self.model if model is None else model
-        config = self.make(is_nano(model))
-        config.vlm.model = model
-        return config
 
 
 def _tuner(nano: bool, lora_alpha: int = 256) -> TunerConfig:

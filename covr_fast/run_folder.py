@@ -89,9 +89,7 @@ class RunFolder:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.mkdir()
         except FileExistsError as error:
-            if self.path.is_dir():
-                return False
-            if not exist_ok and self.path.parent.is_dir():
+            if self.path.is_dir() or (self.path.parent.is_dir() and not exist_ok):
                 return False
             raise UserError(f"{error.filename} is a file, not a folder: choose another --out") from error
         except OSError as error:

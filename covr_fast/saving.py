@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,27 @@ from .agents import SAC
 from .buffer import ReplayBuffer
 from .checkpoint import RESCUED, rescue_agent, save_checkpoint
 from .config import TrainConfig
-from .counters import Counters, Every
 from .errors import DivergedError, UserError, os_error_text
 from .logger import RunLogger
+from .schedule import is_due
 from .vlm import ActionPrior
 
 CHECKPOINT_SHARE = 0.02
 """Most of a run's time that regular checkpoints take."""
+
+
+@dataclass
+class Counters:
+    """How far a run is."""
+
+    step: int = 0
+    """Environment steps: decisions, summed over environments."""
+    frames: int = 0
+    """Simulator frames."""
+    updates: int = 0
+    """Policy updates."""
+    returns: list[float] = field(default_factory=list)
+    """Sum of rewards of each finished training episode, in the order in which they ended."""
 
 
 @dataclass
@@ -43,13 +57,13 @@ class RunSaver:
     log: RunLogger
 
     def __post_init__(self) -> None:
-        self._steps_passed = Every(self.config.checkpoint_every, self.counters.step)
         self._saved_at = time.perf_counter()
         self._saving_took = 0.0
 
-    def save_if_due(self) -> None:
-        """A regular checkpoint. If it cannot be written, the run says so and goes on."""
-        if not self._due():
+    def save_if_due(self, before: int) -> None:
+        """A regular checkpoint, if it is due after the steps since `before`. If it cannot be written, the run
+        says so and goes on."""
+        if not self._due(before):
             return
         try:
             self._save(with_replay=True)
@@ -98,8 +112,8 @@ class RunSaver:
         self.save_last(with_replay=True)
         self.log.say(f"{why} at step {self.counters.step} and saved: --resume {self.run} continues")
 
-    def _due(self) -> bool:
-        if self._steps_passed(self.counters.step):
+    def _due(self, before: int) -> bool:
+        if is_due(self.config.checkpoint_every, before, self.counters.step):
             return True
         # A large replay buffer on a slow disk is written less often.
         pause = max(60 * self.config.checkpoint_minutes, self._saving_took / CHECKPOINT_SHARE)

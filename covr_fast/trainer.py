@@ -19,7 +19,6 @@ from .buffer import Batch
 from .checkpoint import Checkpoint, reserved_room, restore_agent
 from .collect import Collector
 from .config import TrainConfig
-from .counters import Counters, Every
 from .envs import Rows, make_env
 from .errors import DivergedError, UserError, as_user_error, os_error_as_user_error
 from .evaluate import Evaluation, Evaluations
@@ -31,7 +30,8 @@ from .report import plot_curves
 from .resume import open_resumed
 from .rounds import Rounds, vlm_images
 from .run_folder import RunFolder
-from .saving import RunSaver, deferred_interrupts
+from .saving import Counters, RunSaver, deferred_interrupts
+from .schedule import is_due
 from .seeds import training_seed
 from .streams import Lane
 from .view import agent_obs_shape, agent_view, vlm_view
@@ -205,24 +205,23 @@ class Trainer:
     # ---- the loop ----------------------------------------------------------------------------------
 
     def _train(self, interrupted: list[int]) -> None:
-        log_due = Every(self.config.log_every, self.step)
-        evaluation_due = Every(self.config.eval.every, self.step)
         obs = self.envs.reset()
         for ids in self.envs.batches():
             self._act(obs[ids], ids)
         while self.step < self.config.steps and not interrupted:
+            before = self.step
             with self.clock("simulation"):
                 rows = self.envs.recv()
             self._store(rows)
             self._act(rows.obs, rows.env_ids)
             self._update_policy()
             self.rounds.advance(self.step, self._log)
-            if log_due(self.step):
+            if is_due(self.config.log_every, before, self.step):
                 self._log_figures()
-            if evaluation_due(self.step):
+            if is_due(self.config.eval.every, before, self.step):
                 with self.clock("evaluation"):
                     self.evaluations.measure_actor(self.step, self._log)
-            self._saver.save_if_due()
+            self._saver.save_if_due(before)
             for callback in self._callbacks:
                 callback(rows)
         if not interrupted:

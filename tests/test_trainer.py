@@ -2,7 +2,6 @@
 
 import json
 import math
-import signal
 from functools import partial
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 import torch
 from small_runs import roundless, run_until, run_until_killed, small_config
 from torch._dynamo.utils import counters
+from torch.testing import assert_close
 
 from covr_fast import TrainConfig, Trainer
 from covr_fast.checkpoint import load_actor
@@ -122,9 +122,7 @@ def test_same_seed_same_run_bit_for_bit(finished, tmp_path):
     first, _, out, _ = finished
     second = Trainer(small_config(), tmp_path)
     second.run()
-    for name, module in first.agent.modules().items():
-        for key, value in module.state_dict().items():
-            assert (value == second.agent.modules()[name].state_dict()[key]).all(), f"{name}.{key}"
+    assert_close(first.agent.state_dict(), second.agent.state_dict(), rtol=0, atol=0)
     assert first.counters.returns == second.counters.returns
 
     def timeless(metrics):
@@ -222,8 +220,7 @@ def test_an_interrupted_run_is_saved_and_continues(tmp_path):
     assert second.rounds.schedule.rounds == first.rounds.schedule.rounds == 1
     # The unfinished episodes were cut, so all that D_f held back is finished now.
     assert len(second.rounds.finished) == 60 - 40
-    for a, b in zip(first.agent.actor.parameters(), second.agent.actor.parameters(), strict=True):
-        assert (a == b).all()
+    assert_close(first.agent.state_dict(), second.agent.state_dict(), rtol=0, atol=0)
     earlier = second.clock.total
     summary = second.run()
     before = first.evaluations.before["random"].returns.tolist()
@@ -290,14 +287,18 @@ def test_returns_of_truncated_episodes_can_be_bootstrapped(tmp_path):
     value = longer.rounds.values_after(ids[time == 9])
     gain = longer.rounds.finished.returns - plain.rounds.finished.returns
     expected = value.repeat_interleave(10) * longer.config.replay.gamma ** (10 - time)
-    torch.testing.assert_close(gain, expected, rtol=1e-3, atol=1e-3)
+    assert_close(gain, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("when", ["measure_before", "measure_after"])
 def test_an_interrupt_outside_the_loop_loses_nothing(when, tmp_path, monkeypatch):
     config = roundless(steps=48)
     first = Trainer(config, tmp_path)
-    monkeypatch.setattr(first.evaluations, when, lambda *_: signal.raise_signal(signal.SIGINT))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(first.evaluations, when, interrupt)
     with pytest.raises(KeyboardInterrupt):
         first.run()
     second = Trainer(config, tmp_path, resume=True)

@@ -80,9 +80,8 @@ class SAC:
             self.actor = Actor(c.latent, c.hidden, self.action_dim).to(self.device)
             self.critic = TwinQ(c.latent, c.hidden, self.action_dim).to(self.device)
         self.critic_target = deepcopy(self.critic).requires_grad_(False)
-        self.log_alpha = (
-            torch.tensor(c.init_alpha, dtype=torch.float32, device=self.device).log().requires_grad_()
-        )
+        alpha = torch.tensor(c.init_alpha, dtype=torch.float32, device=self.device)
+        self.log_alpha = alpha.log().requires_grad_()
         self.target_entropy = float(-self.action_dim if c.target_entropy is None else c.target_entropy)
         self._capturable = c.graph and self.device.type == "cuda"
         adam = partial(torch.optim.Adam, fused=True, capturable=self._capturable)
@@ -176,19 +175,11 @@ class SAC:
         return Networks(self.encoder, self.actor, self.critic, self.critic_target, self.log_alpha)
 
     def modules(self) -> dict[str, nn.Module]:
-        return {
-            "encoder": self.encoder,
-            "actor": self.actor,
-            "critic": self.critic,
-            "critic_target": self.critic_target,
-        }
+        return {name: getattr(self, name) for name in ("encoder", "actor", "critic", "critic_target")}
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return {
-            "critic_optimizer": self.critic_optimizer,
-            "actor_optimizer": self.actor_optimizer,
-            "alpha_optimizer": self.alpha_optimizer,
-        }
+        names = ("critic_optimizer", "actor_optimizer", "alpha_optimizer")
+        return {name: getattr(self, name) for name in names}
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of all that a resumed run needs to continue bit for bit."""
@@ -213,10 +204,8 @@ class SAC:
                 group["lr"] = self.config.alpha_lr if name == "alpha_optimizer" else self.config.lr
         if self._captured is not None:
             self._captured.forget()  # loading replaced the tensors of the optimizers' state
-        random_state = state["generator"].cpu()
-        if (
-            random_state.numel() == self.generator.get_state().numel()
-        ):  # else it is from another type of device
+        random_state = state["generator"].cpu()  # on another type of device it has another size
+        if random_state.numel() == self.generator.get_state().numel():
             self.generator.set_state(random_state)
 
 
