@@ -1,7 +1,5 @@
 """How long the parts of a run's loop take on this machine. Each is checked before it is timed."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Checkpoints that are either whole or absent: written to a temporary folder, then renamed."""
 
-from __future__ import annotations
-
 import errno
 import io
 import os

@@ -1,7 +1,5 @@
 """From a decision to a stored transition."""
 
-from __future__ import annotations
-
 import numpy as np
 from torch import Tensor
 

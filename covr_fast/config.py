@@ -1,7 +1,5 @@
 """All settings of a run."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from numbers import Integral, Real
@@ -163,7 +161,7 @@ class TrainConfig:
     """Name of the preset from which the settings were made. Only a record."""
 
     @staticmethod
-    def preset(name: str, model: str | None = None) -> TrainConfig:
+    def preset(name: str, model: str | None = None) -> "TrainConfig":
         """A preset by name, with the settings that suit `model`.
 
         What suits a VLM depends on what it knows: the tuning that teaches nano's random weights destroys the
@@ -288,7 +286,7 @@ class TrainConfig:
         return dict(_plain(asdict(self)))
 
     @staticmethod
-    def from_dict(data: dict[str, Any]) -> TrainConfig:
+    def from_dict(data: dict[str, Any]) -> "TrainConfig":
         """The inverse of to_dict, for the content of config.json. Missing settings get their defaults,
         because an older version may have written it.
 

@@ -1,7 +1,5 @@
 """CUDA graphs: a function of tensors is recorded once, then launched as a whole."""
 
-from __future__ import annotations
-
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence

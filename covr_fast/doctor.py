@@ -1,7 +1,5 @@
 """`covr-fast doctor`: what works on this machine, what is missing and how to install it."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import platform

@@ -5,13 +5,11 @@ frame of the next episode with reward 0. Such a row is not a transition, so this
 returns it.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -175,7 +173,7 @@ class PixelEnvs:
             self._simulators.clear()
         return_memory()
 
-    def __enter__(self) -> PixelEnvs:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

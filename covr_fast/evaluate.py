@@ -1,8 +1,6 @@
 """Evaluation: whole episodes of one policy, in many environments at the same time; and which policies a run
 measures."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Files that are whole or absent, and errors that say which file is damaged."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator

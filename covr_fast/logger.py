@@ -1,7 +1,5 @@
 """What a run writes while it trains: metrics.jsonl, TensorBoard events, and its progress on the console."""
 
-from __future__ import annotations
-
 import json
 import sys
 import threading
@@ -10,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, Self, TextIO, cast
 
 import torch
 from rich.console import Console
@@ -203,7 +201,7 @@ class RunLogger:
         if not (writer and isinstance(failed.exc_value, OSError)):
             self._previous_hook(failed)
 
-    def __enter__(self) -> RunLogger:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:

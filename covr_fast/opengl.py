@@ -1,7 +1,5 @@
 """The system's OpenGL, with which EnvPool renders DMControl's frames."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import sys

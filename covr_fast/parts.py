@@ -1,7 +1,5 @@
 """The parts of a run as its settings ask for them: the device, the replay buffer and the VLM."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -6,8 +6,6 @@ its fine-tuning, in the weight of its prior and, for nano, in a smaller agent. T
 and the schedule are the same.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """What a user looks at after a run: the summary tables and curves.png, made from the run folder."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,8 +1,6 @@
 """What may change when a run is resumed: a changed setting takes effect, or is refused before anything is
 written."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from .checkpoint import Checkpoint, load_config

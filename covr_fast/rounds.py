@@ -1,8 +1,6 @@
 """How the agent teaches the VLM: EDDF selects samples, the tuner trains on them, publish hands the weights
 over (Xia et al. 2026, "RL-tuned VLM")."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

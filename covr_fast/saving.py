@@ -1,7 +1,5 @@
 """When a run is saved, and what the console says about it. A signal ends a run only where nothing is lost."""
 
-from __future__ import annotations
-
 import signal
 import threading
 import time

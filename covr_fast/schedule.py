@@ -1,6 +1,4 @@
-"""When something is due: what recurs, and the rounds of fine-tuning (Xia et al. 2026, "progressive fine-tuning")."""
-
-from __future__ import annotations
+"""When something is due: what recurs, and the progressive rounds of fine-tuning (Xia et al. 2026)."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -1,7 +1,5 @@
 """The environments of EnvPool that give pixels, and how their actions and frames map to the agent's."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -29,7 +27,7 @@ class Task:
     """Further arguments of EnvPool."""
 
 
-def find_task(config: EnvConfig) -> Task:
+def find_task(config: "EnvConfig") -> Task:
     """The task of config.id.
 
     Raises:
@@ -78,14 +76,14 @@ def find_task(config: EnvConfig) -> Task:
     return Task(action.shape[0], to_sim, None, options)
 
 
-def action_labels(config: EnvConfig) -> list[str]:
+def action_labels(config: "EnvConfig") -> list[str]:
     """One label per dimension of the agent's action, for people: the effect of -1 and of +1."""
     if _is_car_racing(config):
         return ["left/right", "brake/gas"]
     return [f"action {i}" for i in range(find_task(config).action_dim)]
 
 
-def _is_car_racing(config: EnvConfig) -> bool:
+def _is_car_racing(config: "EnvConfig") -> bool:
     return config.id.startswith("CarRacing-")
 
 

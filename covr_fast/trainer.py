@@ -1,7 +1,5 @@
 """The COVR loop (Xia et al. 2026, Alg. 1)."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """A video of an evaluation episode, with gauges of the agent's action and the VLM's prior."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import imageio.v3 as iio

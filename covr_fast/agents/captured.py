@@ -1,7 +1,5 @@
 """The whole policy update as one CUDA graph."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace

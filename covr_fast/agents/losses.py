@@ -4,8 +4,6 @@ They are functions of networks and tensors only: noise is an argument, optimizer
 reads no value. So torch.compile makes one graph of each.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import NamedTuple
 

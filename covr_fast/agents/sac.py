@@ -1,7 +1,5 @@
 """SAC from pixels, with the VLM's action prior in the actor loss (Xia et al. 2026, Eqs. 1-4)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
