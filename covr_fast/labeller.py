@@ -86,7 +86,9 @@ class PriorLabeller:
                 return 0
             self._asked = None
             written = self._write(ids, answer.result())
-        ids = self._next_ids()
+        queue = self._due or self._stale
+        ids = self._stored(torch.tensor(queue[-self._max_batch :], dtype=torch.int64, device="cpu"))
+        del queue[-self._max_batch :]
         if len(ids):
             images = self._images(ids)
             ready = mark(self._prior.device)
@@ -114,12 +116,6 @@ class PriorLabeller:
         # Here and not in `step`, because this waits for the device.
         answer.action = answer.action.cpu()
         return answer
-
-    def _next_ids(self) -> Tensor:
-        queue = self._due or self._stale
-        ids = torch.tensor(queue[-self._max_batch :], dtype=torch.int64, device="cpu")
-        del queue[-self._max_batch :]
-        return self._stored(ids)
 
     def _write(self, ids: Tensor, answer: PriorBatch) -> int:
         answered = self._buffer.contains(ids)

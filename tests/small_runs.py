@@ -31,9 +31,7 @@ def call(monkeypatch, *arguments: str) -> int:
 def small_config(**changes) -> TrainConfig:
     config = TrainConfig.preset("carracing")
     config.steps, config.warmup, config.steps_per_update, config.log_every = 160, 32, 8, 40
-    config.video = False
-    config.threads = 1
-    config.device = "cpu"
+    config.video, config.threads, config.device = False, 1, "cpu"
     config.env.num_envs, config.env.batch_size, config.env.max_episode_steps = 4, 2, 40
     config.env.height = config.env.width = 48
     config.agent.channels, config.agent.strides, config.agent.hidden = (8, 8), (4, 2), 32

@@ -61,11 +61,6 @@ def test_killed_anywhere(tmp_path):
     assert newest > 0
 
 
-def test_nothing_there(tmp_path):
-    with pytest.raises(UserError, match="is it the folder of a run"):
-        newest_folder(tmp_path / "checkpoint")
-
-
 def test_an_adapter_of_the_vlm_that_would_be_replaced(tmp_path):
     agent = SAC((3, 48, 48), (2,), SACConfig(channels=(8,), strides=(4,), latent=8, hidden=8), seed=0)
     options = {"action_dim": 2, "device": "cpu"}

@@ -147,7 +147,7 @@ def test_nothing_is_overwritten(run_folder, monkeypatch, capsys):
 def test_evaluate_a_run_without_a_checkpoint(run_folder, monkeypatch, capsys, tmp_path):
     shutil.copy(run_folder[0] / "config.json", tmp_path)
     assert call(monkeypatch, "evaluate", str(tmp_path)) == 2
-    assert f"no checkpoint in {tmp_path}" in capsys.readouterr().err
+    assert f"no checkpoint in {tmp_path}: is it the folder of a run?" in capsys.readouterr().err
 
 
 def test_evaluate(run_folder, monkeypatch, capsys):
@@ -178,19 +178,12 @@ def test_report_calls_runs_by_what_tells_them_apart(run_folder, monkeypatch, cap
     assert "log_every" not in said
 
 
-def test_doctor_speaks_json(monkeypatch, capsys):
-    assert call(monkeypatch, "doctor", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["ready_to_train"] is True
-    assert call(monkeypatch, "doctor") == 0
-    assert "ready" in capsys.readouterr().out
-
-
 def test_doctor_needs_nothing_of_what_may_be_missing(monkeypatch, capsys):
     for name in ("tyro", "rich"):
         monkeypatch.setitem(sys.modules, name, None)  # importing it fails
     monkeypatch.delitem(sys.modules, "covr_fast.doctor", raising=False)
     assert call(monkeypatch, "doctor") == 0
-    assert "covr-fast train" in capsys.readouterr().out
+    assert re.search("covr-fast train .*ready", capsys.readouterr().out)
 
 
 def test_a_reader_that_has_gone_is_no_error():

@@ -35,8 +35,7 @@ def test_calls_equal_the_function_and_have_its_side_effects():
     for seed in range(6):
         expected = eager(factors(seed))
         got = captured(factors(seed))
-        assert torch.equal(got["state"], expected["state"])
-        assert torch.equal(got["sum"], expected["sum"])
+        assert all(torch.equal(got[name], expected[name]) for name in ("state", "sum"))
         assert torch.equal(function.state, eager.state)
     assert graphs.events == ["aside", "aside", "capture", *["replay"] * 4]
 

@@ -74,18 +74,10 @@ def test_a_setting_that_a_run_keeps_is_refused_by_name(name, interrupted):
     assert contents(interrupted) == before
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"replay__n_step": 1}, "begun with replay.n_step=3: it cannot go on with 1"),
-        ({"env__height": 64, "seed": 3}, "seed=0: it cannot go on with 3, .*; nor may env.height change"),
-        ({"steps": 40}, "steps=40, but .* has made 56 steps"),
-    ],
-)
-def test_refusals_name_the_setting_and_the_remedy(changes, message, interrupted):
+def test_all_settings_that_may_not_change_are_named(interrupted):
     before = contents(interrupted)
-    with pytest.raises(UserError, match=message):
-        Trainer(roundless(**({"steps": 120} | changes)), interrupted, resume=True)
+    with pytest.raises(UserError, match=r"seed=0: it cannot go on with 3, .*; nor may env.height change"):
+        Trainer(resumed_config(env__height=64, seed=3), interrupted, resume=True)
     assert contents(interrupted) == before
 
 

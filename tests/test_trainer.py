@@ -338,11 +338,3 @@ def test_steps_lost_to_a_small_replay_are_said(tmp_path, capsys):
 
 def test_no_seed_is_too_large_for_the_simulator(tmp_path):
     Trainer(small_config(seed=2**33), tmp_path)
-
-
-def test_a_finished_run_says_so_and_needs_its_replay_to_train_on(finished):
-    _, _, out, _ = finished
-    with pytest.raises(UserError, match="is finished: its 160 steps are done"):
-        Trainer(small_config(), out, resume=True)
-    with pytest.raises(UserError, match=r"cannot train on: .* holds no replay buffer"):
-        Trainer(small_config(steps=200), out, resume=True)
