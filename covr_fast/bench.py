@@ -9,10 +9,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from .config import TrainConfig
+from .report import new_table
 from .trainer import Trainer
 from .view import vlm_view
 
@@ -51,11 +51,8 @@ def measure(config: TrainConfig, seconds: float) -> list[Timing]:
 
 def print_timings(timings: list[Timing], console: Console) -> None:
     """Prints a line per part, with the spread over its calls, and what was checked."""
-    table = Table(title="one part at a time, nothing beside it", title_justify="left")
-    for name in ("part", "one call"):
-        table.add_column(name)
-    for name in ("median ms", "10-90 %", "calls/s"):
-        table.add_column(name, justify="right")
+    numbers = ("median ms", "10-90 %", "calls/s")
+    table = new_table("one part at a time, nothing beside it", ("part", "one call"), numbers)
     for t in timings:
         low, median, high = np.quantile(t.seconds, [0.1, 0.5, 0.9]) * 1000
         table.add_row(t.part, t.call, f"{median:.2f}", f"{low:.2f}-{high:.2f}", f"{1000 / median:.0f}")

@@ -14,13 +14,19 @@ import torch
 
 from .agents import SAC
 from .buffer import ReplayBuffer
-from .config import TrainConfig
+from .config import TrainConfig, check_types
 from .errors import UserError
 from .evaluate import Policy, actor_policy
 from .files import flush_tree, read_json, replacing, writing
 from .tasks import action_labels
 from .view import agent_obs_shape
 from .vlm import ActionPrior
+
+RESCUED = "agent.pt"
+"""File in the run folder with the agent alone. It exists if there was no room for the last checkpoint, so it
+is newer than the checkpoint."""
+_RESERVE = ".reserve"
+_REMEDY = "put back a copy of the checkpoint, or begin a new run"
 
 
 @contextmanager
@@ -87,12 +93,6 @@ def save_checkpoint(
         if buffer is not None:
             buffer.save(new / "replay")
     (run / RESCUED).unlink(missing_ok=True)
-
-
-RESCUED = "agent.pt"
-"""File in the run folder with the agent alone. It exists if there was no room for the last checkpoint, so it
-is newer than the checkpoint."""
-_RESERVE = ".reserve"
 
 
 @contextmanager
@@ -162,15 +162,8 @@ class Checkpoint:
             raise UserError(f"{part} cannot be opened ({reason}): if it is damaged, {_REMEDY}") from error
 
 
-_REMEDY = "put back a copy of the checkpoint, or begin a new run"
-
-
 def _read(path: Path) -> dict[str, Any]:
-    """Reads what `torch.save` wrote: a ZIP archive with a checksum of each part, which torch does not check.
-
-    Raises:
-        UserError: the file is missing or damaged.
-    """
+    """What `torch.save` wrote: a ZIP archive with a checksum of each part, which torch does not check."""
     try:
         with zipfile.ZipFile(path) as archive:
             if (part := archive.testzip()) is not None:
@@ -192,7 +185,7 @@ def load_config(run: Path) -> TrainConfig:
     settings = read_json(path, "put back a copy of it")
     try:
         config = TrainConfig.from_dict(settings)
-        config.check_types()
+        check_types(config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     return config

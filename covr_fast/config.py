@@ -185,7 +185,7 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raises a UserError for settings that have a wrong type or value, or do not fit together."""
-        self.check_types()
+        check_types(self)
         least = {
             "steps": 1, "seed": 0, "warmup": 1, "steps_per_update": 1, "log_every": 1, "checkpoint_every": 0,
             "checkpoint_minutes": 0, "threads": 0,
@@ -239,10 +239,6 @@ class TrainConfig:
             raise UserError(
                 f"replay.pad={self.replay.pad} crops away all of a {self.env.height}x{self.env.width} frame"
             )
-
-    def check_types(self) -> None:
-        """Raises a UserError for the first setting whose value is not of its field's type."""
-        _check_types(self)
 
     def doubts(self) -> list[str]:
         """Warnings about settings that are allowed but do not suit the VLM. Each names the remedy."""
@@ -310,11 +306,12 @@ class TrainConfig:
         return config
 
 
-def _check_types(config: Any, section: str = "") -> None:
+def check_types(config: Any, section: str = "") -> None:
+    """Raises a UserError for the first setting whose value is not of its field's type."""
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
         if is_dataclass(hint) and isinstance(value, cast(type, hint)):
-            _check_types(value, f"{name}.")
+            check_types(value, f"{name}.")
         elif not _fits(value, hint):
             expected = " or ".join(repr(a) for a in get_args(hint)) if get_origin(hint) is Literal else hint
             expected = getattr(expected, "__name__", str(expected))

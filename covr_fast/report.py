@@ -1,7 +1,7 @@
 """What a user looks at after a run: the summary tables and curves.png, made from the run folder."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ _SUMMARY_PARTS = {
     "environment", "seed", "device", "steps", "frames", "updates", "episodes", "seconds", "time_shares",
     "rounds", "evaluations",
 }  # fmt: skip
+_MOST_SETTINGS = 4  # in a label
+_IGNORED = {"log_every", "video", "checkpoint_minutes", "checkpoint_every", "save_replay"}  # in labels
 
 
 def read_summary(run: Path) -> dict[str, Any]:
@@ -71,10 +73,6 @@ def run_labels(runs: Sequence[Path]) -> list[str]:
     return labels
 
 
-_MOST_SETTINGS = 4
-_IGNORED = {"log_every", "video", "checkpoint_minutes", "checkpoint_every", "save_replay"}
-
-
 def _settings(run: Path) -> dict[str, Any]:
     """The settings in config.json, written by any version; none if there is no such file."""
     path = run / "config.json"
@@ -92,22 +90,26 @@ def _shortest_names(runs: Sequence[Path]) -> list[str]:
     return names
 
 
+def new_table(title: str, words: Iterable[str], numbers: Iterable[str]) -> Table:
+    """An empty table with these columns, those of numbers aligned to the right."""
+    table = Table(*words, title=title, title_justify="left")
+    for name in numbers:
+        table.add_column(name, justify="right")
+    return table
+
+
 def print_summary(summary: dict[str, Any], console: Console, run: str | None = None) -> None:
     """Prints the evaluations, the fine-tuning rounds and where the time went. `run` is a label, for where
     there are several runs."""
     title = f"{summary['environment']}, seed {summary['seed']}: episode returns"
-    table = Table(title=title if run is None else f"{run}: {title}", title_justify="left")
-    table.add_column("policy")
-    for name in ("mean", "std", "episodes"):
-        table.add_column(name, justify="right")
+    title = title if run is None else f"{run}: {title}"
+    table = new_table(title, ["policy"], ["mean", "std", "episodes"])
     for name, label in EVALUATIONS.items():
         if (e := summary["evaluations"].get(name)) is not None:
             table.add_row(label, f"{e['mean']:.1f}", f"{e['std']:.1f}", str(len(e["returns"])))
     console.print(table)
 
-    table = Table(title="fine-tuning rounds of the VLM", title_justify="left")
-    for column in ROUND_COLUMNS:
-        table.add_column(column, justify="right")
+    table = new_table("fine-tuning rounds of the VLM", [], ROUND_COLUMNS)
     for r in summary["rounds"]:
         table.add_row(*(form.format(r[key]) if key in r else "-" for key, form in ROUND_COLUMNS.values()))
     console.print(table)
@@ -123,10 +125,7 @@ def print_summary(summary: dict[str, Any], console: Console, run: str | None = N
 
 def print_comparison(labels: Sequence[str], summaries: Sequence[dict[str, Any]], console: Console) -> None:
     """Prints one line per run, and the mean and standard deviation over runs of one environment."""
-    table = Table(title="runs compared: mean episode returns", title_justify="left")
-    table.add_column("run")
-    for label in EVALUATIONS.values():
-        table.add_column(label, justify="right")
+    table = new_table("runs compared: mean episode returns", ["run"], EVALUATIONS.values())
     means = {
         name: [s["evaluations"][name]["mean"] for s in summaries if name in s["evaluations"]]
         for name in EVALUATIONS

@@ -44,7 +44,7 @@ class RunSaver:
 
     config: TrainConfig
     """Of the run; says when regular checkpoints are due."""
-    run: Path
+    folder: Path
     """The run folder."""
     agent: SAC
     prior: ActionPrior
@@ -80,12 +80,12 @@ class RunSaver:
             with interrupt_afterwards():
                 self._save(with_replay=with_replay)
         except OSError as error:
-            what = f"of step {self.counters.step}, only the agent was saved, as {self.run / RESCUED}"
+            what = f"of step {self.counters.step}, only the agent was saved, as {self.folder / RESCUED}"
             try:
-                rescue_agent(self.run, self.agent)
+                rescue_agent(self.folder, self.agent)
             except OSError:
                 what = f"of step {self.counters.step}, nothing could be saved"
-            stays = f"; --resume {self.run} goes on from the checkpoint before it"
+            stays = f"; --resume {self.folder} goes on from the checkpoint before it"
             raise UserError(
                 f"{os_error_text(error)}: {what}{stays if self._has_checkpoint() else ''}"
             ) from error
@@ -108,7 +108,7 @@ class RunSaver:
         """Saves a run that ends early, replay buffer included, and says how to continue it."""
         self.log.say(f"{why} at step {self.counters.step}: saving")
         self.save_last(with_replay=True)
-        self.log.say(f"{why} at step {self.counters.step} and saved: --resume {self.run} continues")
+        self.log.say(f"{why} at step {self.counters.step} and saved: --resume {self.folder} continues")
 
     def _due(self, before: int) -> bool:
         if is_due(self.config.checkpoint_every, before, self.counters.step):
@@ -118,22 +118,17 @@ class RunSaver:
         return self.config.checkpoint_minutes > 0 and time.perf_counter() - self._saved_at >= pause
 
     def _has_checkpoint(self) -> bool:
-        return any((self.run / name).is_dir() for name in ("checkpoint", "checkpoint.old"))
+        return any((self.folder / name).is_dir() for name in ("checkpoint", "checkpoint.old"))
 
     def _save(self, *, with_replay: bool) -> None:
-        """Writes a checkpoint in place of the former one.
-
-        Raises:
-            OSError: it could not be written, and the former one is still there.
-            DivergedError: the agent's weights are not finite.
-        """
+        """Writes a checkpoint in place of the former one, which stays if an OSError prevents that."""
         if not all(torch.isfinite(p).all() for m in self.agent.modules().values() for p in m.parameters()):
             raise DivergedError(f"the agent's weights are NaN at step {self.counters.step}")
         started = time.perf_counter()
         buffer = self.buffer if with_replay else None
         try:
             with self.log.clock("checkpoint"):
-                save_checkpoint(self.run, self.agent, self.prior, self.state(), buffer)
+                save_checkpoint(self.folder, self.agent, self.prior, self.state(), buffer)
         finally:
             self._saved_at = time.perf_counter()
             self._saving_took = self._saved_at - started

@@ -13,6 +13,12 @@ if TYPE_CHECKING:
     from .envs import EnvConfig
 
 
+# The lowest 12 of CarRacing's 96 rows show instruments, which say nothing that the view above does not show.
+_CAR_RACING_VIEW = 84
+# EnvPool reports +-1e10 for MuJoCo's actuators without limits.
+_UNBOUNDED = 1e9
+
+
 @dataclass(frozen=True)
 class Task:
     """How an environment's actions and frames map to the agent's."""
@@ -91,13 +97,6 @@ def _car_racing_action(action: np.ndarray) -> np.ndarray:
     """(steering, signed gas/brake) in [-1, 1]^2 -> (steering, gas, brake)."""
     steer, pedal = action[:, 0], action[:, 1]
     return np.stack([steer, np.maximum(pedal, 0), np.maximum(-pedal, 0)], axis=1)
-
-
-# The lowest 12 of CarRacing's 96 rows show instruments, which say nothing that the view above does not show.
-_CAR_RACING_VIEW = 84
-
-# EnvPool reports +-1e10 for MuJoCo's actuators without limits.
-_UNBOUNDED = 1e9
 
 
 def _camera(env_id: str) -> int:

@@ -65,7 +65,6 @@ class Trainer:
             config.vlm.model = str(Path(config.vlm.model).resolve())  # a run may be resumed from anywhere
         self.folder = out if isinstance(out, RunFolder) else RunFolder(out)
         self.out = self.folder.path
-        self._resumed = resume
         if resume:
             with self.folder.claimed(resume=True):
                 self._build(open_resumed(self.out, config))
@@ -79,7 +78,7 @@ class Trainer:
         self.threads = config.threads or max(1, (os.cpu_count() or 2) - config.env.num_threads)
         # Before anything is computed: the order of sums, and so even the initial weights, depends on it.
         torch.set_num_threads(self.threads)
-        self._continues = saved.written if saved else None
+        self._continues = saved.written if saved else None  # the time of the checkpoint
         begin = saved.counters["step"] if saved else 0
         env_seed = training_seed(config.env.seed, config.seed, begin, config.env.num_envs)
         self.envs = make_env(replace(config.env, seed=env_seed))
@@ -149,7 +148,7 @@ class Trainer:
                 says what was saved), or training diverged.
         """
         torch.set_num_threads(self.threads)  # a trainer that was built later may have changed it
-        with self.folder.claimed(resume=self._resumed), os_error_as_user_error():
+        with self.folder.claimed(resume=self._continues is not None), os_error_as_user_error():
             if self._continues is not None and Checkpoint(self.out).written != self._continues:
                 raise UserError(
                     f"the run in {self.out} has gone on since this trainer was built: build it again"
