@@ -162,9 +162,8 @@ class Trainer:
                 reserved_room(self.out, self.agent),
             ):
                 summary = self._run()
-            with os_error_as_user_error(
-                f"the run is finished, and covr-fast report {self.out} draws it again"
-            ):
+            finished = f"the run is finished, and covr-fast report {self.out} draws it again"
+            with os_error_as_user_error(finished):
                 plot_curves(self.out)
             return summary
 
