@@ -20,16 +20,8 @@ _HOME = {
 _SUBMODULES = {"ops", "vlm"}
 
 __all__ = [
-    "SAC",
-    "EnvConfig",
-    "ReplayBuffer",
-    "TrainConfig",
-    "Trainer",
-    "__version__",
-    "make_env",
-    "ops",
-    "vlm",
-]
+    "SAC", "EnvConfig", "ReplayBuffer", "TrainConfig", "Trainer", "__version__", "make_env", "ops", "vlm",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     from . import ops, vlm

@@ -1,7 +1,5 @@
 """How long the parts of a run's loop take on this machine. Each is checked before it is timed."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,10 +9,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from .config import TrainConfig
+from .report import new_table
 from .trainer import Trainer
 from .view import vlm_view
 
@@ -36,10 +34,6 @@ class Timing:
     seconds: np.ndarray
     """float64[n], one per call."""
 
-    @property
-    def median(self) -> float:
-        return float(np.median(self.seconds))
-
 
 def measure(config: TrainConfig, seconds: float) -> list[Timing]:
     """Builds what `covr-fast train` builds with these settings, and times each part alone for `seconds`.
@@ -50,27 +44,18 @@ def measure(config: TrainConfig, seconds: float) -> list[Timing]:
     """
     trainer = Trainer(config, Path("unused"))  # it writes nothing before it runs
     with trainer.envs:
-        stored: list[_Stored] = []
-        return [
-            _simulation(trainer, seconds, stored),
-            _replay(trainer, seconds, stored),
-            _prior(trainer, seconds, stored),
-            _update(trainer, seconds),
-        ]
+        simulation, stored = _simulation(trainer, seconds)
+        replay, prior = _replay(trainer, seconds, stored), _prior(trainer, seconds, stored[-1].obs)
+        return [simulation, replay, prior, _update(trainer, seconds)]
 
 
 def print_timings(timings: list[Timing], console: Console) -> None:
     """Prints a line per part, with the spread over its calls, and what was checked."""
-    table = Table(title="one part at a time, nothing beside it", title_justify="left")
-    for name in ("part", "one call"):
-        table.add_column(name)
-    for name in ("median ms", "10-90 %", "calls/s"):
-        table.add_column(name, justify="right")
+    numbers = ("median ms", "10-90 %", "calls/s")
+    table = new_table("one part at a time, nothing beside it", ("part", "one call"), numbers)
     for t in timings:
-        low, high = np.quantile(t.seconds, [0.1, 0.9]) * 1000
-        table.add_row(
-            t.part, t.call, f"{t.median * 1000:.2f}", f"{low:.2f}-{high:.2f}", f"{1 / t.median:.0f}"
-        )
+        low, median, high = np.quantile(t.seconds, [0.1, 0.5, 0.9]) * 1000
+        table.add_row(t.part, t.call, f"{median:.2f}", f"{low:.2f}-{high:.2f}", f"{1000 / median:.0f}")
     console.print(table)
     for t in timings:
         console.print(f"checked before: {t.part}: {t.checked}")
@@ -84,9 +69,9 @@ class _Stored(NamedTuple):
     next_obs: np.ndarray
 
 
-def _simulation(trainer: Trainer, seconds: float, stored: list[_Stored]) -> Timing:
-    """Random decisions, in overlapping batches as in a run. The replay buffer, which stores them, refuses
-    rows that do not continue their environment's stream."""
+def _simulation(trainer: Trainer, seconds: float) -> tuple[Timing, list[_Stored]]:
+    """Random decisions, in overlapping batches as in a run, and the newest of them. The replay buffer, which
+    stores them, refuses rows that do not continue their environment's stream."""
     envs, rng = trainer.envs, np.random.default_rng(0)
     acted_on = envs.reset()
 
@@ -98,6 +83,7 @@ def _simulation(trainer: Trainer, seconds: float, stored: list[_Stored]) -> Timi
 
     for ids in envs.batches():
         send(acted_on[ids], ids)
+    stored: list[_Stored] = []
     took: list[float] = []
     # At least until an update can draw a batch.
     while len(trainer.buffer) < trainer.config.warmup or sum(took) < seconds:
@@ -106,13 +92,13 @@ def _simulation(trainer: Trainer, seconds: float, stored: list[_Stored]) -> Timi
         for _ in envs.batches():
             rows = envs.recv()
             added, _ = trainer.collector.store(rows)
-            stored[:] = [*stored[-7:], _Stored(added, acted_on[rows.env_ids], rows.next_obs)]
+            stored = [*stored[-7:], _Stored(added, acted_on[rows.env_ids], rows.next_obs)]
             send(rows.obs, rows.env_ids)
         took.append(time.perf_counter() - start)
     env = trainer.config.env
     call = f"{env.num_envs} x {env.action_repeat} frames"
     checked = f"{len(trainer.buffer)} transitions continue one another"
-    return Timing("simulation", call, checked, np.array(took))
+    return Timing("simulation", call, checked, np.array(took)), stored
 
 
 def _replay(trainer: Trainer, seconds: float, stored: list[_Stored]) -> Timing:
@@ -129,9 +115,9 @@ def _replay(trainer: Trainer, seconds: float, stored: list[_Stored]) -> Timing:
     return Timing("replay", call, f"{n} transitions come back bit for bit", took)
 
 
-def _prior(trainer: Trainer, seconds: float, stored: list[_Stored]) -> Timing:
+def _prior(trainer: Trainer, seconds: float, obs: np.ndarray) -> Timing:
     """Answers for a batch of environments, checked against transformers' own generate()."""
-    images = vlm_view(trainer.config, torch.from_numpy(stored[-1].obs))
+    images = vlm_view(trainer.config, torch.from_numpy(obs))
     answers, truth = trainer.prior(images), trainer.prior.reference(images)
     equal = int((answers.token_ids.cpu() == truth.token_ids.cpu()).all(1).sum())
     # In half precision, rounding decides between two tokens that are about equally likely.
@@ -151,9 +137,8 @@ def _update(trainer: Trainer, seconds: float) -> Timing:
     if not moved or not all(torch.isfinite(value).all() for value in metrics.values()):
         raise CheckFailedError("policy update: the actor did not move, or a loss is not finite")
     took = _times(trainer, seconds, lambda: trainer.agent.update(batch, guide=True))
-    return Timing(
-        "policy update", f"batch of {len(batch.reward)}", "the actor moves, losses are finite", took
-    )
+    call = f"batch of {len(batch.reward)}"
+    return Timing("policy update", call, "the actor moves, losses are finite", took)
 
 
 def _times(trainer: Trainer, seconds: float, call: Callable[[], object]) -> np.ndarray:

@@ -1,7 +1,5 @@
 """Checkpoints that are either whole or absent: written to a temporary folder, then renamed."""
 
-from __future__ import annotations
-
 import errno
 import io
 import os
@@ -16,13 +14,19 @@ import torch
 
 from .agents import SAC
 from .buffer import ReplayBuffer
-from .config import TrainConfig
-from .envs import action_labels
+from .config import TrainConfig, check_types
 from .errors import UserError
 from .evaluate import Policy, actor_policy
 from .files import flush_tree, read_json, replacing, writing
+from .tasks import action_labels
 from .view import agent_obs_shape
 from .vlm import ActionPrior
+
+RESCUED = "agent.pt"
+"""File in the run folder with the agent alone. It exists if there was no room for the last checkpoint, so it
+is newer than the checkpoint."""
+_RESERVE = ".reserve"
+_REMEDY = "put back a copy of the checkpoint, or begin a new run"
 
 
 @contextmanager
@@ -72,6 +76,8 @@ def save_checkpoint(
         UserError: the prior is an adapter of a model in the checkpoint that would be replaced.
         OSError: it could not be written; the former checkpoint is still there.
     """
+    from safetensors import SafetensorError
+
     if prior.needs(run / "checkpoint") or prior.needs(run / "checkpoint.old"):
         raise UserError(
             f"the VLM is an adapter of {prior.backbone.source}, which saving would remove: copy that model "
@@ -80,17 +86,13 @@ def save_checkpoint(
     with replaced_folder(run / "checkpoint") as new:
         _write(agent.state_dict(), new / "agent.pt")
         _write(counters, new / "counters.pt")
-        with _as_os_error(new / "vlm"):
+        try:
             prior.save_pretrained(new / "vlm")
+        except SafetensorError as error:  # what safetensors raises for a failed write
+            raise OSError(errno.EIO, str(error), str(new / "vlm")) from error
         if buffer is not None:
             buffer.save(new / "replay")
     (run / RESCUED).unlink(missing_ok=True)
-
-
-RESCUED = "agent.pt"
-"""File in the run folder with the agent alone. It exists if there was no room for the last checkpoint, so it
-is newer than the checkpoint."""
-_RESERVE = ".reserve"
 
 
 @contextmanager
@@ -117,45 +119,29 @@ def rescue_agent(run: Path, agent: SAC) -> None:
         OSError: it could not be written.
     """
     (run / _RESERVE).unlink(missing_ok=True)
-    with replacing(run / RESCUED) as file:
-        file.write(_serialized(agent.state_dict()))
+    _write(agent.state_dict(), run / RESCUED)
 
 
 def _write(content: dict[str, Any], path: Path) -> None:
-    with writing(path), path.open("wb") as file:
-        file.write(_serialized(content))
-
-
-def _serialized(content: dict[str, Any]) -> memoryview:
     """What `torch.save` writes. Not written to the file by torch, which does not say why a write failed."""
     serialized = io.BytesIO()
     torch.save(content, serialized)
-    return serialized.getbuffer()
-
-
-@contextmanager
-def _as_os_error(path: Path) -> Iterator[None]:
-    """Turns the error that safetensors raises for a failed write into an OSError."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except SafetensorError as error:
-        raise OSError(errno.EIO, str(error), str(path)) from error
+    with replacing(path) as file:
+        file.write(serialized.getbuffer())
 
 
 class Checkpoint:
-    """An open checkpoint. `counters` is the content of counters.pt; the rest is read when it is asked for."""
+    """RUN/checkpoint, opened. `counters` is the content of counters.pt; the rest is read on request.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.vlm = folder / "vlm"
-        self.counters = _read(folder / "counters.pt")
-        self.written = (folder / "counters.pt").stat().st_mtime_ns
+    Raises:
+        UserError: there is none, or counters.pt is damaged.
+    """
 
-    def agent_state(self) -> dict[str, Any]:
-        """For SAC.load_state_dict."""
-        return _read(self.folder / "agent.pt")
+    def __init__(self, run: Path):
+        self.folder = newest_folder(run / "checkpoint")
+        self.vlm = self.folder / "vlm"
+        self.counters = _read(self.folder / "counters.pt")
+        self.written = (self.folder / "counters.pt").stat().st_mtime_ns
 
     def has_replay(self) -> bool:
         return (self.folder / "replay").is_file()
@@ -176,15 +162,8 @@ class Checkpoint:
             raise UserError(f"{part} cannot be opened ({reason}): if it is damaged, {_REMEDY}") from error
 
 
-_REMEDY = "put back a copy of the checkpoint, or begin a new run"
-
-
 def _read(path: Path) -> dict[str, Any]:
-    """Reads what `torch.save` wrote: a ZIP archive with a checksum of each part, which torch does not check.
-
-    Raises:
-        UserError: the file is missing or damaged.
-    """
+    """What `torch.save` wrote: a ZIP archive with a checksum of each part, which torch does not check."""
     try:
         with zipfile.ZipFile(path) as archive:
             if (part := archive.testzip()) is not None:
@@ -198,15 +177,6 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged ({reason}): {_REMEDY}") from error
 
 
-def load_checkpoint(run: Path) -> Checkpoint:
-    """Opens RUN/checkpoint.
-
-    Raises:
-        UserError: it does not exist, or is damaged.
-    """
-    return Checkpoint(newest_folder(run / "checkpoint"))
-
-
 def load_config(run: Path) -> TrainConfig:
     """Reads config.json of a run folder."""
     path = run / "config.json"
@@ -215,7 +185,7 @@ def load_config(run: Path) -> TrainConfig:
     settings = read_json(path, "put back a copy of it")
     try:
         config = TrainConfig.from_dict(settings)
-        config.check_types()
+        check_types(config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     return config
@@ -228,16 +198,17 @@ def load_actor(run: Path) -> tuple[Policy, TrainConfig]:
     agent = SAC(agent_obs_shape(config), (len(action_labels(config.env)),), config.agent, seed=config.seed)
     rescued = run / RESCUED
     path = rescued if rescued.is_file() else newest_folder(run / "checkpoint") / "agent.pt"
-    restore_agent(agent, _read(path), path)
+    restore_agent(agent, path)
     return actor_policy(agent, config), config
 
 
-def restore_agent(agent: SAC, state: dict[str, Any], path: Path) -> None:
-    """Loads `state`, the content of `path`, into `agent`.
+def restore_agent(agent: SAC, path: Path) -> None:
+    """Loads an agent.pt.
 
     Raises:
-        UserError: it is the state of an agent with other settings.
+        UserError: it is missing, damaged, or the state of an agent with other settings.
     """
+    state = _read(path)
     try:
         agent.load_state_dict(state)
     except (RuntimeError, KeyError, ValueError) as error:

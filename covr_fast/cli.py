@@ -99,9 +99,9 @@ def _train(arguments: list[str]) -> int:
         resume: Path | None = None
         """Folder of an interrupted run to continue. Settings that are not given here stay as they were."""
 
-    resumed = _value_of("--resume", rest)
-    default = load_config(Path(resumed)) if resumed else suited
-    if resumed:
+    default = suited
+    if resumed := _value_of("--resume", rest):
+        default = load_config(Path(resumed))
         _check_preset(name, default, resumed)
     with as_user_error():
         parsed = tyro.cli(
@@ -112,10 +112,8 @@ def _train(arguments: list[str]) -> int:
             args=rest,
         )
     config = parsed.config
-    if config.begun_as != default.begun_as:
-        raise UserError(
-            f"--begun-as is for the record: covr-fast train {config.begun_as} takes another preset"
-        )
+    if (asked := config.begun_as) != default.begun_as:
+        raise UserError(f"--begun-as is for the record: covr-fast train {asked} takes another preset")
     if parsed.resume and parsed.out:
         raise UserError("--resume continues in its own folder: leave out --out")
     config.check()
@@ -128,8 +126,8 @@ def _train(arguments: list[str]) -> int:
     _disable_progress_bars()
     _interrupt_when_ended()
     console = display()
-    asked = parsed.resume or parsed.out
-    folder = RunFolder(asked) if asked else RunFolder.numbered(Path("runs") / f"{name}-seed{config.seed}")
+    given = parsed.resume or parsed.out
+    folder = RunFolder(given) if given else RunFolder.numbered(Path("runs") / f"{name}-seed{config.seed}")
     with folder.claimed(resume=parsed.resume is not None):
         trainer = Trainer(config, folder, resume=parsed.resume is not None)
         begun = f", from step {trainer.step}" if parsed.resume else ""
@@ -212,10 +210,9 @@ def _evaluate(arguments: list[str]) -> int:
     from .checkpoint import load_actor
     from .evaluate import evaluate
 
-    if parsed.episodes < 1:
-        raise UserError(f"--episodes {parsed.episodes} must be at least 1")
-    if parsed.seed < 0:
-        raise UserError(f"--seed {parsed.seed} must be at least 0")
+    for name, least in (("episodes", 1), ("seed", 0)):
+        if (value := getattr(parsed, name)) < least:
+            raise UserError(f"--{name} {value} must be at least {least}")
     policy, config = load_actor(parsed.run)
     result = evaluate(policy, config.env, parsed.episodes, seed=parsed.seed)
     print("returns: " + " ".join(f"{value:.0f}" for value in result.returns))
@@ -247,13 +244,14 @@ def _report(arguments: list[str]) -> int:
     console = Console(highlight=False)
     summaries = [read_summary(run) for run in parsed.runs]
     labels = run_labels(parsed.runs)
+    several = len(parsed.runs) > 1
     for run, label, summary in zip(parsed.runs, labels, summaries, strict=True):
-        print_summary(summary, console, label if len(parsed.runs) > 1 else None)
+        print_summary(summary, console, label if several else None)
         with as_user_error():
             print(f"drawn: {plot_curves(run)}")
         if read_records(run / "metrics.jsonl")[1]:
             print(f"{run / 'metrics.jsonl'}: its last line is torn and was left out")
-    if len(summaries) > 1:
+    if several:
         print_comparison(labels, summaries, console)
     return 0
 

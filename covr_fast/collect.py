@@ -1,7 +1,5 @@
 """From a decision to a stored transition."""
 
-from __future__ import annotations
-
 import numpy as np
 from torch import Tensor
 
@@ -13,11 +11,7 @@ class Collector:
     """Sends decisions to the environments, and stores each with its prior and its outcome.
 
     Between `send` and `store` an environment simulates: its decision waits here, and the VLM has time to give
-    its prior.
-
-    Args:
-        envs: the environments. buffer: a replay buffer for them, with the extras "prior" (A,), "prior_mask"
-        () and "prior_version" ().
+    its prior. The replay buffer has the extras "prior" (A,), "prior_mask" () and "prior_version" ().
     """
 
     def __init__(self, envs: PixelEnvs, buffer: ReplayBuffer) -> None:

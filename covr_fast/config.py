@@ -1,7 +1,5 @@
 """All settings of a run."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from numbers import Integral, Real
@@ -163,7 +161,7 @@ class TrainConfig:
     """Name of the preset from which the settings were made. Only a record."""
 
     @staticmethod
-    def preset(name: str, model: str | None = None) -> TrainConfig:
+    def preset(name: str, model: str | None = None) -> "TrainConfig":
         """A preset by name, with the settings that suit `model`.
 
         What suits a VLM depends on what it knows: the tuning that teaches nano's random weights destroys the
@@ -180,13 +178,14 @@ class TrainConfig:
 
         if name not in PRESETS:
             raise unknown("preset", name, PRESETS)
-        config = PRESETS[name].build(model)
-        config.begun_as = name
+        model = PRESETS[name].model if model is None else model
+        config = PRESETS[name].make(is_nano(model))
+        config.vlm.model, config.begun_as = model, name
         return config
 
     def check(self) -> None:
         """Raises a UserError for settings that have a wrong type or value, or do not fit together."""
-        self.check_types()
+        check_types(self)
         least = {
             "steps": 1, "seed": 0, "warmup": 1, "steps_per_update": 1, "log_every": 1, "checkpoint_every": 0,
             "checkpoint_minutes": 0, "threads": 0,
@@ -241,10 +240,6 @@ class TrainConfig:
                 f"replay.pad={self.replay.pad} crops away all of a {self.env.height}x{self.env.width} frame"
             )
 
-    def check_types(self) -> None:
-        """Raises a UserError for the first setting whose value is not of its field's type."""
-        _check_types(self)
-
     def doubts(self) -> list[str]:
         """Warnings about settings that are allowed but do not suit the VLM. Each names the remedy."""
         vlm, tuner = self.vlm, self.tuner
@@ -284,21 +279,18 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings in plain types, for config.json."""
-        plain: dict[str, Any] = _plain(asdict(self))
-        return plain
+        return dict(_plain(asdict(self)))
 
     @staticmethod
-    def from_dict(data: dict[str, Any]) -> TrainConfig:
+    def from_dict(data: dict[str, Any]) -> "TrainConfig":
         """The inverse of to_dict, for the content of config.json. Missing settings get their defaults,
         because an older version may have written it.
 
         Raises:
             UserError: a setting is unknown; the message suggests similar names.
         """
-        nested = {
-            "env": EnvConfig, "agent": SACConfig, "replay": ReplayConfig, "vlm": VLMConfig,
-            "tuner": TunerConfig, "covr": COVRConfig, "eval": EvalConfig,
-        }  # fmt: skip
+        sections = {part.name: part.default_factory for part in fields(TrainConfig)}
+        nested: dict[str, Any] = {name: cls for name, cls in sections.items() if is_dataclass(cls)}
         known = {part.name for part in fields(TrainConfig)}
         known |= {f"{name}.{part.name}" for name, cls in nested.items() for part in fields(cls)}
         try:
@@ -309,19 +301,17 @@ class TrainConfig:
             config = TrainConfig(**{**data, **parts})
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"config.json does not fit this version of covr_fast: {error}") from error
-        # JSON has no tuples.
-        config.agent.channels, config.agent.strides = (
-            tuple(config.agent.channels),
-            tuple(config.agent.strides),
-        )
+        agent = config.agent
+        agent.channels, agent.strides = tuple(agent.channels), tuple(agent.strides)  # JSON has no tuples
         return config
 
 
-def _check_types(config: Any, section: str = "") -> None:
+def check_types(config: Any, section: str = "") -> None:
+    """Raises a UserError for the first setting whose value is not of its field's type."""
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
         if is_dataclass(hint) and isinstance(value, cast(type, hint)):
-            _check_types(value, f"{name}.")
+            check_types(value, f"{name}.")
         elif not _fits(value, hint):
             expected = " or ".join(repr(a) for a in get_args(hint)) if get_origin(hint) is Literal else hint
             expected = getattr(expected, "__name__", str(expected))

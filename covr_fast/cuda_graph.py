@@ -1,13 +1,10 @@
 """CUDA graphs: a function of tensors is recorded once, then launched as a whole."""
 
-from __future__ import annotations
-
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import cached_property, partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,23 +15,6 @@ Tensors = Mapping[str, Tensor]
 # during another capture.) Before torch 2.13 a replay also fails while another thread captures: all graphs
 # share the state of the device's default generator, whether they draw from it or not.
 _capturing = threading.Lock()
-
-
-class Graphs(Protocol):
-    """The interface that `Captured` needs; `CudaGraphs` implements it."""
-
-    def turn(self) -> AbstractContextManager[None]:
-        """The block's work, on the caller's current stream, runs after that of the previous turn."""
-        ...
-
-    def aside(self, run: Callable[[], Tensors]) -> Tensors:
-        """Runs `run` on the stream on which it will be recorded."""
-        ...
-
-    def capture(self, run: Callable[[], Tensors]) -> Callable[[], Tensors]:
-        """Records `run` without executing it. Returns a function that replays it and returns its outputs, the
-        same tensors every time."""
-        ...
 
 
 class CudaGraphs:
@@ -71,12 +51,14 @@ class CudaGraphs:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
+        """The block's work, on the caller's current stream, runs after that of the previous turn."""
         current = torch.cuda.current_stream(self._device)
         current.wait_event(self._done)
         yield
         self._done.record(current)
 
     def aside(self, run: Callable[[], Tensors]) -> Tensors:
+        """Runs `run` on the stream on which it will be recorded."""
         current = torch.cuda.current_stream(self._device)
         self._side.wait_stream(current)
         with torch.cuda.stream(self._side):
@@ -87,6 +69,8 @@ class CudaGraphs:
         return outputs
 
     def capture(self, run: Callable[[], Tensors]) -> Callable[[], Tensors]:
+        """Records `run` without executing it. Returns a function that replays it and returns its outputs, the
+        same tensors every time."""
         graph = torch.cuda.CUDAGraph()
         for generator in self._generators:
             graph.register_generator_state(generator)
@@ -136,7 +120,9 @@ class Captured:
         warm_up: calls before the recording, at least 1.
     """
 
-    def __init__(self, function: Callable[[Tensors], Tensors], graphs: Graphs, *, warm_up: int = 3) -> None:
+    def __init__(
+        self, function: Callable[[Tensors], Tensors], graphs: CudaGraphs, *, warm_up: int = 3
+    ) -> None:
         if warm_up < 1:
             raise ValueError(f"warm_up is {warm_up}: a function must have run before it is recorded")
         self._function = function

@@ -1,7 +1,5 @@
 """`covr-fast doctor`: what works on this machine, what is missing and how to install it."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import platform
@@ -18,28 +16,14 @@ import torch
 from .opengl import INSTALL
 
 REQUIRED = (
-    "envpool",
-    "gymnasium",
-    "transformers",
-    "tokenizers",
-    "peft",
-    "safetensors",
-    "tyro",
-    "filelock",
-    "rich",
-    "tensorboard",
-    "matplotlib",
-    "imageio",
-    "imageio-ffmpeg",
-    "pillow",
-)
+    "envpool", "gymnasium", "transformers", "tokenizers", "peft", "safetensors", "tyro", "filelock", "rich",
+    "tensorboard", "matplotlib", "imageio", "imageio-ffmpeg", "pillow",
+)  # fmt: skip
 OPTIONAL = {
-    "triton": "pip install 'covr-fast[triton]'",
-    "bitsandbytes": "pip install 'covr-fast[quantize]'",
-    "flash-attn-4": "pip install 'covr-fast[flash]'",
-    "stable-baselines3": "pip install 'covr-fast[sb3]'",
-    "torchrl": "pip install 'covr-fast[torchrl]'",
-}
+    "triton": "triton", "bitsandbytes": "quantize", "flash-attn-4": "flash", "stable-baselines3": "sb3",
+    "torchrl": "torchrl",
+}  # fmt: skip
+"""Package -> the extra of covr-fast that brings it."""
 ENVIRONMENTS = {
     "CarRacing": ("CarRacing-v3", "pip install --force-reinstall envpool"),
     "DMControl": ("CheetahRun-v1", INSTALL),
@@ -64,14 +48,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _extension() -> dict[str, Any]:
-    try:
-        from . import _C
-    except ImportError as error:
-        return {"built": False, "with_cuda": False, "error": str(error)}
-    return {"built": True, "with_cuda": bool(_C.with_cuda)}
 
 
 def problem_of(code: str, *arguments: str, timeout: float = 120) -> str | None:
@@ -118,7 +94,12 @@ def diagnose() -> dict[str, Any]:
     "ready_to_train" says whether `covr-fast train carracing` can run. "environments" gives for "CarRacing"
     and for "DMControl", which also needs OpenGL, why there is no frame of it here; None if there is one.
     """
-    extension = _extension()
+    try:
+        from . import _C
+
+        extension: dict[str, Any] = {"built": True, "with_cuda": bool(_C.with_cuda)}
+    except ImportError as error:
+        extension = {"built": False, "with_cuda": False, "error": str(error)}
     required = {name: _version(name) for name in REQUIRED}
     with ThreadPoolExecutor() as pool:
         environments = dict(zip(ENVIRONMENTS, pool.map(_problem_with, ENVIRONMENTS), strict=True))
@@ -143,6 +124,10 @@ def print_diagnosis(d: dict[str, Any]) -> None:
 
     It needs no other packages than Python's: those that print nicer tables may be missing.
     """
+    without = [kind for kind, problem in d["environments"].items() if problem]
+    verdict = f"ready, but for {' and '.join(without)}: see above" if without else "ready"
+    if not d["ready_to_train"]:
+        verdict = "not ready, see above"
     extension = d["extension"]
     if not extension["built"]:
         native = f"missing ({extension['error']}): pip install -e ."
@@ -150,29 +135,20 @@ def print_diagnosis(d: dict[str, Any]) -> None:
         native = "with CUDA kernels"
     else:
         native = "CPU only" + ("; nvcc is here: reinstall to build the CUDA kernels" if d["nvcc"] else "")
+    missing = "missing: pip install 'covr-fast[{}]'"
     rows = [
         ("covr-fast", str(d["covr-fast"])),
         ("python, torch, cores", f"{d['python']}, {d['torch']}, {d['cores']}"),
         ("CUDA devices", ", ".join(d["cuda_devices"]) or "none: everything runs on the CPU"),
         ("C++ extension", native),
+        *((name, version or missing.format("train")) for name, version in d["required"].items()),
         *(
-            (name, version or "missing: pip install 'covr-fast[train]'")
-            for name, version in d["required"].items()
-        ),
-        *(
-            (f"{name} (optional)", version or f"missing: {OPTIONAL[name]}")
+            (f"{name} (optional)", version or missing.format(OPTIONAL[name]))
             for name, version in d["optional"].items()
         ),
         *((f"{kind} frames", problem or "drawn") for kind, problem in d["environments"].items()),
-        ("covr-fast train", _verdict(d)),
+        ("covr-fast train", verdict),
     ]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:<{width}}  {value}")
-
-
-def _verdict(d: dict[str, Any]) -> str:
-    if not d["ready_to_train"]:
-        return "not ready, see above"
-    without = [kind for kind, problem in d["environments"].items() if problem]
-    return f"ready, but for {' and '.join(without)}: see above" if without else "ready"

@@ -5,15 +5,11 @@ frame of the next episode with reward 0. Such a row is not a transition, so this
 returns it.
 """
 
-from __future__ import annotations
-
-import contextlib
 import warnings
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -23,7 +19,6 @@ from .opengl import DRAWING, import_envpool, require_frames, return_memory
 from .scalars import as_int
 from .seeds import SEEDS
 from .tasks import Task, find_task
-from .tasks import action_labels as action_labels
 
 
 @dataclass
@@ -87,20 +82,6 @@ class Rows(NamedTuple):
     frames: int
 
 
-class Simulator(Protocol):
-    """The part of EnvPool's Gymnasium interface that this module uses."""
-
-    def reset(self) -> tuple[Any, dict[str, Any]]: ...
-
-    def step(
-        self, action: np.ndarray, env_id: np.ndarray
-    ) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]: ...
-
-    def render(self, env_ids: np.ndarray) -> np.ndarray:
-        """uint8[n, H, W, 3]; called only where the task's observations contain no frames."""
-        ...
-
-
 class PixelEnvs:
     """Environments stepped in `num_envs / batch_size` batches, each batch in one thread.
 
@@ -112,7 +93,9 @@ class PixelEnvs:
     sent batch, `reset` with one, and any call after `close`.
     """
 
-    def __init__(self, config: EnvConfig, simulators: list[Simulator], task: Task):
+    def __init__(self, config: EnvConfig, simulators: list[Any], task: Task):
+        """`simulators`: one per batch, with EnvPool's Gymnasium interface: reset(), step(action, env_id) and,
+        where the task's observations contain no frames, render(env_ids) -> uint8[n, H, W, 3]."""
         self.config = config
         self.action_shape = (task.action_dim,)
         self.obs_shape = config.obs_shape
@@ -190,7 +173,7 @@ class PixelEnvs:
             self._simulators.clear()
         return_memory()
 
-    def __enter__(self) -> PixelEnvs:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -259,7 +242,9 @@ class PixelEnvs:
                 f"environment {self.config.id} returned a reward that is not finite (env_ids {bad})"
             )
         # Rendered frames are rendered once for all repeats; an ended episode still shows its last state.
-        self._push(ids, self._frames(simulator, newest, ids - first))
+        c, shown = self.config.channels, self._frames(simulator, newest, ids - first)
+        self._stacks[ids, :-c] = self._stacks[ids, c:]
+        self._stacks[ids, -c:] = shown
         next_obs = self._stacks[ids]
         obs = next_obs
         done = terminated | truncated
@@ -271,18 +256,13 @@ class PixelEnvs:
             obs = self._stacks[ids]
         return Rows(ids, next_obs, reward, terminated, truncated & ~terminated, obs, frames)
 
-    def _frames(self, simulator: Simulator, observation: Any, rows: np.ndarray) -> np.ndarray:
+    def _frames(self, simulator: Any, observation: Any, rows: np.ndarray) -> np.ndarray:
         """The newest frames of these rows of a simulator, uint8[n, channels, height, width]."""
         if self._task.to_rgb:
             return self._resize(self._task.to_rgb(observation))
         with DRAWING:
-            rgb = simulator.render(rows.astype(np.int32))
+            rgb: np.ndarray = simulator.render(rows.astype(np.int32))
         return self._resize(rgb)
-
-    def _push(self, ids: np.ndarray, frames: np.ndarray) -> None:
-        c = self.config.channels
-        self._stacks[ids, :-c] = self._stacks[ids, c:]
-        self._stacks[ids, -c:] = frames
 
     def _start_stacks(self, ids: np.ndarray, frames: np.ndarray) -> None:
         self._stacks[ids] = np.tile(frames, (1, self.config.frame_stack, 1, 1))
@@ -299,14 +279,6 @@ class PixelEnvs:
         return frames.contiguous().numpy()
 
 
-@contextlib.contextmanager
-def _quiet_bounds() -> Iterator[None]:
-    """Hides gymnasium's warnings about the precision of EnvPool's box bounds."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield
-
-
 def make_env(config: EnvConfig) -> PixelEnvs:
     """Builds config.num_envs environments.
 
@@ -315,7 +287,8 @@ def make_env(config: EnvConfig) -> PixelEnvs:
             DMControl on a machine that cannot render.
     """
     _check(config)
-    with _quiet_bounds():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # gymnasium's about the precision of EnvPool's bounds
         task = find_task(config)
         if task.to_rgb is None:
             require_frames()

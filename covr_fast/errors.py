@@ -10,7 +10,7 @@ class UserError(ValueError):
 
 
 class DivergedError(UserError):
-    """The networks hold NaN, so the present state of the run is not worth saving."""
+    """The networks contain NaN, so the present state of the run is not worth saving."""
 
     def __init__(self, what: str) -> None:
         super().__init__(

@@ -1,10 +1,9 @@
-"""Evaluation: whole episodes of one policy, in many environments at the same time."""
-
-from __future__ import annotations
+"""Evaluation: whole episodes of one policy, in many environments at the same time; and which policies a run
+measures."""
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ import torch
 from .agents import SAC
 from .config import TrainConfig
 from .envs import EnvConfig, make_env
+from .logger import RunLogger
 from .view import agent_view, vlm_view
 from .vlm import ActionPrior
 
@@ -75,3 +75,47 @@ def actor_policy(agent: SAC, config: TrainConfig) -> Policy:
 def vlm_policy(prior: ActionPrior, config: TrainConfig) -> Policy:
     """The VLM without the actor: it answers at every decision."""
     return lambda obs: prior(vlm_view(config, torch.from_numpy(obs))).action.cpu().numpy()
+
+
+class Evaluations:
+    """Evaluates a run's policies, and logs and says the results."""
+
+    def __init__(self, config: TrainConfig, agent: SAC, prior: ActionPrior) -> None:
+        self._config = config
+        self._agent = agent
+        self._prior = prior
+        self.before: dict[str, Evaluation] = {}
+        """By policy, what was measured before training."""
+
+    def measure_before(self, step: int, log: RunLogger) -> None:
+        """Measures the policies that exist before training, unless that was done before a resume."""
+        policies = {"random": random_policy(self._agent.action_dim, self._config.seed)}
+        if self._config.eval.vlm and self._prior.version == 0:  # not a VLM that was tuned before a resume
+            policies["vlm_before"] = vlm_policy(self._prior, self._config)
+        for name, policy in policies.items():
+            if name not in self.before:
+                self.before[name] = self._measure(name, policy, step, log)
+
+    def measure_actor(self, step: int, log: RunLogger) -> Evaluation:
+        return self._measure("actor", actor_policy(self._agent, self._config), step, log)
+
+    def measure_after(self, step: int, log: RunLogger) -> dict[str, Evaluation]:
+        """All evaluations of the run by policy, once training is over."""
+        after = {"actor": self.measure_actor(step, log)}
+        if self._config.eval.vlm:
+            policy = vlm_policy(self._prior, self._config)
+            after["vlm_after"] = self._measure("vlm_after", policy, step, log)
+        return self.before | after
+
+    def _measure(self, name: str, policy: Policy, step: int, log: RunLogger) -> Evaluation:
+        asked = self._config.eval
+        result = evaluate(policy, self._config.env, asked.episodes, seed=asked.seed)
+        log.scalars(step, {f"eval/{name}_mean": result.mean, f"eval/{name}_std": result.std})
+        log.say(f"{name}: {result.mean:.0f} ± {result.std:.0f} over {len(result.returns)} episodes")
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"before": {name: result.returns.tolist() for name, result in self.before.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.before = {name: Evaluation(np.array(returns)) for name, returns in state["before"].items()}

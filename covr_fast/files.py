@@ -1,7 +1,5 @@
 """Files that are whole or absent, and errors that say which file is damaged."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator
@@ -37,11 +35,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)  # else a power cut could undo the rename
-    finally:
-        os.close(directory)
+    _flush(path.parent)  # else a power cut could undo the rename
 
 
 def write_whole(path: Path, content: str) -> None:
@@ -95,11 +89,15 @@ def flush_tree(folder: Path) -> None:
     """Waits until everything in `folder` is on the disk. A rename after that cannot become visible
     earlier."""
     for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        _flush(path)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def full_names(settings: dict[str, Any]) -> dict[str, Any]:

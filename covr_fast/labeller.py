@@ -22,7 +22,6 @@ class PriorLabeller:
     worker's stream waits for the frames, and the VLM answers on its own stream (see `streams`).
 
     Args:
-        prior: the VLM.
         buffer: has the extras "prior" (A,), "prior_mask" () and "prior_version" ().
         images: ids int64[n] of stored transitions -> uint8[n, 3, H, W], their images for the VLM.
         max_batch: most images of one call.
@@ -87,7 +86,9 @@ class PriorLabeller:
                 return 0
             self._asked = None
             written = self._write(ids, answer.result())
-        ids = self._next_ids()
+        queue = self._due or self._stale
+        ids = self._stored(torch.tensor(queue[-self._max_batch :], dtype=torch.int64, device="cpu"))
+        del queue[-self._max_batch :]
         if len(ids):
             images = self._images(ids)
             ready = mark(self._prior.device)
@@ -115,12 +116,6 @@ class PriorLabeller:
         # Here and not in `step`, because this waits for the device.
         answer.action = answer.action.cpu()
         return answer
-
-    def _next_ids(self) -> Tensor:
-        queue = self._due or self._stale
-        ids = torch.tensor(queue[-self._max_batch :], dtype=torch.int64, device="cpu")
-        del queue[-self._max_batch :]
-        return self._stored(ids)
 
     def _write(self, ids: Tensor, answer: PriorBatch) -> int:
         answered = self._buffer.contains(ids)

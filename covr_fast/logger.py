@@ -1,7 +1,5 @@
 """What a run writes while it trains: metrics.jsonl, TensorBoard events, and its progress on the console."""
 
-from __future__ import annotations
-
 import json
 import sys
 import threading
@@ -10,8 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TextIO, cast
+from typing import Any, Self, TextIO, cast
 
 import torch
 from rich.console import Console
@@ -23,20 +20,15 @@ from .files import read_records, write_whole, writing
 
 
 class Clock:
-    """Adds up wall time by activity. Activities do not nest: each second is counted once.
+    """Adds up wall time by activity. Activities do not nest: each second is counted once."""
 
-    Args:
-        seconds: of each activity in earlier parts of the run.
-        total: seconds of the earlier parts in all.
-    """
-
-    def __init__(self, seconds: Mapping[str, float] | None = None, total: float = 0.0) -> None:
-        self.seconds = dict(seconds or {})
-        self._earlier = total
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._earlier = 0.0
         self.start()
 
     def start(self) -> None:
-        """Counts the total from now on, after that of the earlier parts."""
+        """Counts the total from now on, after that of the run's earlier parts (`load_state_dict`)."""
         self._started = time.perf_counter() - self._earlier
 
     @contextmanager
@@ -137,11 +129,10 @@ class RunLogger:
 
         self.console = console or display()
         self.clock = clock
-        metrics = folder / "metrics.jsonl"
-        if metrics.exists():
-            self._drop_lines_after(metrics, start)
-        self._path = metrics
-        self._file = metrics.open("a")
+        self._path = folder / "metrics.jsonl"
+        if self._path.exists():
+            self._drop_lines_after(start)
+        self._file = self._path.open("a")
         self._events = SummaryWriter(str(folder), purge_step=start + 1)
         self._previous_hook = threading.excepthook
         threading.excepthook = self._thread_failed
@@ -187,9 +178,7 @@ class RunLogger:
             return
         self._last_line = now
         elapsed = self.clock.total
-        if self._pace is None:
-            self._pace = (step, elapsed)
-        since_step, since = self._pace
+        self._pace = since_step, since = self._pace or (step, elapsed)
         done = step - since_step
         left = f"{(elapsed - since) * (self._total - step) / done:.0f}" if done else "?"
         self.console.print(f"{step:>8}/{self._total} steps  {elapsed:5.0f} s  ETA {left:>4} s  {text}")
@@ -198,36 +187,29 @@ class RunLogger:
         """Prints a line that stays, above the bar."""
         self.console.print(text)
 
-    def _drop_lines_after(self, path: Path, step: int) -> None:
+    def _drop_lines_after(self, step: int) -> None:
         """Removes what the run logged after the checkpoint from which it continues."""
-        records, torn = read_records(path)
+        records, torn = read_records(self._path)
         if torn:
-            self.say(f"{path}: its last line was torn and is dropped")
-        write_whole(path, "".join(json.dumps(r) + "\n" for r in records if r["step"] <= step))
+            self.say(f"{self._path}: its last line was torn and is dropped")
+        write_whole(self._path, "".join(json.dumps(r) + "\n" for r in records if r["step"] <= step))
 
     def _thread_failed(self, failed: threading.ExceptHookArgs) -> None:
         """Prints no traceback for a failed write in TensorBoard's thread, which the next call raises
         anyway."""
-        if not (
-            isinstance(failed.exc_value, OSError) and type(failed.thread).__module__.startswith("tensorb")
-        ):
+        writer = type(failed.thread).__module__.startswith("tensorb")
+        if not (writer and isinstance(failed.exc_value, OSError)):
             self._previous_hook(failed)
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if self._progress:
             self._progress.stop()
-        with writing(self._path), self._file:
+        # After an error, a second one that closing causes is not reported.
+        with suppress(OSError) if error else nullcontext(), writing(self._path), self._file:
             try:
                 self._events.close()
             finally:
                 threading.excepthook = self._previous_hook
-
-    def __enter__(self) -> RunLogger:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        # After an error, a second one that closing causes is not reported.
-        with suppress(OSError) if error else nullcontext():
-            self.close()

@@ -1,7 +1,5 @@
 """The system's OpenGL, with which EnvPool renders DMControl's frames."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import sys
@@ -60,8 +58,7 @@ def require_frames() -> None:
 
     Raises:
         UserError: it cannot; the message gives the remedy. (With a libEGL without OpenGL the process ends
-        here:
-            `covr-fast doctor` finds that in a child process.)
+            here: `covr-fast doctor` finds that in a child process.)
     """
     envpool = import_envpool()
     problem = load_opengl()

@@ -1,7 +1,5 @@
 """The parts of a run as its settings ask for them: the device, the replay buffer and the VLM."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch
@@ -13,8 +11,6 @@ from .envs import PixelEnvs
 from .errors import UserError
 from .vlm import ActionPrior
 
-_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 def compute_device(name: str) -> torch.device:
     """Where the agent and the VLM compute; "auto" is CUDA where there is a device.
@@ -22,9 +18,10 @@ def compute_device(name: str) -> torch.device:
     Raises:
         UserError: "cuda" without a CUDA device.
     """
+    found = torch.cuda.is_available()
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
+        name = "cuda" if found else "cpu"
+    if name == "cuda" and not found:
         raise UserError(
             "device='cuda' but torch sees no CUDA device: use --device cpu, or check `covr-fast doctor`"
         )
@@ -75,7 +72,7 @@ def load_prior(config: TrainConfig, action_dim: int, device: torch.device, model
             prompt=config.vlm.prompt,
             decimals=config.vlm.decimals,
             attention=config.vlm.attention,
-            dtype=_DTYPES[config.vlm.dtype],
+            dtype=None if config.vlm.dtype == "auto" else getattr(torch, config.vlm.dtype),
             device=device,
             seed=config.seed,
             quantization=None if config.vlm.quantization == "auto" else config.vlm.quantization,

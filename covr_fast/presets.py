@@ -6,8 +6,6 @@ its fine-tuning, in the weight of its prior and, for nano, in a smaller agent. T
 and the schedule are the same.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,7 +13,6 @@ from .agents.sac import SACConfig
 from .config import COVRConfig, ReplayConfig, TrainConfig, VLMConfig
 from .envs import EnvConfig
 from .vlm import TunerConfig
-from .vlm.model.nano import is_nano
 
 
 @dataclass(frozen=True)
@@ -27,12 +24,6 @@ class Preset:
     """The settings for nano (True), or for a pretrained VLM (False)."""
     model: str = "nano"
     """The VLM if none is given."""
-
-    def build(self, model: str | None = None) -> TrainConfig:
-        model = self.model if model is None else model
-        config = self.make(is_nano(model))
-        config.vlm.model = model
-        return config
 
 
 def _tuner(nano: bool, lora_alpha: int = 256) -> TunerConfig:
@@ -121,9 +112,7 @@ def _dm_control(env_id: str, action_repeat: int) -> Callable[[bool], TrainConfig
 PRESETS: dict[str, Preset] = {
     "carracing": Preset("CarRacing in a small picture, ten minutes on two CPU cores", _car_racing),
     "carracing-gpu": Preset(
-        "CarRacing at full size on one GPU",
-        _car_racing_gpu,
-        "Qwen/Qwen2.5-VL-3B-Instruct",
+        "CarRacing at full size on one GPU", _car_racing_gpu, "Qwen/Qwen2.5-VL-3B-Instruct"
     ),
     "cartpole-swingup": Preset("DMControl Cartpole Swingup", _dm_control("CartpoleSwingup-v1", 8)),
     "reacher-easy": Preset("DMControl Reacher Easy", _dm_control("ReacherEasy-v1", 4)),

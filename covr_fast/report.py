@@ -1,9 +1,7 @@
 """What a user looks at after a run: the summary tables and curves.png, made from the run folder."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +36,8 @@ _SUMMARY_PARTS = {
     "environment", "seed", "device", "steps", "frames", "updates", "episodes", "seconds", "time_shares",
     "rounds", "evaluations",
 }  # fmt: skip
+_MOST_SETTINGS = 4  # in a label
+_IGNORED = {"log_every", "video", "checkpoint_minutes", "checkpoint_every", "save_replay"}  # in labels
 
 
 def read_summary(run: Path) -> dict[str, Any]:
@@ -73,10 +73,6 @@ def run_labels(runs: Sequence[Path]) -> list[str]:
     return labels
 
 
-_MOST_SETTINGS = 4
-_IGNORED = {"log_every", "video", "checkpoint_minutes", "checkpoint_every", "save_replay"}
-
-
 def _settings(run: Path) -> dict[str, Any]:
     """The settings in config.json, written by any version; none if there is no such file."""
     path = run / "config.json"
@@ -89,32 +85,31 @@ def _shortest_names(runs: Sequence[Path]) -> list[str]:
     names = []
     for own in parts:
         others = {other for other in parts if other != own}
-        count = next(
-            (n for n in range(1, len(own)) if all(other[-n:] != own[-n:] for other in others)), len(own)
-        )
-        names.append("/".join(own[-count:]))
+        lengths = (n for n in range(1, len(own)) if all(other[-n:] != own[-n:] for other in others))
+        names.append("/".join(own[-next(lengths, len(own)) :]))
     return names
 
 
-def print_summary(summary: dict[str, Any], console: Console, run: str | None = None) -> None:
-    """Prints the evaluations, the fine-tuning rounds and where the time went.
-
-    Args:
-        run: its label, if there are several runs.
-    """
-    title = f"{summary['environment']}, seed {summary['seed']}: episode returns"
-    table = Table(title=title if run is None else f"{run}: {title}", title_justify="left")
-    table.add_column("policy")
-    for name in ("mean", "std", "episodes"):
+def new_table(title: str, words: Iterable[str], numbers: Iterable[str]) -> Table:
+    """An empty table with these columns, those of numbers aligned to the right."""
+    table = Table(*words, title=title, title_justify="left")
+    for name in numbers:
         table.add_column(name, justify="right")
+    return table
+
+
+def print_summary(summary: dict[str, Any], console: Console, run: str | None = None) -> None:
+    """Prints the evaluations, the fine-tuning rounds and where the time went. `run` is a label, for where
+    there are several runs."""
+    title = f"{summary['environment']}, seed {summary['seed']}: episode returns"
+    title = title if run is None else f"{run}: {title}"
+    table = new_table(title, ["policy"], ["mean", "std", "episodes"])
     for name, label in EVALUATIONS.items():
         if (e := summary["evaluations"].get(name)) is not None:
             table.add_row(label, f"{e['mean']:.1f}", f"{e['std']:.1f}", str(len(e["returns"])))
     console.print(table)
 
-    table = Table(title="fine-tuning rounds of the VLM", title_justify="left")
-    for column in ROUND_COLUMNS:
-        table.add_column(column, justify="right")
+    table = new_table("fine-tuning rounds of the VLM", [], ROUND_COLUMNS)
     for r in summary["rounds"]:
         table.add_row(*(form.format(r[key]) if key in r else "-" for key, form in ROUND_COLUMNS.values()))
     console.print(table)
@@ -130,10 +125,7 @@ def print_summary(summary: dict[str, Any], console: Console, run: str | None = N
 
 def print_comparison(labels: Sequence[str], summaries: Sequence[dict[str, Any]], console: Console) -> None:
     """Prints one line per run, and the mean and standard deviation over runs of one environment."""
-    table = Table(title="runs compared: mean episode returns", title_justify="left")
-    table.add_column("run")
-    for label in EVALUATIONS.values():
-        table.add_column(label, justify="right")
+    table = new_table("runs compared: mean episode returns", ["run"], EVALUATIONS.values())
     means = {
         name: [s["evaluations"][name]["mean"] for s in summaries if name in s["evaluations"]]
         for name in EVALUATIONS
@@ -162,7 +154,6 @@ def plot_curves(run: Path) -> Path:
         return [p[0] for p in points], [p[1] for p in points]
 
     rounds = [m for m in metrics if "round/loss_after" in m]
-
     ax = axes[0, 0]
     ax.plot(*series("episode_return"), color="tab:blue", label="training episodes")
     for (name, label), colour in zip(
@@ -176,13 +167,12 @@ def plot_curves(run: Path) -> Path:
     ax.set(title="episode return", xlabel="environment steps", ylabel="sum of rewards")
 
     ax = axes[0, 1]
-    labels = [f"{m['round/round']:.0f}" for m in rounds]
     where = list(range(len(rounds)))
     for offset, when, colour in ((-0.2, "before", "tab:gray"), (0.2, "after", "tab:orange")):
         losses = [m[f"round/loss_{when}"] for m in rounds]
         ax.bar([x + offset for x in where], losses, 0.38, label=when, color=colour)
     ax.set(title="VLM loss on held-out kept samples", xlabel="fine-tuning round", ylabel="nats per token")
-    ax.set_xticks(where, labels)
+    ax.set_xticks(where, [f"{m['round/round']:.0f}" for m in rounds])
     ax.legend(fontsize=8)
 
     ax = axes[1, 0]

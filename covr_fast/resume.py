@@ -1,11 +1,9 @@
 """What may change when a run is resumed: a changed setting takes effect, or is refused before anything is
 written."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
-from .checkpoint import Checkpoint, load_checkpoint, load_config
+from .checkpoint import Checkpoint, load_config
 from .config import TrainConfig
 from .errors import UserError
 from .files import full_names, read_json, read_records
@@ -53,7 +51,7 @@ def open_resumed(run: Path, config: TrainConfig) -> Checkpoint:
         UserError: a setting that may not change was changed, there is no checkpoint, or nothing is left to
             do.
     """
-    saved = load_checkpoint(run)
+    saved = Checkpoint(run)
     begun_with = saved.counters.get("settings")  # missing in checkpoints of the first version
     before = TrainConfig.from_dict(begun_with) if begun_with else load_config(run)
     _refuse_changes(before, config)
@@ -78,7 +76,7 @@ def open_resumed(run: Path, config: TrainConfig) -> Checkpoint:
 
 def _refuse_changes(before: TrainConfig, asked: TrainConfig) -> None:
     had, now = full_names(before.to_dict()), full_names(asked.to_dict())
-    refused = [name for name in now if name not in MAY_CHANGE and _differ(had[name], now[name])]
+    refused = [name for name in now if name not in MAY_CHANGE and had[name] != now[name]]
     if not (before.begun_as and asked.begun_as):  # made by hand, or by an older version
         refused = [name for name in refused if name != "begun_as"]
     if not refused:
@@ -89,10 +87,6 @@ def _refuse_changes(before: TrainConfig, asked: TrainConfig) -> None:
         f"the run was begun with {first}={had[first]}: it cannot go on with {now[first]}, for "
         f"{FIXED[first]}{others} (leave out what is to stay, or begin a new run)"
     )
-
-
-def _differ(a: object, b: object) -> bool:
-    return (list(a) if isinstance(a, tuple) else a) != (list(b) if isinstance(b, tuple) else b)
 
 
 def _finished_steps(run: Path) -> int:

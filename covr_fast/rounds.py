@@ -1,8 +1,6 @@
 """How the agent teaches the VLM: EDDF selects samples, the tuner trains on them, publish hands the weights
 over (Xia et al. 2026, "RL-tuned VLM")."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,14 +37,8 @@ class Rounds:
 
     When a round is due, the samples of the episodes that finished since the last one (D_f) pass the filter
     (EDDF, Eq. 5). The tuner trains on those that it keeps, weighted by their returns (RALW, Eq. 6), and
-    publishes the weights to the prior.
-
-    Args:
-        config: of the run.
-        agent: gives the entropy for the filter and, with covr.bootstrap, the values after truncated episodes.
-        buffer: the replay buffer, in which the samples of D_f are stored.
-        tuner: of the VLM.
-        labeller: with vlm.refresh_priors, labels transitions again after each round.
+    publishes the weights to the prior. The agent gives the entropy for the filter and, with covr.bootstrap,
+    the values after truncated episodes. With vlm.refresh_priors the labeller then labels transitions again.
     """
 
     def __init__(
@@ -107,7 +99,7 @@ class Rounds:
                     f"round {number} waits: D_f holds {len(self.finished)} samples of "
                     f"finished episodes, it needs covr.min_samples={covr.min_samples}"
                 )
-                self._said_waiting = True
+            self._said_waiting = True
             return
         self._said_waiting = False
         with log.clock("fine-tuning"):
@@ -187,12 +179,8 @@ class Rounds:
         return {"rounds": self.records, "rounds_done": self.schedule.rounds, **unfinished}
 
     def load_state_dict(self, state: dict[str, Any], *, empty_buffer: bool) -> None:
-        """Goes on after the rounds of `state`.
-
-        Args:
-            state: from `state_dict`.
-            empty_buffer: the replay buffer was not restored, so D_f is empty too.
-        """
+        """Goes on after the rounds of `state`; with an `empty_buffer`, which was not restored, D_f is empty
+        too."""
         covr = self._config.covr
         self.records = state["rounds"]
         self.schedule = FineTuneSchedule(covr.psi_0, covr.schedule, rounds=state["rounds_done"])

@@ -1,10 +1,9 @@
 """A run folder belongs to one run, and to one process at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Self
 
 from filelock import FileLock, Timeout
 
@@ -27,7 +26,7 @@ class RunFolder:
         self._made: list[Path] = []
 
     @classmethod
-    def numbered(cls, base: Path) -> RunFolder:
+    def numbered(cls, base: Path) -> Self:
         """Makes the first of `base`, `base`-2, `base`-3, ... that does not exist. Two processes that do this
         at the same time get different folders."""
         for path in (base, *(base.with_name(f"{base.name}-{i}") for i in range(2, 10_000))):
@@ -89,9 +88,7 @@ class RunFolder:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.mkdir()
         except FileExistsError as error:
-            if self.path.is_dir():
-                return False
-            if not exist_ok and self.path.parent.is_dir():
+            if self.path.is_dir() or (self.path.parent.is_dir() and not exist_ok):
                 return False
             raise UserError(f"{error.filename} is a file, not a folder: choose another --out") from error
         except OSError as error:

@@ -1,11 +1,11 @@
-"""When a run is saved, and what the console says about it."""
+"""When a run is saved, and what the console says about it. A signal ends a run only where nothing is lost."""
 
-from __future__ import annotations
-
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,27 @@ from .agents import SAC
 from .buffer import ReplayBuffer
 from .checkpoint import RESCUED, rescue_agent, save_checkpoint
 from .config import TrainConfig
-from .counters import Counters, Every
 from .errors import DivergedError, UserError, os_error_text
-from .interrupts import interrupt_afterwards
 from .logger import RunLogger
+from .schedule import is_due
 from .vlm import ActionPrior
 
 CHECKPOINT_SHARE = 0.02
 """Most of a run's time that regular checkpoints take."""
+
+
+@dataclass
+class Counters:
+    """How far a run is."""
+
+    step: int = 0
+    """Environment steps: decisions, summed over environments."""
+    frames: int = 0
+    """Simulator frames."""
+    updates: int = 0
+    """Policy updates."""
+    returns: list[float] = field(default_factory=list)
+    """Sum of rewards of each finished training episode, in the order in which they ended."""
 
 
 @dataclass
@@ -31,7 +44,7 @@ class RunSaver:
 
     config: TrainConfig
     """Of the run; says when regular checkpoints are due."""
-    run: Path
+    folder: Path
     """The run folder."""
     agent: SAC
     prior: ActionPrior
@@ -42,13 +55,13 @@ class RunSaver:
     log: RunLogger
 
     def __post_init__(self) -> None:
-        self._steps_passed = Every(self.config.checkpoint_every, self.counters.step)
         self._saved_at = time.perf_counter()
         self._saving_took = 0.0
 
-    def save_if_due(self) -> None:
-        """A regular checkpoint. If it cannot be written, the run says so and goes on."""
-        if not self._due():
+    def save_if_due(self, before: int) -> None:
+        """A regular checkpoint, if it is due after the steps since `before`. If it cannot be written, the run
+        says so and goes on."""
+        if not self._due(before):
             return
         try:
             self._save(with_replay=True)
@@ -67,12 +80,12 @@ class RunSaver:
             with interrupt_afterwards():
                 self._save(with_replay=with_replay)
         except OSError as error:
-            what = f"of step {self.counters.step}, only the agent was saved, as {self.run / RESCUED}"
+            what = f"of step {self.counters.step}, only the agent was saved, as {self.folder / RESCUED}"
             try:
-                rescue_agent(self.run, self.agent)
+                rescue_agent(self.folder, self.agent)
             except OSError:
                 what = f"of step {self.counters.step}, nothing could be saved"
-            stays = f"; --resume {self.run} goes on from the checkpoint before it"
+            stays = f"; --resume {self.folder} goes on from the checkpoint before it"
             raise UserError(
                 f"{os_error_text(error)}: {what}{stays if self._has_checkpoint() else ''}"
             ) from error
@@ -95,33 +108,63 @@ class RunSaver:
         """Saves a run that ends early, replay buffer included, and says how to continue it."""
         self.log.say(f"{why} at step {self.counters.step}: saving")
         self.save_last(with_replay=True)
-        self.log.say(f"{why} at step {self.counters.step} and saved: --resume {self.run} continues")
+        self.log.say(f"{why} at step {self.counters.step} and saved: --resume {self.folder} continues")
 
-    def _due(self) -> bool:
-        if self._steps_passed(self.counters.step):
+    def _due(self, before: int) -> bool:
+        if is_due(self.config.checkpoint_every, before, self.counters.step):
             return True
         # A large replay buffer on a slow disk is written less often.
         pause = max(60 * self.config.checkpoint_minutes, self._saving_took / CHECKPOINT_SHARE)
         return self.config.checkpoint_minutes > 0 and time.perf_counter() - self._saved_at >= pause
 
     def _has_checkpoint(self) -> bool:
-        return any((self.run / name).is_dir() for name in ("checkpoint", "checkpoint.old"))
+        return any((self.folder / name).is_dir() for name in ("checkpoint", "checkpoint.old"))
 
     def _save(self, *, with_replay: bool) -> None:
-        """Writes a checkpoint in place of the former one.
-
-        Raises:
-            OSError: it could not be written, and the former one is still there.
-            DivergedError: the agent's weights are not finite.
-        """
-        modules = self.agent.modules().values()
-        if not all(torch.isfinite(p).all() for module in modules for p in module.parameters()):
+        """Writes a checkpoint in place of the former one, which stays if an OSError prevents that."""
+        if not all(torch.isfinite(p).all() for m in self.agent.modules().values() for p in m.parameters()):
             raise DivergedError(f"the agent's weights are NaN at step {self.counters.step}")
         started = time.perf_counter()
         buffer = self.buffer if with_replay else None
         try:
             with self.log.clock("checkpoint"):
-                save_checkpoint(self.run, self.agent, self.prior, self.state(), buffer)
+                save_checkpoint(self.folder, self.agent, self.prior, self.state(), buffer)
         finally:
             self._saved_at = time.perf_counter()
             self._saving_took = self._saved_at - started
+
+
+@contextmanager
+def deferred_interrupts() -> Iterator[list[int]]:
+    """Collects the numbers of received signals in the list that it yields, instead of raising.
+
+    Only a second Ctrl-C raises KeyboardInterrupt at once. SIGINT is always handled, SIGTERM and SIGHUP where
+    the program handles them already. A terminal that closes may send several SIGHUPs.
+    """
+    received: list[int] = []
+
+    def handle(number: int, _frame: object) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # Python delivers signals to the main thread only
+        return
+    handled = [n for n in (signal.SIGTERM, signal.SIGHUP) if callable(signal.getsignal(n))]
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, *handled)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def interrupt_afterwards() -> Iterator[None]:
+    """Delays an interrupt to the end of the block. It is dropped if the block ends with an error; a second
+    Ctrl-C is not delayed."""
+    with deferred_interrupts() as received:
+        yield
+    if received:
+        signal.raise_signal(received[0])

@@ -1,6 +1,4 @@
-"""When the VLM is fine-tuned: progressive rounds (Xia et al. 2026, "progressive fine-tuning")."""
-
-from __future__ import annotations
+"""When something is due: what recurs, and the progressive rounds of fine-tuning (Xia et al. 2026)."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,6 +6,11 @@ from typing import Literal
 from .errors import UserError
 
 Rule = Literal["linear", "recurrence"]
+
+
+def is_due(n: int, before: int, now: int) -> bool:
+    """Whether what recurs every `n` steps is due after the steps from `before` to `now`; never if n is 0."""
+    return n > 0 and now // n > before // n
 
 
 @dataclass

@@ -22,12 +22,7 @@ from torch import Tensor
 
 
 class Lane:
-    """A CUDA stream for one kind of work.
-
-    Args:
-        device: where the work runs; on a CPU a lane does nothing.
-        urgent: kernels of this lane are scheduled before those of other lanes.
-    """
+    """A CUDA stream for one kind of work. Kernels of an urgent lane are scheduled before those of others."""
 
     def __init__(self, device: torch.device, *, urgent: bool = False) -> None:
         self._device = device
@@ -50,7 +45,9 @@ class Lane:
             self._stream.wait_stream(caller)
         else:
             self._stream.wait_event(after)
-        _record(inputs, self._stream)
+        for tensor in inputs:
+            if tensor is not None and tensor.is_cuda:
+                tensor.record_stream(self._stream)
         try:
             with torch.cuda.stream(self._stream):
                 yield
@@ -79,9 +76,3 @@ def receive(*tensors: Tensor) -> None:
     for tensor in tensors:
         if tensor.is_cuda:
             tensor.record_stream(torch.cuda.current_stream(tensor.device))
-
-
-def _record(tensors: tuple[Tensor | None, ...], stream: torch.cuda.Stream) -> None:
-    for tensor in tensors:
-        if tensor is not None and tensor.is_cuda:
-            tensor.record_stream(stream)

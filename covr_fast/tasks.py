@@ -1,7 +1,5 @@
 """The environments of EnvPool that give pixels, and how their actions and frames map to the agent's."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -13,6 +11,12 @@ from .opengl import import_envpool
 
 if TYPE_CHECKING:
     from .envs import EnvConfig
+
+
+# The lowest 12 of CarRacing's 96 rows show instruments, which say nothing that the view above does not show.
+_CAR_RACING_VIEW = 84
+# EnvPool reports +-1e10 for MuJoCo's actuators without limits.
+_UNBOUNDED = 1e9
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Task:
     """Further arguments of EnvPool."""
 
 
-def find_task(config: EnvConfig) -> Task:
+def find_task(config: "EnvConfig") -> Task:
     """The task of config.id.
 
     Raises:
@@ -78,14 +82,14 @@ def find_task(config: EnvConfig) -> Task:
     return Task(action.shape[0], to_sim, None, options)
 
 
-def action_labels(config: EnvConfig) -> list[str]:
+def action_labels(config: "EnvConfig") -> list[str]:
     """One label per dimension of the agent's action, for people: the effect of -1 and of +1."""
     if _is_car_racing(config):
         return ["left/right", "brake/gas"]
     return [f"action {i}" for i in range(find_task(config).action_dim)]
 
 
-def _is_car_racing(config: EnvConfig) -> bool:
+def _is_car_racing(config: "EnvConfig") -> bool:
     return config.id.startswith("CarRacing-")
 
 
@@ -93,13 +97,6 @@ def _car_racing_action(action: np.ndarray) -> np.ndarray:
     """(steering, signed gas/brake) in [-1, 1]^2 -> (steering, gas, brake)."""
     steer, pedal = action[:, 0], action[:, 1]
     return np.stack([steer, np.maximum(pedal, 0), np.maximum(-pedal, 0)], axis=1)
-
-
-# The lowest 12 of CarRacing's 96 rows show instruments, which say nothing that the view above does not show.
-_CAR_RACING_VIEW = 84
-
-# EnvPool reports +-1e10 for MuJoCo's actuators without limits.
-_UNBOUNDED = 1e9
 
 
 def _camera(env_id: str) -> int:

@@ -1,11 +1,9 @@
 """The COVR loop (Xia et al. 2026, Alg. 1)."""
 
-from __future__ import annotations
-
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,16 +14,13 @@ from torch import Tensor
 
 from .agents import SAC
 from .buffer import Batch
-from .checkpoint import Checkpoint, load_checkpoint, reserved_room, restore_agent
+from .checkpoint import Checkpoint, reserved_room, restore_agent
 from .collect import Collector
 from .config import TrainConfig
-from .counters import Counters, Every
 from .envs import Rows, make_env
 from .errors import DivergedError, UserError, as_user_error, os_error_as_user_error
-from .evaluate import Evaluation
-from .evaluations import Evaluations, record_episode
+from .evaluate import Evaluation, Evaluations
 from .files import write_whole
-from .interrupts import deferred_interrupts
 from .labeller import PriorLabeller
 from .logger import Clock, MeanMetrics, RunLogger
 from .parts import compute_device, load_prior, new_buffer, replay_device
@@ -33,14 +28,12 @@ from .report import plot_curves
 from .resume import open_resumed
 from .rounds import Rounds, vlm_images
 from .run_folder import RunFolder
-from .saving import RunSaver
+from .saving import Counters, RunSaver, deferred_interrupts
+from .schedule import is_due
 from .seeds import training_seed
 from .streams import Lane
 from .view import agent_obs_shape, agent_view, vlm_view
 from .vlm import VLMTuner
-
-StepCallback = Callable[[Rows], object]
-"""See Trainer.on_step."""
 
 
 class Trainer:
@@ -72,7 +65,6 @@ class Trainer:
             config.vlm.model = str(Path(config.vlm.model).resolve())  # a run may be resumed from anywhere
         self.folder = out if isinstance(out, RunFolder) else RunFolder(out)
         self.out = self.folder.path
-        self._resumed = resume
         if resume:
             with self.folder.claimed(resume=True):
                 self._build(open_resumed(self.out, config))
@@ -86,18 +78,14 @@ class Trainer:
         self.threads = config.threads or max(1, (os.cpu_count() or 2) - config.env.num_threads)
         # Before anything is computed: the order of sums, and so even the initial weights, depends on it.
         torch.set_num_threads(self.threads)
-        self._continues = saved.written if saved else None
+        self._continues = saved.written if saved else None  # the time of the checkpoint
         begin = saved.counters["step"] if saved else 0
         env_seed = training_seed(config.env.seed, config.seed, begin, config.env.num_envs)
         self.envs = make_env(replace(config.env, seed=env_seed))
         (action_dim,) = self.envs.action_shape
         with as_user_error():
             self.agent = SAC(
-                agent_obs_shape(config),
-                self.envs.action_shape,
-                config.agent,
-                device=self.device,
-                seed=config.seed,
+                agent_obs_shape(config), (action_dim,), config.agent, device=self.device, seed=config.seed
             )
             frames_on = replay_device(config.replay.device, self.device)
             if saved and saved.has_replay():
@@ -109,7 +97,15 @@ class Trainer:
                 self.prior = load_prior(config, action_dim, self.device, model)
             self.tuner = VLMTuner(self.prior, config.tuner)
             self._prior_noise = torch.Generator().manual_seed(config.seed)
-            self.labeller = self._new_labeller() if config.vlm.background else None
+            self.labeller = None
+            if config.vlm.background:
+                self.labeller = PriorLabeller(
+                    self.prior,
+                    self.buffer,
+                    lambda ids: vlm_images(config, self.buffer, ids),
+                    temperature=config.vlm.temperature,
+                    generator=self._prior_noise,
+                )
             self.rounds = Rounds(config, self.agent, self.buffer, self.tuner, self.labeller)
         self.collector = Collector(self.envs, self.buffer)
         self.evaluations = Evaluations(config, self.agent, self.prior)
@@ -118,26 +114,17 @@ class Trainer:
         self._rng = np.random.default_rng(config.seed)
         self._lane = Lane(self.device, urgent=True)
         self._metrics = MeanMetrics()
-        self._callbacks: list[StepCallback] = []
+        self._callbacks: list[Callable[[Rows], object]] = []
         if saved:
             self._restore(saved)
         self._logged_returns = len(self.counters.returns)
-
-    def _new_labeller(self) -> PriorLabeller:
-        return PriorLabeller(
-            self.prior,
-            self.buffer,
-            lambda ids: vlm_images(self.config, self.buffer, ids),
-            temperature=self.config.vlm.temperature,
-            generator=self._prior_noise,
-        )
 
     @property
     def step(self) -> int:
         """Environment steps so far: decisions, summed over environments."""
         return self.counters.step
 
-    def on_step(self, callback: StepCallback) -> None:
+    def on_step(self, callback: Callable[[Rows], object]) -> None:
         """Calls `callback(rows)` at the end of every step of the loop, in the thread that calls `run`.
 
         A step is one decision of one batch of environments. By then its transitions `rows` (see envs.Rows)
@@ -161,8 +148,8 @@ class Trainer:
                 says what was saved), or training diverged.
         """
         torch.set_num_threads(self.threads)  # a trainer that was built later may have changed it
-        with self.folder.claimed(resume=self._resumed), os_error_as_user_error():
-            if self._continues is not None and load_checkpoint(self.out).written != self._continues:
+        with self.folder.claimed(resume=self._continues is not None), os_error_as_user_error():
+            if self._continues is not None and Checkpoint(self.out).written != self._continues:
                 raise UserError(
                     f"the run in {self.out} has gone on since this trainer was built: build it again"
                 )
@@ -175,9 +162,8 @@ class Trainer:
                 reserved_room(self.out, self.agent),
             ):
                 summary = self._run()
-            with os_error_as_user_error(
-                f"the run is finished, and covr-fast report {self.out} draws it again"
-            ):
+            finished = f"the run is finished, and covr-fast report {self.out} draws it again"
+            with os_error_as_user_error(finished):
                 plot_curves(self.out)
             return summary
 
@@ -190,8 +176,13 @@ class Trainer:
             log.say(f"note: {doubt}")
         with saver.saved_on(Exception, KeyboardInterrupt), self.clock("evaluation"):
             self.evaluations.measure_before(self.step, log)
-        with saver.saved_on(Exception), deferred_interrupts() as interrupted, self._threads_ended():
-            self._train(interrupted)
+        with saver.saved_on(Exception), deferred_interrupts() as interrupted:
+            try:
+                self._train(interrupted)
+            finally:  # a round that is still running is dropped
+                self.tuner.stop()
+                if self.labeller is not None:
+                    self.labeller.close()
         if interrupted:
             saver.save_for_resume("interrupted")
             raise KeyboardInterrupt
@@ -201,42 +192,32 @@ class Trainer:
         summary = self._summary(evaluations)
         write_whole(self.out / "summary.json", json.dumps(summary, indent=2) + "\n")
         if self.config.video:
+            from .video import record_episode
+
             with os_error_as_user_error("the run is finished but for this video"):
                 record_episode(self.config, self.agent, self.prior, self.out)
         return summary
 
-    @contextmanager
-    def _threads_ended(self) -> Iterator[None]:
-        """Ends the tuner's and the labeller's threads when the loop ends; a round that is still running is
-        dropped."""
-        try:
-            yield
-        finally:
-            self.tuner.stop()
-            if self.labeller is not None:
-                self.labeller.close()
-
     # ---- the loop ----------------------------------------------------------------------------------
 
     def _train(self, interrupted: list[int]) -> None:
-        log_due = Every(self.config.log_every, self.step)
-        evaluation_due = Every(self.config.eval.every, self.step)
         obs = self.envs.reset()
         for ids in self.envs.batches():
             self._act(obs[ids], ids)
         while self.step < self.config.steps and not interrupted:
+            before = self.step
             with self.clock("simulation"):
                 rows = self.envs.recv()
             self._store(rows)
             self._act(rows.obs, rows.env_ids)
             self._update_policy()
             self.rounds.advance(self.step, self._log)
-            if log_due(self.step):
+            if is_due(self.config.log_every, before, self.step):
                 self._log_figures()
-            if evaluation_due(self.step):
+            if is_due(self.config.eval.every, before, self.step):
                 with self.clock("evaluation"):
                     self.evaluations.measure_actor(self.step, self._log)
-            self._saver.save_if_due()
+            self._saver.save_if_due(before)
             for callback in self._callbacks:
                 callback(rows)
         if not interrupted:
@@ -311,8 +292,6 @@ class Trainer:
 
     def _log_figures(self) -> None:
         counters, rounds = self.counters, self.rounds
-        new = counters.returns[self._logged_returns :]
-        self._logged_returns = len(counters.returns)
         figures = self._metrics.read()
         figures |= {f"time/{name}": share for name, share in self.clock.shares().items()}
         figures |= {
@@ -321,19 +300,18 @@ class Trainer:
             "steps_per_second": counters.step / self.clock.total,
             "guided": float(rounds.guiding),
         }
-        if new:
+        if new := counters.returns[self._logged_returns :]:
             figures["episode_return"] = float(np.mean(new))
+        self._logged_returns = len(counters.returns)
         self._log.scalars(self.step, figures)
         recent = counters.returns[-20:]
-        self._log.progress(
-            self.step,
-            {
-                "return": f"{np.mean(recent):.0f}" if recent else "-",
-                "rounds": str(rounds.schedule.rounds),
-                "steps/s": f"{figures['steps_per_second']:.0f}",
-                "updates": str(counters.updates),
-            },
-        )
+        shown = {
+            "return": f"{np.mean(recent):.0f}" if recent else "-",
+            "rounds": str(rounds.schedule.rounds),
+            "steps/s": f"{figures['steps_per_second']:.0f}",
+            "updates": str(counters.updates),
+        }
+        self._log.progress(self.step, shown)
 
     def _summary(self, evaluations: dict[str, Evaluation]) -> dict[str, Any]:
         counters, seconds = self.counters, self.clock.total
@@ -361,7 +339,7 @@ class Trainer:
         """counters.pt of a checkpoint."""
         return {
             "settings": self.config.to_dict(),
-            **self.counters.state_dict(),
+            **vars(self.counters),
             **self.clock.state_dict(),
             **self.rounds.state_dict(),
             **self.evaluations.state_dict(),
@@ -372,10 +350,10 @@ class Trainer:
         }
 
     def _restore(self, saved: Checkpoint) -> None:
-        restore_agent(self.agent, saved.agent_state(), saved.folder / "agent.pt")
+        restore_agent(self.agent, saved.folder / "agent.pt")
         state = saved.counters
         try:
-            self.counters.load_state_dict(state)
+            self.counters = Counters(**{name: state[name] for name in vars(self.counters)})
             self.clock.load_state_dict(state)
             self.rounds.load_state_dict(state, empty_buffer=not saved.has_replay())
             self.evaluations.load_state_dict(state)

@@ -1,14 +1,19 @@
 """A video of an evaluation episode, with gauges of the agent's action and the VLM's prior."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from .agents import SAC
+from .config import TrainConfig
+from .evaluate import actor_policy, evaluate
 from .files import writing
+from .tasks import action_labels
+from .view import newest_frame, vlm_view
+from .vlm import ActionPrior
 
 SCALE_TO = 448  # pixels of the enlarged frame's longer side
 ROW = 34  # pixels of the panel per action dimension
@@ -75,3 +80,16 @@ class EpisodeVideo:
                 path.unlink(missing_ok=True)
                 raise
         return path
+
+
+def record_episode(config: TrainConfig, agent: SAC, prior: ActionPrior, run: Path) -> None:
+    """Writes a video of one evaluation episode, with the actor's actions and the VLM's priors, into `run`."""
+    video = EpisodeVideo(action_labels(config.env), fps=50 / config.env.action_repeat)
+
+    def watch(obs: np.ndarray, action: np.ndarray, total: float) -> None:
+        stack = torch.from_numpy(obs[None])
+        answer = prior(vlm_view(config, stack)).action[0].cpu().numpy()
+        video.add(newest_frame(config, stack)[0].numpy(), action, answer, total)
+
+    evaluate(actor_policy(agent, config), config.env, 1, seed=config.eval.seed, watch=watch)
+    video.write(run)

@@ -1,7 +1,5 @@
 """What each learner gets of an observation: the agent a centre crop, the VLM one RGB image."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from .config import TrainConfig

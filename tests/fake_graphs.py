@@ -1,4 +1,4 @@
-"""`covr_fast.cuda_graph.Graphs` without a GPU, so that all that surrounds a graph is tested anywhere."""
+"""`covr_fast.cuda_graph.CudaGraphs` without a GPU, so that all that surrounds a graph is tested anywhere."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext

@@ -147,17 +147,10 @@ def command_line() -> None:
     covr("report", "run")
 
 
-PARTS = (
-    the_package_is_the_installed_one,
-    operations,
-    buffer,
-    stable_baselines3,
-    torchrl_replay,
-    vlm,
-    command_line,
-)
-
 if __name__ == "__main__":
-    for part in PARTS:
+    for part in (
+        the_package_is_the_installed_one, operations, buffer, stable_baselines3, torchrl_replay, vlm,
+        command_line,
+    ):  # fmt: skip
         part()
         print(f"{part.__name__.replace('_', ' ')}: ok", flush=True)

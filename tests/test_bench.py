@@ -4,17 +4,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_cli import TINY, call
+from small_runs import FLAGS, call
 
 from covr_fast.agents import SAC
 from covr_fast.buffer import ReplayBuffer
 from covr_fast.vlm import ActionPrior
 
-FIELDS = [f"--{name}={value}" for name, value in TINY.items()]
-
 
 def bench(monkeypatch, *arguments: str) -> int:
-    return call(monkeypatch, "bench", "carracing", "--seconds", "0.05", *FIELDS, *arguments)
+    return call(monkeypatch, "bench", "carracing", "--seconds", "0.05", *FLAGS, *arguments)
 
 
 def test_it_times_every_part_and_writes_nothing(monkeypatch, capsys, tmp_path):
@@ -34,41 +32,22 @@ def test_it_knows_presets_and_fields(monkeypatch, capsys):
     assert "replay.batch_size=5000" in capsys.readouterr().err
 
 
-def spoil_replay(patch):
-    get = ReplayBuffer.get
-
-    def wrong(self, index, **options):
-        batch = get(self, index, **options)
-        batch.obs[0, 0, 0, 0] += 1
-        return batch
-
-    patch.setattr(ReplayBuffer, "get", wrong)
-
-
-def spoil_prior(patch):
-    reference = ActionPrior.reference
-
-    def wrong(self, images):
-        answer = reference(self, images)
-        return SimpleNamespace(token_ids=answer.token_ids + 1)
-
-    patch.setattr(ActionPrior, "reference", wrong)
-
-
-def spoil_update(patch):
-    update = SAC.update
-
-    def wrong(self, batch, *, guide):
-        return update(self, batch, guide=guide) | {"q": torch.tensor(torch.nan)}
-
-    patch.setattr(SAC, "update", wrong)
+def other_pixel(batch):
+    batch.obs[0, 0, 0, 0] += 1
+    return batch
 
 
 @pytest.mark.parametrize(
-    "spoil, part", [(spoil_replay, "replay"), (spoil_prior, "prior"), (spoil_update, "policy update")]
+    "owner, method, spoil, part",
+    [
+        (ReplayBuffer, "get", other_pixel, "replay"),
+        (ActionPrior, "reference", lambda answer: SimpleNamespace(token_ids=answer.token_ids + 1), "prior"),
+        (SAC, "update", lambda metrics: metrics | {"q": torch.tensor(torch.nan)}, "policy update"),
+    ],
 )
-def test_there_are_no_figures_of_what_is_wrong(spoil, part, monkeypatch, capsys):
-    spoil(monkeypatch)
+def test_there_are_no_figures_of_what_is_wrong(owner, method, spoil, part, monkeypatch, capsys):
+    right = getattr(owner, method)
+    monkeypatch.setattr(owner, method, lambda *given, **options: spoil(right(*given, **options)))
     assert bench(monkeypatch) == 1
     shown = capsys.readouterr()
     assert shown.err.startswith(f"no figures, for something is wrong: {part}: ")

@@ -1,49 +1,24 @@
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
+from small_runs import COVR, FLAGS, TRAIN, call
 
 from covr_fast import TrainConfig, cli
-
-TINY = {
-    "steps": 64,
-    "warmup": 32,
-    "log-every": 16,
-    "steps-per-update": 8,
-    "threads": 1,
-    "env.num-envs": 2,
-    "env.batch-size": 2,
-    "env.max-episode-steps": 24,
-    "env.height": 48,
-    "env.width": 48,
-    "replay.batch-size": 16,
-    "replay.capacity": 200,
-    "covr.psi-0": 30,
-    "covr.min-samples": 4,
-    "eval.episodes": 2,
-    "vlm.every": 3,
-    "tuner.max-steps": 4,
-}
-
-
-def call(monkeypatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["covr-fast", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return ended.value.code
 
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     """A whole run through the real command, with its output going to a file as in CI."""
     out = tmp_path_factory.mktemp("runs") / "tiny"
-    fields = [f"--{name}={value}" for name, value in TINY.items()]
-    command = [sys.executable, "-m", "covr_fast.cli", "train", "carracing", "--out", str(out), *fields]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run([*TRAIN, "--out", str(out)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
 
@@ -67,27 +42,32 @@ def test_train_leaves_a_video_and_curves(run_folder):
     assert clip.std() > 10
 
 
-def test_a_job_that_a_scheduler_ends_is_saved_and_continues(tmp_path):
-    fields = [f"--{name}={value}" for name, value in (TINY | {"steps": 100_000}).items()]
-    command = [sys.executable, "-m", "covr_fast.cli", "train", "carracing", "--out", str(tmp_path), *fields]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+@pytest.mark.parametrize("signals", [["SIGTERM"], ["SIGHUP"], ["SIGHUP", "SIGHUP"]])
+def test_a_job_that_is_ended_is_saved_and_continues(signals, tmp_path):
+    """Also where SIGINT is ignored, as in a shell's background jobs; a dropped terminal sends two SIGHUPs."""
+    ignored = (
+        "import os, sys, signal as s; s.signal(s.SIGINT, s.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    train = [*TRAIN, "--no-video", "--eval.no-vlm"]
+    command = [sys.executable, "-c", ignored, *train, "--steps=100000", "--out", str(tmp_path)]
+    with subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True) as process:
         next(line for line in process.stdout if "steps/s" in line)  # the loop's first report
-        process.terminate()
+        for name in signals:
+            os.kill(process.pid, getattr(signal, name))
         said, _ = process.communicate()
     assert process.returncode == 130
     assert f"and saved: --resume {tmp_path} continues" in said
-    step = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"]
-    command[5:] = ["--resume", str(tmp_path), f"--steps={step + 16}"]
-    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    assert (tmp_path / "checkpoint" / "replay").is_file()
+    if signals == ["SIGTERM"]:
+        step = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+        command = [*train, f"--steps={step + 16}", "--resume", str(tmp_path)]
+        assert subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (
-            ["carracing-gpu"],
-            "the run was begun as carracing, not carracing-gpu: covr-fast train carracing --res",
-        ),
+        (["carracing-gpu"], "begun as carracing, not carracing-gpu: covr-fast train carracing --resume"),
         (["cartpole-swingup"], "the run was begun as carracing, not cartpole-swingup"),
         (["carracing", "--out", "elsewhere"], "--resume continues in its own folder: leave out --out"),
         (["carracing", "--begun-as", "cheetah-run"], "covr-fast train cheetah-run takes another preset"),
@@ -114,27 +94,21 @@ def test_a_run_of_a_version_that_did_not_record_its_preset(run_folder, monkeypat
     del settings["begun_as"]
     (tmp_path / "config.json").write_text(json.dumps(settings))
     assert call(monkeypatch, "train", "cheetah-run", "--resume", str(tmp_path)) == 2
-    assert (
-        "begun with env.id=CarRacing-v3, and preset cheetah-run is of CheetahRun-v1"
-        in capsys.readouterr().err
-    )
+    said = capsys.readouterr().err
+    assert "begun with env.id=CarRacing-v3, and preset cheetah-run is of CheetahRun-v1" in said
 
 
 @pytest.mark.parametrize("chosen", [True, False])
 def test_two_runs_started_together_get_a_folder_each_or_one_is_refused(chosen, tmp_path):
-    fields = [*(f"--{name}={value}" for name, value in TINY.items()), "--eval.no-vlm", "--no-video"]
-    command = [sys.executable, "-m", "covr_fast.cli", "train", "carracing", *fields]
-    command += ["--out", "mine"] if chosen else []
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [*TRAIN, "--eval.no-vlm", "--no-video", *(["--out", "mine"] if chosen else [])]
+    options = {"stdout": PIPE, "stderr": PIPE, "text": True, "cwd": tmp_path}
     here = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}  # whatever is installed
-    started = [subprocess.Popen(command, cwd=tmp_path, env=here, **pipes) for _ in range(2)]
+    started = [subprocess.Popen(command, env=here, **options) for _ in range(2)]
     errors = sorted(process.communicate()[1] for process in started)
     codes = sorted(process.returncode for process in started)
     if chosen:
         assert codes == [0, 2]
-        assert "mine is being written by another run" in "".join(errors) or "already holds a run" in "".join(
-            errors
-        )
+        assert re.search("mine is being written by another run|already holds a run", "".join(errors))
         runs = [tmp_path / "mine"]
     else:
         assert codes == [0, 0]
@@ -147,18 +121,16 @@ def test_two_runs_started_together_get_a_folder_each_or_one_is_refused(chosen, t
 
 @pytest.mark.parametrize("ending", ["| head -1", "> /dev/full", ">&-"])
 def test_a_run_outlives_its_display(ending, tmp_path):
-    fields = " ".join([*(f"--{name}={value}" for name, value in TINY.items()), "--eval.no-vlm", "--no-video"])
-    command = f"{sys.executable} -m covr_fast.cli train carracing --out {tmp_path / 'run'} {fields} {ending}"
-    done = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False
-    )
+    command = f"{' '.join(TRAIN)} --eval.no-vlm --no-video --out {tmp_path / 'run'} {ending}"
+    shell = ["bash", "-o", "pipefail", "-c", command]
+    done = subprocess.run(shell, capture_output=True, text=True, check=False)
     assert "Traceback" not in done.stderr
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 64
 
 
 def test_output_that_cannot_be_written_is_one_line():
-    command = f"{sys.executable} -m covr_fast.cli --help > /dev/full"
+    command = f"{' '.join(COVR)} --help > /dev/full"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.stderr == "error: [Errno 28] No space left on device\n"
     assert done.returncode == 2
@@ -175,7 +147,7 @@ def test_nothing_is_overwritten(run_folder, monkeypatch, capsys):
 def test_evaluate_a_run_without_a_checkpoint(run_folder, monkeypatch, capsys, tmp_path):
     shutil.copy(run_folder[0] / "config.json", tmp_path)
     assert call(monkeypatch, "evaluate", str(tmp_path)) == 2
-    assert f"no checkpoint in {tmp_path}" in capsys.readouterr().err
+    assert f"no checkpoint in {tmp_path}: is it the folder of a run?" in capsys.readouterr().err
 
 
 def test_evaluate(run_folder, monkeypatch, capsys):
@@ -206,24 +178,17 @@ def test_report_calls_runs_by_what_tells_them_apart(run_folder, monkeypatch, cap
     assert "log_every" not in said
 
 
-def test_doctor_speaks_json(monkeypatch, capsys):
-    assert call(monkeypatch, "doctor", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["ready_to_train"] is True
-    assert call(monkeypatch, "doctor") == 0
-    assert "ready" in capsys.readouterr().out
-
-
 def test_doctor_needs_nothing_of_what_may_be_missing(monkeypatch, capsys):
     for name in ("tyro", "rich"):
         monkeypatch.setitem(sys.modules, name, None)  # importing it fails
     monkeypatch.delitem(sys.modules, "covr_fast.doctor", raising=False)
     assert call(monkeypatch, "doctor") == 0
-    assert "covr-fast train" in capsys.readouterr().out
+    assert re.search("covr-fast train .*ready", capsys.readouterr().out)
 
 
 def test_a_reader_that_has_gone_is_no_error():
-    command = [sys.executable, "-m", "covr_fast.cli", "train", "carracing", "--help"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    command = [*TRAIN, "--help"]
+    with subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True) as process:
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 0
@@ -231,10 +196,8 @@ def test_a_reader_that_has_gone_is_no_error():
 
 def test_a_discrete_environment_is_one_line_on_stderr(tmp_path):
     """In a process of its own: gymnasium warns of EnvPool's bounds once."""
-    command = [sys.executable, "-m", "covr_fast.cli", "train", "carracing", "--env.id", "CartPole-v1"]
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path / "run")], capture_output=True, text=True, check=False
-    )
+    command = [*TRAIN, "--env.id", "CartPole-v1", "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "discrete action space" in done.stderr
     assert done.stderr.count("\n") == 1
@@ -258,8 +221,7 @@ def test_a_nan_reward_ends_the_run_with_one_line(monkeypatch, capsys, tmp_path):
         return advance(self, action, ids)
 
     monkeypatch.setattr(PixelEnvs, "_advance", poisoned)
-    fields = [f"--{name}={value}" for name, value in TINY.items()]
-    assert call(monkeypatch, "train", "carracing", "--out", str(tmp_path / "run"), *fields) == 2
+    assert call(monkeypatch, "train", "carracing", "--out", str(tmp_path / "run"), *FLAGS) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: environment CarRacing-v3 returned a reward that is not finite")
     assert "\n" not in error
@@ -270,16 +232,9 @@ def test_a_nan_reward_ends_the_run_with_one_line(monkeypatch, capsys, tmp_path):
     [
         (["trane"], "unknown command 'trane': did you mean train"),
         (["train", "carracin"], "unknown preset 'carracin': did you mean carracing"),
-        (["train", "carracing", "--env.id", "CartPole-v1", "--out", "OUT"], "discrete action space"),
         (["train", "carracing", "--vlm.model", "./no-such-model", "--out", "OUT"], "no-such-model"),
-        (
-            ["train", "carracing", "--replay.batch-size", "5000", "--out", "OUT"],
-            "replay.batch_size=5000 is larger",
-        ),
         (["train", "carracing", "--vlm.quantization", "4bit", "--out", "OUT"], "use tuner.mode='lora'"),
-        (["train", "carracing", "--seed", "-1", "--out", "OUT"], "seed=-1 must be at least 0"),
         (["evaluate", "OUT"], "is it the folder of a run?"),
-        (["train", "carracing", "--vlm.decimals", "0", "--out", "OUT"], "vlm.decimals=0 must be at least 1"),
         (["train", "carracing", "--vlm.decimals", "5", "--out", "OUT"], "vlm.decimals=5 must be at most 4"),
         (["train", "carracing", "--out", "/dev/null/run"], "/dev/null is a file, not a folder"),
         (["train", "carracing", "--resume", "OUT"], "is it the folder of a run?"),

@@ -4,8 +4,7 @@ import json
 import shutil
 
 import pytest
-from test_cli import call
-from test_trainer import interrupt_at, small_config
+from small_runs import call, roundless, run_until
 
 from covr_fast import Trainer
 from covr_fast.checkpoint import load_actor, load_config
@@ -17,10 +16,7 @@ from covr_fast.report import read_metrics, read_summary
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
-    trainer = Trainer(small_config(steps=120, covr__psi_0=1000, log_every=8), out)
-    interrupt_at(trainer, 56)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.run()
+    run_until(Trainer(roundless(steps=120, log_every=8), out), 56)
     return out
 
 

@@ -2,13 +2,14 @@
 
 import threading
 from collections.abc import Callable
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from small_runs import small_config
 from tensordict import TensorDict
-from test_trainer import small_config
 
 from covr_fast import ReplayBuffer, Trainer, ops
 from covr_fast.agents import SAC, SACConfig
@@ -16,30 +17,33 @@ from covr_fast.buffer import FineTuneView, Prioritized, Recent
 from covr_fast.integrations import sb3, torchrl
 from covr_fast.vlm import ActionPrior
 
-DEFAULTS = ["float64", "bfloat16", "float16", "meta"]
 
-
-@pytest.fixture(params=DEFAULTS)
-def other_defaults(request):
-    """A context in which torch's defaults are others."""
-    return lambda: _Defaults(request.param)
-
-
-class _Defaults:
-    """Sets the default dtype or device of this name, and puts the usual ones back."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __enter__(self) -> None:
-        if self._name == "meta":
-            torch.set_default_device("meta")
-        else:
-            torch.set_default_dtype(getattr(torch, self._name))
-
-    def __exit__(self, *_: object) -> None:
+@contextmanager
+def defaults(name: str):
+    """torch's default dtype, or device, is the one of this name; then the usual one again."""
+    if name == "meta":
+        torch.set_default_device("meta")
+    else:
+        torch.set_default_dtype(getattr(torch, name))
+    try:
+        yield
+    finally:
         torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(params=["float64", "bfloat16", "float16", "meta"])
+def unchanged(request):
+    """Asserts that calls give the same under other defaults of torch."""
+
+    def check(use: Callable, *arguments) -> None:
+        expected = use(*arguments)
+        with defaults(request.param):
+            ours = use(*arguments)
+        assert_same(ours, expected)
+
+    check.defaults = lambda: defaults(request.param)
+    return check
 
 
 def drive(buffer: ReplayBuffer, steps: int = 24) -> ReplayBuffer:
@@ -65,16 +69,9 @@ def drive(buffer: ReplayBuffer, steps: int = 24) -> ReplayBuffer:
 
 def make_buffer(sampler="uniform") -> ReplayBuffer:
     buffer = ReplayBuffer(
-        64,
-        num_envs=2,
-        obs_shape=(3, 16, 16),
-        action_shape=(2,),
-        frame_stack=3,
-        n_step=3,
-        sampler=sampler,
-        seed=0,
-        extras={"prior": (3,)},
-    )
+        64, num_envs=2, obs_shape=(3, 16, 16), action_shape=(2,), frame_stack=3, n_step=3, sampler=sampler,
+        seed=0, extras={"prior": (3,)},
+    )  # fmt: skip
     return drive(buffer)
 
 
@@ -101,7 +98,7 @@ def use_buffer(sampler, path) -> list[dict[str, torch.Tensor]]:
     short = FineTuneView(loaded, 0.9, horizon=4)
     return [
         *map(fields, batches),
-        {"obs": loaded.observations(index), "frames": loaded.frames(index), "held": loaded.contains(index)},
+        {"obs": loaded.observations(index), "frames": loaded.frames(index), "stored": loaded.contains(index)},
         {"action": loaded.actions(index), **loaded.extras(index)},
         {"ids": view.indices, "returns": view.returns, "time": view.time_in_episode, "short": short.returns},
     ]
@@ -117,11 +114,8 @@ def assert_same(ours, expected) -> None:
 
 
 @pytest.mark.parametrize("sampler", ["uniform", Recent(eta=0.99, floor=4), Prioritized()], ids=str)
-def test_buffer(other_defaults, sampler, tmp_path):
-    expected = use_buffer(sampler, tmp_path / "expected")
-    with other_defaults():
-        ours = use_buffer(sampler, tmp_path / "ours")
-    assert_same(ours, expected)
+def test_buffer(unchanged, sampler, tmp_path):
+    unchanged(use_buffer, sampler, tmp_path / "saved")
 
 
 def given() -> dict[str, torch.Tensor]:
@@ -179,18 +173,14 @@ def use_ops(x: dict[str, torch.Tensor], backend: str) -> list[dict[str, torch.Te
 
 
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
-def test_ops(other_defaults, backend):
-    inputs = given()
-    expected = use_ops(inputs, backend)
-    with other_defaults():
-        ours = use_ops(inputs, backend)
-    assert_same(ours, expected)
+def test_ops(unchanged, backend):
+    unchanged(use_ops, given(), backend)
 
 
-def use_agent(make_batch: Callable) -> list[dict[str, torch.Tensor]]:
+def use_agent(buffer: ReplayBuffer) -> list[dict[str, torch.Tensor]]:
     small = SACConfig(channels=(4, 4), strides=(2, 2), latent=8, hidden=16)
     agent = SAC((3, 16, 16), (2,), small, seed=0)
-    batch = make_batch()
+    batch = buffer.get(range(8))
     batch.extras["prior"], batch.extras["prior_mask"] = batch.action, torch.ones_like(batch.reward)
     metrics = [agent.update(batch, guide=guide) for guide in (False, True)]
     obs = (batch.obs * 255).to(torch.uint8)
@@ -198,13 +188,9 @@ def use_agent(make_batch: Callable) -> list[dict[str, torch.Tensor]]:
     return [*metrics, acted, dict(agent.actor.state_dict())]
 
 
-def test_agent(other_defaults):
+def test_agent(unchanged):
     """Its first weights are drawn in the default dtype's own way, but are float32 and of the same law."""
-    buffer = make_buffer()
-    expected = use_agent(lambda: buffer.get(range(8)))
-    with other_defaults():
-        ours = use_agent(lambda: buffer.get(range(8)))
-    assert_same(ours, expected)
+    unchanged(use_agent, make_buffer())
 
 
 @pytest.fixture(scope="module")
@@ -223,19 +209,15 @@ def use_prior(prior: ActionPrior, images: torch.Tensor) -> list[dict[str, torch.
     return [{"tokens": batch.token_ids, "action": batch.action, "pixels": pixels}]
 
 
-def test_prior(other_defaults, nano):
-    images = frames_of(48)
-    expected = use_prior(nano, images)
-    with other_defaults():
-        ours = use_prior(nano, images)
-    assert_same(ours, expected)
+def test_prior(unchanged, nano):
+    unchanged(use_prior, nano, frames_of(48))
 
 
-def test_what_a_prior_makes_at_its_first_call(other_defaults, nano):
+def test_what_a_prior_makes_at_its_first_call(unchanged, nano):
     """The tower, the prompt's cache and the tables of its decoder."""
     images = frames_of(64)
     first = ActionPrior.from_pretrained("nano", action_dim=2, device="cpu", seed=0)
-    with other_defaults():
+    with unchanged.defaults():
         ours = use_prior(first, images)
     assert_same(ours, use_prior(nano, images))
 
@@ -257,11 +239,8 @@ def use_torchrl() -> list[dict[str, torch.Tensor]]:
     return [dict(each.sample(8).flatten_keys(".").items()) for each in (buffer, again)]
 
 
-def test_torchrl_drop_in(other_defaults):
-    expected = use_torchrl()
-    with other_defaults():
-        ours = use_torchrl()
-    assert_same(ours, expected)
+def test_torchrl_drop_in(unchanged):
+    unchanged(use_torchrl)
 
 
 def use_sb3() -> list[dict[str, torch.Tensor]]:
@@ -275,23 +254,18 @@ def use_sb3() -> list[dict[str, torch.Tensor]]:
     return [buffer.sample(8)._asdict(), {"rewards": torch.from_numpy(buffer.rewards)}]
 
 
-def test_sb3_drop_in(other_defaults):
-    expected = use_sb3()
-    with other_defaults():
-        ours = use_sb3()
-    assert_same(ours, expected)
+def test_sb3_drop_in(unchanged):
+    unchanged(use_sb3)
 
 
 @pytest.mark.parametrize("name", ["float64", "meta"])
 def test_a_whole_run(name, tmp_path):
     expected = Trainer(small_config(), tmp_path / "expected").run()
-    with _Defaults(name):
+    with defaults(name):
         ours = Trainer(small_config(), tmp_path / "ours").run()
     assert ours["evaluations"] == expected["evaluations"]
-    losses = ("loss_before", "loss_after")
-    assert [[r[x] for x in losses] for r in ours["rounds"]] == [
-        [r[x] for x in losses] for r in expected["rounds"]
-    ]
+    for loss in ("loss_before", "loss_after"):
+        assert [r[loss] for r in ours["rounds"]] == [r[loss] for r in expected["rounds"]]
 
 
 def test_batches_stay_right_while_another_thread_changes_the_default():

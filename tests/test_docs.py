@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from test_cli import TINY, call
-from test_trainer import interrupt_at
+from small_runs import FLAGS, TINY, call, run_until
 from transformers import Qwen2_5_VLConfig
 
 from covr_fast import TrainConfig, Trainer
@@ -23,7 +22,6 @@ from covr_fast import TrainConfig, Trainer
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]
 CONTINUES = "# with the buffer from above"
-TINY_FLAGS = [f"--{name}={value}" for name, value in TINY.items()]
 
 
 @dataclass(frozen=True)
@@ -101,12 +99,9 @@ def home(tmp_path_factory):
     """A folder as README's reader has it: an interrupted run, a finished one, and a model (no command
     loads it: its configuration tells what suits it)."""
     folder = tmp_path_factory.mktemp("home")
-    interrupted = Trainer(tiny(TrainConfig.preset("carracing")), folder / "runs/carracing-seed0")
-    interrupt_at(interrupted, 48)
-    with pytest.raises(KeyboardInterrupt):
-        interrupted.run()
-    finished = folder / "runs/carracing-seed1"
-    Trainer(tiny(TrainConfig.preset("carracing"), seed=1), finished).run()
+    preset = TrainConfig.preset("carracing")
+    run_until(Trainer(tiny(preset), folder / "runs/carracing-seed0"), 48)
+    Trainer(tiny(preset, seed=1), folder / "runs/carracing-seed1").run()
     Qwen2_5_VLConfig().save_pretrained(folder / "models/Qwen2.5-VL-3B-Instruct")
     return folder
 
@@ -119,7 +114,7 @@ def covr_fast_command(monkeypatch, arguments: list[str], home: Path) -> None:
     """Runs it, briefly where it times something; a run that would begin anew is only parsed."""
     arguments = [word.replace("/models/", f"{home}/models/") for word in arguments]
     if arguments[0] == "bench":
-        arguments += ["--seconds=0.05", *TINY_FLAGS]
+        arguments += ["--seconds=0.05", *FLAGS]
     if arguments[0] != "train" or {"--help", "--resume"} & set(arguments):
         assert call(monkeypatch, *arguments) == 0
         return

@@ -38,7 +38,9 @@ def doctor(**environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_frames_of_both_kinds_are_drawn_here():
-    diagnosis = json.loads(doctor().stdout)
+    done = doctor()
+    diagnosis = json.loads(done.stdout)
+    assert (done.returncode, diagnosis["ready_to_train"]) == (0, True)
     assert diagnosis["environments"] == {"CarRacing": None, "DMControl": None}
 
 

@@ -16,6 +16,8 @@ from covr_fast.errors import UserError
 from covr_fast.opengl import import_envpool
 from covr_fast.tasks import action_labels, find_task
 
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, or is how Linux loads OpenGL")
+
 
 def labels(obs: np.ndarray) -> np.ndarray:
     """[n, stack, 3] (environment, episode, step) of every stacked frame."""
@@ -73,7 +75,7 @@ def test_no_reset_row_is_ever_sampled():
     ends = step + k == length
     assert (batch.truncated.numpy() == (ends & (episode % 2 == 0))).all()
     assert (batch.terminated.numpy() == (ends & (episode % 2 == 1))).all()
-    # The Bellman target goes on behind a truncation and stops behind a termination.
+    # The Bellman target goes on after a truncation and stops after a termination.
     np.testing.assert_allclose(batch.discount.numpy(), np.where(ends & (episode % 2 == 1), 0, 0.5**k))
 
 
@@ -325,9 +327,7 @@ def test_every_dm_control_task_has_bounded_actions_and_a_camera():
     envpool = import_envpool()
     tasks = [k for k, (module, *_) in envpool.registration.registry.specs.items() if module.endswith(".dmc")]
     assert len(tasks) == 51
-    for env_id in tasks:
-        if env_id.startswith("Lqr"):
-            continue
+    for env_id in (task for task in tasks if not task.startswith("Lqr")):
         spec = envpool.make_spec(env_id)
         task = find_task(EnvConfig(id=env_id, height=20, width=30))
         corners = task.to_sim(np.array([[-1.0], [1.0]]).repeat(task.action_dim, 1))
@@ -360,12 +360,11 @@ for _ in range(3):
         (ids,) = envs.batches()
         envs.send(np.zeros((6, 1)), ids)  # drawn by a thread of its own
         envs.recv()
-        held = megabytes()
-    print(held, megabytes())
+        used = megabytes()
+    print(used, megabytes())
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_one_thread_draws_at_a_time():
     drawing = threading.Semaphore(1)
     envs = make_env(EnvConfig(id="CartpoleSwingup-v1", num_envs=3, batch_size=1, height=16, width=16))
@@ -388,10 +387,11 @@ def test_one_thread_draws_at_a_time():
                 envs.recv()
 
 
+@on_linux
 def test_closed_environments_give_their_opengl_memory_back():
     rounds = [[int(n) for n in line.split()] for line in run_python(CLOSE_AND_MEASURE).splitlines()]
-    for held, closed in rounds:
-        assert closed < held - 150
+    for used, closed in rounds:
+        assert closed < used - 150
     assert rounds[-1][0] < rounds[0][0] + 150
 
 
@@ -405,7 +405,7 @@ except UserError as error:
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="how Linux loads OpenGL")
+@on_linux
 def test_without_opengl_dm_control_is_refused_before_it_ends_the_process(tmp_path):
     (tmp_path / "libEGL.so.1").touch()  # found first, and cannot be loaded
     said = run_python(MAKE_DM_CONTROL, LD_LIBRARY_PATH=str(tmp_path))
@@ -413,13 +413,13 @@ def test_without_opengl_dm_control_is_refused_before_it_ends_the_process(tmp_pat
     assert "apt install libegl1" in said
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="how Linux loads OpenGL")
+@on_linux
 def test_without_a_driver_dm_control_is_refused(tmp_path):
     said = run_python(MAKE_DM_CONTROL, __EGL_VENDOR_LIBRARY_FILENAMES=str(tmp_path / "none.json"))
     assert "failed to initialize EGL: apt install libegl1" in said
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="how Linux loads OpenGL")
+@on_linux
 def test_an_envpool_imported_too_early_is_an_error_that_says_so():
     said = run_python(f"import envpool\n{MAKE_DM_CONTROL}")
     assert "call covr_fast.make_env before `import envpool`" in said

@@ -6,7 +6,7 @@ import signal
 
 import numpy as np
 import pytest
-from test_trainer import interrupt_at, small_config
+from small_runs import roundless, run_until, small_config
 
 import covr_fast.saving as module
 from covr_fast import Trainer
@@ -35,11 +35,10 @@ def plays_as(trainer, run):
 
 def test_no_room_for_the_last_checkpoint(tmp_path, limited):
     """nano's weights, of 8 MB, do not fit; the agent does, whose optimizers have filled meanwhile."""
-    trainer = Trainer(small_config(steps=64, covr__psi_0=1000), tmp_path)
+    trainer = Trainer(roundless(steps=64), tmp_path)
     limited(4_000_000)
-    with pytest.raises(
-        UserError, match=r"checkpoint.* of step 64, only the agent was saved, as .*agent.pt"
-    ) as caught:
+    said = r"checkpoint.* of step 64, only the agent was saved, as .*agent.pt"
+    with pytest.raises(UserError, match=said) as caught:
         trainer.run()
     assert "\n" not in str(caught.value)
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == set()
@@ -47,7 +46,7 @@ def test_no_room_for_the_last_checkpoint(tmp_path, limited):
 
 
 def test_the_former_checkpoint_stays_and_the_newer_agent_is_beside_it(tmp_path, limited):
-    config = small_config(steps=100, covr__psi_0=1000, checkpoint_every=48)
+    config = roundless(steps=100, checkpoint_every=48)
     trainer = Trainer(config, tmp_path)
 
     def fill(_rows):
@@ -57,14 +56,11 @@ def test_the_former_checkpoint_stays_and_the_newer_agent_is_beside_it(tmp_path, 
             os.kill(os.getpid(), signal.SIGINT)
 
     trainer.on_step(fill)
-    with pytest.raises(
-        UserError, match=r"of step 80, only the agent was saved.*goes on from the checkpoint before it"
-    ):
+    said = "of step 80, only the agent was saved.*goes on from the checkpoint before it"
+    with pytest.raises(UserError, match=said):
         trainer.run()
     assert plays_as(trainer, tmp_path)
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
-    )
+    limited(resource.RLIM_INFINITY)
     again = Trainer(config, tmp_path, resume=True)
     assert again.step == 48
     again.run()
@@ -73,7 +69,7 @@ def test_the_former_checkpoint_stays_and_the_newer_agent_is_beside_it(tmp_path, 
 
 
 def test_a_regular_checkpoint_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys):
-    trainer = Trainer(small_config(steps=100, covr__psi_0=1000, checkpoint_every=40), tmp_path)
+    trainer = Trainer(roundless(steps=100, checkpoint_every=40), tmp_path)
     save, calls = module.save_checkpoint, []
 
     def full_once(*arguments):
@@ -89,7 +85,7 @@ def test_a_regular_checkpoint_that_fails_does_not_end_the_run(tmp_path, monkeypa
     assert calls == [40, 80, 100]
 
 
-def test_no_room_for_metrics(tmp_path, limited, capfd):
+def test_no_room_for_metrics(tmp_path, limited, capfd, monkeypatch):
     """The run is saved, to be resumed, and TensorBoard's thread adds nothing to the line."""
     trainer = Trainer(small_config(steps=4000, covr__psi_0=10_000, log_every=8), tmp_path)
 
@@ -103,10 +99,9 @@ def test_no_room_for_metrics(tmp_path, limited, capfd):
         save(*arguments)
 
     trainer.on_step(fill)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "save_checkpoint", room_again)
-        with pytest.raises(UserError, match=r"metrics.jsonl: File too large"):
-            trainer.run()
+    monkeypatch.setattr(module, "save_checkpoint", room_again)
+    with pytest.raises(UserError, match=r"metrics.jsonl: File too large"):
+        trainer.run()
     assert "Traceback" not in capfd.readouterr().err
     assert Trainer(small_config(steps=4000, covr__psi_0=10_000), tmp_path, resume=True).step == 8
 
@@ -115,16 +110,15 @@ def test_no_room_for_metrics(tmp_path, limited, capfd):
     "name, consequence", [("curves.png", "draws it again"), ("episode.gif", "but for this video")]
 )
 def test_no_room_for_pictures(name, consequence, tmp_path, monkeypatch):
-    trainer = Trainer(small_config(steps=48, covr__psi_0=1000, video=name != "curves.png"), tmp_path)
+    trainer = Trainer(roundless(steps=48, video=name != "curves.png"), tmp_path)
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     target = "matplotlib.figure.Figure.savefig" if name == "curves.png" else "imageio.v3.imwrite"
     monkeypatch.setattr(target, full)
-    with pytest.raises(
-        UserError, match=f"{name}: No space left on device: the run is finished.*{consequence}"
-    ):
+    said = f"{name}: No space left on device: the run is finished.*{consequence}"
+    with pytest.raises(UserError, match=said):
         trainer.run()
     assert (tmp_path / "summary.json").exists()
     assert not list(tmp_path.glob(f"{name}*"))
@@ -138,7 +132,7 @@ def test_no_room_at_the_start(tmp_path, limited):
 
 
 def test_an_interrupt_while_saving_waits_for_it(tmp_path, monkeypatch):
-    trainer = Trainer(small_config(steps=100, covr__psi_0=1000), tmp_path)
+    trainer = Trainer(roundless(steps=100), tmp_path)
     save = module.save_checkpoint
 
     def interrupted_amid(*arguments):
@@ -146,7 +140,5 @@ def test_an_interrupt_while_saving_waits_for_it(tmp_path, monkeypatch):
         save(*arguments)
 
     monkeypatch.setattr(module, "save_checkpoint", interrupted_amid)
-    interrupt_at(trainer, 60)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.run()
-    assert Trainer(small_config(steps=100, covr__psi_0=1000), tmp_path, resume=True).step == 60
+    run_until(trainer, 60)
+    assert Trainer(roundless(steps=100), tmp_path, resume=True).step == 60

@@ -5,12 +5,11 @@ import threading
 import numpy as np
 import pytest
 import torch
+from one_step_episodes import add_step, make_buffer
 
 from covr_fast import ReplayBuffer
 from covr_fast.labeller import PriorLabeller
 from covr_fast.vlm import ActionPrior
-
-ENVS = 4
 
 
 @pytest.fixture(scope="module")
@@ -18,34 +17,10 @@ def nano() -> ActionPrior:
     return ActionPrior.from_pretrained("nano", action_dim=2, device="cpu", seed=0)
 
 
-def make_buffer(capacity: int = 64) -> ReplayBuffer:
-    extras = {"prior": (2,), "prior_mask": (), "prior_version": ((), torch.int64)}
-    return ReplayBuffer(
-        capacity, num_envs=ENVS, obs_shape=(3, 56, 56), action_shape=(2,), seed=0, extras=extras
-    )
-
-
 def fill(buffer: ReplayBuffer, steps: int, seed: int = 0) -> torch.Tensor:
     """Adds `steps` one-step episodes per environment and returns their ids."""
     rng = np.random.default_rng(seed)
-    ids = []
-    for _ in range(steps):
-        obs, after = rng.integers(0, 256, (2, ENVS, 3, 56, 56), dtype=np.uint8)
-        ended = np.ones(ENVS, bool)
-        ids.append(
-            buffer.add(
-                obs,
-                np.zeros((ENVS, 2), np.float32),
-                np.zeros(ENVS, np.float32),
-                after,
-                ended,
-                ~ended,
-                prior=np.zeros((ENVS, 2), np.float32),
-                prior_mask=np.zeros(ENVS, np.float32),
-                prior_version=np.full(ENVS, -1),
-            )
-        )
-    return torch.cat(ids)
+    return torch.cat([add_step(buffer, rng)[0] for _ in range(steps)])
 
 
 def drain(labeller: PriorLabeller) -> None:
@@ -68,13 +43,8 @@ class Watched:
         self.gate = threading.Event()
         self.gate.set()
 
-    @property
-    def version(self) -> int:
-        return self.prior.version
-
-    @property
-    def device(self) -> torch.device:
-        return self.prior.device
+    def __getattr__(self, name: str):
+        return getattr(self.prior, name)
 
     def __call__(self, images: torch.Tensor, *, temperature: float, generator: torch.Generator | None):
         assert self.gate.wait(30)

@@ -18,7 +18,8 @@ def test_a_narrow_terminal_shows_the_eta_whole(tmp_path):
 
 
 def test_a_clock_goes_on_from_what_was_counted_before():
-    clock = Clock({"prior": 30.0}, total=60.0)
+    clock = Clock()
+    clock.load_state_dict({"seconds": {"prior": 30.0}, "total_seconds": 60.0})
     with clock("prior"):
         pass
     shares = clock.shares()

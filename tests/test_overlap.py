@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_trainer import interrupt_at, small_config
+from small_runs import roundless, run_until, small_config
+from torch.testing import assert_close
 
 from covr_fast import Trainer
 from covr_fast.errors import UserError
@@ -18,6 +19,18 @@ def overlapped(**changes):
     config = small_config(**changes)
     config.tuner = replace(config.tuner, overlap=True)
     return config
+
+
+def wait_with_rounds(patch: pytest.MonkeyPatch, trainer: Trainer, step: int) -> None:
+    """A round does not begin its work before the run is at `step`."""
+    gate, train = threading.Event(), VLMTuner._train
+
+    def gated(tuner, samples):
+        assert gate.wait(60)
+        return train(tuner, samples)
+
+    patch.setattr(VLMTuner, "_train", gated)
+    trainer.on_step(lambda _rows: gate.set() if trainer.step == step else None)
 
 
 def label_all_before_the_end(trainer: Trainer) -> None:
@@ -36,11 +49,10 @@ def test_publishing_at_a_fixed_step_makes_reruns_bit_identical(tmp_path):
         trainer = Trainer(overlapped(steps=120, covr__publish_after=20), tmp_path / name)
         runs.append((trainer, trainer.run()))
     (first, summary), (second, _) = runs
+    assert json.loads((tmp_path / "first/summary.json").read_text())["rounds"] == summary["rounds"]
     assert [(r["step"], r["published"]) for r in summary["rounds"]] == [(50, 70)]
-    for a, b in zip(first.agent.actor.parameters(), second.agent.actor.parameters(), strict=True):
-        assert torch.equal(a, b)
-    weights = [t.prior.backbone.model.state_dict() for t in (first, second)]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    for a, b in ((first.agent, second.agent), (first.prior.backbone.model, second.prior.backbone.model)):
+        assert_close(a.state_dict(), b.state_dict(), rtol=0, atol=0)
     assert first.counters.returns == second.counters.returns
 
 
@@ -51,51 +63,26 @@ def test_a_round_that_is_running_when_the_steps_end_is_still_published(tmp_path)
 
 
 def test_the_loop_goes_on_while_a_round_runs(tmp_path, monkeypatch):
-    gate = threading.Event()
-    train = VLMTuner._train
-
-    def gated(tuner, samples):
-        assert gate.wait(60)
-        return train(tuner, samples)
-
-    monkeypatch.setattr(VLMTuner, "_train", gated)
     trainer = Trainer(overlapped(steps=100), tmp_path)
-
-    def open_at_90(_rows):
-        if trainer.step == 90:
-            gate.set()
-
-    trainer.on_step(open_at_90)
+    wait_with_rounds(monkeypatch, trainer, 90)
     (done,) = trainer.run()["rounds"]
     assert done["step"] == 50
     assert done["published"] >= 90
 
 
-def test_frames_that_the_ring_overwrites_during_a_round_are_still_those_it_trains_on(tmp_path, monkeypatch):
+def test_frames_that_the_ring_overwrites_during_a_round_are_still_those_it_trains_on(tmp_path):
     """A ring of 60 transitions is overwritten whole while the round of step 50 waits to begin."""
-    train = VLMTuner._train
     weights = []
-    for delayed in (False, True):
-        gate = threading.Event()
-
-        def gated(tuner, samples, gate=gate):
-            assert gate.wait(60)
-            return train(tuner, samples)
-
-        monkeypatch.setattr(VLMTuner, "_train", gated)
+    for begins in (50, 130):
         # No guidance, so that the two runs collect the same data.
         config = overlapped(steps=148, replay__capacity=60, covr__publish_after=90, covr__cold_start=9)
-        trainer = Trainer(config, tmp_path / str(delayed))
-
-        def opened(_rows, trainer=trainer, gate=gate, at=130 if delayed else 50):
-            if trainer.step == at:
-                gate.set()
-
-        trainer.on_step(opened)
-        (done,) = trainer.run()["rounds"]
+        trainer = Trainer(config, tmp_path / str(begins))
+        with pytest.MonkeyPatch.context() as patch:
+            wait_with_rounds(patch, trainer, begins)
+            (done,) = trainer.run()["rounds"]
         assert (done["step"], done["published"]) == (50, 140)
-        weights.append({k: v.clone() for k, v in trainer.prior.backbone.model.state_dict().items()})
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+        weights.append(trainer.prior.backbone.model.state_dict())
+    assert_close(*weights, rtol=0, atol=0)
 
 
 def test_an_error_in_the_round_ends_the_run_within_a_step(tmp_path, monkeypatch):
@@ -132,9 +119,7 @@ def test_a_full_gpu_is_a_message_and_the_run_is_saved(tmp_path, monkeypatch):
 def test_a_round_that_an_interrupt_cuts_off_is_done_again_by_the_resumed_run(tmp_path):
     config = overlapped(steps=100, covr__publish_after=40)
     first = Trainer(config, tmp_path)
-    interrupt_at(first, 60)
-    with pytest.raises(KeyboardInterrupt):
-        first.run()
+    run_until(first, 60)
     assert not first.tuner.running
 
     second = Trainer(config, tmp_path, resume=True)
@@ -147,7 +132,7 @@ def test_a_round_that_an_interrupt_cuts_off_is_done_again_by_the_resumed_run(tmp
 
 
 def test_background_labels_reach_every_due_transition(tmp_path):
-    trainer = Trainer(small_config(steps=120, covr__psi_0=1000, vlm__background=True), tmp_path)
+    trainer = Trainer(roundless(steps=120, vlm__background=True), tmp_path)
     label_all_before_the_end(trainer)
     trainer.run()
     batch = trainer.buffer.sample(2000)
@@ -165,7 +150,7 @@ def test_background_labels_reach_every_due_transition(tmp_path):
 
 def test_the_simulation_never_waits_for_a_background_prior(tmp_path, monkeypatch):
     gate = threading.Event()
-    trainer = Trainer(small_config(steps=100, covr__psi_0=1000, vlm__background=True), tmp_path)
+    trainer = Trainer(roundless(steps=100, vlm__background=True), tmp_path)
     call = type(trainer.prior).__call__
 
     def gated(prior, images, **options):
@@ -174,11 +159,7 @@ def test_the_simulation_never_waits_for_a_background_prior(tmp_path, monkeypatch
 
     monkeypatch.setattr(type(trainer.prior), "__call__", gated)
 
-    def open_at_the_end(_rows):
-        if trainer.step >= 98:
-            gate.set()
-
-    trainer.on_step(open_at_the_end)
+    trainer.on_step(lambda _rows: gate.set() if trainer.step >= 98 else None)
     assert trainer.run()["steps"] == 100
 
 
@@ -189,22 +170,3 @@ def test_refreshed_priors_are_of_the_published_version(tmp_path):
     batch = trainer.buffer.sample(2000)
     assert trainer.prior.version == 2
     assert set(batch.extras["prior_version"].tolist()) == {-1, 2}
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"vlm__background": True, "vlm__between": "hold"}, "vlm.between='hold' needs the answer"),
-        ({"vlm__refresh_priors": True}, "set vlm.background too"),
-        ({"covr__publish_after": 5}, "set tuner.overlap too"),
-    ],
-)
-def test_settings_that_contradict_each_other(changes, message, tmp_path):
-    with pytest.raises(UserError, match=message):
-        Trainer(small_config(**changes), tmp_path)
-
-
-def test_the_run_folder_says_when_rounds_were_published(tmp_path):
-    Trainer(overlapped(steps=80, covr__publish_after=10), tmp_path).run()
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["rounds"][0]["published"] == 60

@@ -15,18 +15,14 @@ import pytest
 from lowest import lowest, requirements
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-SCRIPTS = os.path.dirname(sys.executable)  # cmake and ninja come from PyPI
-PATH = SCRIPTS + os.pathsep + os.environ["PATH"]
+PATH = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]  # cmake and ninja come from PyPI
+IN_PLACE = [sys.executable, "setup.py", "build_ext", "--inplace"]
 
 
 def copy_sources(to: Path) -> Path:
     """The sources as in a checkout, without history and build products."""
-    ignore = shutil.ignore_patterns(
-        ".git", ".venv", "build", "runs", "*.so", "*.egg-info", "__pycache__", ".*_cache"
-    )
-    return Path(shutil.copytree(ROOT, to, ignore=ignore))
+    left_out = (".git", ".venv", "build", "runs", "*.so", "*.egg-info", "__pycache__", ".*_cache")
+    return Path(shutil.copytree(ROOT, to, ignore=shutil.ignore_patterns(*left_out)))
 
 
 @pytest.fixture
@@ -37,10 +33,8 @@ def source(tmp_path):
 @pytest.fixture(scope="module")
 def unpacked(tmp_path_factory):
     """The source archive, made by the backend as pip and build do, and unpacked."""
-    source, out = (
-        copy_sources(tmp_path_factory.mktemp("checkout") / "source"),
-        tmp_path_factory.mktemp("archive"),
-    )
+    source = copy_sources(tmp_path_factory.mktemp("checkout") / "source")
+    out = tmp_path_factory.mktemp("archive")
     (source / "covr_fast/_C.cpython-311-x86_64-linux-gnu.so").touch()  # of an editable installation
     code = f"from setuptools import build_meta; build_meta.build_sdist({str(out)!r})"
     done = run([sys.executable, "-c", code], source)
@@ -144,21 +138,19 @@ def test_a_second_build_drops_modules_that_are_gone_and_notices_a_moved_tree(sma
 
 def test_a_second_build_in_place_compiles_only_what_changed(small_source):
     (small_source / "csrc/other.cpp").write_text("int other() { return 1; }\n")
-    inplace = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    first = run(inplace, small_source, COVR_CUDA="OFF")
+    first = run(IN_PLACE, small_source, COVR_CUDA="OFF")
     assert first.returncode == 0, first.stderr
     assert "other.cpp.o" in first.stdout
     (small_source / "csrc/module.cpp").touch()
-    second = run(inplace, small_source, COVR_CUDA="OFF")
+    second = run(IN_PLACE, small_source, COVR_CUDA="OFF")
     assert second.returncode == 0, second.stderr
     assert "module.cpp.o" in second.stdout
     assert "other.cpp.o" not in second.stdout
 
 
 def test_a_compiler_that_was_missing_is_looked_for_again(small_source, tmp_path):
-    inplace = [sys.executable, "setup.py", "build_ext", "--inplace"]
     for folder in ("nowhere", "installed since"):
-        done = run(inplace, small_source, CUDACXX=str(tmp_path / folder / "nvcc"))
+        done = run(IN_PLACE, small_source, CUDACXX=str(tmp_path / folder / "nvcc"))
         assert "Looking for a CUDA compiler" in done.stdout
         assert "CUDA kernels OFF" in done.stdout
 

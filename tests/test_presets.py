@@ -10,38 +10,16 @@ from covr_fast import TrainConfig, cli, make_env
 from covr_fast.envs import PixelEnvs
 
 NAMES = (
-    "carracing",
-    "carracing-gpu",
-    "cartpole-swingup",
-    "reacher-easy",
-    "cheetah-run",
-    "walker-walk",
-    "finger-spin",
-    "ball-in-cup-catch",
-)
-
+    "carracing", "carracing-gpu", "cartpole-swingup", "reacher-easy", "cheetah-run", "walker-walk",
+    "finger-spin", "ball-in-cup-catch",
+)  # fmt: skip
 SMALL = {
-    "steps": 72,
-    "warmup": 24,
-    "log-every": 12,
-    "steps-per-update": 8,
-    "threads": 1,
-    "device": "cpu",
-    "env.num-envs": 4,
-    "env.batch-size": 2,
-    "env.num-threads": 1,
-    "agent.hidden": 32,
-    "replay.batch-size": 16,
-    "replay.capacity": 200,
-    "vlm.model": "nano",
-    "vlm.every": 2,
-    "tuner.mode": "full",
-    "tuner.max-steps": 3,
-    "covr.psi-0": 24,
-    "covr.min-samples": 4,
-    "covr.cold-start": 1,
-    "eval.episodes": 1,
-}
+    "steps": 72, "warmup": 24, "log-every": 12, "steps-per-update": 8, "threads": 1, "device": "cpu",
+    "env.num-envs": 4, "env.batch-size": 2, "env.num-threads": 1, "agent.hidden": 32,
+    "replay.batch-size": 16, "replay.capacity": 200, "vlm.model": "nano", "vlm.every": 2,
+    "tuner.mode": "full", "tuner.max-steps": 3, "covr.psi-0": 24, "covr.min-samples": 4,
+    "covr.cold-start": 1, "eval.episodes": 1,
+}  # fmt: skip
 
 
 def test_no_preset_is_left_out(capsys):

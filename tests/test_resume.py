@@ -3,15 +3,14 @@
 import json
 import math
 import os
-import signal
-import subprocess
-import sys
+import shutil
+import time
 from dataclasses import fields, is_dataclass, replace
 
 import numpy as np
 import pytest
 import torch
-from test_trainer import interrupt_at, small_config
+from small_runs import killed, roundless, run_until, run_until_killed, small_config
 
 from covr_fast import TrainConfig, Trainer
 from covr_fast.checkpoint import load_config
@@ -25,10 +24,7 @@ from covr_fast.vlm import ActionPrior
 def interrupted(tmp_path_factory):
     """A run that was interrupted at step 56 of 120; tests that let it go on take a copy."""
     out = tmp_path_factory.mktemp("interrupted")
-    trainer = Trainer(small_config(steps=120, covr__psi_0=1000), out)
-    interrupt_at(trainer, 56)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.run()
+    run_until(Trainer(resumed_config(), out), 56)
     return out
 
 
@@ -41,7 +37,7 @@ def contents(folder):
 
 
 def resumed_config(**changes) -> TrainConfig:
-    return small_config(steps=120, **({"covr__psi_0": 1000} | changes))
+    return roundless(steps=120, **changes)
 
 
 def test_every_setting_is_known_to_take_effect_or_to_be_refused():
@@ -78,25 +74,10 @@ def test_a_setting_that_a_run_keeps_is_refused_by_name(name, interrupted):
     assert contents(interrupted) == before
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"replay__n_step": 1}, r"begun with replay.n_step=3: it cannot go on with 1"),
-        (
-            {"env__height": 64, "seed": 3},
-            r"begun with seed=0: it cannot go on with 3, .*; nor may env.height change",
-        ),
-        ({"steps": 40}, r"steps=40, but .* has made 56 steps"),
-    ],
-)
-def test_refusals_name_the_setting_and_the_remedy(changes, message, interrupted):
+def test_all_settings_that_may_not_change_are_named(interrupted):
     before = contents(interrupted)
-    config = resumed_config()
-    for name, value in changes.items():
-        part, _, leaf = name.rpartition("__")
-        setattr(getattr(config, part) if part else config, leaf, value)
-    with pytest.raises(UserError, match=message):
-        Trainer(config, interrupted, resume=True)
+    with pytest.raises(UserError, match=r"seed=0: it cannot go on with 3, .*; nor may env.height change"):
+        Trainer(resumed_config(env__height=64, seed=3), interrupted, resume=True)
     assert contents(interrupted) == before
 
 
@@ -110,8 +91,6 @@ def test_settings_edited_in_config_json_are_refused_too(interrupted, copied):
 
 @pytest.fixture
 def copied(interrupted, tmp_path):
-    import shutil
-
     return shutil.copytree(interrupted, tmp_path / "copy")
 
 
@@ -127,10 +106,8 @@ def test_learning_rates_and_other_changes_take_effect(copied):
     assert rates == {"critic_optimizer": {1e-7}, "actor_optimizer": {1e-7}, "alpha_optimizer": {2e-7}}
     before = [p.detach().clone() for p in trainer.agent.actor.parameters()]
     trainer.run()
-    moved = max(
-        float((a - b.detach()).abs().max())
-        for a, b in zip(before, trainer.agent.actor.parameters(), strict=True)
-    )
+    after = [p.detach() for p in trainer.agent.actor.parameters()]
+    moved = max(float((a - b).abs().max()) for a, b in zip(before, after, strict=True))
     assert 0 < moved < 1e-5
     assert load_config(copied) == config
     assert [r["step"] for r in trainer.rounds.records] == [90]
@@ -197,9 +174,7 @@ def test_a_trainer_keeps_its_threads_whatever_was_built_since(copied, tmp_path):
 def test_a_vlm_that_was_tuned_is_not_measured_as_if_untuned(copied):
     """Asked for on resuming, `eval.vlm` gives what can still be measured."""
     first = Trainer(resumed_config(covr__psi_0=60), copied, resume=True)
-    interrupt_at(first, 100)
-    with pytest.raises(KeyboardInterrupt):
-        first.run()
+    run_until(first, 100)
     assert first.prior.version > 0
     summary = Trainer(resumed_config(covr__psi_0=60, eval__vlm=True), copied, resume=True).run()
     assert summary["evaluations"].keys() == {"random", "actor", "vlm_after"}
@@ -220,9 +195,7 @@ def test_config_json_is_left_alone_until_everything_is_built(copied, monkeypatch
 def test_a_run_that_has_gone_on_meanwhile_is_not_resumed_from_the_older_state(copied):
     early = Trainer(resumed_config(), copied, resume=True)
     late = Trainer(resumed_config(), copied, resume=True)
-    interrupt_at(late, 80)
-    with pytest.raises(KeyboardInterrupt):
-        late.run()
+    run_until(late, 80)
     before = contents(copied)
     with pytest.raises(UserError, match="has gone on since this trainer was built"):
         early.run()
@@ -230,12 +203,8 @@ def test_a_run_that_has_gone_on_meanwhile_is_not_resumed_from_the_older_state(co
 
 
 def test_a_run_whose_steps_are_done_needs_no_replay_to_be_evaluated(tmp_path, monkeypatch):
-    config = small_config(steps=48, covr__psi_0=1000)
+    config = roundless(steps=48)
     first = Trainer(config, tmp_path)
-
-    def killed(*_):
-        raise SystemExit  # as little is tidied up as if the process had died
-
     monkeypatch.setattr(first.evaluations, "measure_after", killed)
     with pytest.raises(SystemExit):
         first.run()
@@ -296,17 +265,9 @@ def test_settings_that_cannot_be_are_told_with_their_file(settings, message, tmp
 
 def test_checkpoints_are_written_without_being_asked_for(tmp_path, monkeypatch):
     assert TrainConfig.preset("carracing-gpu").checkpoint_minutes > 0
-    config = small_config(steps=100, covr__psi_0=1000, checkpoint_minutes=1e-6)
-    trainer = Trainer(config, tmp_path)
+    config = roundless(steps=100, checkpoint_minutes=1e-6)
     monkeypatch.setattr("covr_fast.saving.CHECKPOINT_SHARE", 1.0)
-
-    def killed_at_80(_rows):
-        if trainer.step >= 80:
-            raise SystemExit
-
-    trainer.on_step(killed_at_80)
-    with pytest.raises(SystemExit):
-        trainer.run()
+    run_until_killed(Trainer(config, tmp_path), 80)
     assert 40 < Trainer(config, tmp_path, resume=True).step <= 80
 
 
@@ -322,48 +283,12 @@ def test_checkpoints_change_nothing_in_the_run(tmp_path, monkeypatch):
 
 def test_checkpoints_take_a_small_share_of_the_time(tmp_path, monkeypatch):
     """However slow the disk: with one that takes 0.2 s there is none again for 10 s."""
-    import time
-
-    import covr_fast.saving as module
-
     saves = []
 
     def slow(*_):
         saves.append(time.perf_counter())
         time.sleep(0.2)
 
-    monkeypatch.setattr(module, "save_checkpoint", slow)
-    Trainer(small_config(steps=100, covr__psi_0=1000, checkpoint_minutes=1e-6), tmp_path).run()
+    monkeypatch.setattr("covr_fast.saving.save_checkpoint", slow)
+    Trainer(roundless(steps=100, checkpoint_minutes=1e-6), tmp_path).run()
     assert len(saves) == 2  # the first, and that at the end
-
-
-@pytest.mark.parametrize("signals", [[signal.SIGHUP], [signal.SIGHUP, signal.SIGHUP], [signal.SIGTERM]])
-def test_signals_that_end_a_job_save_it(signals, tmp_path):
-    """Also where SIGINT is ignored, as in a shell's background jobs; a dropped terminal sends two SIGHUPs."""
-    fields = "--steps 100000 --warmup 32 --log-every 16 --steps-per-update 8 --threads 1 --env.num-envs 2 "
-    fields += "--env.batch-size 2 --env.max-episode-steps 24 --env.height 48 --env.width 48 --no-video "
-    fields += "--replay.batch-size 16 --replay.capacity 200 --eval.episodes 1 --eval.no-vlm"
-    run = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "covr_fast.cli",
-        "train",
-        "carracing",
-        "--out",
-        str(run),
-        *fields.split(),
-    ]
-    ignored = (
-        "import os, sys, signal as s; s.signal(s.SIGINT, s.SIG_IGN); os.execv(sys.executable, sys.argv[1:])"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", ignored, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        next(line for line in process.stdout if "steps/s" in line)  # the loop's first report
-        for number in signals:
-            os.kill(process.pid, number)
-        said, _ = process.communicate()
-    assert process.returncode == 130
-    assert f"and saved: --resume {run} continues" in said
-    assert (run / "checkpoint" / "replay").is_file()

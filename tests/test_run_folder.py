@@ -6,39 +6,39 @@ import threading
 from pathlib import Path
 
 import pytest
-from test_trainer import small_config
+from small_runs import roundless, small_config
 
 from covr_fast import Trainer
 from covr_fast.errors import UserError
 from covr_fast.run_folder import RunFolder
 
-HOLD = """
+CLAIM = """
 import sys, time
 from covr_fast.run_folder import RunFolder
 with RunFolder(sys.argv[1]).claimed(resume=False):
-    print("held", flush=True)
+    print("claimed", flush=True)
     time.sleep(60)
 """
 
 
+def refuses(path: Path, message: str, *, resume: bool = False) -> None:
+    with pytest.raises(UserError, match=message), RunFolder(path).claimed(resume=resume):
+        pass
+
+
 def test_one_process_at_a_time_and_none_after_it_was_killed(tmp_path):
     run = tmp_path / "run"
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(run)], stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout.readline() == "held\n"
-        with (
-            pytest.raises(UserError, match="is being written by another run"),
-            RunFolder(run).claimed(resume=False),
-        ):
-            pass
+    command = [sys.executable, "-c", CLAIM, str(run)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "claimed\n"
+        refuses(run, "is being written by another run")
         process.send_signal(signal.SIGKILL)
     with RunFolder(run).claimed(resume=False):
         pass
 
 
 def test_two_trainers_of_one_process_do_not_share_a_folder(tmp_path):
-    first, second = (Trainer(small_config(steps=48, covr__psi_0=1000), tmp_path / "run") for _ in range(2))
+    first, second = (Trainer(roundless(steps=48), tmp_path / "run") for _ in range(2))
     refused = []
 
     def the_other_tries(_rows):
@@ -60,8 +60,7 @@ def test_claims_nest_and_end(tmp_path):
     with folder.claimed(resume=False):
         with folder.claimed(resume=False):
             (folder.path / "config.json").write_text("{}")
-        with pytest.raises(UserError, match="another run"), RunFolder(folder.path).claimed(resume=True):
-            pass
+        refuses(folder.path, "another run", resume=True)
     with RunFolder(folder.path).claimed(resume=True):
         pass
 
@@ -90,8 +89,7 @@ def test_folders_found_at_the_same_time_are_different(tmp_path):
 @pytest.mark.parametrize("trace", ["metrics.jsonl", "checkpoint", "checkpoint.old", "summary.json"])
 def test_what_is_left_of_a_run_is_not_overwritten(trace, tmp_path):
     (tmp_path / trace).mkdir()
-    with pytest.raises(UserError, match="already holds a run"), RunFolder(tmp_path).claimed(resume=False):
-        pass
+    refuses(tmp_path, "already holds a run")
 
 
 def test_places_where_no_folder_can_be(tmp_path):
@@ -102,14 +100,8 @@ def test_places_where_no_folder_can_be(tmp_path):
         (Path("/proc/run"), "cannot be made"),
         (tmp_path / "none", "holds no run to resume"),
     ):
-        resume = path.name == "none"
-        with pytest.raises(UserError, match=message), RunFolder(path).claimed(resume=resume):
-            pass
+        refuses(path, message, resume=path.name == "none")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     if os.geteuid():  # root may write everywhere
         (tmp_path / "locked").mkdir(mode=0o500)
-        with (
-            pytest.raises(UserError, match="cannot be"),
-            RunFolder(tmp_path / "locked").claimed(resume=False),
-        ):
-            pass
+        refuses(tmp_path / "locked", "cannot be")

@@ -21,7 +21,7 @@ def test_training_never_takes_a_seed_of_evaluations(run_seed, step):
     assert seed + 64 < SEEDS
 
 
-def test_neighbouring_runs_share_no_environment_behind_the_leap():
+def test_neighbouring_runs_share_no_environment_after_the_leap():
     seeds = sorted(training_seed(0, seed, 0, 64) for seed in range(90, 110))
     assert min(b - a for a, b in itertools.pairwise(seeds)) >= 64
 

@@ -5,8 +5,9 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from one_step_episodes import add_step, make_buffer
 
-from covr_fast import ReplayBuffer, streams
+from covr_fast import streams
 from covr_fast.buffer.gpu import DeviceGather
 from covr_fast.labeller import PriorLabeller
 from covr_fast.streams import Lane
@@ -222,12 +223,9 @@ def test_a_round_waits_for_its_frames_and_answers_for_what_is_published(overlap,
 @pytest.mark.needs_cuda
 def test_background_labels_are_those_of_late_frames(late):
     prior = nano()
-    extras = {"prior": (2,), "prior_mask": (), "prior_version": ((), torch.int64)}
-    buffer = ReplayBuffer(
-        32, num_envs=4, obs_shape=(3, 56, 56), action_shape=(2,), seed=0, extras=extras, device="cuda"
-    )
+    buffer, rng = make_buffer(32, device="cuda"), np.random.default_rng(0)
     with Lane(torch.device("cuda"), urgent=True).work():
-        ids = torch.cat([_add(buffer, seed) for seed in range(4)])
+        ids = torch.cat([add_step(buffer, rng)[0] for _ in range(4)])
         # In the labeller's batches, because products of another size may round otherwise.
         expected = torch.cat([prior(buffer.frames(part)).action.cpu() for part in ids.split(4)])
         labeller = PriorLabeller(prior, buffer, lambda ids: late_copy(buffer.frames(ids)), max_batch=4)
@@ -238,27 +236,13 @@ def test_background_labels_are_those_of_late_frames(late):
         torch.testing.assert_close(buffer.extras(ids)["prior"].cpu(), expected)
 
 
-def _add(buffer: ReplayBuffer, seed: int) -> torch.Tensor:
-    obs, after = np.random.default_rng(seed).integers(0, 256, (2, 4, 3, 56, 56), dtype=np.uint8)
-    ended, zeros = np.ones(4, bool), np.zeros((4, 2), np.float32)
-    return buffer.add(
-        obs, zeros, zeros[:, 0], after, ended, ~ended,
-        prior=zeros, prior_mask=zeros[:, 0], prior_version=np.full(4, -1),
-    )  # fmt: skip
-
-
 @pytest.mark.needs_cuda
 @pytest.mark.parametrize("storage", ["device", "pinned"])
 def test_frames_are_not_replaced_before_a_late_gather_has_read_them(storage):
-    buffer = ReplayBuffer(
-        8, num_envs=4, obs_shape=(3, 64, 64), action_shape=(2,), seed=0, device="cuda", storage=storage
-    )
-    rng = np.random.default_rng(0)
-    ended, zeros = np.ones(4, bool), np.zeros((4, 2), np.float32)
+    buffer, rng = make_buffer(8, device="cuda", storage=storage), np.random.default_rng(0)
     batches = []
     for _ in range(20):
-        obs, after = rng.integers(0, 256, (2, 4, 3, 64, 64), dtype=np.uint8)
-        ids = buffer.add(obs, zeros, zeros[:, 0], after, ended, ~ended)
+        ids, obs, after = add_step(buffer, rng)
         torch.cuda._sleep(LATE)  # the gather comes late; the adds after it must not
         batch = buffer.get(ids, dtype=torch.uint8)
         batches.append((batch.obs, batch.next_obs, obs, after))
@@ -270,14 +254,11 @@ def test_frames_are_not_replaced_before_a_late_gather_has_read_them(storage):
 @pytest.mark.needs_cuda
 @pytest.mark.parametrize("read", ["get", "frames"])
 def test_frames_that_are_sent_late_are_waited_for(read):
-    buffer = ReplayBuffer(8, num_envs=4, obs_shape=(3, 64, 64), action_shape=(2,), seed=0, device="cuda")
-    rng = np.random.default_rng(0)
-    ended, zeros = np.ones(4, bool), np.zeros((4, 2), np.float32)
+    buffer, rng = make_buffer(8, device="cuda"), np.random.default_rng(0)
     for _ in range(8):  # around the ring: what is not there yet is old frames
-        obs, after = rng.integers(0, 256, (2, 4, 3, 64, 64), dtype=np.uint8)
         with torch.cuda.stream(buffer._gather._upload_stream):
             torch.cuda._sleep(LATE)
-        ids = buffer.add(obs, zeros, zeros[:, 0], after, ended, ~ended)
+        ids, obs, _ = add_step(buffer, rng)
         got = buffer.frames(ids) if read == "frames" else buffer.get(ids, dtype=torch.uint8).obs
         assert torch.equal(got.cpu(), torch.from_numpy(obs))
 
@@ -285,22 +266,15 @@ def test_frames_that_are_sent_late_are_waited_for(read):
 @pytest.mark.needs_cuda
 def test_frames_are_not_replaced_before_any_stream_has_read_them():
     """A late reader on one stream, and after it a quick one on another."""
-    buffer = ReplayBuffer(8, num_envs=4, obs_shape=(3, 64, 64), action_shape=(2,), seed=0, device="cuda")
-    rng = np.random.default_rng(0)
-    ended, zeros = np.ones(4, bool), np.zeros((4, 2), np.float32)
+    buffer, rng = make_buffer(8, device="cuda"), np.random.default_rng(0)
     slow, quick = torch.cuda.Stream(), torch.cuda.Stream()
-
-    def add() -> tuple[torch.Tensor, np.ndarray]:
-        obs, after = rng.integers(0, 256, (2, 4, 3, 64, 64), dtype=np.uint8)
-        return buffer.add(obs, zeros, zeros[:, 0], after, ended, ~ended), obs
-
-    ids, obs = add()
+    ids, obs, _ = add_step(buffer, rng)
     with torch.cuda.stream(slow):
         torch.cuda._sleep(LATER)
         got = buffer.frames(ids)
     with torch.cuda.stream(quick):
         buffer.frames(ids)
     for _ in range(8):
-        add()
+        add_step(buffer, rng)
     with torch.cuda.stream(slow):
         assert torch.equal(got.cpu(), torch.from_numpy(obs))

@@ -1,7 +1,5 @@
 """The whole policy update as one CUDA graph."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -9,13 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ..cuda_graph import Captured, Graphs, Tensors
-from .batch import TransitionBatch
+from ..buffer.batch import Batch
+from ..cuda_graph import Captured, CudaGraphs, Tensors
 
 FIELDS = ("obs", "action", "reward", "next_obs", "discount", "weight")
 EXTRAS = ("prior", "prior_mask")  # read only with `guide`
 
-Update = Callable[[TransitionBatch, bool], dict[str, Tensor]]
+Update = Callable[[Batch[Tensor], bool], dict[str, Tensor]]
 
 
 class CapturedUpdate:
@@ -32,17 +30,15 @@ class CapturedUpdate:
     What waits for what: each call is a turn of `graphs` on the caller's current stream. Weights are changed
     in place, so an eager call on that stream (acting, evaluating) sees them as the last update left them.
 
-    Args:
-        update: of a batch and `guide` -> metrics; it changes weights and optimizer state in place.
-        graphs: with the generators that `update` draws from.
+    `update` changes weights and optimizer state in place; `graphs` has the generators that it draws from.
     """
 
-    def __init__(self, update: Update, graphs: Graphs) -> None:
+    def __init__(self, update: Update, graphs: CudaGraphs) -> None:
         self._update = update
         self._graphs = graphs
         self._captured: dict[bool, Captured] = {}
 
-    def __call__(self, batch: TransitionBatch, guide: bool) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch[Tensor], guide: bool) -> dict[str, Tensor]:
         """The update's metrics, in new tensors.
 
         Raises:
@@ -58,14 +54,14 @@ class CapturedUpdate:
         self._captured.clear()
 
 
-def _inputs(batch: TransitionBatch, guide: bool) -> dict[str, Tensor]:
+def _inputs(batch: Batch[Tensor], guide: bool) -> dict[str, Tensor]:
     """The tensors that an update reads, by name."""
     inputs = {name: getattr(batch, name) for name in FIELDS}
     return inputs | {name: batch.extras[name] for name in EXTRAS if guide}
 
 
 def _run(update: Update, guide: bool, inputs: Tensors) -> dict[str, Tensor]:
-    """Calls `update` with a TransitionBatch made of a graph's static inputs."""
+    """Calls `update` with a batch made of a graph's static inputs."""
     extras = {name: inputs[name] for name in EXTRAS if guide}
     batch: Any = SimpleNamespace(**{name: inputs[name] for name in FIELDS}, extras=extras)
     return update(batch, guide)

@@ -1,7 +1,5 @@
 """Functions of tensors under torch.compile."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar

@@ -4,15 +4,13 @@ They are functions of networks and tensors only: noise is an argument, optimizer
 reads no value. So torch.compile makes one graph of each.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .batch import TransitionBatch
+from ..buffer.batch import Batch
 from .networks import Actor, Encoder, TwinQ
 
 
@@ -27,9 +25,7 @@ class Networks(NamedTuple):
 
 
 @torch.no_grad()
-def bellman_target(
-    networks: Networks, batch: TransitionBatch, noise: Tensor, *, reward_scale: float
-) -> Tensor:
+def bellman_target(networks: Networks, batch: Batch[Tensor], noise: Tensor, *, reward_scale: float) -> Tensor:
     """r + discount * (min Q'(s', a') - alpha log pi(a'|s')), Eqs. 2-3; [B].
 
     discount is 0 where the episode terminated and gamma^k elsewhere, truncations included. noise [B, A] is
@@ -45,7 +41,7 @@ def bellman_target(
 
 
 def critic_loss(
-    networks: Networks, batch: TransitionBatch, noise: Tensor, *, reward_scale: float
+    networks: Networks, batch: Batch[Tensor], noise: Tensor, *, reward_scale: float
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The loss of critic and encoder, the detached latents [B, D] of batch.obs, and metrics.
 

@@ -1,7 +1,5 @@
 """The agent's networks: a convolutional encoder, a squashed Gaussian actor and twin Q functions."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """SAC from pixels, with the VLM's action prior in the actor loss (Xia et al. 2026, Eqs. 1-4)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -11,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..buffer.batch import Batch
 from ..cuda_graph import CudaGraphs
-from .batch import TransitionBatch
 from .captured import CapturedUpdate
 from .compiled import compiled
 from .losses import Networks, critic_loss, policy_loss
@@ -80,9 +78,8 @@ class SAC:
             self.actor = Actor(c.latent, c.hidden, self.action_dim).to(self.device)
             self.critic = TwinQ(c.latent, c.hidden, self.action_dim).to(self.device)
         self.critic_target = deepcopy(self.critic).requires_grad_(False)
-        self.log_alpha = (
-            torch.tensor(c.init_alpha, dtype=torch.float32, device=self.device).log().requires_grad_()
-        )
+        alpha = torch.tensor(c.init_alpha, dtype=torch.float32, device=self.device)
+        self.log_alpha = alpha.log().requires_grad_()
         self.target_entropy = float(-self.action_dim if c.target_entropy is None else c.target_entropy)
         self._capturable = c.graph and self.device.type == "cuda"
         adam = partial(torch.optim.Adam, fused=True, capturable=self._capturable)
@@ -117,7 +114,7 @@ class SAC:
         value: Tensor = self.critic(latent, mean).amin(0) / self.config.reward_scale
         return value
 
-    def update(self, batch: TransitionBatch, *, guide: bool) -> dict[str, Tensor]:
+    def update(self, batch: Batch[Tensor], *, guide: bool) -> dict[str, Tensor]:
         """One step on critic and encoder, actor, temperature and target. Returns metrics, which stay on the
         device.
 
@@ -131,7 +128,7 @@ class SAC:
         update = self._captured or self._update
         return update(batch, guide)
 
-    def _update(self, batch: TransitionBatch, guide: bool) -> dict[str, Tensor]:
+    def _update(self, batch: Batch[Tensor], guide: bool) -> dict[str, Tensor]:
         latent, metrics = self.update_critic(batch)
         metrics |= self.update_actor(latent, batch, guide=guide)
         with torch.no_grad():
@@ -140,7 +137,7 @@ class SAC:
             )
         return metrics
 
-    def update_critic(self, batch: TransitionBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def update_critic(self, batch: Batch[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """A step on critic and encoder. Returns the latents [B, D] of batch.obs from before it, and
         metrics."""
         loss, latent, metrics = self._critic_loss(
@@ -149,7 +146,7 @@ class SAC:
         _descend(loss, self.critic_optimizer)
         return latent, metrics
 
-    def update_actor(self, latent: Tensor, batch: TransitionBatch, *, guide: bool) -> dict[str, Tensor]:
+    def update_actor(self, latent: Tensor, batch: Batch[Tensor], *, guide: bool) -> dict[str, Tensor]:
         """A step on actor and temperature from detached latents [B, D]. Returns metrics."""
         # The actor's gradient passes through the critic, whose own weights need none.
         self.critic.requires_grad_(False)
@@ -176,19 +173,11 @@ class SAC:
         return Networks(self.encoder, self.actor, self.critic, self.critic_target, self.log_alpha)
 
     def modules(self) -> dict[str, nn.Module]:
-        return {
-            "encoder": self.encoder,
-            "actor": self.actor,
-            "critic": self.critic,
-            "critic_target": self.critic_target,
-        }
+        return {name: getattr(self, name) for name in ("encoder", "actor", "critic", "critic_target")}
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return {
-            "critic_optimizer": self.critic_optimizer,
-            "actor_optimizer": self.actor_optimizer,
-            "alpha_optimizer": self.alpha_optimizer,
-        }
+        names = ("critic_optimizer", "actor_optimizer", "alpha_optimizer")
+        return {name: getattr(self, name) for name in names}
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of all that a resumed run needs to continue bit for bit."""
@@ -213,10 +202,8 @@ class SAC:
                 group["lr"] = self.config.alpha_lr if name == "alpha_optimizer" else self.config.lr
         if self._captured is not None:
             self._captured.forget()  # loading replaced the tensors of the optimizers' state
-        random_state = state["generator"].cpu()
-        if (
-            random_state.numel() == self.generator.get_state().numel()
-        ):  # else it is from another type of device
+        random_state = state["generator"].cpu()  # on another type of device it has another size
+        if random_state.numel() == self.generator.get_state().numel():
             self.generator.set_state(random_state)
 
 

@@ -1,31 +1,16 @@
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from simulators import SIZE, target_envs
+from simulators import target_envs
+from small_agents import SHAPE, SMALL, assert_same, eager_agent, make_batch
 
 from covr_fast import ReplayBuffer
 from covr_fast.agents import SAC, SACConfig
 from covr_fast.agents.losses import bellman_target, policy_loss, prior_loss
 from covr_fast.agents.networks import Actor
 from covr_fast.errors import UserError
-
-SMALL = SACConfig(channels=(8, 8), strides=(2, 2), latent=16, hidden=32)
-
-
-def make_batch(n=6, *, shape=(3, SIZE, SIZE), dim=2, seed=0, **changes):
-    g = torch.Generator().manual_seed(seed)
-    batch = {
-        "obs": torch.rand(n, *shape, generator=g),
-        "next_obs": torch.rand(n, *shape, generator=g),
-        "action": torch.rand(n, dim, generator=g) * 2 - 1,
-        "reward": torch.randn(n, generator=g),
-        "discount": torch.full((n,), 0.9),
-        "weight": torch.ones(n),
-        "extras": {"prior": torch.rand(n, dim, generator=g) * 2 - 1, "prior_mask": torch.ones(n)},
-    }
-    return SimpleNamespace(**(batch | changes))
 
 
 def test_log_prob_is_that_of_the_squashed_gaussian():
@@ -41,7 +26,7 @@ def test_log_prob_is_that_of_the_squashed_gaussian():
 
 
 def test_bellman_target_tells_terminated_from_truncated():
-    agent = SAC((3, SIZE, SIZE), (2,), SMALL, seed=0)
+    agent = eager_agent(0)
     batch = make_batch(discount=torch.tensor([0.9, 0.0, 0.9, 0.0, 0.9, 0.9]))
     noise = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
     target = bellman_target(agent.networks, batch, noise, reward_scale=0.5)
@@ -68,8 +53,8 @@ def test_prior_loss_gradient_by_hand():
 
 
 def test_guidance_adds_exactly_eq_4_to_the_actor_gradient():
-    agent = SAC((3, SIZE, SIZE), (2,), SMALL, seed=1)
-    batch = make_batch(8)
+    agent = eager_agent(1)
+    batch = make_batch(n=8)
     noise = torch.randn(8, 2, generator=torch.Generator().manual_seed(7))
     batch.extras["prior_mask"] = torch.tensor([1.0, 0, 1, 0, 0, 1, 1, 0])
     with torch.no_grad():
@@ -95,13 +80,13 @@ def test_guidance_adds_exactly_eq_4_to_the_actor_gradient():
 def test_priors_are_not_read_before_the_cold_start_is_over():
     batch = make_batch()
     batch.extras = {"prior": torch.full((6, 2), torch.nan), "prior_mask": torch.ones(6)}
-    metrics = SAC((3, SIZE, SIZE), (2,), SMALL).update(batch, guide=False)
+    metrics = eager_agent().update(batch, guide=False)
     assert "prior_loss" not in metrics
     assert all(torch.isfinite(value).all() for value in metrics.values())
 
 
 def test_the_actor_update_leaves_encoder_and_critic_alone():
-    agent = SAC((3, SIZE, SIZE), (2,), SMALL)
+    agent = eager_agent()
     batch = make_batch()
     before = [p.clone() for m in (agent.encoder, agent.critic) for p in m.parameters()]
     agent.update_actor(agent.encoder(batch.obs).detach(), batch, guide=True)
@@ -111,18 +96,18 @@ def test_the_actor_update_leaves_encoder_and_critic_alone():
 
 
 def test_a_checkpoint_of_another_kind_of_device_loads():
-    agent = SAC((3, SIZE, SIZE), (2,), SMALL)
+    agent = eager_agent()
     state = agent.state_dict()
     state["generator"] = state["generator"][:16]  # the size of a CUDA generator's
-    other = SAC((3, SIZE, SIZE), (2,), SMALL, seed=1)
+    other = eager_agent(1)
     other.load_state_dict(state)
-    obs = torch.randint(0, 256, (4, 3, SIZE, SIZE), dtype=torch.uint8)
+    obs = torch.randint(0, 256, (4, *SHAPE), dtype=torch.uint8)
     assert torch.equal(other.act(obs, explore=False), agent.act(obs, explore=False))
 
 
 def test_value_is_that_of_the_mean_action():
-    agent = SAC((3, SIZE, SIZE), (2,), SACConfig(**{**vars(SMALL), "reward_scale": 0.5}))
-    obs = torch.randint(0, 256, (4, 3, SIZE, SIZE), dtype=torch.uint8)
+    agent = SAC(SHAPE, (2,), replace(SMALL, reward_scale=0.5))
+    obs = torch.randint(0, 256, (4, *SHAPE), dtype=torch.uint8)
     action = agent.act(obs, explore=False)
     random_state = agent.generator.get_state()
     expected = agent.critic(agent.encoder(obs.float() / 255), action).amin(0) * 2
@@ -131,35 +116,24 @@ def test_value_is_that_of_the_mean_action():
 
 
 def test_target_follows_the_critic():
-    agent = SAC((3, SIZE, SIZE), (2,), SACConfig(**{**vars(SMALL), "tau": 0.25}))
+    agent = SAC(SHAPE, (2,), replace(SMALL, tau=0.25))
     old = [p.clone() for p in agent.critic_target.parameters()]
     agent.update(make_batch(), guide=False)
-    for before, target, online in zip(
-        old, agent.critic_target.parameters(), agent.critic.parameters(), strict=True
-    ):
+    new = zip(old, agent.critic_target.parameters(), agent.critic.parameters(), strict=True)
+    for before, target, online in new:
         torch.testing.assert_close(target, before + 0.25 * (online - before))
 
 
-def test_state_dict_continues_bit_for_bit():
-    first, second = SAC((3, SIZE, SIZE), (2,), SMALL, seed=3), SAC((3, SIZE, SIZE), (2,), SMALL, seed=4)
-    first.update(make_batch(seed=1), guide=True)
-    second.load_state_dict(first.state_dict())
-    for agent in (first, second):
-        agent.update(make_batch(seed=2), guide=True)
-    for a, b in zip(first.actor.parameters(), second.actor.parameters(), strict=True):
-        assert (a == b).all()
-
-
-def test_agents_that_load_one_state_share_nothing():
-    first, second = SAC((3, SIZE, SIZE), (2,), SMALL, seed=3), SAC((3, SIZE, SIZE), (2,), SMALL, seed=4)
-    first.update(make_batch(seed=1), guide=True)
+@pytest.mark.parametrize("reload", [False, True])
+def test_a_state_dict_continues_bit_for_bit_and_shares_nothing(reload):
+    first, second = eager_agent(3), eager_agent(4)
+    first.update(make_batch(1), guide=True)
     state = first.state_dict()
-    for agent in (first, second):
+    for agent in (first, second) if reload else (second,):
         agent.load_state_dict(state)
     for agent in (first, second):
-        agent.update(make_batch(seed=2), guide=True)
-    for a, b in zip(first.actor.parameters(), second.actor.parameters(), strict=True):
-        assert (a == b).all()
+        agent.update(make_batch(2), guide=True)
+    assert_same(first, second)
 
 
 def test_frames_too_small_for_the_network():
@@ -177,15 +151,8 @@ def test_learns_a_task_that_needs_its_eyes():
     envs = target_envs(16)
     config = SACConfig(channels=(8, 16), strides=(2, 1), latent=3, hidden=64, lr=1e-3)
     agent = SAC(envs.obs_shape, envs.action_shape, config, seed=0)
-    buffer = ReplayBuffer(
-        4000,
-        num_envs=16,
-        obs_shape=envs.obs_shape,
-        action_shape=envs.action_shape,
-        frame_stack=1,
-        gamma=0.0,
-        seed=0,
-    )
+    shapes = {"obs_shape": envs.obs_shape, "action_shape": envs.action_shape}
+    buffer = ReplayBuffer(4000, num_envs=16, gamma=0.0, seed=0, **shapes)
     recent: list[float] = []
     with envs:
         obs = envs.reset()

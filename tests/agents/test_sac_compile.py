@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from fake_graphs import FakeGraphs
-from test_sac_graph import (
+from small_agents import (
     SHAPE,
     SMALL,
     asked,
@@ -17,8 +17,9 @@ from test_sac_graph import (
     eager_agent,
     make_batch,
     prioritized_buffer,
-)
+)  # fmt: skip
 from torch._dynamo.utils import counters
+from torch.testing import assert_close
 
 from covr_fast.agents import SAC
 from covr_fast.agents.captured import CapturedUpdate
@@ -59,23 +60,6 @@ def situations(steps, start=0):
         yield batch, guide
 
 
-def assert_close(expected, got, **tolerance):
-    """Of two state dicts, or what is in them: the same structure, and values within the tolerance."""
-    assert type(expected) is type(got)
-    if isinstance(expected, dict):
-        assert expected.keys() == got.keys()
-        for name in expected:
-            assert_close(expected[name], got[name], **tolerance)
-    elif isinstance(expected, list):
-        assert len(expected) == len(got)
-        for one, other in zip(expected, got, strict=True):
-            assert_close(one, other, **tolerance)
-    elif isinstance(expected, torch.Tensor):
-        torch.testing.assert_close(got, expected, **tolerance)
-    else:
-        assert expected == got
-
-
 @pytest.mark.slow
 def test_inductor_computes_the_updates_of_the_eager_agent():
     eager, compiled = eager_agent(), compiled_agent()
@@ -84,7 +68,7 @@ def test_inductor_computes_the_updates_of_the_eager_agent():
         assert_close(expected, got, rtol=1e-4, atol=1e-5)
         if step % 3 == 0:  # acting draws from the same generator
             obs = torch.randint(0, 256, (2, *SHAPE), dtype=torch.uint8)
-            torch.testing.assert_close(compiled.act(obs), eager.act(obs), rtol=1e-4, atol=1e-5)
+            assert_close(compiled.act(obs), eager.act(obs), rtol=1e-4, atol=1e-5)
     assert counters["stats"]["unique_graphs"] == GRAPHS
     assert counters["inductor"]["fxgraph_cache_miss"] + counters["inductor"]["fxgraph_cache_hit"] > 0
     # Parameters, temperature, and both of Adam's moments; the generator's state is the same bit for bit.
@@ -161,12 +145,9 @@ def test_a_state_goes_from_one_kind_of_agent_to_the_other(saved, loaded, traced_
 def test_without_a_compiler_the_option_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # nothing that was compiled before
     agent, batch = compiled_agent(), make_batch(0)
-    with (
-        torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}),
-        pytest.raises(
-            UserError, match=r"agent\.compile: torch cannot compile here .*no-such-compiler.*g\+\+"
-        ),
-    ):
+    said = r"agent\.compile: torch cannot compile here .*no-such-compiler.*g\+\+"
+    missing = torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")})
+    with missing, pytest.raises(UserError, match=said):
         agent.update(batch, guide=False)
 
 
@@ -189,9 +170,7 @@ def test_cuda_compiled_equals_eager(graph, monkeypatch):
     assert counters["stats"]["unique_graphs"] == GRAPHS
     assert torch.equal(eager.generator.get_state(), compiled.generator.get_state())
     for name, module in eager.modules().items():
-        assert_close(
-            dict(module.state_dict()), dict(compiled.modules()[name].state_dict()), rtol=1e-3, atol=1e-4
-        )
+        assert_close(module.state_dict(), compiled.modules()[name].state_dict(), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.needs_cuda

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...cuda_graph import Captured, Graphs, Tensors
+from ...cuda_graph import Captured, CudaGraphs, Tensors
 from ..model.backbones import ImageFeatures
 from .decoder import Decoder
 from .transformer import KeyValueCache
@@ -26,7 +26,7 @@ class GraphedDecoder:
     the merged weights, so both are dropped together when weights are published.
     """
 
-    def __init__(self, decoder: Decoder, graphs: Graphs) -> None:
+    def __init__(self, decoder: Decoder, graphs: CudaGraphs) -> None:
         self._decoder = decoder
         self._graphs = graphs
         self._caches: dict[int, KeyValueCache] = {}
