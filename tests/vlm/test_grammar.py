@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from covr_fast.vlm.answer.grammar import ActionGrammar
-from covr_fast.vlm.answer.prompt import default_prompt, format_action, grid_size, parse_action, spell
+from covr_fast.vlm.answer.prompt import default_prompt, format_action, parse_action, spell
 from covr_fast.vlm.model.nano import build_tokenizer
 
 CONTEXT = "<|im_end|>\n<|im_start|>assistant\n"
@@ -44,7 +44,7 @@ def tokenizer(request):
 def test_every_value_has_one_spelling_that_parses_back(decimals):
     steps = range(-(10**decimals), 10**decimals + 1)
     words = [spell(step, decimals) for step in steps]
-    assert len(set(words)) == len(words) == grid_size(decimals)
+    assert len(set(words)) == len(words) == 2 * 10**decimals + 1
     assert [float(word) for word in words] == [step / 10**decimals for step in steps]
     assert spell(0, decimals) == "0." + "0" * decimals
 
@@ -62,7 +62,7 @@ def test_decimals_that_no_answer_can_have(tokenizer, decimals, error):
 @pytest.mark.parametrize("decimals", [1, 2])
 def test_every_action_on_the_grid_encodes_and_parses_back(tokenizer, decimals):
     grammar = ActionGrammar(tokenizer, CONTEXT, action_dim=2, decimals=decimals)
-    step = torch.arange(grid_size(decimals)) - 10**decimals
+    step = torch.arange(-(10**decimals), 10**decimals + 1)
     one = (step / 10**decimals).float()
     pairs = torch.cartesian_prod(one, one[:: max(1, len(one) // 21)])
     tokens = grammar.encode(pairs)

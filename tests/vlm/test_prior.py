@@ -68,9 +68,8 @@ def test_sampling_follows_the_generator(shared_nano, frames):
 def test_sampling_has_the_models_frequencies(shared_nano, frames):
     """The first choice of a thousand samples against the softmax that `generate`'s model gives."""
     prior = shared_nano
-    inputs = prior.backbone.process(prior.text, [frames[0].permute(1, 2, 0).numpy()])
+    inputs = prior.backbone.process(prior.text, frames[:1])
     opening = prior.grammar.opening[None]
-    inputs = dict(inputs)
     inputs["input_ids"] = torch.cat((inputs["input_ids"], opening), 1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, opening.shape[1]))

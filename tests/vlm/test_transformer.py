@@ -28,7 +28,7 @@ class LayerModule(nn.Module):
 
     def __init__(self, heads: Heads, width=40, middle=70, bias=True, head_norms=False, activation=None):
         super().__init__()
-        queries, kv = heads.queries * heads.dim, heads.kv * heads.dim
+        queries, kv = heads.kv * heads.groups * heads.dim, heads.kv * heads.dim
         self.input_layernorm, self.post_attention_layernorm = RmsNorm(width), RmsNorm(width)
         self.self_attn = attention = nn.Module()
         for name, outputs in (("q_proj", queries), ("k_proj", kv), ("v_proj", kv)):

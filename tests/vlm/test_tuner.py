@@ -85,7 +85,7 @@ def test_loss_equals_transformers_own_on_the_whole_sequence(nano):
     model = answer_model(nano)
     ours = weighted_loss(model, samples, rows, model.image(frames), samples.valid_tokens(rows), 0.0)
 
-    inputs = dict(nano.backbone.process(nano.text, list(frames.permute(0, 2, 3, 1).numpy())))
+    inputs = nano.backbone.process(nano.text, frames)
     prompt = inputs["input_ids"]
     inputs["input_ids"] = torch.cat((prompt, samples.answers), 1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])

@@ -208,7 +208,7 @@ def model_loss(prior: ActionPrior, frames: torch.Tensor) -> torch.Tensor:
     """The loss of the (peft) model's own forward on 4 frames, with `ACTIONS` as labels."""
     backbone = prior.backbone
     samples = Samples.build(prior.grammar, frames, ACTIONS, torch.ones(4))
-    inputs = dict(backbone.process(prior.text, list(frames.permute(0, 2, 3, 1).numpy())))
+    inputs = backbone.process(prior.text, frames)
     prompt = inputs["input_ids"]
     inputs["input_ids"] = torch.cat((prompt, samples.answers), 1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])

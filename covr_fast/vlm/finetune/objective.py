@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from covr_fast import ops
-
+from ... import ops
 from ..answer.grammar import ActionGrammar
 from ..decode.decoder import Layout
 from ..model.backbones import Backbone, ImageFeatures
@@ -33,9 +32,9 @@ class Samples:
 
     @classmethod
     def build(cls, grammar: ActionGrammar, frames: Tensor, actions: Tensor, returns: Tensor) -> "Samples":
-        actions = actions.detach().cpu()
-        answers = grammar.encode(actions)
-        padding = torch.arange(answers.shape[1]) >= grammar.lengths(actions)[:, None]
+        answers = grammar.encode(actions.detach().cpu())
+        last = (answers == grammar.eos_token_id).int().argmax(1, keepdim=True)
+        padding = torch.arange(answers.shape[1]) > last
         weights = ops.return_weights(returns.detach().cpu().float())
         return cls(frames, answers, answers.masked_fill(padding, IGNORE), weights)
 
@@ -54,14 +53,12 @@ class Samples:
             yield from rows.split(size)
 
 
-def record_prefix(backbone: Backbone, layout: Layout) -> Prefix | None:
-    """Keys and values of the prompt's text prefix; None if the image comes first. Differentiable."""
+def record_prefix(backbone: Backbone, layout: Layout) -> Prefix:
+    """Keys and values of the prompt's text prefix, which is not empty. Differentiable."""
     length = len(layout.prefix)
-    if length == 0:
-        return None
     cache = RecordingCache()
     rows = arrange(backbone.attention, torch.tensor([length]), length, 0, backbone.device)
-    backbone.hidden(backbone.embed(layout.prefix)[None], layout.span(0, length), rows, cache)
+    backbone.hidden(backbone.embed(layout.prefix)[None], layout.positions[..., :length], rows, cache)
     return cache.prefix
 
 
@@ -94,12 +91,10 @@ class AnswerModel:
         tokens = torch.cat((prompt.expand(count, -1), answers[:, :-1]), 1)
         width = tokens.shape[1]
         rows = arrange(backbone.attention, lengths + len(prompt) - 1, width, prefix_length, backbone.device)
-        cache = None
-        if not self.checkpointing:
-            cache = TrainingCache(record_prefix(backbone, layout), rows)
+        cache = TrainingCache(record_prefix(backbone, layout), rows) if prefix_length else None
         hidden = backbone.hidden(
             backbone.embed(tokens),
-            layout.span(prefix_length, prefix_length + width),
+            layout.positions[..., prefix_length : prefix_length + width],
             rows,
             cache,
             image_at=layout.image_at + (len(prompt) - len(layout.body)),
@@ -109,8 +104,7 @@ class AnswerModel:
 
     def image(self, frames: Tensor) -> ImageFeatures:
         """Image features of frames uint8[B, 3, H, W]."""
-        backbone = self.backbone
-        return backbone.image_features(backbone.pixels(frames), len(frames), self.layout.size)
+        return self.backbone.image_features(frames)
 
 
 class RoundImages:
@@ -118,9 +112,8 @@ class RoundImages:
 
     Args:
         rows: the rows that the round looks at.
-        once: compute their features once, now, and keep them: n x D numbers for each row. Features that
-            depend on trained weights are not kept but computed at every call.
-        micro_batch: frames per forward.
+        once: compute their features now, `micro_batch` frames at a time, and keep them: n x D numbers for
+            each row. Features that depend on trained weights are computed at every call all the same.
         shift: the largest random shift of `shifted`, in pixels.
         generator: of the random shifts, on the CPU.
     """
@@ -168,9 +161,8 @@ class RoundImages:
             return self(rows)
         frames = self._samples.frames[rows]
         offsets = torch.randint(2 * self._shift + 1, (len(rows), 2), generator=self._generator)
-        return self._model.image(
-            ops.random_shift(frames, offsets.to(frames.device), self._shift, dtype=torch.uint8)
-        )
+        moved = ops.random_shift(frames, offsets.to(frames.device), self._shift, dtype=torch.uint8)
+        return self._model.image(moved)
 
 
 def weighted_loss(

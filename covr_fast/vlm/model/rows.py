@@ -38,7 +38,7 @@ class Padded:
         self._prefix_length = prefix_length
 
     def packed(self, x: Tensor) -> Tensor:
-        """Padded [B, width, ...] as the decoder takes it."""
+        """Padded [B, width, ...] -> as the decoder takes it."""
         return x
 
     def padded(self, x: Tensor) -> Tensor:
@@ -170,9 +170,6 @@ class RecordingCache(Cache):
         super().__init__(layers=[])
         self.prefix: Prefix = []
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
@@ -181,25 +178,22 @@ class RecordingCache(Cache):
 
 
 class TrainingCache(Cache):
-    """A KV cache that puts the prefix, if any, before the keys and values of the rows. Gradients reach it.
+    """A KV cache that puts the prefix before the keys and values of the rows. Gradients reach it.
 
-    The prefix is computed once per micro-batch, not once per row. Autograd adds up the gradients of all rows,
-    so the sum is the same as with the prefix repeated in every row.
+    Autograd adds up the gradients of all rows, so the sum is that of a prefix repeated in every row.
     """
 
-    def __init__(self, prefix: Prefix | None, rows: Padded) -> None:
+    def __init__(self, prefix: Prefix, rows: Padded) -> None:
         super().__init__(layers=[])
         self._prefix = prefix
         self._rows = rows
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0 if self._prefix is None else self._prefix[0][0].shape[2]
+        return self._prefix[0][0].shape[2]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        if self._prefix is None:
-            return key_states, value_states
         keys, values = self._prefix[layer_idx]
         return self._rows.after(keys, key_states), self._rows.after(values, value_states)
 
@@ -219,14 +213,8 @@ def packed_sdpa(
 ) -> tuple[Tensor, None]:
     """transformers' SDPA. Rows that are `packed` are padded for it and packed again.
 
-    Args:
-        query: [1, heads, total, head_dim].
-        key, value: [1, kv_heads, total, head_dim], or the result of `Packed.after`.
-        attention_mask: [1, 1, width, prefix_length + width]: causal, so that no token sees the padding after
-            its row.
-
-    Returns:
-        [1, total, heads, head_dim], and None for the attention weights.
+    `query` is [1, heads, total, head_dim]; `key` and `value` are like it, or results of `Packed.after`. The
+    mask is causal, so that no token sees the padding after its row. Returns [1, total, heads, head_dim].
     """
     if packed is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
