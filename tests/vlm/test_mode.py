@@ -117,7 +117,7 @@ def test_the_callers_modes_stay(nano, frames):
 def test_plans_made_in_inference_mode_are_trained_with(nano, frames):
     backbone = nano.backbone
     with torch.inference_mode():
-        backbone.plan(5, (84, 84))
+        nano(frames)
     features = backbone.image_features(frames)
     features.tokens.sum().backward()
     assert backbone.tower.blocks[0].attn.qkv.weight.grad is not None

@@ -77,11 +77,10 @@ class DecoderWeights:
     def __init__(self, backbone: Backbone, grammar: ActionGrammar) -> None:
         self.transformer = Transformer(backbone)
         self.choices = [_Choice(level.to(backbone.device), backbone) for level in grammar.levels]
+        self.grammar = grammar
         self.embed = backbone.embed
         self.opening = grammar.opening.to(backbone.device)
         """int64[K]: the tokens that every answer begins with."""
-        self.action_dim = grammar.action_dim
-        self.answer_length = grammar.max_length
 
 
 class Decoder:
@@ -128,7 +127,7 @@ class Decoder:
         places = self._layout.image_at
         hidden = self._transformer(body, self._attention, cache, image_at=places, image=image)
         state = torch.zeros(batch, dtype=torch.int64, device=hidden.device)
-        action = torch.zeros(batch, weights.action_dim, dtype=torch.float32, device=hidden.device)
+        action = torch.zeros(batch, weights.grammar.action_dim, dtype=torch.float32, device=hidden.device)
         answer = [weights.opening.expand(batch, -1)]
         for i, choice in enumerate(weights.choices):
             scores = choice.scores(hidden)
@@ -145,7 +144,7 @@ class Decoder:
 
     def new_cache(self, batch: int) -> KeyValueCache:
         """A cache of `batch` rows that begins with the prefix."""
-        capacity = self._layout.prompt_length + self._weights.answer_length
+        capacity = self._layout.prompt_length + self._weights.grammar.max_length
         return self._transformer.new_cache(batch, capacity, self._prefix)
 
     def _cache(self, batch: int) -> KeyValueCache:

@@ -11,9 +11,7 @@ from ..model.backbones import Backbone
 class GrammarProcessor(LogitsProcessor):
     """Leaves only the tokens that the grammar allows after each row's answer so far.
 
-    Args:
-        prompt_length: tokens of `input_ids` that precede the answer.
-        temperature, noise: as in `Decoder.__call__`; the noise makes greedy generation sample.
+    Temperature and noise are those of `Decoder.__call__`: the noise makes greedy generation sample.
     """
 
     def __init__(

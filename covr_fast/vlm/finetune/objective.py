@@ -76,12 +76,9 @@ class AnswerModel:
         self.checkpointing = checkpointing
 
     def hidden(self, image: ImageFeatures, answers: Tensor, lengths: Tensor) -> Tensor:
-        """[B, L, D] for answers int64[B, L]: position t predicts token t.
+        """[B, L, D] for answers int64[B, L]: position t predicts token t, up to the answer's end.
 
-        Positions after the end of an answer have no meaning.
-
-        Args:
-            lengths: int64[B] on the host, the tokens of each answer.
+        `lengths` int64[B], on the host, are the tokens of each answer.
         """
         backbone, layout = self.backbone, self.layout
         count, length = answers.shape
@@ -173,10 +170,8 @@ def weighted_loss(
     valid: int,
     label_smoothing: float,
 ) -> Tensor:
-    """The part of `rows` int64[M] in Eq. 6 over a batch with `valid` label tokens (N_v).
-
-    A differentiable scalar. `image` are the features of the rows.
-    """
+    """The part of `rows` int64[M], with features `image`, in Eq. 6 over a batch with `valid` label tokens
+    (N_v): a differentiable scalar."""
     labels, weights = samples.labels[rows], samples.weights[rows]
     hidden = model.hidden(image, samples.answers[rows], samples.lengths(rows))
     options: dict[str, Any] = {"label_smoothing": label_smoothing, "ignore_index": IGNORE}

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from ..mode import own_mode
 from .adapters import bare, check_adapters, check_savable, merge_for_good, untouched
 from .attention import SEGMENTED_SDPA
 from .patches import PatchPixels
@@ -276,7 +275,7 @@ class QwenVL(Backbone):
     def __init__(self, model: Any, processor: Any) -> None:
         super().__init__(model, processor)
         self.patches = PatchPixels(processor.image_processor)
-        self._plans = lru_cache(maxsize=16)(self._make_plan)
+        self._plan = lru_cache(maxsize=16)(self._make_plan)
         patch_embed = bare(self.tower.patch_embed)
         # A method of this module, because a deep copy of the module then gets its own.
         patch_embed.forward = MethodType(_embed_patches, patch_embed)
@@ -304,18 +303,14 @@ class QwenVL(Backbone):
     def image_features(self, images: Tensor) -> ImageFeatures:
         batch, _, height, width = images.shape
         pixels = self.pixels(images).to(self.dtype)
-        grid, plan = self.plan(batch, (height, width))
+        grid, plan = self._plan(batch, (height, width))
         out = self.tower(pixels, grid_thw=grid, **plan)
         features = (out.pooler_output, *(getattr(out, "deepstack_features", None) or ()))
         tokens, *deep = (x.reshape(batch, -1, x.shape[-1]) for x in features)
         return ImageFeatures(tokens, tuple(deep))
 
-    def plan(self, batch: int, size: tuple[int, int]) -> tuple[Tensor, dict[str, Any]]:
-        """The tower's index tensors. They depend on batch and size only; the host computes them once."""
-        with own_mode(self.device):
-            return self._plans(batch, size)
-
     def _make_plan(self, batch: int, size: tuple[int, int]) -> tuple[Tensor, dict[str, Any]]:
+        """The tower's index tensors. They depend on batch and size only; the host computes them once."""
         from transformers import vision_utils as vision
 
         config = self.tower.config

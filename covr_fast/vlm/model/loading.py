@@ -46,11 +46,7 @@ class Settings:
 
     @classmethod
     def load(cls, directory: Path) -> "Settings | None":
-        """The settings in a directory; None if it has none.
-
-        Raises:
-            ValueError: they are damaged.
-        """
+        """The settings in a directory; None if it has none. Raises ValueError if they are damaged."""
         file = directory / SETTINGS_FILE
         if not file.is_file():
             return None
@@ -132,9 +128,7 @@ def _load_checkpoint(
         )
     if quantized:
         prepare(model)
-    else:
-        model = model.to(device)
-    return cls(model, processor)
+    return cls(model if quantized else model.to(device), processor)
 
 
 def _read_config(source: str) -> Any:

@@ -1,8 +1,7 @@
 """The rows of a training batch on their way through the language model: padded or packed.
 
 A *row* is the token sequence of one sample: image, end of the prompt, answer. All rows of a batch follow the
-same *prefix*, the prompt's text before the image. Its keys and values are computed once per batch
-(`RecordingCache`) and put before the keys and values of every row (`TrainingCache`).
+same *prefix*, the prompt's text before the image, whose keys and values are computed once per batch.
 
 A decoder treats tokens one by one, except in attention. So rows of different lengths are either *padded* to
 one length, or *packed*: joined, without padding, to one long row. FlashAttention accepts packed rows; for
@@ -23,7 +22,8 @@ from .attention import causal_mask, is_flash
 PACKED_SDPA = "covr_packed_sdpa"
 """`packed_sdpa` in transformers' registry."""
 
-Prefix = list[tuple[Tensor, Tensor]]
+KeysValues = tuple[Tensor, Tensor]
+Prefix = list[KeysValues]
 """Per layer the keys and values [1, heads, P, head_dim] of the prefix."""
 
 
@@ -50,12 +50,8 @@ class Padded:
         return ids.expand(*ids.shape[:-2], self._shape[0], -1)
 
     def after(self, prefix: Tensor, own: Tensor) -> Tensor:
-        """Keys or values of every row after those of the prefix, as the attention takes them.
-
-        Args:
-            prefix: [1, heads, prefix_length, head_dim].
-            own: of the rows as the decoder takes them: padded [B, heads, width, head_dim], or packed.
-        """
+        """Keys or values of every row (`own`, as the decoder takes them) after those of the prefix
+        [1, heads, prefix_length, head_dim], as the attention takes them."""
         return torch.cat((prefix.expand(self._shape[0], -1, -1, -1), own), 2)
 
     def attention(self, like: Tensor) -> dict[str, Any]:
@@ -64,11 +60,7 @@ class Padded:
 
 
 class Packed(Padded):
-    """Rows packed into one, [1, total, ...], for `packed_sdpa`.
-
-    Args:
-        lengths: int64[B] on the host, the tokens of each row, in [1, width].
-    """
+    """Rows of `lengths` int64[B] (on the host) packed into one, [1, total, ...], for `packed_sdpa`."""
 
     def __init__(self, lengths: Tensor, width: int, prefix_length: int, device: torch.device) -> None:
         super().__init__(len(lengths), width, prefix_length)
@@ -149,11 +141,8 @@ def _places(lengths: Tensor, width: int) -> Tensor:
 
 
 def arrange(attention: str, lengths: Tensor, width: int, prefix_length: int, device: torch.device) -> Padded:
-    """How a decoder with this attention implementation takes rows of these lengths.
-
-    For FlashAttention always packed, because it takes no mask; for SDPA only where there is padding to save.
-    """
-    if is_flash(attention):
+    """How a decoder with this attention implementation takes rows of these lengths."""
+    if is_flash(attention):  # always packed, because it takes no mask
         return FlashPacked(lengths, width, prefix_length, device)
     if attention == PACKED_SDPA and int(lengths.min()) < width:
         return Packed(lengths, width, prefix_length, device)
@@ -171,8 +160,8 @@ class RecordingCache(Cache):
         self.prefix: Prefix = []
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> KeysValues:
         self.prefix.append((key_states, value_states))
         return key_states, value_states
 
@@ -192,8 +181,8 @@ class TrainingCache(Cache):
         return self._prefix[0][0].shape[2]
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> KeysValues:
         keys, values = self._prefix[layer_idx]
         return self._rows.after(keys, key_states), self._rows.after(values, value_states)
 
