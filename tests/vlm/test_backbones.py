@@ -50,7 +50,7 @@ def test_training_loss_equals_transformers_own(opened):
             prior.backbone, prior.layout(tuple(frames.shape[2:])), checkpointing=checkpointing
         )
         ours = weighted_loss(model, samples, rows, model.image(frames), samples.valid_tokens(rows), 0.0)
-        torch.testing.assert_close(ours, model_loss(prior, frames), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours, model_loss(prior, frames), rtol=1e-5, atol=1e-6)
 
 
 def test_lora_round_and_adapter_on_disk(opened, checkpoint, tmp_path):

@@ -53,9 +53,8 @@ class ActionGrammar:
         decimals: digits after the point, 1 to 4.
 
     Raises:
-        TypeError: `action_dim` or `decimals` is no integer.
-        ValueError: an argument out of range, or a tokenizer that cannot spell the answers (no end token,
-            or the tokens of one number depend on another number).
+        ValueError: the tokenizer cannot spell the answers (no end token, or the tokens of one number depend
+            on another number). Else see `prompt.answer_format`.
     """
 
     def __init__(self, tokenizer: Any, context: str, *, action_dim: int, decimals: int) -> None:

@@ -55,9 +55,6 @@ class Transformer:
     """The language model of a backbone, with the weights that it has now.
 
     Merged weights are a second copy of the model's: 5.5 GB for Qwen2.5-VL-3B in bfloat16.
-
-    Raises:
-        ValueError: the model has layers that are not supported.
     """
 
     def __init__(self, backbone: Backbone) -> None:
@@ -116,11 +113,7 @@ class Transformer:
 
 
 class Layer:
-    """A layer with the present weights of a module of transformers.
-
-    Raises:
-        ValueError: an adapter replaces the whole layer, its attention or its MLP.
-    """
+    """A layer with the present weights of a module of transformers."""
 
     def __init__(self, module: Any) -> None:
         module = bare(module)

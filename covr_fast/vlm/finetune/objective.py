@@ -13,6 +13,7 @@ from ..answer.grammar import ActionGrammar
 from ..decode.decoder import Layout
 from ..model.backbones import Backbone, ImageFeatures
 from ..model.rows import Prefix, RecordingCache, TrainingCache, arrange
+from .config import TunerConfig
 
 IGNORE = -100
 
@@ -105,14 +106,10 @@ class AnswerModel:
 
 
 class RoundImages:
-    """Image features of a round's samples.
+    """Image features of a round's samples, of which the round looks at `rows`.
 
-    Args:
-        rows: the rows that the round looks at.
-        once: compute their features now, `micro_batch` frames at a time, and keep them: n x D numbers for
-            each row. Features that depend on trained weights are computed at every call all the same.
-        shift: the largest random shift of `shifted`, in pixels.
-        generator: of the random shifts, on the CPU.
+    Features that training does not change are computed once, here, and kept: n x D numbers for each row.
+    `generator`, on the CPU, draws the random shifts.
     """
 
     def __init__(
@@ -120,21 +117,18 @@ class RoundImages:
         model: AnswerModel,
         samples: Samples,
         rows: Tensor,
-        *,
-        once: bool,
-        micro_batch: int,
-        shift: int,
+        config: TunerConfig,
         generator: torch.Generator,
     ) -> None:
         self._model = model
         self._samples = samples
-        self._shift = shift
+        self._shift = config.shift
         self._generator = generator
         self._kept: ImageFeatures | None = None
-        if once:
+        if config.cache_image_features and config.mode == "lora" and config.shift == 0:
             self._place = torch.full((len(samples.weights),), -1, dtype=torch.int64)
             self._place[rows] = torch.arange(len(rows))
-            self._kept = self._frozen_features(rows.split(micro_batch))
+            self._kept = self._frozen_features(rows.split(config.micro_batch))
 
     def _frozen_features(self, parts: Sequence[Tensor]) -> ImageFeatures | None:
         """The features of all parts of the rows; None if they depend on trained weights."""

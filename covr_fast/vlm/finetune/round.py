@@ -60,15 +60,7 @@ def run_round(
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + number)
     held_out, training = split(samples.weights, config.held_out, generator)
     trained = training[samples.weights[training] > 0]
-    images = RoundImages(
-        model,
-        samples,
-        torch.cat((trained, held_out)),
-        once=config.cache_image_features and config.mode == "lora" and config.shift == 0,
-        micro_batch=config.micro_batch,
-        shift=config.shift,
-        generator=generator,
-    )
+    images = RoundImages(model, samples, torch.cat((trained, held_out)), config, generator)
     per_epoch = math.ceil(len(training) / config.batch_size)
     total = min(per_epoch * config.epochs, config.max_steps or per_epoch * config.epochs)
     optimizer = torch.optim.AdamW(

@@ -32,10 +32,8 @@ def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -
     """The attention implementation to load a model with, by transformers' name.
 
     "auto" takes the newest FlashAttention that is installed and fits the GPU and dtype, else torch's SDPA
-    (which on CUDA uses FlashAttention too). The choice and the reasons are logged.
-
-    Raises:
-        ValueError: `requested` is unknown, or cannot run here; the message says what is missing.
+    (which on CUDA uses FlashAttention too). The choice and the reasons are logged. A ValueError says why
+    another request cannot run here.
     """
     if requested not in CHOICES:
         raise ValueError(f"attention={requested!r} is not one of {', '.join(CHOICES)}")

@@ -44,9 +44,6 @@ class Backbone:
     """A VLM whose position ids count up by one, such as LLaVA-1.5.
 
     `model` is transformers' `...ForConditionalGeneration`, or a peft model around one.
-
-    Raises:
-        ValueError: the model has an adapter that is not supported, or the processor has no image token.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ("llava",)
@@ -157,11 +154,7 @@ class Backbone:
     # ---- the prompt ----
 
     def render(self, prompt: str) -> str:
-        """The conversation up to the answer. The task comes before the image, so that all frames share it.
-
-        Raises:
-            ValueError: the prompt contains a special token of conversations, or the template has no image.
-        """
+        """The conversation up to the answer. The task comes before the image, so that all frames share it."""
         special = self._special_tokens()
         tokens = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         if found := [token for token in tokens if token in special]:

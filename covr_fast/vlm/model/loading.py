@@ -70,13 +70,8 @@ def load_backbone(
 ) -> Backbone:
     """Loads a model and its processor, and the adapter if `model` is the directory of one.
 
-    Args:
-        quantization: from `quantized.quantization_settings`; None loads the weights as they are stored.
-
-    Raises:
-        FileNotFoundError: `model`, or an adapter's base, looks like a path and does not exist.
-        ValueError: the architecture is not supported, the attention cannot run here, an adapter does not fit
-            its base, or the quantization is not supported.
+    Quantization settings are those of `quantized.quantization_settings`; None loads the weights as they are
+    stored. For the errors see `ActionPrior.from_pretrained`.
     """
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

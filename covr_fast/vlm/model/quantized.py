@@ -12,12 +12,8 @@ from torch import nn
 def quantization_settings(asked: Any) -> dict[str, Any]:
     """The settings for `bitsandbytes_config` that an argument means, as JSON types; empty for "none".
 
-    Args:
-        asked: "none", "8bit" (LLM.int8()), "4bit" (NF4 with quantized scales, as in QLoRA) or a
-            `transformers.BitsAndBytesConfig`.
-
-    Raises:
-        ValueError: it is something else.
+    "8bit" is LLM.int8(); "4bit" is NF4 with quantized scales, as in QLoRA. A `BitsAndBytesConfig` of
+    transformers is taken as it is.
     """
     if asked == "none":
         return {}

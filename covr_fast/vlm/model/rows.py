@@ -216,11 +216,7 @@ AttentionInterface.register(PACKED_SDPA, packed_sdpa)
 
 
 def training_attention(attention: str, packing: str) -> str:
-    """The implementation with which a decoder loaded with `attention` is trained; see `TunerConfig.packing`.
-
-    Raises:
-        ValueError: this attention does not support `packing`.
-    """
+    """The implementation that trains a decoder loaded with `attention`; see `TunerConfig.packing`."""
     remedy = "set packing='auto', or open the prior with attention='sdpa'"
     if packing == "off" and is_flash(attention):
         raise ValueError(f"packing='off' cannot be had with {attention!r}, which takes no padding: {remedy}")
