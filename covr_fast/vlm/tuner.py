@@ -53,7 +53,7 @@ class VLMTuner:
             self._backbone = make_replica(prior.backbone, config.mode)
         self._backbone.attention = attention
         if config.gradient_checkpointing:
-            self._checkpoint_activations()
+            self._backbone.checkpoint_activations()
         self._device = self._backbone.device
         self._lane = Lane(self._device)
         self._thread: threading.Thread | None = None
@@ -192,15 +192,6 @@ class VLMTuner:
             assign(trainable(self._backbone.model), self._before)
             self._before = None
             self.rounds -= 1
-
-    def _checkpoint_activations(self) -> None:
-        """Layers recompute their activations. They alone are in training mode, so dropout stays off."""
-        from transformers.modeling_layers import GradientCheckpointingLayer
-
-        self._backbone.base.gradient_checkpointing_enable({"use_reentrant": False})
-        for module in self._backbone.model.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                module.training = True
 
 
 def _check_mode(prior: ActionPrior, mode: str) -> None:

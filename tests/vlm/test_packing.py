@@ -1,13 +1,13 @@
 """Packed rows: the same losses, gradients and rounds as padded ones, without their padding."""
 
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny import WRITERS, frames_for, make_nano, open_prior, seeded, write_checkpoint
-from torch import Tensor, nn
+from torch import Tensor
 
 from covr_fast.vlm import ActionPrior, TunerConfig, VLMTuner
 from covr_fast.vlm.finetune.lora import add_lora, trainable
@@ -49,8 +49,7 @@ class Micro:
     def __init__(self, prior: ActionPrior, frames: Tensor, *, checkpointing: bool = False) -> None:
         self.backbone = prior.backbone
         if checkpointing:
-            self.backbone.base.gradient_checkpointing_enable({"use_reentrant": False})
-            self.backbone.model.train()
+            self.backbone.checkpoint_activations()
         layout = prior.layout(tuple(frames.shape[2:]))
         self.model = AnswerModel(self.backbone, layout, checkpointing=checkpointing)
         self.samples = Samples.build(prior.grammar, frames, ACTIONS, RETURNS)
@@ -127,16 +126,6 @@ def test_a_single_short_answer(opened):
     agree(micro.gradients(training_attention("sdpa", "on"), row), micro.gradients("sdpa", row))
 
 
-class Attention(nn.Module):
-    """What transformers' attention functions read of their module."""
-
-    is_causal = True
-
-    def __init__(self, groups: int) -> None:
-        super().__init__()
-        self.num_key_value_groups = groups
-
-
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("past", [0, 4])
 @pytest.mark.parametrize("lengths", [[3, 7, 1, 4], [2, 7], [5], [1, 1]])
@@ -152,9 +141,8 @@ def test_packed_attention_is_attention_per_row(lengths, past, groups):
     packed = Packed(torch.tensor(lengths), 7, past, CPU)
     keys, values = TrainingCache([prefix], packed).update(k, v, 0) if past else (k, v)
     arguments = packed.attention(q)
-    out, _ = packed_sdpa(
-        Attention(groups), q, keys, values, arguments.pop("attention_mask"), scaling=0.3, **arguments
-    )
+    module = SimpleNamespace(is_causal=True, num_key_value_groups=groups)
+    out, _ = packed_sdpa(module, q, keys, values, scaling=0.3, **arguments)
 
     expected = []
     for qs, ks, vs in zip(*(x.split(lengths, 2) for x in (q, k, v)), strict=True):

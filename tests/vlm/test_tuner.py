@@ -473,18 +473,16 @@ def test_training_sees_shifted_frames_and_the_held_out_loss_does_not(nano, monke
 def test_arguments_that_do_not_fit(nano):
     frames, actions = colours(4)
     tuner = quick(nano)
-    with pytest.raises(ValueError, match="at least one frame"):
-        tuner.start(frames[:0], actions[:0], torch.ones(0))
-    with pytest.raises(ValueError, match=r"actions must have shape \[4, 2\]"):
-        tuner.start(frames, actions[:, :1], torch.ones(4))
-    with pytest.raises(ValueError, match=r"returns must have shape \[4\]"):
-        tuner.start(frames, actions, torch.ones(3))
-    with pytest.raises(ValueError, match="finite"):
-        tuner.start(frames, actions, torch.tensor([1.0, float("nan"), 0.0, 0.0]))
-    with pytest.raises(TypeError, match="frames must be a uint8"):
-        tuner.start(frames.float(), actions, torch.ones(4))
-    with pytest.raises(ValueError, match="finite"):
-        tuner.start(frames, actions, torch.full((4,), torch.inf))
+    for arguments, error, message in (
+        ((frames[:0], actions[:0], torch.ones(0)), ValueError, "at least one frame"),
+        ((frames, actions[:, :1], torch.ones(4)), ValueError, r"actions must have shape \[4, 2\]"),
+        ((frames, actions, torch.ones(3)), ValueError, r"returns must have shape \[4\]"),
+        ((frames, actions, torch.tensor([1.0, torch.nan, 0.0, 0.0])), ValueError, "finite"),
+        ((frames, actions, torch.full((4,), torch.inf)), ValueError, "finite"),
+        ((frames.float(), actions, torch.ones(4)), TypeError, "frames must be a uint8"),
+    ):
+        with pytest.raises(error, match=message):
+            tuner.start(*arguments)
     assert tuner.rounds == 0
 
 

@@ -95,7 +95,8 @@ class Decoder:
     @torch.no_grad()
     def __init__(self, weights: DecoderWeights, layout: Layout) -> None:
         self._weights = weights
-        self._layout = layout
+        self._image_at = layout.image_at
+        self._capacity = layout.prompt_length + weights.grammar.max_length
         self._transformer = weights.transformer
         self._attention = weights.transformer.attention(layout.positions)
         self._body = weights.embed(torch.cat((layout.body, weights.opening)))[None]
@@ -124,8 +125,7 @@ class Decoder:
         weights, batch = self._weights, len(image.tokens)
         cache.length = self._prefix.length
         body = self._body.expand(batch, -1, -1)
-        places = self._layout.image_at
-        hidden = self._transformer(body, self._attention, cache, image_at=places, image=image)
+        hidden = self._transformer(body, self._attention, cache, image_at=self._image_at, image=image)
         state = torch.zeros(batch, dtype=torch.int64, device=hidden.device)
         action = torch.zeros(batch, weights.grammar.action_dim, dtype=torch.float32, device=hidden.device)
         answer = [weights.opening.expand(batch, -1)]
@@ -144,8 +144,7 @@ class Decoder:
 
     def new_cache(self, batch: int) -> KeyValueCache:
         """A cache of `batch` rows that begins with the prefix."""
-        capacity = self._layout.prompt_length + self._weights.grammar.max_length
-        return self._transformer.new_cache(batch, capacity, self._prefix)
+        return self._transformer.new_cache(batch, self._capacity, self._prefix)
 
     def _cache(self, batch: int) -> KeyValueCache:
         """The cache for this batch size. Two are kept: for full batches and for the last one."""

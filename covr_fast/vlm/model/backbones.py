@@ -132,6 +132,15 @@ class Backbone:
         dtype: torch.dtype = self.decoder.dtype
         return dtype
 
+    def checkpoint_activations(self) -> None:
+        """Layers recompute their activations. They alone are in training mode, so dropout stays off."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        self.base.gradient_checkpointing_enable({"use_reentrant": False})
+        for module in self.model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True
+
     def embed(self, tokens: Tensor) -> Tensor:
         """int64[...] -> [..., D]."""
         embeddings: Tensor = self.base.get_input_embeddings()(tokens)

@@ -35,15 +35,9 @@ class PatchPixels:
         """The size that the model sees, a multiple of `patch * merge` within the processor's pixel limits."""
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-        size = self._processor.size
-        rows, columns = smart_resize(
-            height,
-            width,
-            factor=self.patch * self.merge,
-            min_pixels=size["shortest_edge"],
-            max_pixels=size["longest_edge"],
-        )
-        return rows, columns
+        limits, factor = self._processor.size, self.patch * self.merge
+        size = smart_resize(height, width, factor, limits["shortest_edge"], limits["longest_edge"])
+        return size[0], size[1]
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Patches in height and width."""
