@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,27 +19,23 @@ from .decode.graph import GraphedDecoder
 from .decode.reference import generate_answers
 from .memory import out_of_memory
 from .mode import own_mode
-from .model.adapters import check_adapter_directory
 from .model.backbones import Backbone
 from .model.folder import model_folder, replaced_model, same_folder
 from .model.loading import Settings, load_backbone
 from .model.quantized import quantization_settings
 
 
+@dataclass(eq=False)
 class PriorBatch:
-    """The VLM's answers to a batch of frames.
+    """The VLM's answers to a batch of frames."""
 
-    Attributes:
-        action: float32[B, A], each number in [-1, 1].
-        token_ids: int64[B, L], the answers with their end-of-turn token, padded at the right.
-        version: of the weights that answered. It goes up by 1 with every change of the prior's weights.
-    """
-
-    def __init__(self, action: Tensor, token_ids: Tensor, version: int, grammar: ActionGrammar) -> None:
-        self.action = action
-        self.token_ids = token_ids
-        self.version = version
-        self._grammar = grammar
+    action: Tensor
+    """float32[B, A], each number in [-1, 1]."""
+    token_ids: Tensor
+    """int64[B, L], the answers with their end-of-turn token, padded at the right."""
+    version: int
+    """Of the weights that answered. It goes up by 1 with every change of the prior's weights."""
+    _grammar: ActionGrammar
 
     @cached_property
     def text(self) -> list[str]:
@@ -75,8 +71,9 @@ class ActionPrior:
         self.base_tuned = False
         """Whether the weights without adapters differ from those in `backbone.source`."""
         self._layouts: dict[tuple[int, int], Layout] = {}
-        self._weights: DecoderWeights | None = None
         self._decoders: dict[tuple[int, int], Decoder | GraphedDecoder] = {}
+        self._weights: DecoderWeights | None = None
+        """Of all decoders. None until a decoder needs them."""
         # One for all decoders: each has a stream, nothing else may use that while a graph is recorded, and
         # torch has 32 streams, which it gives out again from the first on.
         self._graphs = CudaGraphs(backbone.device) if graph and backbone.device.type == "cuda" else None
@@ -137,7 +134,6 @@ class ActionPrior:
             dtype = getattr(torch, saved.dtype) if dtype is None and saved.dtype else dtype
             asked = saved.quantization if asked is None else asked
         action_dim, decimals = answer_format(action_dim, 2 if decimals is None else decimals)
-        check_adapter_directory(Path(model))
         with own_mode(device, grad=True):
             backbone = load_backbone(
                 model, seed=seed, attention=attention, dtype=dtype, device=device, quantization=asked
@@ -206,20 +202,17 @@ class ActionPrior:
 
     def _decode(self, images: Tensor, temperature: float, noise: Tensor | None) -> tuple[Tensor, Tensor]:
         size = (images.shape[2], images.shape[3])
-        features = self.backbone.image_features(self.backbone.pixels(images), len(images), size)
+        features = self.backbone.image_features(images)
         if size not in self._decoders:
-            self._decoders[size] = self._make_decoder(size)
+            if self._weights is None:
+                self._weights = DecoderWeights(self.backbone, self.grammar)
+            decoder = Decoder(self._weights, self.layout(size))
+            self._decoders[size] = GraphedDecoder(decoder, self._graphs) if self._graphs else decoder
         return self._decoders[size](features, temperature, noise)
 
     def _generate(self, images: Tensor, temperature: float, noise: Tensor | None) -> tuple[Tensor, Tensor]:
         tokens = generate_answers(self.backbone, self.text, self.grammar, images, temperature, noise)
         return self.grammar.actions(tokens), tokens
-
-    def _make_decoder(self, size: tuple[int, int]) -> Decoder | GraphedDecoder:
-        if self._weights is None:
-            self._weights = DecoderWeights(self.backbone, self.grammar)
-        decoder = Decoder(self._weights, self.layout(size))
-        return decoder if self._graphs is None else GraphedDecoder(decoder, self._graphs)
 
     def layout(self, size: tuple[int, int]) -> Layout:
         """How the prompt is laid out for frames of `size` (height, width)."""

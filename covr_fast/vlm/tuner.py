@@ -45,10 +45,6 @@ class VLMTuner:
         """Rounds so far, with the running one. It is part of each round's seed: set it to resume a run."""
         attention = training_attention(prior.backbone.attention, config.packing)
         _check_mode(prior, config.mode)
-        if config.mode == "lora":
-            check_tunable(prior.backbone.model)
-        else:
-            check_foldable(prior.backbone.model)
         with prior.lock, own_mode(prior.device, grad=True):
             if config.mode == "lora":
                 add_lora(prior.backbone, config.lora_rank, config.lora_alpha, config.seed)
@@ -57,7 +53,7 @@ class VLMTuner:
             self._backbone = make_replica(prior.backbone, config.mode)
         self._backbone.attention = attention
         if config.gradient_checkpointing:
-            self._checkpoint_activations()
+            self._backbone.checkpoint_activations()
         self._device = self._backbone.device
         self._lane = Lane(self._device)
         self._thread: threading.Thread | None = None
@@ -102,11 +98,9 @@ class VLMTuner:
         if not self.config.overlap:
             self._run(samples)
             return
+        arguments = (samples, mark(self._device), torch.get_num_threads())
         self._thread = threading.Thread(
-            target=self._run_in_thread,
-            args=(samples, mark(self._device), torch.get_num_threads()),
-            name="vlm-tuner",
-            daemon=True,
+            target=self._run_in_thread, args=arguments, name="vlm-tuner", daemon=True
         )
         self._thread.start()
 
@@ -170,11 +164,7 @@ class VLMTuner:
             self._error = error
 
     def _run(self, samples: Samples, ready: "torch.cuda.Event | None" = None) -> None:
-        """A round on the tuner's stream.
-
-        Args:
-            ready: the `mark` after which the samples may be read. None: all of the caller's stream.
-        """
+        """A round on the tuner's stream, after the mark `ready`, or after all of the caller's stream."""
         remedy = f"lower micro_batch (it is {self.config.micro_batch}) or set gradient_checkpointing"
         with out_of_memory("fine-tuning", remedy), self._lane.work(samples.frames, after=ready):
             self._report = self._train(samples)
@@ -203,17 +193,9 @@ class VLMTuner:
             self._before = None
             self.rounds -= 1
 
-    def _checkpoint_activations(self) -> None:
-        """Layers recompute their activations. They alone are in training mode, so dropout stays off."""
-        from transformers.modeling_layers import GradientCheckpointingLayer
-
-        self._backbone.base.gradient_checkpointing_enable({"use_reentrant": False})
-        for module in self._backbone.model.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                module.training = True
-
 
 def _check_mode(prior: ActionPrior, mode: str) -> None:
+    """Raises ValueError unless the prior's model can be tuned in this mode."""
     if mode == "full" and prior.backbone.quantized:
         raise ValueError(
             "mode='full' cannot train quantized weights: take mode='lora', or open the prior with "
@@ -224,6 +206,8 @@ def _check_mode(prior: ActionPrior, mode: str) -> None:
             f"mode='lora' would adapt weights that are no longer those of {prior.backbone.source!r}: "
             "save the prior and open it again, or take mode='full'"
         )
+    check = check_tunable if mode == "lora" else check_foldable
+    check(prior.backbone.model)
 
 
 def _check_samples(prior: ActionPrior, frames: Tensor, actions: Tensor, returns: Tensor) -> None:

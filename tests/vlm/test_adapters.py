@@ -7,11 +7,11 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftMixedModel, get_peft_model
-from tiny import ACTIONS, WRITERS, model_loss, open_prior, random_frames
+from tiny import ACTIONS, equal, make_nano, model_loss, open_prior, random_frames, seeded, write_checkpoint
 from torch import nn
 
 from covr_fast.vlm import ActionPrior, TunerConfig, VLMTuner
-from covr_fast.vlm.finetune.lora import trainable
+from covr_fast.vlm.finetune.lora import snapshot, trainable
 from covr_fast.vlm.finetune.objective import AnswerModel, RoundImages, Samples, weighted_loss
 from covr_fast.vlm.model.adapters import LAYERWISE, check_adapter, linear_weights
 
@@ -20,7 +20,7 @@ QUICK = {"lora_rank": 4, "epochs": 1, "batch_size": 4, "micro_batch": 4, "learni
 
 def randomize(parameters) -> None:
     """Fresh adapters mostly change nothing."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     with torch.no_grad():
         for p in parameters:
             if p.is_floating_point():
@@ -73,9 +73,7 @@ def test_answers_and_losses_on_every_backbone(opened, place):
     prior, frames = opened
     plain = model_loss(prior, frames).item()
     adapt(prior, PLACES[place](prior))
-    assert abs(model_loss(prior, frames).item() - plain) > 1e-4, (
-        "the adapter changes nothing: nothing is shown"
-    )
+    assert abs(model_loss(prior, frames).item() - plain) > 1e-4, "the adapter changes nothing"
     assert torch.equal(prior(frames).token_ids, prior.reference(frames).token_ids)
     check_loss(prior, frames)
 
@@ -122,8 +120,7 @@ def test_a_bias_that_the_base_has_no_place_for_is_not_folded_in(opened):
 
 
 def test_tied_adapters_are_served_and_not_tuned(tmp_path):
-    WRITERS["qwen2_vl"](tmp_path)
-    prior, frames = open_prior(tmp_path), random_frames((60, 84))
+    prior, frames = open_prior(write_checkpoint("qwen2_vl", tmp_path)), random_frames((60, 84))
     adapt(prior, lora(prior, target_modules=["embed_tokens"], ensure_weight_tying=True))
     assert torch.equal(prior(frames).token_ids, prior.reference(frames).token_ids)
     with pytest.raises(ValueError, match=r"ensure_weight_tying.* take mode='full'"):
@@ -155,12 +152,8 @@ def test_what_would_open_as_something_else_is_not_saved(state, nano, frames, tmp
         model.disable_adapter_layers()
     with pytest.raises(ValueError, match="only one adapter, named 'default', active and enabled"):
         nano.save_pretrained(folder)
-    assert torch.equal(open_prior_of(folder)(frames).token_ids, before)
-
-
-def open_prior_of(folder) -> ActionPrior:
-    """With the prompt that it was saved with."""
-    return ActionPrior.from_pretrained(folder, action_dim=2, device="cpu")
+    saved = ActionPrior.from_pretrained(folder, action_dim=2, device="cpu")
+    assert torch.equal(saved(frames).token_ids, before)
 
 
 @pytest.mark.parametrize("place", ["lora_bias", "vision", "head"])
@@ -202,10 +195,17 @@ TYPES = {
 }
 
 
-def nano_adapted(frames, config) -> ActionPrior:
-    prior = ActionPrior.from_pretrained("nano", action_dim=2, device="cpu")
+def nano_adapted(config) -> ActionPrior:
+    prior = make_nano()
     adapt(prior, config)
     return prior
+
+
+def tune(prior: ActionPrior, frames: torch.Tensor, **options) -> VLMTuner:
+    """A tuner that has finished a round."""
+    tuner = VLMTuner(prior, TunerConfig(**QUICK | options))
+    tuner.start(frames, torch.full((len(frames), 2), 0.5), torch.arange(float(len(frames))))
+    return tuner
 
 
 def test_all_types_are_tried():
@@ -215,7 +215,7 @@ def test_all_types_are_tried():
 @pytest.mark.parametrize("kind", TYPES)
 def test_every_type(kind, shared_nano, frames):
     cls = peft.PEFT_TYPE_TO_CONFIG_MAPPING[kind]
-    prior = nano_adapted(frames, cls(**{"target_modules": LAYERS} | TYPES[kind]))
+    prior = nano_adapted(cls(**{"target_modules": LAYERS} | TYPES[kind]))
     with torch.no_grad():
         assert (model_loss(prior, frames[:4]) - model_loss(shared_nano, frames[:4])).abs() > 1e-5
     answers = prior(frames)
@@ -243,7 +243,7 @@ def test_every_type(kind, shared_nano, frames):
     ids=lambda options: next(reversed(options)),
 )
 def test_forms_of_lora(options, frames):
-    prior = nano_adapted(frames, LoraConfig(**{"r": 4, "target_modules": LAYERS} | options))
+    prior = nano_adapted(LoraConfig(**{"r": 4, "target_modules": LAYERS} | options))
     assert torch.equal(prior(frames).token_ids, prior.reference(frames).token_ids)
     check_loss(prior, frames[:4])
 
@@ -251,8 +251,8 @@ def test_forms_of_lora(options, frames):
 # ---------------------------------------------------------------------- the state of adapters
 
 
-def two_adapters(frames) -> ActionPrior:
-    prior = nano_adapted(frames, LoraConfig(r=4, target_modules=LAYERS))
+def two_adapters() -> ActionPrior:
+    prior = nano_adapted(LoraConfig(r=4, target_modules=LAYERS))
     model = prior.backbone.model
     model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj", "down_proj"], use_dora=True))
     randomize(p for name, p in model.named_parameters() if ".other." in name)
@@ -260,7 +260,7 @@ def two_adapters(frames) -> ActionPrior:
 
 
 def test_several_active_adapters(frames):
-    prior = two_adapters(frames)
+    prior = two_adapters()
     seen = []
     for active in (["default"], ["other"], ["default", "other"]):
         prior.backbone.model.base_model.set_adapter(active)
@@ -275,7 +275,7 @@ def test_several_active_adapters(frames):
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("disabled", [False, True])
 def test_merged_and_disabled_adapters(merged, disabled, shared_nano, frames):
-    prior = two_adapters(frames)
+    prior = two_adapters()
     expected = (shared_nano if disabled else prior)(frames).token_ids
     if merged:
         prior.backbone.model.merge_adapter()
@@ -288,7 +288,7 @@ def test_merged_and_disabled_adapters(merged, disabled, shared_nano, frames):
 
 def test_a_disabled_copy_of_a_head(shared_nano, frames):
     config = LoraConfig(r=4, target_modules=LAYERS, modules_to_save=["lm_head", "embed_tokens"])
-    prior = nano_adapted(frames, config)
+    prior = nano_adapted(config)
     prior.backbone.model.base_model.disable_adapter_layers()
     assert torch.equal(prior(frames).token_ids, shared_nano(frames).token_ids)
     assert torch.equal(prior.reference(frames).token_ids, shared_nano(frames).token_ids)
@@ -296,30 +296,27 @@ def test_a_disabled_copy_of_a_head(shared_nano, frames):
 
 def test_serving_leaves_the_adapter_alone(frames):
     """Merging is done on a copy: the model's own weights stay as they are, bit for bit."""
-    prior = nano_adapted(frames, LoraConfig(r=4, target_modules=LAYERS, use_dora=True))
+    prior = nano_adapted(LoraConfig(r=4, target_modules=LAYERS, use_dora=True))
     before = copy.deepcopy(prior.backbone.model.state_dict())
     prior(frames)
     after = prior.backbone.model.state_dict()
     assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert equal(before.values(), after.values())
 
 
 def test_dropout_is_off_in_answers_whatever_the_models_mode(frames):
-    prior = nano_adapted(frames, peft.LoHaConfig(r=4, target_modules=LAYERS, module_dropout=0.5))
+    prior = nano_adapted(peft.LoHaConfig(r=4, target_modules=LAYERS, module_dropout=0.5))
     expected = prior(frames).token_ids
-    prior.backbone.model.train()
-    assert torch.equal(prior(frames).token_ids, expected)
-    prior.backbone.model.train()
-    assert torch.equal(prior.reference(frames).token_ids, expected)
+    for ask in (prior, prior.reference):
+        prior.backbone.model.train()
+        assert torch.equal(ask(frames).token_ids, expected)
 
 
 def test_dropout_is_off_in_rounds_with_and_without_checkpointing(frames):
     losses = []
     for checkpointing in (False, True):
-        prior = nano_adapted(frames, LoraConfig(r=4, target_modules=LAYERS, lora_dropout=0.5))
-        tuner = VLMTuner(prior, TunerConfig(**QUICK, gradient_checkpointing=checkpointing))
-        tuner.start(frames, torch.full((5, 2), 0.5), torch.arange(5.0))
-        losses.append(tuner.poll().loss_after)
+        prior = nano_adapted(LoraConfig(r=4, target_modules=LAYERS, lora_dropout=0.5))
+        losses.append(tune(prior, frames, gradient_checkpointing=checkpointing).poll().loss_after)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -327,13 +324,11 @@ def test_dropout_is_off_in_rounds_with_and_without_checkpointing(frames):
 @pytest.mark.parametrize("place", ["dora", "vision", "head", "tokens", "oft"])
 def test_other_dtypes(place, dtype, frames):
     """peft keeps adapters of a bfloat16 model in float32."""
-    prior = ActionPrior.from_pretrained("nano", action_dim=2, device="cpu", dtype=dtype)
+    prior = make_nano(dtype=dtype)
     adapt(prior, PLACES[place](prior))
     same = prior(frames).token_ids == prior.reference(frames).token_ids
     assert same.all() if dtype == torch.float64 else same.float().mean() > 0.7
-    tuner = VLMTuner(prior, TunerConfig(**QUICK))
-    tuner.start(frames, torch.full((5, 2), 0.5), torch.arange(5.0))
-    assert tuner.poll().loss_after > 0
+    assert tune(prior, frames).poll().loss_after > 0
 
 
 # ---------------------------------------------------------------------- layers that are not what they seem
@@ -352,7 +347,7 @@ def doubled(layer: nn.Linear) -> nn.Linear:
 
 def test_linear_layers_of_another_type_and_hooked_ones_are_called(frames):
     for change in ("type", "hook", "forward"):
-        prior = ActionPrior.from_pretrained("nano", action_dim=2, device="cpu")
+        prior = make_nano()
         plain = prior(frames).token_ids
         for layer in (
             *(block.mlp for block in prior.backbone.decoder.layers),
@@ -386,38 +381,27 @@ def test_a_base_layer_of_another_type_is_not_merged():
 def test_an_adapter_that_reaches_the_vision_tower_is_trained_there(frames):
     moved = []
     for cached in (False, True):
-        prior = ActionPrior.from_pretrained("nano", action_dim=2, device="cpu")
+        prior = make_nano()
         adapt(prior, lora(prior, target_modules=[*seeing(prior), "q_proj"]))
-        tuner = VLMTuner(prior, TunerConfig(**QUICK, cache_image_features=cached))
-        before = [p.detach().clone() for p in trainable(prior.backbone.model)]
-        tuner.start(frames, torch.full((5, 2), 0.5), torch.arange(5.0))
-        tuner.publish()
+        before = snapshot(trainable(prior.backbone.model))
+        tune(prior, frames, cache_image_features=cached).publish()
         moved.append([a - b for a, b in zip(trainable(prior.backbone.model), before, strict=True)])
     assert all(step.any() for step in moved[1])
-    for a, b in zip(*moved, strict=True):
-        assert torch.equal(a, b)
+    assert equal(*moved)
 
 
 def test_frozen_image_features_are_cached(frames):
-    prior = ActionPrior.from_pretrained("nano", action_dim=2, device="cpu")
-    adapt(prior, lora(prior))
+    prior = nano_adapted(LoraConfig(r=4, target_modules=LAYERS))
     model = AnswerModel(prior.backbone, prior.layout((84, 84)), checkpointing=False)
     samples = Samples.build(prior.grammar, frames[:4], ACTIONS, torch.ones(4))
-    options = {"once": True, "micro_batch": 3, "shift": 0, "generator": torch.Generator()}
-    assert RoundImages(model, samples, torch.arange(4), **options)._kept is not None
+    arguments = (model, samples, torch.arange(4), TunerConfig(micro_batch=3), torch.Generator())
+    assert RoundImages(*arguments)._kept is not None
     prior.backbone.tower.requires_grad_(True)
-    assert RoundImages(model, samples, torch.arange(4), **options)._kept is None
+    assert RoundImages(*arguments)._kept is None
 
 
-def test_a_frozen_adapter_cannot_be_tuned(frames):
-    prior = nano_adapted(frames, LoraConfig(r=4, target_modules=LAYERS))
-    prior.backbone.model.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"frozen: unfreeze them, or set mode='full'"):
-        VLMTuner(prior)
-
-
-def test_merged_and_disabled_adapters_cannot_be_tuned(frames):
-    prior = nano_adapted(frames, LoraConfig(r=4, target_modules=LAYERS))
+def test_merged_disabled_and_frozen_adapters_cannot_be_tuned():
+    prior = nano_adapted(LoraConfig(r=4, target_modules=LAYERS))
     model = prior.backbone.model
     model.merge_adapter()
     with pytest.raises(ValueError, match=r"merged adapters cannot be tuned: call unmerge_adapter"):
@@ -427,6 +411,10 @@ def test_merged_and_disabled_adapters_cannot_be_tuned(frames):
     with pytest.raises(ValueError, match=r"disabled adapters cannot be tuned: call enable_adapter_layers"):
         VLMTuner(prior)
     VLMTuner(prior, TunerConfig(mode="full"))
+    prior = nano_adapted(LoraConfig(r=4, target_modules=LAYERS))
+    prior.backbone.model.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"frozen: unfreeze them, or set mode='full'"):
+        VLMTuner(prior)
 
 
 # ---------------------------------------------------------------------- what is refused
@@ -471,6 +459,6 @@ def test_adapters_that_a_peft_model_does_not_hold_are_refused():
         lambda model: model.add_adapter(config) or model,
         lambda model: PeftMixedModel(model, config),
     ):
-        prior = ActionPrior.from_pretrained("nano", action_dim=2, device="cpu")
+        prior = make_nano()
         with pytest.raises(ValueError, match=r"holds adapters, but only a peft.PeftModel may"):
             prior.backbone.model = put_on(prior.backbone.model)

@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 from fake_graphs import FakeGraphs
-from tiny import WRITERS
+from tiny import open_prior, random_frames, seeded
 
 from covr_fast.vlm import ActionPrior
 from covr_fast.vlm.decode.decoder import Decoder, DecoderWeights
@@ -15,12 +15,8 @@ from covr_fast.vlm.decode.graph import GraphedDecoder
 SIZE = (84, 84)
 
 
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
-
-
 def frames(count, seed=1):
-    return torch.randint(0, 256, (count, 3, *SIZE), dtype=torch.uint8, generator=seeded(seed))
+    return random_frames(SIZE, count, seed)
 
 
 def make_decoder(prior):
@@ -35,19 +31,24 @@ def graphed(prior):
     return graphs.events
 
 
+def check_batches(ours, theirs, temperature):
+    """Batches of many sizes, whose answers are returned in pairs."""
+    pairs = []
+    for call, count in enumerate((5, 7, 8, 1, 6, 3, 5, 8, 1, 1, 5)):
+        images = frames(count, seed=call).to(ours.device)
+        got, expected = (
+            prior(images, temperature=temperature, generator=seeded(call)) for prior in (ours, theirs)
+        )
+        assert torch.equal(got.token_ids, expected.token_ids)
+        assert torch.equal(got.action, expected.action)
+        pairs.append((got, expected))
+    return pairs
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_answers_do_not_depend_on_filling_up(nano, shared_nano, temperature):
     events = graphed(nano)
-    kept = []
-    for call, count in enumerate((5, 7, 8, 1, 6, 3, 5, 8, 1, 1, 5)):
-        images = frames(count, seed=call)
-        options = {"temperature": temperature, "generator": seeded(call)}
-        got = nano(images, **options)
-        options["generator"] = seeded(call)
-        expected = shared_nano(images, **options)
-        assert torch.equal(got.token_ids, expected.token_ids)
-        assert torch.equal(got.action, expected.action)
-        kept.append((got, expected))
+    kept = check_batches(nano, shared_nano, temperature)
     for got, expected in kept:  # and later calls left them be
         assert torch.equal(got.token_ids, expected.token_ids)
     # Sizes 5 to 8 share a graph, recorded at their third call; so do the three calls of size 1.
@@ -66,18 +67,14 @@ def test_temperatures_share_a_graph(nano, shared_nano):
     assert events.count("capture") == 1
 
 
-@pytest.mark.parametrize("architecture", WRITERS)
-def test_every_backbone(architecture, tmp_path):
-    if architecture == "smolvlm":
-        pytest.importorskip("num2words")
-    WRITERS[architecture](tmp_path)
-    prior = ActionPrior.from_pretrained(tmp_path, action_dim=2, device="cpu")
+def test_every_backbone(checkpoint):
+    prior = open_prior(checkpoint)
     decoder = make_decoder(prior)
     graphs = FakeGraphs()
     replayed = GraphedDecoder(decoder, graphs)
     for call in range(4):
         with torch.no_grad():
-            image = prior.backbone.image_features(prior.backbone.pixels(frames(3, seed=call)), 3, SIZE)
+            image = prior.backbone.image_features(frames(3, seed=call))
         for got, expected in zip(replayed(image, 0.0, None), decoder(image, 0.0, None), strict=True):
             assert torch.equal(got, expected)
         # Keys and values too: tokens hardly show Qwen3-VL's features, which enter several layers.
@@ -113,13 +110,7 @@ def cuda_priors():
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_cuda_graphs_answer_as_the_decoder_does(temperature):
     eager, replayed = cuda_priors()
-    for call, count in enumerate((5, 7, 8, 1, 6, 3, 5, 8, 1, 1, 5)):
-        options = {"temperature": temperature, "generator": seeded(call)}
-        got = replayed(frames(count, seed=call).cuda(), **options)
-        options["generator"] = seeded(call)
-        expected = eager(frames(count, seed=call).cuda(), **options)
-        assert torch.equal(got.token_ids, expected.token_ids)
-        assert torch.equal(got.action, expected.action)
+    check_batches(replayed, eager, temperature)
     assert [type(prior._decoders[SIZE]) for prior in (eager, replayed)] == [Decoder, GraphedDecoder]
 
 
@@ -130,10 +121,10 @@ def test_cuda_graphs_do_not_grow_and_follow_new_weights():
     for _ in range(4):
         replayed(images)
     torch.cuda.synchronize()
-    held = torch.cuda.memory_allocated()
+    allocated = torch.cuda.memory_allocated()
     for _ in range(100):
         replayed(images)
-    assert torch.cuda.memory_allocated() == held
+    assert torch.cuda.memory_allocated() == allocated
     for prior in (eager, replayed):
         with torch.no_grad():
             for weight in prior.backbone.model.parameters():

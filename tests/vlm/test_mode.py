@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 import torch
+from tiny import equal, make_nano, random_frames, weights_of
 
 from covr_fast.vlm import ActionPrior, TunerConfig, VLMTuner
 
@@ -27,10 +28,6 @@ MODES = {
 }
 
 
-def open_prior(dtype=None) -> ActionPrior:
-    return ActionPrior.from_pretrained("nano", action_dim=2, device="cpu", dtype=dtype)
-
-
 def tune(prior: ActionPrior, frames: torch.Tensor, mode: str) -> float:
     config = TunerConfig(mode=mode, lora_rank=4, epochs=1, batch_size=4, micro_batch=4, shift=1)
     tuner = VLMTuner(prior, config)
@@ -49,23 +46,18 @@ def answers(prior: ActionPrior, frames: torch.Tensor) -> list[torch.Tensor]:
     return [tensor for batch in batches for tensor in (batch.token_ids, batch.action)]
 
 
-def same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-
-
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def plain(request):
-    """What comes out where the caller has set nothing."""
     return plain_results(request.param)
 
 
 @cache  # and no fixture of the module, which would not run at the tests' number of threads
 def plain_results(dtype):
-    generator = torch.Generator().manual_seed(1)
-    frames = torch.randint(0, 256, (5, 3, 84, 84), dtype=torch.uint8, generator=generator)
+    """What comes out where the caller has set nothing."""
+    frames = random_frames((84, 84), 5, seed=1)
     rounds = {}
     for mode in ("lora", "full"):
-        prior = open_prior(dtype)
+        prior = make_nano(dtype=dtype)
         untuned = answers(prior, frames)
         rounds[mode] = tune(prior, frames, mode), answers(prior, frames)
     return dtype, frames, untuned, rounds
@@ -77,22 +69,22 @@ def test_what_is_made_in_a_mode_serves_outside_of_it(plain, name, tuning):
     """A model opened in it, answers made in it; then answers and a round without it."""
     dtype, frames, untuned, rounds = plain
     with MODES[name]():
-        prior = open_prior(dtype)
-        assert same(answers(prior, frames), untuned)
-    assert same(answers(prior, frames), untuned)
+        prior = make_nano(dtype=dtype)
+        assert equal(answers(prior, frames), untuned)
+    assert equal(answers(prior, frames), untuned)
     assert tune(prior, frames, tuning) == rounds[tuning][0]
-    assert same(answers(prior, frames), rounds[tuning][1])
+    assert equal(answers(prior, frames), rounds[tuning][1])
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 @pytest.mark.parametrize("name", MODES)
 def test_rounds_in_a_mode(plain, name, tuning):
     dtype, frames, _, rounds = plain
-    prior = open_prior(dtype)
+    prior = make_nano(dtype=dtype)
     with MODES[name]():
         assert tune(prior, frames, tuning) == rounds[tuning][0]
-        assert same(answers(prior, frames), rounds[tuning][1])
-    assert same(answers(prior, frames), rounds[tuning][1])
+        assert equal(answers(prior, frames), rounds[tuning][1])
+    assert equal(answers(prior, frames), rounds[tuning][1])
 
 
 def test_frames_made_in_inference_mode_are_trained_on(nano):
@@ -117,8 +109,8 @@ def test_the_callers_modes_stay(nano, frames):
 def test_plans_made_in_inference_mode_are_trained_with(nano, frames):
     backbone = nano.backbone
     with torch.inference_mode():
-        backbone.plan(5, (84, 84))
-    features = backbone.image_features(backbone.pixels(frames), 5, (84, 84))
+        nano(frames)
+    features = backbone.image_features(frames)
     features.tokens.sum().backward()
     assert backbone.tower.blocks[0].attn.qkv.weight.grad is not None
 
@@ -127,8 +119,7 @@ def test_nano_is_drawn_in_float32_whatever_the_default(shared_nano):
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        prior = open_prior(torch.float32)
+        prior = make_nano(dtype=torch.float32)
     finally:
         torch.set_default_dtype(before)
-    pairs = zip(prior.backbone.model.parameters(), shared_nano.backbone.model.parameters(), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
+    assert equal(weights_of(prior), weights_of(shared_nano))

@@ -17,6 +17,14 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+def check(folder, text):
+    """The folder contains this model and the user's notes, and nothing is left beside it."""
+    assert (folder / "model.safetensors").read_text() == text
+    assert (folder / "notes" / "a.txt").read_text() == "mine"
+    assert names(folder) == ["model.safetensors", "notes"]
+    assert names(folder.parent) == ["model"]
+
+
 @pytest.fixture
 def used(tmp_path):
     folder = tmp_path / "model"
@@ -29,17 +37,13 @@ def used(tmp_path):
 def test_the_old_model_goes_and_other_files_stay(used):
     (used / "adapter_config.json").write_text("{}")
     save(used, "two")
-    assert names(used) == ["model.safetensors", "notes"]
-    assert (used / "model.safetensors").read_text() == "two"
-    assert names(used.parent) == ["model"]
+    check(used, "two")
 
 
 def test_a_failure_changes_nothing(used):
     with pytest.raises(TypeError):
         save(used, 12)
-    assert (used / "model.safetensors").read_text() == "one"
-    assert names(used) == ["model.safetensors", "notes"]
-    assert names(used.parent) == ["model"]
+    check(used, "one")
 
 
 @pytest.mark.parametrize("calls", [1, 2, 3])
@@ -61,9 +65,7 @@ def test_killed_at_any_move(used, monkeypatch, calls):
             save(used, "two")
     assert (model_folder(used) / "model.safetensors").read_text() == ("two" if calls == 3 else "one")
     save(used, "three")
-    assert (used / "model.safetensors").read_text() == "three"
-    assert (used / "notes" / "a.txt").read_text() == "mine"
-    assert names(used.parent) == ["model"]
+    check(used, "three")
 
 
 def test_killed_while_writing(used):
@@ -71,8 +73,7 @@ def test_killed_while_writing(used):
     (used.parent / ".model.new" / "config.json").write_text("half")
     assert model_folder(used) == used
     save(used, "two")
-    assert names(used) == ["model.safetensors", "notes"]
-    assert names(used.parent) == ["model"]
+    check(used, "two")
 
 
 def test_folders_of_like_names_are_left_alone(used):
@@ -122,7 +123,7 @@ def test_the_working_directory(used, monkeypatch):
     for folder in (used, type(used)(".")):
         with pytest.raises(OSError, match=r"cannot be replaced.*working directory.*a new folder inside it"):
             save(folder, "two")
-    assert names(used) == ["model.safetensors", "notes"]
+    check(used, "one")
 
 
 def test_a_folder_that_cannot_be_moved(used, monkeypatch):
@@ -134,5 +135,4 @@ def test_a_folder_that_cannot_be_moved(used, monkeypatch):
     monkeypatch.setattr(os, "replace", busy)
     with pytest.raises(OSError, match=r"cannot be replaced.*busy.*a new folder inside it"):
         save(used, "two")
-    assert (used / "model.safetensors").read_text() == "one"
-    assert names(used.parent) == ["model"]
+    check(used, "one")

@@ -1,13 +1,13 @@
 """Packed rows: the same losses, gradients and rounds as padded ones, without their padding."""
 
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import WRITERS
-from torch import Tensor, nn
+from tiny import WRITERS, frames_for, make_nano, open_prior, seeded, write_checkpoint
+from torch import Tensor
 
 from covr_fast.vlm import ActionPrior, TunerConfig, VLMTuner
 from covr_fast.vlm.finetune.lora import add_lora, trainable
@@ -26,7 +26,6 @@ from covr_fast.vlm.model.rows import (
 )
 
 CPU = torch.device("cpu")
-SIZES = {"qwen2_vl": (60, 84), "qwen2_5_vl": (84, 84)}
 ACTIONS = torch.tensor([[-0.1, -0.2], [1.0, 0.0], [-1.0, 0.55], [0.3, 0.3], [0.2, -0.4]])
 RETURNS = torch.tensor([6.0, 1.0, 5.0, 9.0, 7.0])
 
@@ -34,19 +33,14 @@ RETURNS = torch.tensor([6.0, 1.0, 5.0, 9.0, 7.0])
 @pytest.fixture(scope="module", params=sorted(WRITERS))
 def checkpoint(request, tmp_path_factory):
     """One whose tokenizer has a token for the sign, so that answers differ in length."""
-    directory = tmp_path_factory.mktemp(request.param)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nano, "ANSWER_TOKENS", tuple(t for t in nano.ANSWER_TOKENS if t[0] != "-"))
-        WRITERS[request.param](directory)
-    return directory, SIZES.get(request.param, (64, 64))
+        return write_checkpoint(request.param, tmp_path_factory.mktemp("uneven"))
 
 
 @pytest.fixture
 def opened(checkpoint):
-    directory, size = checkpoint
-    prior = ActionPrior.from_pretrained(directory, action_dim=2, prompt="Drive.", device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    return prior, torch.randint(0, 256, (5, 3, *size), dtype=torch.uint8, generator=generator)
+    return open_prior(checkpoint), frames_for(checkpoint, 5)
 
 
 class Micro:
@@ -55,8 +49,7 @@ class Micro:
     def __init__(self, prior: ActionPrior, frames: Tensor, *, checkpointing: bool = False) -> None:
         self.backbone = prior.backbone
         if checkpointing:
-            self.backbone.base.gradient_checkpointing_enable({"use_reentrant": False})
-            self.backbone.model.train()
+            self.backbone.checkpoint_activations()
         layout = prior.layout(tuple(frames.shape[2:]))
         self.model = AnswerModel(self.backbone, layout, checkpointing=checkpointing)
         self.samples = Samples.build(prior.grammar, frames, ACTIONS, RETURNS)
@@ -89,7 +82,7 @@ def make_trainable(prior: ActionPrior, mode: str) -> None:
         prior.backbone.model.requires_grad_(True)
         return
     add_lora(prior.backbone, 4, 8, 0)
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     with torch.no_grad():
         for weight in trainable(prior.backbone.model):  # a fresh adapter's second factor is 0
             weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
@@ -133,34 +126,23 @@ def test_a_single_short_answer(opened):
     agree(micro.gradients(training_attention("sdpa", "on"), row), micro.gradients("sdpa", row))
 
 
-class Attention(nn.Module):
-    """What transformers' attention functions read of their module."""
-
-    is_causal = True
-
-    def __init__(self, groups: int) -> None:
-        super().__init__()
-        self.num_key_value_groups = groups
-
-
 @pytest.mark.parametrize("groups", [1, 3])
-@pytest.mark.parametrize("held", [0, 4])
+@pytest.mark.parametrize("past", [0, 4])
 @pytest.mark.parametrize("lengths", [[3, 7, 1, 4], [2, 7], [5], [1, 1]])
-def test_packed_attention_is_attention_per_row(lengths, held, groups):
-    generator = torch.Generator().manual_seed(0)
+def test_packed_attention_is_attention_per_row(lengths, past, groups):
+    generator = seeded(0)
     total, kv_heads, dim = sum(lengths), 2, 8
 
     def draw(heads: int, count: int) -> Tensor:
         return torch.randn(1, heads, count, dim, generator=generator, requires_grad=True)
 
     q, k, v = draw(kv_heads * groups, total), draw(kv_heads, total), draw(kv_heads, total)
-    prefix = draw(kv_heads, held), draw(kv_heads, held)
-    packed = Packed(torch.tensor(lengths), 7, held, CPU)
-    keys, values = TrainingCache([prefix], packed).update(k, v, 0) if held else (k, v)
+    prefix = draw(kv_heads, past), draw(kv_heads, past)
+    packed = Packed(torch.tensor(lengths), 7, past, CPU)
+    keys, values = TrainingCache([prefix], packed).update(k, v, 0) if past else (k, v)
     arguments = packed.attention(q)
-    out, _ = packed_sdpa(
-        Attention(groups), q, keys, values, arguments.pop("attention_mask"), scaling=0.3, **arguments
-    )
+    module = SimpleNamespace(is_causal=True, num_key_value_groups=groups)
+    out, _ = packed_sdpa(module, q, keys, values, scaling=0.3, **arguments)
 
     expected = []
     for qs, ks, vs in zip(*(x.split(lengths, 2) for x in (q, k, v)), strict=True):
@@ -214,8 +196,7 @@ def strict_varlen(
     parts = (q.split(rows[0]), k.split(rows[1]), v.split(rows[1]))
     for queries, keys, values in zip(*parts, strict=True):
         groups = queries.shape[1] // keys.shape[1]
-        held = len(keys) - len(queries)
-        seen = torch.ones(len(queries), len(keys), dtype=torch.bool).tril(held)
+        seen = torch.ones(len(queries), len(keys), dtype=torch.bool).tril(len(keys) - len(queries))
         q_, k_, v_ = (x.transpose(0, 1) for x in (queries, keys, values))
         k_, v_ = (x.repeat_interleave(groups, 0) for x in (k_, v_))
         out.append(F.scaled_dot_product_attention(q_, k_, v_, seen, scale=softmax_scale).transpose(0, 1))
@@ -251,13 +232,12 @@ def test_flash_attention_gets_packed_rows_and_no_mask(opened, flash, checkpointi
 @pytest.mark.needs_cuda
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_flash_attention_on_a_gpu(checkpoint, checkpointing):
-    directory, size = checkpoint
     attention = choose_attention("auto", torch.device("cuda"), torch.bfloat16)
     if attention == "sdpa":
         pytest.skip("no FlashAttention is installed that this GPU can run")
-    prior = ActionPrior.from_pretrained(directory, action_dim=2, device="cuda", attention=attention)
+    prior = ActionPrior.from_pretrained(checkpoint, action_dim=2, device="cuda", attention=attention)
     make_trainable(prior, "full")
-    micro = Micro(prior, torch.randint(0, 256, (5, 3, *size), dtype=torch.uint8), checkpointing=checkpointing)
+    micro = Micro(prior, frames_for(checkpoint, 5), checkpointing=checkpointing)
     packed, padded = micro.gradients(attention), micro.gradients("sdpa")
     torch.testing.assert_close(packed[0], padded[0], rtol=2e-2, atol=0)
     flat = [torch.cat([g.flatten() for g in side[1:] if g is not None]).float() for side in (packed, padded)]
@@ -269,11 +249,10 @@ def test_flash_attention_on_a_gpu(checkpoint, checkpointing):
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
 def test_a_round_ends_with_the_same_weights(checkpoint, mode):
-    directory, size = checkpoint
-    frames = torch.randint(0, 256, (15, 3, *size), dtype=torch.uint8)
+    frames = frames_for(checkpoint, 15)
     tuned, shapes = [], []
     for packing in ("on", "off"):
-        prior = ActionPrior.from_pretrained(directory, action_dim=2, prompt="Drive.", device="cpu")
+        prior = open_prior(checkpoint)
         config = TunerConfig(
             mode=mode, lora_rank=4, lora_alpha=8, learning_rate=1e-4, epochs=2, batch_size=6, micro_batch=4,
             packing=packing,
@@ -317,7 +296,7 @@ def test_what_is_packed():
 
 
 def test_eager_attention_pads_and_cannot_be_told_to_pack():
-    prior = ActionPrior.from_pretrained("nano", action_dim=2, attention="eager", device="cpu")
+    prior = make_nano(attention="eager")
     with pytest.raises(ValueError, match=r"packing='on' cannot be had with 'eager' attention: set packing"):
         VLMTuner(prior, TunerConfig(packing="on"))
     assert not prior.backbone.adapted, "nothing has been changed before the refusal"

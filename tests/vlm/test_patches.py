@@ -2,18 +2,16 @@
 
 import pytest
 import torch
+from tiny import make_nano, random_frames, seeded
 
 from covr_fast.vlm.model.attention import choose_attention, segmented_sdpa
 
 
 @pytest.mark.parametrize("size", [(84, 84), (96, 96), (64, 64), (60, 84), (48, 48), (200, 120)])
 def test_pixels_equal_the_processors(shared_nano, size):
-    images = torch.randint(
-        0, 256, (3, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
+    images = random_frames(size, 3)
     ours = shared_nano.backbone.pixels(images)
-    arrays = list(images.permute(0, 2, 3, 1).numpy())
-    theirs = shared_nano.backbone.process(shared_nano.text, arrays)["pixel_values"]
+    theirs = shared_nano.backbone.process(shared_nano.text, images)["pixel_values"]
     assert ours.shape == theirs.shape
     level = 1 / 255 / 0.25  # one step of a byte, in the processor's units
     difference = (ours - theirs).abs()
@@ -27,8 +25,7 @@ def test_pixels_equal_the_processors(shared_nano, size):
 
 @pytest.mark.parametrize("lengths", [[5, 5, 5], [3, 7, 1, 4]])
 def test_segmented_attention_is_attention_per_segment(lengths):
-    generator = torch.Generator().manual_seed(0)
-    total = sum(lengths)
+    generator, total = seeded(0), sum(lengths)
     q, k, v = (torch.randn(1, 2, total, 8, generator=generator, requires_grad=True) for _ in range(3))
     ends = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
     out, _ = segmented_sdpa(
@@ -53,8 +50,6 @@ def test_auto_takes_sdpa_on_the_cpu_and_says_why(caplog):
 
 
 def test_eager_attention_gives_the_same_answers(shared_nano, frames):
-    from covr_fast.vlm import ActionPrior
-
-    eager = ActionPrior.from_pretrained("nano", action_dim=2, attention="eager", device="cpu")
+    eager = make_nano(attention="eager")
     assert torch.equal(eager.reference(frames).token_ids, shared_nano(frames).token_ids)
     assert torch.equal(eager(frames).token_ids, shared_nano(frames).token_ids)

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from tiny import WRITERS
+from tiny import make_nano, open_prior, random_frames, seeded
 
 from covr_fast.vlm import ActionPrior
 from covr_fast.vlm.answer.prompt import parse_action
@@ -17,14 +17,10 @@ from covr_fast.vlm.decode.transformer import Transformer
 from covr_fast.vlm.model.nano import write_nano
 
 
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 @pytest.mark.parametrize("size", [(84, 84), (96, 96), (48, 64), (56, 140)])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_fast_path_equals_generate(shared_nano, size, temperature):
-    images = torch.randint(0, 256, (4, 3, *size), dtype=torch.uint8, generator=seeded(0))
+    images = random_frames(size)
     fast = shared_nano(images, temperature=temperature, generator=seeded(1))
     slow = shared_nano.reference(images, temperature=temperature, generator=seeded(1))
     assert torch.equal(fast.token_ids, slow.token_ids)
@@ -35,9 +31,8 @@ def test_fast_path_equals_generate(shared_nano, size, temperature):
         assert len(set(fast.text)) > 1
 
 
-@pytest.mark.parametrize("settings", [(1, 1), (6, 2), (2, 3)])
-def test_other_action_sizes(settings, frames):
-    action_dim, decimals = settings
+@pytest.mark.parametrize("action_dim, decimals", [(1, 1), (6, 2), (2, 3)])
+def test_other_action_sizes(action_dim, decimals, frames):
     prior = ActionPrior.from_pretrained("nano", action_dim=action_dim, decimals=decimals, device="cpu")
     fast = prior(frames, temperature=0.7, generator=seeded(2))
     slow = prior.reference(frames, temperature=0.7, generator=seeded(2))
@@ -46,15 +41,10 @@ def test_other_action_sizes(settings, frames):
 
 
 def test_rows_do_not_depend_on_their_batch(shared_nano, frames):
-    together = shared_nano(frames).token_ids
-    alone = torch.cat([shared_nano(frame[None]).token_ids for frame in frames])
-    assert torch.equal(together, alone)
-
-
-def test_batch_sizes_may_alternate(shared_nano, frames):
     expected = shared_nano(frames).token_ids
-    for count in (2, 3, 5, 1, 5):
-        assert torch.equal(shared_nano(frames[:count]).token_ids, expected[:count])
+    for rows in (0, 1, 2, 3, 4, slice(2), slice(3), slice(5), slice(1), slice(5)):
+        images = frames[rows].view(-1, *frames.shape[1:])
+        assert torch.equal(shared_nano(images).token_ids, expected[rows].view(len(images), -1))
 
 
 def test_sampling_follows_the_generator(shared_nano, frames):
@@ -68,9 +58,8 @@ def test_sampling_follows_the_generator(shared_nano, frames):
 def test_sampling_has_the_models_frequencies(shared_nano, frames):
     """The first choice of a thousand samples against the softmax that `generate`'s model gives."""
     prior = shared_nano
-    inputs = prior.backbone.process(prior.text, [frames[0].permute(1, 2, 0).numpy()])
+    inputs = prior.backbone.process(prior.text, frames[:1])
     opening = prior.grammar.opening[None]
-    inputs = dict(inputs)
     inputs["input_ids"] = torch.cat((inputs["input_ids"], opening), 1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, opening.shape[1]))
@@ -128,19 +117,7 @@ def test_nano_is_opened_like_any_directory(tmp_path, shared_nano, frames):
     write_nano(tmp_path, seed=0)
     opened = ActionPrior.from_pretrained(tmp_path, action_dim=2, device="cpu")
     assert torch.equal(opened(frames).token_ids, shared_nano(frames).token_ids)
-    other = ActionPrior.from_pretrained("nano", action_dim=2, device="cpu", seed=1)
-    assert not torch.equal(other(frames).token_ids, shared_nano(frames).token_ids)
-
-
-def test_saved_and_opened_again(tmp_path, frames):
-    options = {"seed": 3, "decimals": 1, "prompt": "Drive. Action: "}
-    prior = ActionPrior.from_pretrained("nano", action_dim=2, device="cpu", **options)
-    prior.save_pretrained(tmp_path)
-    opened = ActionPrior.from_pretrained(tmp_path, action_dim=2, device="cpu")
-    assert opened.prompt == "Drive. Action: "
-    assert opened.settings.decimals == 1
-    assert torch.equal(opened(frames).token_ids, prior(frames).token_ids)
-    assert torch.equal(opened.reference(frames).token_ids, prior(frames).token_ids)
+    assert not torch.equal(make_nano(seed=1)(frames).token_ids, shared_nano(frames).token_ids)
 
 
 def test_a_full_gpu_says_what_to_do(nano, frames, monkeypatch):
@@ -167,16 +144,15 @@ def test_missing_directory(name):
 
 
 def test_images_of_another_dtype_or_layout(shared_nano, frames):
-    with pytest.raises(TypeError, match="uint8"):
-        shared_nano(frames.float())
-    with pytest.raises(TypeError, match="ndarray"):
-        shared_nano(frames.numpy())
-    with pytest.raises(ValueError, match="channels first"):
-        shared_nano(frames.permute(0, 2, 3, 1))
-    with pytest.raises(ValueError, match="9, 84, 84"):
-        shared_nano(torch.zeros(2, 9, 84, 84, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="at least one"):
-        shared_nano(frames[:0])
+    for images, error, message in (
+        (frames.float(), TypeError, "uint8"),
+        (frames.numpy(), TypeError, "ndarray"),
+        (frames.permute(0, 2, 3, 1), ValueError, "channels first"),
+        (torch.zeros(2, 9, 84, 84, dtype=torch.uint8), ValueError, "9, 84, 84"),
+        (frames[:0], ValueError, "at least one"),
+    ):
+        with pytest.raises(error, match=message):
+            shared_nano(images)
     with pytest.raises(ValueError, match="temperature"):
         shared_nano(frames, temperature=-1.0)
 
@@ -213,33 +189,28 @@ def test_options_that_are_numpys(tmp_path, frames):
     assert torch.equal(opened(frames).token_ids, prior(frames).token_ids)
 
 
-@pytest.mark.parametrize("name", sorted(WRITERS))
-def test_tokens_of_the_conversation_in_a_prompt(name, tmp_path):
-    WRITERS[name](tmp_path)
-    tokenizer = ActionPrior.from_pretrained(tmp_path, action_dim=2, device="cpu").backbone.tokenizer
+def test_tokens_of_the_conversation_in_a_prompt(checkpoint):
+    tokenizer = open_prior(checkpoint).backbone.tokenizer
     special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
     assert tokenizer.eos_token in special
     assert any("image" in token for token in special)
     for token in special:
         with pytest.raises(ValueError, match=re.escape(f"the prompt holds {token!r}, which marks images")):
-            ActionPrior.from_pretrained(tmp_path, action_dim=2, prompt=f"Drive{token}.", device="cpu")
+            ActionPrior.from_pretrained(checkpoint, action_dim=2, prompt=f"Drive{token}.", device="cpu")
 
 
 def test_a_prompt_of_any_other_text(frames):
     prompt = "Fahre <left|right> \u2192 {{ x }} <image pad> 100% \n\n Action: [0.40, -0.30]"
-    prior = ActionPrior.from_pretrained("nano", action_dim=2, prompt=prompt, device="cpu")
+    prior = make_nano(prompt=prompt)
     assert prompt in prior.text
     assert torch.equal(prior(frames).token_ids, prior.reference(frames).token_ids)
 
 
-def test_another_architecture(tmp_path):
+def test_a_directory_without_a_model_or_with_another_architecture(tmp_path):
+    with pytest.raises(ValueError, match="cannot read a model configuration"):
+        ActionPrior.from_pretrained(tmp_path, action_dim=2)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(ValueError, match=r"'gpt2' is not supported.*qwen2_5_vl"):
-        ActionPrior.from_pretrained(tmp_path, action_dim=2)
-
-
-def test_a_directory_without_a_model(tmp_path):
-    with pytest.raises(ValueError, match="cannot read a model configuration"):
         ActionPrior.from_pretrained(tmp_path, action_dim=2)
 
 
@@ -252,6 +223,6 @@ def test_a_chat_template_that_does_not_show_the_image(tmp_path):
 
 def test_attention_that_cannot_run_here():
     with pytest.raises(ValueError, match=r"flash_attention_2.*cannot run here.*cpu"):
-        ActionPrior.from_pretrained("nano", action_dim=2, attention="flash_attention_2", device="cpu")
+        make_nano(attention="flash_attention_2")
     with pytest.raises(ValueError, match="not one of"):
-        ActionPrior.from_pretrained("nano", action_dim=2, attention="fast", device="cpu")
+        make_nano(attention="fast")

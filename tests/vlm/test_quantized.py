@@ -1,7 +1,8 @@
-"""Models in 8 and 4 bits, by bitsandbytes on the CPU: one base is served and trained on, and held once."""
+"""Models in 8 and 4 bits, by bitsandbytes on the CPU: one base is served and trained on, and stored once."""
 
 import importlib.util
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,13 +10,14 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import LoraConfig, get_peft_model
 from test_saving import tuned
-from tiny import WRITERS
+from tiny import equal, random_frames, write_qwen2_5_vl
 from transformers import BitsAndBytesConfig, QuantoConfig
 
 from covr_fast import TrainConfig
 from covr_fast.errors import UserError
 from covr_fast.parts import load_prior
 from covr_fast.vlm import ActionPrior, TunerConfig, VLMTuner
+from covr_fast.vlm.finetune.lora import trainable
 
 OPTIONS = {"action_dim": 2, "prompt": "Drive.", "device": "cpu"}
 ROUND = TunerConfig(
@@ -27,8 +29,12 @@ ROWWISE = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
 
 @pytest.fixture
 def frames():
-    generator = torch.Generator().manual_seed(3)
-    return torch.randint(0, 256, (12, 3, 64, 64), dtype=torch.uint8, generator=generator)
+    return random_frames((64, 64), 12, seed=3)
+
+
+@pytest.fixture(params=["8bit", "4bit"])
+def asked(request):
+    return request.param
 
 
 def start(tuner: VLMTuner, frames: torch.Tensor) -> None:
@@ -39,7 +45,7 @@ def linears(model) -> dict:
     return {n: m for n, m in model.named_modules() if isinstance(m, Linear8bitLt | Linear4bit)}
 
 
-def held(module) -> list[torch.Tensor]:
+def stored(module) -> list[torch.Tensor]:
     """Every tensor of a quantized layer."""
     if isinstance(module, Linear8bitLt):
         return [module.weight, module.state.CB, module.state.SCB]
@@ -73,8 +79,7 @@ def test_fast_path_equals_generate(checkpoint, frames, asked):
 
 
 @pytest.mark.parametrize("called_first", [False, True])
-@pytest.mark.parametrize("asked", ["8bit", "4bit"])
-def test_the_tuner_trains_on_the_base_that_is_served(frames, asked, called_first):
+def test_the_tuner_trains_on_the_base_that_is_served_and_stored_once(frames, asked, called_first):
     prior = ActionPrior.from_pretrained("nano", quantization=asked, **OPTIONS)
     if called_first:
         prior(frames)
@@ -89,49 +94,34 @@ def test_the_tuner_trains_on_the_base_that_is_served(frames, asked, called_first
     tuner.publish()
     tuned = prior(frames).action
     assert (tuned - 0.5).abs().mean() < (untuned - 0.5).abs().mean()
-
-
-@pytest.mark.parametrize("called_first", [False, True])
-@pytest.mark.parametrize("asked", ["8bit", "4bit"])
-def test_the_base_is_held_once(frames, asked, called_first):
-    prior = ActionPrior.from_pretrained("nano", quantization=asked, **OPTIONS)
-    if called_first:
-        prior(frames)
-    tuner = VLMTuner(prior, ROUND)
-    start(tuner, frames)
-    tuner.publish()
-    prior(frames)
     served, trained = linears(prior.backbone.model), linears(tuner._backbone.model)
     assert served
     assert served.keys() == trained.keys()
     for name, module in served.items():
-        ours = [tensor.data_ptr() for tensor in held(module)]
-        assert ours == [tensor.data_ptr() for tensor in held(trained[name])], name
+        ours = [tensor.data_ptr() for tensor in stored(module)]
+        assert ours == [tensor.data_ptr() for tensor in stored(trained[name])], name
         if asked == "8bit":
             assert ours[0] == ours[1], "the weights and bitsandbytes' own reference to them"
 
 
-@pytest.mark.parametrize("asked", ["8bit", "4bit"])
 def test_a_round_beside_calls_equals_one_alone(frames, asked):
     weights = []
     for overlap in (False, True):
         prior = ActionPrior.from_pretrained("nano", quantization=asked, **OPTIONS)
-        tuner = VLMTuner(prior, TunerConfig(**(vars(ROUND) | {"overlap": overlap})))
+        tuner = VLMTuner(prior, replace(ROUND, overlap=overlap))
         before = prior(frames).token_ids
         start(tuner, frames)
         while tuner.running:
             assert torch.equal(prior(frames).token_ids, before)
         assert tuner.wait() is not None
-        weights.append([w.detach() for w in tuner._backbone.model.parameters() if w.requires_grad])
-    for alone, beside in zip(*weights, strict=True):
-        assert torch.equal(alone, beside)
+        weights.append(trainable(tuner._backbone.model))
+    assert equal(*weights)
 
 
-@pytest.mark.parametrize("asked", ["8bit", "4bit"])
 def test_recomputed_activations_and_bfloat16(frames, asked):
     prior = ActionPrior.from_pretrained("nano", quantization=asked, dtype=torch.bfloat16, **OPTIONS)
     before = prior(frames).token_ids
-    tuner = VLMTuner(prior, TunerConfig(**(vars(ROUND) | {"gradient_checkpointing": True})))
+    tuner = VLMTuner(prior, replace(ROUND, gradient_checkpointing=True))
     start(tuner, frames)
     report = tuner.poll()
     assert report.loss_after < 0.8 * report.loss_before
@@ -143,8 +133,8 @@ def test_recomputed_activations_and_bfloat16(frames, asked):
 
 def same(a: ActionPrior, b: ActionPrior, frames: torch.Tensor) -> bool:
     ours, theirs = (dict(prior.backbone.model.named_parameters()) for prior in (a, b))
-    equal = ours.keys() == theirs.keys() and all(torch.equal(ours[name], w) for name, w in theirs.items())
-    return equal and torch.equal(a(frames).token_ids, b(frames).token_ids)
+    alike = ours.keys() == theirs.keys() and equal(ours.values(), theirs.values())
+    return alike and torch.equal(a(frames).token_ids, b(frames).token_ids)
 
 
 def assert_saved_twice_opens(prior: ActionPrior, frames: torch.Tensor, folder) -> None:
@@ -156,7 +146,6 @@ def assert_saved_twice_opens(prior: ActionPrior, frames: torch.Tensor, folder) -
     assert same(ActionPrior.from_pretrained(folder / "b", **OPTIONS), prior, frames)
 
 
-@pytest.mark.parametrize("asked", ["8bit", "4bit"])
 def test_an_adapter_opens_on_its_base_as_it_was_quantized(checkpoint, frames, asked, tmp_path):
     prior = tuned(ActionPrior.from_pretrained(checkpoint, quantization=asked, **OPTIONS), ROUND, 0)
     assert_saved_twice_opens(prior, frames, tmp_path)
@@ -172,7 +161,6 @@ def test_a_configuration_is_kept(frames, tmp_path):
     assert not ActionPrior.from_pretrained(tmp_path / "b", quantization="none", **OPTIONS).backbone.quantized
 
 
-@pytest.mark.parametrize("asked", ["8bit", "4bit"])
 def test_a_checkpoint_of_quantized_weights(checkpoint, frames, asked, tmp_path):
     prior = ActionPrior.from_pretrained(checkpoint, quantization=asked, **OPTIONS)
     assert_saved_twice_opens(prior, frames, tmp_path / "full")
@@ -210,13 +198,12 @@ def test_a_configuration_that_quantizes_nothing(settings):
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "torchao"])
 def test_a_checkpoint_quantized_by_others(method, tmp_path):
-    WRITERS["qwen2_5_vl"](tmp_path)
+    write_qwen2_5_vl(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"] = {"quant_method": method, "bits": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(
-        ValueError, match=rf"is quantized by '{method}', which is not supported: give the one"
-    ):
+    message = rf"is quantized by '{method}', which is not supported: give the one"
+    with pytest.raises(ValueError, match=message):
         ActionPrior.from_pretrained(tmp_path, **OPTIONS)
 
 

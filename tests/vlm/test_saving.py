@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import WRITERS
+from tiny import random_frames, write_checkpoint, write_qwen2_5_vl
 
 from covr_fast.vlm import ActionPrior, TunerConfig, VLMTuner
 from covr_fast.vlm.finetune.lora import trainable
@@ -29,24 +29,28 @@ def tuned(prior: ActionPrior, config: TunerConfig, seed: int) -> ActionPrior:
     return prior
 
 
-def images(size: tuple[int, int] = (64, 64)) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(3)
-    return torch.randint(0, 256, (4, 3, *size), dtype=torch.uint8, generator=generator)
+def images() -> torch.Tensor:
+    return random_frames((64, 64), seed=3)
+
+
+def edit(file: Path, **changes) -> None:
+    """Changes settings in a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def contents(prior: ActionPrior) -> dict[str, torch.Tensor]:
     return {name: weight.detach().clone() for name, weight in prior.backbone.model.named_parameters()}
 
 
-def assert_same(opened: ActionPrior, saved: ActionPrior, size: tuple[int, int] = (64, 64)) -> None:
+def assert_same(opened: ActionPrior, saved: ActionPrior) -> None:
     ours, theirs = contents(opened), contents(saved)
     assert ours.keys() == theirs.keys()
     for name, weight in theirs.items():
         assert ours[name].dtype == weight.dtype, name
         assert torch.equal(ours[name], weight), name
-    expected = saved(images(size)).token_ids
-    assert torch.equal(opened(images(size)).token_ids, expected)
-    assert torch.equal(opened.reference(images(size)).token_ids, expected)
+    expected = saved(images()).token_ids
+    assert torch.equal(opened(images()).token_ids, expected)
+    assert torch.equal(opened.reference(images()).token_ids, expected)
 
 
 def use(folder: Path) -> dict[Path, str]:
@@ -72,26 +76,18 @@ def use(folder: Path) -> dict[Path, str]:
     return own
 
 
-@pytest.fixture(scope="module", params=sorted(WRITERS))
-def base(request, tmp_path_factory):
-    directory = tmp_path_factory.mktemp(request.param) / "base"
-    directory.mkdir()
-    WRITERS[request.param](directory)
-    return directory
-
-
 @pytest.fixture(scope="module")
-def adapter(base):
-    """Of `base`, saved in a folder."""
-    directory = base.parent / "adapter"
-    tuned(ActionPrior.from_pretrained(base, **OPTIONS), LORA, 0).save_pretrained(directory)
+def adapter(checkpoint):
+    """Of `checkpoint`, saved in a folder."""
+    directory = checkpoint.with_name("adapter")
+    tuned(ActionPrior.from_pretrained(checkpoint, **OPTIONS), LORA, 0).save_pretrained(directory)
     return directory
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
 @pytest.mark.parametrize("start", ["plain", "adapted"])
-def test_every_backbone_in_an_empty_and_in_a_used_folder(base, adapter, start, mode, tmp_path):
-    opened = ActionPrior.from_pretrained(base if start == "plain" else adapter, **OPTIONS)
+def test_every_backbone_in_an_empty_and_in_a_used_folder(checkpoint, adapter, start, mode, tmp_path):
+    opened = ActionPrior.from_pretrained(checkpoint if start == "plain" else adapter, **OPTIONS)
     prior = tuned(opened, LORA if mode == "lora" else FULL, 1)
     prior.save_pretrained(tmp_path / "empty")
     assert_same(ActionPrior.from_pretrained(tmp_path / "empty", **OPTIONS), prior)
@@ -100,18 +96,15 @@ def test_every_backbone_in_an_empty_and_in_a_used_folder(base, adapter, start, m
     assert_same(ActionPrior.from_pretrained(tmp_path / "used", **OPTIONS), prior)
     assert {path: path.read_text() for path in own} == own
     files = {path.name for path in (tmp_path / "empty").iterdir()}
-    assert {path.name for path in (tmp_path / "used").iterdir()} == files | {
-        "notes.txt",
-        "README.md",
-        "plots",
-    }
+    own_names = {"notes.txt", "README.md", "plots"}
+    assert {path.name for path in (tmp_path / "used").iterdir()} == files | own_names
     assert {path.name for path in tmp_path.iterdir()} == {"empty", "used"}
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
-def test_saved_into_the_folder_that_it_was_opened_from(base, adapter, mode, tmp_path):
+def test_saved_into_the_folder_that_it_was_opened_from(checkpoint, adapter, mode, tmp_path):
     """Weights may be mapped from the very file that is replaced."""
-    source = shutil.copytree(adapter if mode == "lora" else base, tmp_path / "model")
+    source = shutil.copytree(adapter if mode == "lora" else checkpoint, tmp_path / "model")
     prior = tuned(ActionPrior.from_pretrained(source, **OPTIONS), LORA if mode == "lora" else FULL, 2)
     for _ in range(2):
         prior.save_pretrained(source)
@@ -128,6 +121,7 @@ def test_nano(mode, tmp_path):
     prior.save_pretrained(tmp_path / "a")
     again = ActionPrior.from_pretrained(tmp_path / "a", action_dim=2, device="cpu")
     assert again.prompt == "Drive."
+    assert again.settings.decimals == 1
     assert_same(again, prior)
     again.save_pretrained(tmp_path / "b")
     assert_same(ActionPrior.from_pretrained(tmp_path / "b", action_dim=2, device="cpu"), prior)
@@ -147,8 +141,14 @@ def test_nano_is_not_a_folder_of_that_name(tmp_path, monkeypatch):
 def nano_base(tmp_path):
     folder = tmp_path / "models" / "base"
     folder.mkdir(parents=True)
-    WRITERS["qwen2_5_vl"](folder)
+    write_qwen2_5_vl(folder)
     return folder
+
+
+@pytest.fixture
+def adapted(nano_base):
+    """A prior with a tuned adapter on `nano_base`."""
+    return tuned(ActionPrior.from_pretrained(nano_base, **OPTIONS), LORA, 0)
 
 
 def test_a_relative_base_is_found_from_anywhere(nano_base, tmp_path, monkeypatch):
@@ -163,29 +163,27 @@ def test_a_relative_base_is_found_from_anywhere(nano_base, tmp_path, monkeypatch
     assert_same(ActionPrior.from_pretrained("../adapter", **OPTIONS), prior)
 
 
-def test_an_opened_adapter_names_its_base_and_not_its_folder(nano_base, tmp_path):
-    prior = tuned(ActionPrior.from_pretrained(nano_base, **OPTIONS), LORA, 0)
-    prior.save_pretrained(tmp_path / "a")
+def test_an_opened_adapter_names_its_base_and_not_its_folder(adapted, nano_base, tmp_path):
+    adapted.save_pretrained(tmp_path / "a")
     (tmp_path / "a" / "action_prior.json").unlink()  # as peft alone would have written it
     tuned(ActionPrior.from_pretrained(tmp_path / "a", **OPTIONS), LORA, 1).save_pretrained(tmp_path / "b")
     for name, key in (("adapter_config", "base_model_name_or_path"), ("action_prior", "base")):
         assert json.loads((tmp_path / "b" / f"{name}.json").read_text())[key] == str(nano_base)
 
 
-def test_a_base_that_was_moved(nano_base, tmp_path):
-    prior = tuned(ActionPrior.from_pretrained(nano_base, **OPTIONS), LORA, 0)
-    prior.save_pretrained(tmp_path / "adapter")
+def test_a_base_that_was_moved(adapted, nano_base, tmp_path):
+    adapted.save_pretrained(tmp_path / "adapter")
     moved = nano_base.rename(tmp_path / "moved")
     config = tmp_path / "adapter" / "adapter_config.json"
     message = f'base {str(nano_base)!r}.*put it back, or write.*"base_model_name_or_path" of {config}'
     with pytest.raises(FileNotFoundError, match=message):
         ActionPrior.from_pretrained(tmp_path / "adapter", **OPTIONS)
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(moved)}))
-    assert_same(ActionPrior.from_pretrained(tmp_path / "adapter", **OPTIONS), prior)
+    edit(config, base_model_name_or_path=str(moved))
+    assert_same(ActionPrior.from_pretrained(tmp_path / "adapter", **OPTIONS), adapted)
 
 
-def test_an_adapter_without_a_base_or_with_one_that_is_none(nano_base, tmp_path):
-    tuned(ActionPrior.from_pretrained(nano_base, **OPTIONS), LORA, 0).save_pretrained(tmp_path / "a")
+def test_an_adapter_without_a_base_or_with_one_that_is_none(adapted, tmp_path):
+    adapted.save_pretrained(tmp_path / "a")
     (tmp_path / "a" / "action_prior.json").unlink()
     config = tmp_path / "a" / "adapter_config.json"
     for named, message in (
@@ -193,18 +191,20 @@ def test_an_adapter_without_a_base_or_with_one_that_is_none(nano_base, tmp_path)
         (str(tmp_path / "a"), "is an adapter itself"),
         (str(tmp_path), "cannot be opened"),
     ):
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": named}))
+        edit(config, base_model_name_or_path=named)
         with pytest.raises(ValueError, match=message):
             ActionPrior.from_pretrained(tmp_path / "a", **OPTIONS)
+    edit(config, base_model_name_or_path="nano", target_modules=["no_such_module"])
+    with pytest.raises(ValueError, match="does not fit its base 'nano'"):
+        ActionPrior.from_pretrained(tmp_path / "a", **OPTIONS)
 
 
-def test_an_adapter_does_not_replace_its_base(nano_base, tmp_path):
+def test_an_adapter_does_not_replace_its_base(adapted, nano_base, tmp_path):
     before = {path.name: path.read_bytes() for path in nano_base.iterdir()}
     (tmp_path / "link").symlink_to(nano_base)
-    prior = tuned(ActionPrior.from_pretrained(nano_base, **OPTIONS), LORA, 0)
     for folder in (nano_base, tmp_path / "link", Path(os.path.relpath(nano_base))):
         with pytest.raises(ValueError, match=r"holds the base of this adapter.*another directory"):
-            prior.save_pretrained(folder)
+            adapted.save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in nano_base.iterdir()} == before
 
 
@@ -226,21 +226,19 @@ def test_an_adapter_of_weights_that_are_in_no_checkpoint(tmp_path):
     assert_same(ActionPrior.from_pretrained(tmp_path / "adapter", **OPTIONS), again)
 
 
-def test_an_adapter_with_embeddings_of_its_own(nano_base, tmp_path):
-    prior = tuned(ActionPrior.from_pretrained(nano_base, **OPTIONS), LORA, 0)
+def test_an_adapter_with_embeddings_of_its_own(adapted, tmp_path):
     with torch.no_grad():
-        prior.backbone.base.get_input_embeddings().weight += 0.1
-    prior.backbone.model.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+        adapted.backbone.base.get_input_embeddings().weight += 0.1
+    adapted.backbone.model.save_pretrained(tmp_path / "a", save_embedding_layers=True)
     opened = ActionPrior.from_pretrained(tmp_path / "a", **OPTIONS)
-    assert_same(opened, prior)
+    assert_same(opened, adapted)
     opened.save_pretrained(tmp_path / "b")
-    assert_same(ActionPrior.from_pretrained(tmp_path / "b", **OPTIONS), prior)
+    assert_same(ActionPrior.from_pretrained(tmp_path / "b", **OPTIONS), adapted)
 
 
-def test_full_training_of_an_opened_adapter_begins_where_it_was(nano_base, tmp_path):
-    prior = tuned(ActionPrior.from_pretrained(nano_base, **OPTIONS), LORA, 0)
-    answers = prior(images()).token_ids
-    prior.save_pretrained(tmp_path / "adapter")
+def test_full_training_of_an_opened_adapter_begins_where_it_was(adapted, nano_base, tmp_path):
+    answers = adapted(images()).token_ids
+    adapted.save_pretrained(tmp_path / "adapter")
     opened = ActionPrior.from_pretrained(tmp_path / "adapter", **OPTIONS)
     version = opened.version
     tuner = VLMTuner(opened, FULL)
@@ -250,17 +248,12 @@ def test_full_training_of_an_opened_adapter_begins_where_it_was(nano_base, tmp_p
     assert tuner.parameters == sum(weight.numel() for weight in whole.parameters())
 
 
-def test_a_folder_with_an_adapter_and_full_weights(nano_base, tmp_path):
-    tuned(ActionPrior.from_pretrained(nano_base, **OPTIONS), LORA, 0).save_pretrained(tmp_path / "both")
-    shutil.copytree(nano_base, tmp_path / "both", dirs_exist_ok=True)
-    with pytest.raises(ValueError, match="holds full weights and an adapter, of which one is stale: remove"):
-        ActionPrior.from_pretrained(tmp_path / "both", **OPTIONS)
-
-
-def test_an_adapter_beside_weights_of_an_older_form(nano_base, tmp_path):
-    tuned(ActionPrior.from_pretrained(nano_base, **OPTIONS), LORA, 0).save_pretrained(tmp_path / "both")
-    (tmp_path / "both" / "pytorch_model.bin").write_bytes(b"stale")
-    with pytest.raises(ValueError, match=r"of which one is stale: remove .*pytorch_model\.bin"):
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_an_adapter_beside_full_weights(weights, adapted, tmp_path):
+    adapted.save_pretrained(tmp_path / "both")
+    (tmp_path / "both" / weights).write_bytes(b"stale")
+    message = f"holds full weights and an adapter, of which one is stale: remove .*{weights}"
+    with pytest.raises(ValueError, match=message):
         ActionPrior.from_pretrained(tmp_path / "both", **OPTIONS)
 
 
@@ -273,12 +266,10 @@ def test_an_adapter_beside_weights_of_an_older_form(nano_base, tmp_path):
         ("adapter_config.json", '{"base_model'),
     ],
 )
-def test_a_damaged_file_is_named(name, content, nano_base, tmp_path):
-    tuned(ActionPrior.from_pretrained(nano_base, **OPTIONS), LORA, 0).save_pretrained(tmp_path / "a")
+def test_a_damaged_file_is_named(name, content, adapted, tmp_path):
+    adapted.save_pretrained(tmp_path / "a")
     (tmp_path / "a" / name).write_text(content)
-    with pytest.raises(
-        ValueError, match=f"{name} is damaged" if "sead" not in content else "is damaged|type None"
-    ):
+    with pytest.raises(ValueError, match=f"{name} is damaged"):
         ActionPrior.from_pretrained(tmp_path / "a", **OPTIONS)
 
 
@@ -307,10 +298,10 @@ def test_settings_of_before_dtypes_were_kept(tmp_path):
     assert_same(ActionPrior.from_pretrained(tmp_path / "a", action_dim=2, device="cpu"), prior)
 
 
-def test_other_tools_open_full_weights(base, tmp_path):
+def test_other_tools_open_full_weights(checkpoint, tmp_path):
     from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
-    prior = tuned(ActionPrior.from_pretrained(base, **OPTIONS), FULL, 0)
+    prior = tuned(ActionPrior.from_pretrained(checkpoint, **OPTIONS), FULL, 0)
     prior.save_pretrained(tmp_path / "full")
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "full")
     for name, weight in contents(prior).items():
@@ -326,8 +317,7 @@ def test_other_tools_open_full_weights(base, tmp_path):
 
 
 def test_a_generation_config_that_transformers_warns_of(nano_base, tmp_path):
-    file = nano_base / "generation_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"temperature": 0.9, "top_p": 0.6}))
+    edit(nano_base / "generation_config.json", temperature=0.9, top_p=0.6)
     prior = tuned(ActionPrior.from_pretrained(nano_base, **OPTIONS), FULL, 0)
     prior.reference(images())
     prior.save_pretrained(tmp_path / "full")
@@ -337,13 +327,10 @@ def test_a_generation_config_that_transformers_warns_of(nano_base, tmp_path):
 @pytest.mark.parametrize("nested", [False, True])
 def test_settings_for_videos_are_handed_on(nested, tmp_path):
     """Nothing here looks at videos, but others may, with what is saved."""
-    base = tmp_path / "base"
-    base.mkdir()
-    WRITERS["qwen3_vl"](base)
+    base = write_checkpoint("qwen3_vl", tmp_path)
     settings = {"video_processor_type": "Qwen3VLVideoProcessor", "fps": 7}
-    name, content = (
-        ("processor", {"video_processor": settings}) if nested else ("video_preprocessor", settings)
-    )
+    name = "processor" if nested else "video_preprocessor"
+    content = {"video_processor": settings} if nested else settings
     (base / f"{name}_config.json").write_text(json.dumps(content))
     for folder in ("a", "b"):
         ActionPrior.from_pretrained(base, **OPTIONS).save_pretrained(tmp_path / folder)

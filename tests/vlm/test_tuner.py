@@ -1,14 +1,14 @@
 """Fine-tuning: what is learned from, what is counted, and that it learns."""
 
-import copy
-import json
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from test_grammar import CONTEXT, TOKENIZERS
+from tiny import equal, make_nano, weights_of
 
 from covr_fast import ops
 from covr_fast.vlm import ActionPrior, TunerConfig, VLMTuner
@@ -46,6 +46,14 @@ def colours(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return frames, actions
 
 
+def quick(prior: ActionPrior, **changes) -> VLMTuner:
+    return VLMTuner(prior, replace(QUICK, **changes))
+
+
+def start(tuner: VLMTuner, count: int) -> None:
+    tuner.start(*colours(count), torch.linspace(0, 1, count))
+
+
 def answer_model(prior: ActionPrior, checkpointing: bool = False, size=(56, 56)) -> AnswerModel:
     return AnswerModel(prior.backbone, prior.layout(size), checkpointing=checkpointing)
 
@@ -63,7 +71,7 @@ def test_labels_are_the_answer_and_nothing_else(nano):
         assert text == f"Action: [{action[0]:.2f}, {action[1]:.2f}]".replace("-0.00", "0.00")
 
 
-def test_padding_behind_short_answers_has_no_label():
+def test_padding_after_short_answers_has_no_label():
     grammar = ActionGrammar(TOKENIZERS["uneven"](), CONTEXT, action_dim=2, decimals=2)
     actions = torch.tensor([[0.5, 0.5], [-0.15, -1.0], [0.9, -0.1]])
     samples = Samples.build(grammar, colours(3)[0], actions, torch.ones(3))
@@ -74,25 +82,6 @@ def test_padding_behind_short_answers_has_no_label():
         lengths.append(length)
     assert len(set(lengths)) > 1, "all answers are of one length: nothing was padded"
     assert samples.valid_tokens(torch.arange(3)) == sum(lengths)
-
-
-def test_loss_equals_transformers_own_on_the_whole_sequence(nano):
-    """Prompt and answer through the model's own forward, its labels -100 on the prompt, against the shared
-    prefix and the hidden states of the answer only."""
-    frames, actions = colours(4)
-    samples = Samples.build(nano.grammar, frames, actions, torch.ones(4))
-    rows = torch.arange(4)
-    model = answer_model(nano)
-    ours = weighted_loss(model, samples, rows, model.image(frames), samples.valid_tokens(rows), 0.0)
-
-    inputs = dict(nano.backbone.process(nano.text, list(frames.permute(0, 2, 3, 1).numpy())))
-    prompt = inputs["input_ids"]
-    inputs["input_ids"] = torch.cat((prompt, samples.answers), 1)
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    inputs["mm_token_type_ids"] = F.pad(inputs["mm_token_type_ids"], (0, samples.answers.shape[1]))
-    inputs["labels"] = torch.cat((torch.full_like(prompt, IGNORE), samples.labels), 1)
-    theirs = nano.backbone.base(**inputs).loss
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_gradients_through_the_shared_prefix_equal_those_of_repeated_prefixes(nano):
@@ -138,7 +127,7 @@ def test_n_v_counts_zero_weight_rows_and_micro_batches_change_nothing(nano):
     assert total == pytest.approx(by_hand.item(), rel=1e-5)
 
 
-def test_the_mask_is_causal_behind_what_is_held():
+def test_the_mask_is_causal_after_the_past():
     mask = causal_mask(2, 3, torch.float32, torch.device("cpu"))[0, 0]
     assert (mask == 0).tolist() == [[True, True, True, True, False], [True] * 5]
 
@@ -184,19 +173,19 @@ def test_reruns_are_bit_identical_and_seeds_matter():
     returns = torch.linspace(0, 1, 40)
 
     def run(seed):
-        prior = ActionPrior.from_pretrained("nano", action_dim=2, device="cpu", seed=0)
-        tuner = VLMTuner(prior, TunerConfig(**(vars(QUICK) | {"seed": seed})))
+        prior = make_nano()
+        tuner = quick(prior, seed=seed)
         reports = []
         for _ in range(2):
             tuner.start(frames, actions, returns)
             report = tuner.poll()
             reports.append((report.loss_before, report.loss_after, report.steps))
             tuner.publish()
-        return reports, [p.detach().clone() for p in prior.backbone.model.parameters()]
+        return reports, weights_of(prior)
 
     (first, weights), (again, same), (other, _) = run(0), run(0), run(1)
     assert first == again
-    assert all(torch.equal(a, b) for a, b in zip(weights, same, strict=True))
+    assert equal(weights, same)
     assert first != other
 
 
@@ -204,9 +193,9 @@ def test_overlapped_round_equals_the_synchronous_one_and_the_prior_serves_meanwh
     data, actions = colours(60)
     weights = []
     for overlap in (False, True):
-        prior = ActionPrior.from_pretrained("nano", action_dim=2, device="cpu", seed=0)
+        prior = make_nano()
         expected = prior(frames).token_ids
-        tuner = VLMTuner(prior, TunerConfig(**(vars(QUICK) | {"overlap": overlap})))
+        tuner = quick(prior, overlap=overlap)
         tuner.start(data, actions, torch.ones(60))
         if overlap:
             assert tuner.running
@@ -219,14 +208,14 @@ def test_overlapped_round_equals_the_synchronous_one_and_the_prior_serves_meanwh
         assert tuner.wait() is not None
         assert tuner.poll() is None, "a report is given once"
         tuner.publish()
-        weights.append([p.detach().clone() for p in prior.backbone.model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+        weights.append(weights_of(prior))
+    assert equal(*weights)
 
 
 def test_zero_weight_samples_get_no_forward(nano, monkeypatch):
     frames, actions = colours(30)
     returns = torch.cat((torch.zeros(20), torch.ones(10)))
-    tuner = VLMTuner(nano, TunerConfig(**(vars(QUICK) | {"epochs": 1})))
+    tuner = quick(nano, epochs=1)
     forwarded = 0
     hidden = AnswerModel.hidden
 
@@ -245,22 +234,21 @@ def test_zero_weight_samples_get_no_forward(nano, monkeypatch):
 def test_the_best_epoch_is_kept(nano):
     """A learning rate that wrecks the model: the round ends with the weights it began with."""
     frames, actions = colours(40)
-    good = VLMTuner(nano, QUICK)
+    good = quick(nano)
     good.start(frames, actions, torch.ones(40))
     good.publish()
-    bad = VLMTuner(nano, TunerConfig(**(vars(QUICK) | {"learning_rate": 10.0})))
-    expected = [p.detach().clone() for p in nano.backbone.model.parameters()]
+    bad = quick(nano, learning_rate=10.0)
+    expected = weights_of(nano)
     bad.start(frames, actions, torch.ones(40))
     report = bad.poll()
     assert report.loss_after == report.loss_before
     bad.publish()
-    assert all(torch.equal(a, b) for a, b in zip(expected, nano.backbone.model.parameters(), strict=True))
+    assert equal(expected, weights_of(nano))
 
 
 def test_the_average_of_the_weights_is_published(nano, monkeypatch):
     frames, actions = colours(24)
-    config = TunerConfig(**(vars(QUICK) | {"average": 0.75, "epochs": 1, "held_out": 0.0, "batch_size": 8}))
-    tuner = VLMTuner(nano, config)
+    tuner = quick(nano, average=0.75, epochs=1, held_out=0.0, batch_size=8)
     parameter = next(p for p in tuner._backbone.model.parameters() if p.requires_grad)
     expected, step = parameter.detach().clone(), torch.optim.AdamW.step
 
@@ -278,7 +266,7 @@ def test_the_average_of_the_weights_is_published(nano, monkeypatch):
 
 def test_one_sample_is_enough(nano):
     frames, actions = colours(1)
-    tuner = VLMTuner(nano, QUICK)
+    tuner = quick(nano)
     tuner.start(frames, actions, torch.ones(1))
     report = tuner.poll()
     assert (report.trained, report.held_out) == (1, 0)
@@ -291,56 +279,37 @@ def test_a_full_gpu_says_what_to_lower(nano, monkeypatch, overlap):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(AnswerModel, "image", full)
-    tuner = VLMTuner(nano, TunerConfig(**(vars(QUICK) | {"overlap": overlap})))
+    tuner = quick(nano, overlap=overlap)
 
     def tune():
-        tuner.start(*colours(8), torch.linspace(0, 1, 8))
+        start(tuner, 8)
         tuner.wait()
 
     with pytest.raises(MemoryError, match=r"while fine-tuning: lower micro_batch \(it is 8\)"):
         tune()
 
 
-def test_an_exception_in_the_thread_reaches_poll(nano, monkeypatch):
-    frames, actions = colours(8)
-    tuner = VLMTuner(nano, TunerConfig(**(vars(QUICK) | {"overlap": True})))
-
-    def broken(self, image, answers, lengths):
-        raise ArithmeticError("broken")
-
-    monkeypatch.setattr(AnswerModel, "hidden", broken)
-    tuner.start(frames, actions, torch.ones(8))
-    with pytest.raises(ArithmeticError, match="broken"):
-        tuner.wait()
+# ---------------------------------------------------------------------- rounds that end early
 
 
-def test_stop_ends_the_round_and_undoes_it(nano):
-    frames, actions = colours(400)
-    tuner = VLMTuner(nano, TunerConfig(**(vars(QUICK) | {"overlap": True, "epochs": 500})))
-    weights = copy.deepcopy([p.detach() for p in tuner._backbone.model.parameters()])
-    tuner.start(frames, actions, torch.ones(400))
-    tuner.stop()
-    assert not tuner.running
-    assert tuner.poll() is None
-    assert all(torch.equal(a, b) for a, b in zip(weights, tuner._backbone.model.parameters(), strict=True))
-
-
-# ---------------------------------------------------------------------- LoRA
-
-
-def test_stop_undoes_the_steps_that_were_taken(nano, monkeypatch):
-    frames, actions = colours(32)
-    tuner = VLMTuner(nano, TunerConfig(**(vars(QUICK) | {"overlap": True, "epochs": 1000})))
-    before = [p.detach().clone() for p in nano.backbone.model.parameters()]
+@pytest.mark.parametrize("moment", ["at once", "after a step", "at the end"])
+def test_stop_undoes_the_round(nano, monkeypatch, moment):
+    tuner = quick(nano, overlap=True, epochs=2 if moment == "at the end" else 500)
+    before = weights_of(nano)
     stepped = threading.Event()
     step = torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *a, **k: (step(*a, **k), stepped.set())[0])
-    tuner.start(frames, actions, torch.linspace(0, 1, 32))
-    assert stepped.wait(60)
+    start(tuner, 32)
+    if moment == "after a step":
+        assert stepped.wait(60)
+    elif moment == "at the end":
+        tuner._thread.join()
     tuner.stop()
+    assert not tuner.running
+    assert tuner.poll() is None
+    assert equal(before, weights_of(tuner))
     tuner.publish()
-    after = list(nano.backbone.model.parameters())
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert equal(before, weights_of(nano))
 
 
 def broken_at(call: int, error: BaseException):
@@ -358,42 +327,38 @@ def broken_at(call: int, error: BaseException):
 
 
 def of_a_round(tuner):
-    """Report and weights of a round."""
-    frames, actions = colours(32)
-    tuner.start(frames, actions, torch.linspace(0, 1, 32))
+    """Report and weights of a round, which leaves no gradients."""
+    start(tuner, 32)
     report = tuner.wait()
-    return report.round, report.loss_after, [p.detach().clone() for p in tuner._backbone.model.parameters()]
+    assert all(p.grad is None for p in tuner._backbone.model.parameters())
+    return report.round, report.loss_after, weights_of(tuner)
 
 
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("error", [ArithmeticError("broken"), KeyboardInterrupt()])
 def test_a_round_that_fails_leaves_no_trace(monkeypatch, error, overlap):
-    priors = [ActionPrior.from_pretrained("nano", action_dim=2, device="cpu") for _ in range(2)]
-    tuner, other = (VLMTuner(prior, TunerConfig(**vars(QUICK) | {"overlap": overlap})) for prior in priors)
-    before = [p.detach().clone() for p in priors[0].backbone.model.parameters()]
+    priors = make_nano(), make_nano()
+    tuner, other = (quick(prior, overlap=overlap) for prior in priors)
+    before = weights_of(priors[0])
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", broken_at(3, error))
         with pytest.raises(type(error)):
             of_a_round(tuner)
     assert all(p.grad is None for p in tuner._backbone.model.parameters())
     tuner.publish()
-    after = list(priors[0].backbone.model.parameters())
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert equal(before, weights_of(priors[0]))
     assert tuner.rounds == 0
     (*ours, weights), (*theirs, expected) = of_a_round(tuner), of_a_round(other)
     assert ours == theirs
-    assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
+    assert equal(weights, expected)
 
 
 def test_a_stopped_round_leaves_no_trace(monkeypatch):
-    priors = [ActionPrior.from_pretrained("nano", action_dim=2, device="cpu") for _ in range(2)]
-    options = {"overlap": True, "micro_batch": 2, "epochs": 2}
-    tuner, other = (VLMTuner(prior, TunerConfig(**vars(QUICK) | options)) for prior in priors)
-    frames, actions = colours(32)
+    tuner, other = (quick(make_nano(), overlap=True, micro_batch=2, epochs=2) for _ in range(2))
     begun, halted = threading.Event(), threading.Event()
     loss = weighted_loss
 
-    def held(*args):
+    def halting(*args):
         value = loss(*args)
         if begun.is_set():  # the micro-batch after the first: gradients of one are there
             halted.wait(60)
@@ -401,8 +366,8 @@ def test_a_stopped_round_leaves_no_trace(monkeypatch):
         return value
 
     with monkeypatch.context() as patch:
-        patch.setattr("covr_fast.vlm.finetune.round.weighted_loss", held)
-        tuner.start(frames, actions, torch.linspace(0, 1, 32))
+        patch.setattr("covr_fast.vlm.finetune.round.weighted_loss", halting)
+        start(tuner, 32)
         assert begun.wait(60)
         tuner._stop.set()
         halted.set()
@@ -410,82 +375,53 @@ def test_a_stopped_round_leaves_no_trace(monkeypatch):
     assert all(p.grad is None for p in tuner._backbone.model.parameters())
     (*ours, weights), (*theirs, expected) = of_a_round(tuner), of_a_round(other)
     assert ours == theirs
-    assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
-
-
-def test_a_round_keeps_no_gradients(nano):
-    tuner = VLMTuner(nano, QUICK)
-    of_a_round(tuner)
-    assert all(p.grad is None for p in tuner._backbone.model.parameters())
+    assert equal(weights, expected)
 
 
 def test_stop_keeps_the_rounds_before_the_one_it_drops(nano):
     """Published or not."""
-    tuner = VLMTuner(nano, QUICK)
+    tuner = quick(nano)
     _, _, kept = of_a_round(tuner)
     frames, actions = colours(32)
     tuner.start(frames, -actions, torch.linspace(0, 1, 32))
     tuner.stop()
-    assert all(torch.equal(a, b) for a, b in zip(kept, tuner._backbone.model.parameters(), strict=True))
+    assert equal(kept, weights_of(tuner))
     assert tuner.rounds == 1
     tuner.start(frames, -actions, torch.linspace(0, 1, 32))
     tuner.publish()
-    published = [p.detach().clone() for p in nano.backbone.model.parameters()]
+    published = weights_of(nano)
     tuner.stop()
-    assert all(torch.equal(a, b) for a, b in zip(published, tuner._backbone.model.parameters(), strict=True))
+    assert equal(published, weights_of(tuner))
     assert tuner.rounds == 2
 
 
-def test_arguments_that_do_not_fit_are_no_round(nano):
-    frames, actions = colours(8)
-    tuner = VLMTuner(nano, QUICK)
-    with pytest.raises(ValueError, match="finite"):
-        tuner.start(frames, actions, torch.full((8,), torch.inf))
-    assert tuner.rounds == 0
-
-
-def test_stop_also_drops_a_round_that_had_just_ended(nano):
-    frames, actions = colours(12)
-    tuner = VLMTuner(nano, TunerConfig(**(vars(QUICK) | {"overlap": True})))
-    before = [p.detach().clone() for p in nano.backbone.model.parameters()]
-    tuner.start(frames, actions, torch.linspace(0, 1, 12))
-    tuner._thread.join()
-    tuner.stop()
-    assert tuner.poll() is None
-    tuner.publish()
-    after = list(nano.backbone.model.parameters())
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+# ---------------------------------------------------------------------- LoRA and frozen features
 
 
 def test_lora_trains_adapters_only_and_saves_in_pefts_format(tmp_path):
     frames, actions = colours(40)
-    prior = ActionPrior.from_pretrained("nano", action_dim=2, device="cpu", seed=2)
+    prior = make_nano(seed=2)
     base = {name: p.detach().clone() for name, p in prior.backbone.base.named_parameters()}
     untouched = prior(frames[:4]).token_ids
-    tuner = VLMTuner(prior, TunerConfig(**(vars(QUICK) | {"mode": "lora", "lora_rank": 4, "lora_alpha": 8})))
+    tuner = quick(prior, mode="lora", lora_rank=4, lora_alpha=8)
     assert torch.equal(prior(frames[:4]).token_ids, untouched), "fresh adapters change nothing"
     tuner.start(frames, actions, torch.ones(40))
     tuner.publish()
     for name, p in prior.backbone.base.named_parameters():
         assert "lora_" in name or torch.equal(p, base[name.replace(".base_layer", "")])
     prior.save_pretrained(tmp_path)
-    tuned = prior(frames[:8])
-
     again = ActionPrior.from_pretrained(tmp_path, action_dim=2, device="cpu")
-    assert torch.equal(again(frames[:8]).token_ids, tuned.token_ids)
     assert VLMTuner(again, tuner.config).parameters == tuner.parameters
 
     fresh = load_backbone("nano", seed=2, attention="sdpa", dtype=None, device=torch.device("cpu"))
     theirs = PeftModel.from_pretrained(fresh.model, tmp_path)
-    ours = {n: p for n, p in prior.backbone.model.named_parameters() if "lora_" in n}
-    assert ours
-    for name, parameter in theirs.named_parameters():
-        if "lora_" in name:
-            assert torch.equal(parameter, ours[name])
+    adapters = [name for name, _ in prior.backbone.model.named_parameters() if "lora_" in name]
+    assert adapters
+    for name in adapters:
+        assert torch.equal(theirs.get_parameter(name), prior.backbone.model.get_parameter(name))
 
 
 def test_cached_image_features_change_nothing(monkeypatch):
-    frames, actions = colours(30)
     weights, calls = [], []
     image = AnswerModel.image
 
@@ -494,18 +430,16 @@ def test_cached_image_features_change_nothing(monkeypatch):
         return image(self, frames)
 
     monkeypatch.setattr(AnswerModel, "image", counting)
-    for cached in (False, True):
+    for cached, shift in ((False, 0), (True, 0), (True, 2)):
         calls.append(0)
-        prior = ActionPrior.from_pretrained("nano", action_dim=2, device="cpu")
-        options = {"mode": "lora", "lora_rank": 4, "cache_image_features": cached}
-        tuner = VLMTuner(prior, TunerConfig(**(vars(QUICK) | options)))
-        tuner.start(frames, actions, torch.linspace(0, 1, 30))
+        tuner = quick(make_nano(), mode="lora", lora_rank=4, cache_image_features=cached, shift=shift)
+        start(tuner, 30)
         report = tuner.poll()
-        tuner.publish()
-        weights.append([p.detach().clone() for p in prior.backbone.model.parameters()])
-    for a, b in zip(*weights, strict=True):
+        weights.append(weights_of(tuner))
+    for a, b in zip(*weights[:2], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     assert calls[1] == report.trained + report.held_out < calls[0]
+    assert calls[2] > 30, "features of shifted frames were cached"
 
 
 def test_training_sees_shifted_frames_and_the_held_out_loss_does_not(nano, monkeypatch):
@@ -526,37 +460,11 @@ def test_training_sees_shifted_frames_and_the_held_out_loss_does_not(nano, monke
         return image(self, frames)
 
     monkeypatch.setattr(AnswerModel, "image", watched)
-    tuner = VLMTuner(nano, TunerConfig(**(vars(QUICK) | {"shift": pad})))
+    tuner = quick(nano, shift=pad)
     tuner.start(frames, actions, torch.linspace(0, 1, 12))
     assert set(seen[True]) <= shifts
     assert not set(seen[True]) <= originals
     assert set(seen[False]) <= originals
-
-
-def test_frozen_features_of_shifted_frames_are_not_cached(monkeypatch):
-    frames, actions = colours(12)
-    calls = []
-    image = AnswerModel.image
-    monkeypatch.setattr(AnswerModel, "image", lambda self, f: calls.append(len(f)) or image(self, f))
-    prior = ActionPrior.from_pretrained("nano", action_dim=2, device="cpu")
-    options = {"mode": "lora", "lora_rank": 4, "shift": 2}
-    tuner = VLMTuner(prior, TunerConfig(**(vars(QUICK) | options)))
-    tuner.start(frames, actions, torch.linspace(0, 1, 12))
-    assert sum(calls) > 12  # more than once per frame
-
-
-def test_an_adapter_of_another_base(tmp_path):
-    prior = ActionPrior.from_pretrained("nano", action_dim=2, device="cpu")
-    VLMTuner(prior, TunerConfig(mode="lora", lora_rank=4))
-    adapter = tmp_path / "adapter"
-    prior.save_pretrained(adapter)
-    (adapter / "action_prior.json").unlink()
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    config["target_modules"] = ["no_such_module"]
-    config["base_model_name_or_path"] = "nano"
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="does not fit its base 'nano'"):
-        ActionPrior.from_pretrained(adapter, action_dim=2, device="cpu")
 
 
 # ---------------------------------------------------------------------- bad input
@@ -564,17 +472,18 @@ def test_an_adapter_of_another_base(tmp_path):
 
 def test_arguments_that_do_not_fit(nano):
     frames, actions = colours(4)
-    tuner = VLMTuner(nano, QUICK)
-    with pytest.raises(ValueError, match="at least one frame"):
-        tuner.start(frames[:0], actions[:0], torch.ones(0))
-    with pytest.raises(ValueError, match=r"actions must have shape \[4, 2\]"):
-        tuner.start(frames, actions[:, :1], torch.ones(4))
-    with pytest.raises(ValueError, match=r"returns must have shape \[4\]"):
-        tuner.start(frames, actions, torch.ones(3))
-    with pytest.raises(ValueError, match="finite"):
-        tuner.start(frames, actions, torch.tensor([1.0, float("nan"), 0.0, 0.0]))
-    with pytest.raises(TypeError, match="frames must be a uint8"):
-        tuner.start(frames.float(), actions, torch.ones(4))
+    tuner = quick(nano)
+    for arguments, error, message in (
+        ((frames[:0], actions[:0], torch.ones(0)), ValueError, "at least one frame"),
+        ((frames, actions[:, :1], torch.ones(4)), ValueError, r"actions must have shape \[4, 2\]"),
+        ((frames, actions, torch.ones(3)), ValueError, r"returns must have shape \[4\]"),
+        ((frames, actions, torch.tensor([1.0, torch.nan, 0.0, 0.0])), ValueError, "finite"),
+        ((frames, actions, torch.full((4,), torch.inf)), ValueError, "finite"),
+        ((frames.float(), actions, torch.ones(4)), TypeError, "frames must be a uint8"),
+    ):
+        with pytest.raises(error, match=message):
+            tuner.start(*arguments)
+    assert tuner.rounds == 0
 
 
 @pytest.mark.parametrize(
@@ -602,9 +511,7 @@ def test_the_held_out_loss_is_per_token_and_knows_no_weights(nano):
     expected = weighted_loss(model, alike, rows, model.image(frames), alike.valid_tokens(rows), 0.0).item()
     for returns in ([1.0, 1.0, 1.0], [0.0, 5.0, 1.0]):
         samples = Samples.build(nano.grammar, frames, actions, torch.tensor(returns))
-        images = RoundImages(
-            model, samples, rows, once=True, micro_batch=2, shift=0, generator=torch.Generator()
-        )
+        images = RoundImages(model, samples, rows, TunerConfig(micro_batch=2), torch.Generator())
         assert mean_nll(model, samples, rows, images, 2) == pytest.approx(expected, rel=1e-5)
 
 
@@ -612,7 +519,7 @@ def test_samples_of_any_weight_are_held_out_but_not_the_best(nano):
     frames, actions = colours(10)
     returns = torch.tensor([0.0, 1, 2, 9, 3, 1, 0, 2, 1, 3])  # one of non-zero weight
     for seed in range(4):
-        tuner = VLMTuner(nano, TunerConfig(**(vars(QUICK) | {"held_out": 0.9, "seed": seed, "epochs": 1})))
+        tuner = quick(nano, held_out=0.9, seed=seed, epochs=1)
         tuner.start(frames, actions, returns)
         report = tuner.poll()
         assert (report.samples, report.trained, report.held_out) == (10, 1, 9)

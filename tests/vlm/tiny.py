@@ -49,7 +49,7 @@ LLAVA_TEMPLATE = (
 )
 
 
-def tokenizer(template: str, special: tuple[str, ...], end: str) -> PreTrainedTokenizerFast:
+def byte_tokenizer(template: str, special: tuple[str, ...], end: str) -> PreTrainedTokenizerFast:
     """Bytes and single digits, as the tokenizers of these models have them."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(alphabet)}, merges=[]))
@@ -82,7 +82,7 @@ def write_qwen2_5_vl(directory: Path) -> None:
 def _write_qwen(
     directory: Path, model_class: Any, config_class: Any, vision: dict, rope: dict, image: dict
 ) -> None:
-    words = tokenizer(CHAT_TEMPLATE, SPECIAL_TOKENS, "<|im_end|>")
+    words = byte_tokenizer(CHAT_TEMPLATE, SPECIAL_TOKENS, "<|im_end|>")
     at = words.convert_tokens_to_ids
     config = config_class(
         vision_config={"depth": 3, "num_heads": 4, "initializer_range": 0.2} | vision,
@@ -124,7 +124,7 @@ def write_qwen3_vl(directory: Path) -> None:
 
 def write_smolvlm(directory: Path) -> None:
     special = ("<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<global-img>", "<image>")
-    words = tokenizer(SMOL_TEMPLATE, special, "<end_of_utterance>")
+    words = byte_tokenizer(SMOL_TEMPLATE, special, "<end_of_utterance>")
     config = SmolVLMConfig(
         vision_config={
             "hidden_size": 32,
@@ -152,7 +152,7 @@ def write_smolvlm(directory: Path) -> None:
 
 
 def write_llava(directory: Path) -> None:
-    words = tokenizer(LLAVA_TEMPLATE, ("<s>", "</s>", "<image>"), "</s>")
+    words = byte_tokenizer(LLAVA_TEMPLATE, ("<s>", "</s>", "<image>"), "</s>")
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=32,
@@ -194,21 +194,53 @@ SIZES = {"qwen2_vl": (60, 84), "qwen2_5_vl": (84, 84)}
 ACTIONS = torch.tensor([[0.1, -0.2], [1.0, 0.0], [-1.0, 0.55], [0.3, 0.3]])
 
 
+def write_checkpoint(name: str, parent: Path) -> Path:
+    """A new directory with a tiny checkpoint, named after its architecture."""
+    directory = parent / name
+    directory.mkdir()
+    WRITERS[name](directory)
+    return directory
+
+
 def open_prior(model: Any) -> ActionPrior:
     return ActionPrior.from_pretrained(model, action_dim=2, prompt="Drive.", device="cpu")
 
 
-def random_frames(size: tuple[int, int]) -> torch.Tensor:
-    """uint8[4, 3, H, W]"""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (4, 3, *size), dtype=torch.uint8, generator=generator)
+def make_nano(**options: Any) -> ActionPrior:
+    return ActionPrior.from_pretrained("nano", action_dim=2, device="cpu", **options)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_frames(size: tuple[int, int], count: int = 4, seed: int = 0) -> torch.Tensor:
+    """uint8[count, 3, H, W]"""
+    return torch.randint(0, 256, (count, 3, *size), dtype=torch.uint8, generator=seeded(seed))
+
+
+def frames_for(checkpoint: Path, count: int = 4) -> torch.Tensor:
+    return random_frames(SIZES.get(checkpoint.name, (64, 64)), count)
+
+
+def weights_of(prior_or_tuner: Any) -> list[torch.Tensor]:
+    """Copies of all weights."""
+    if isinstance(prior_or_tuner, ActionPrior):
+        backbone = prior_or_tuner.backbone
+    else:
+        backbone = prior_or_tuner._backbone
+    return [p.detach().clone() for p in backbone.model.parameters()]
+
+
+def equal(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def model_loss(prior: ActionPrior, frames: torch.Tensor) -> torch.Tensor:
     """The loss of the (peft) model's own forward on 4 frames, with `ACTIONS` as labels."""
     backbone = prior.backbone
     samples = Samples.build(prior.grammar, frames, ACTIONS, torch.ones(4))
-    inputs = dict(backbone.process(prior.text, list(frames.permute(0, 2, 3, 1).numpy())))
+    inputs = backbone.process(prior.text, frames)
     prompt = inputs["input_ids"]
     inputs["input_ids"] = torch.cat((prompt, samples.answers), 1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])

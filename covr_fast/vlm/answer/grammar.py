@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from .prompt import CLOSING, JOINER, OPENING, answer_format, grid_size, spell
+from .prompt import CLOSING, JOINER, OPENING, answer_format, spell
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,8 @@ class ActionGrammar:
         decimals: digits after the point, 1 to 4.
 
     Raises:
-        TypeError: `action_dim` or `decimals` is no integer.
-        ValueError: an argument out of range, or a tokenizer that cannot spell the answers (no end token,
-            or the tokens of one number depend on another number).
+        ValueError: the tokenizer cannot spell the answers (no end token, or the tokens of one number depend
+            on another number). Else see `prompt.answer_format`.
     """
 
     def __init__(self, tokenizer: Any, context: str, *, action_dim: int, decimals: int) -> None:
@@ -68,41 +68,26 @@ class ActionGrammar:
         self.pad_token_id: int = self.eos_token_id if pad is None else pad
         self._tokenizer = tokenizer
         self._context = context
-        self._spell_out()
-        self._check_independence()
+        half = 10**decimals
+        words = [spell(step, decimals) for step in range(-half, half + 1)]
+        self._spell_out(words)
+        self._check_independence(words)
         self._build_automaton()
         self.opening, self.levels = self._schedule()
         self.max_length = len(self.opening) + sum(1 + len(level.forced) for level in self.levels)
 
     # ---- actions <-> tokens ----
 
-    def steps(self, actions: Tensor) -> Tensor:
-        """Grid steps int64[N, A] of float actions [N, A], clipped to [-1, 1], halves to even."""
-        return (actions.double().clamp(-1, 1) * float(10**self.decimals)).round().long()
-
     def encode(self, actions: Tensor) -> Tensor:
         """The answers' tokens int64[N, L], end-of-turn included, padded at the right with `pad_token_id`.
 
         Args:
-            actions: float[N, A]; each number is clipped to [-1, 1] and rounded to the grid.
+            actions: float[N, A]; each number is clipped to [-1, 1] and rounded to the grid, halves to even.
         """
-        columns = (self.steps(actions) + 10**self.decimals).tolist()
-        rows = [
-            [token for slot, index in enumerate(row) for token in self._slots[min(slot, 1)][index]]
-            + self._ending
-            for row in columns
-        ]
-        out = torch.full((len(rows), max(map(len, rows), default=0)), self.pad_token_id, dtype=torch.int64)
-        for i, row in enumerate(rows):
-            out[i, : len(row)] = torch.tensor(row)
-        return out
-
-    def lengths(self, actions: Tensor) -> Tensor:
-        """Tokens int64[N] of each answer of `encode(actions)`."""
-        index = self.steps(actions).cpu() + 10**self.decimals
-        counts = [torch.tensor([len(tokens) for tokens in slot]) for slot in self._slots]
-        total = counts[0][index[:, 0]] + len(self._ending)
-        return total + sum(counts[1][index[:, slot]] for slot in range(1, self.action_dim))
+        scale = 10**self.decimals
+        columns = (actions.double().clamp(-1, 1) * float(scale)).round().long() + scale
+        rows = [torch.tensor(self._number_tokens(row) + self._ending) for row in columns.tolist()]
+        return pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id)
 
     def allowed(self, answer: list[int]) -> list[int]:
         """The tokens that may follow `answer`, the beginning of one; after its end only the pad token."""
@@ -146,35 +131,32 @@ class ActionGrammar:
                 raise self._cannot_spell(f"{text!r} after {before!r} is merged into what precedes it")
         return [tokens[len(base) :] for tokens in full]
 
-    def _spell_out(self) -> None:
-        """Tokens of every grid value in the first and in a later position, and of the end of an answer."""
-        half = grid_size(self.decimals) // 2
-        words = [spell(step, self.decimals) for step in range(-half, half + 1)]
-        first = OPENING + words[half]
-        self._words = words
-        self._slots = (
-            self._continuations("", [OPENING + word for word in words]),
-            self._continuations(first, [JOINER + word for word in words]),
-        )
-        closing = self._continuations(first, [CLOSING])[0]
-        self._ending = [*closing, self.eos_token_id]
+    def _spell_out(self, words: list[str]) -> None:
+        """Tokens of every grid value in every position (`_slots`), and of the end of an answer."""
+        first = OPENING + words[len(words) // 2]
+        opening = self._continuations("", [OPENING + word for word in words])
+        joined = self._continuations(first, [JOINER + word for word in words])
+        self._slots = [opening, *[joined] * (self.action_dim - 1)]
+        self._ending = [*self._continuations(first, [CLOSING])[0], self.eos_token_id]
 
-    def _check_independence(self) -> None:
+    def _number_tokens(self, row: list[int]) -> list[int]:
+        """Tokens of an answer up to its last number, for the places of its numbers on the grid."""
+        return [token for slot, i in zip(self._slots, row, strict=False) for token in slot[i]]
+
+    def _check_independence(self, words: list[str]) -> None:
         """Checks that every value in every position has the tokens of `_slots`, whatever its neighbours."""
-        size = len(self._words)
+        size = len(words)
         dim = min(self.action_dim, 3)
         # Neighbours are far apart on the grid: they differ in sign and digits.
         rows = [[(i + k * (size // 3 + 1)) % size for k in range(dim)] for i in range(size)]
-        texts = [OPENING + JOINER.join(self._words[i] for i in row) + CLOSING for row in rows]
+        texts = [OPENING + JOINER.join(words[i] for i in row) + CLOSING for row in rows]
         context = self._tokens_of([""])[0]
         for text, row, tokens in zip(texts, rows, self._tokens_of(texts), strict=True):
-            expected = [token for slot, i in enumerate(row) for token in self._slots[min(slot, 1)][i]]
+            expected = self._number_tokens(row)
             if tokens != context + expected + self._ending[:-1]:
                 raise self._cannot_spell(f"the tokens of {text!r} are not those of its parts")
-            if (
-                self._tokenizer.decode(expected, clean_up_tokenization_spaces=False).strip()
-                != text[: -len(CLOSING)]
-            ):
+            decoded = self._tokenizer.decode(expected, clean_up_tokenization_spaces=False)
+            if decoded.strip() != text.removesuffix(CLOSING):
                 raise self._cannot_spell(f"{text!r} does not survive encoding and decoding")
 
     def _cannot_spell(self, reason: str) -> ValueError:
@@ -195,7 +177,7 @@ class ActionGrammar:
             following = self._new_state({token: following})
         for slot in reversed(range(self.action_dim)):
             root = self._new_state({})
-            for step, tokens in enumerate(self._slots[min(slot, 1)], -(10**self.decimals)):
+            for step, tokens in enumerate(self._slots[slot], -(10**self.decimals)):
                 state = root
                 for token in tokens[:-1]:
                     state = self._edges[state].setdefault(token, len(self._edges))
@@ -253,10 +235,9 @@ class ActionGrammar:
         forced: list[int] = []
         completed: list[list[tuple[int, float]]] = [[] for _ in states]
         while any(state != self._done for state in at):
-            choices = {token for state in at for token in self._edges[state]}
-            if len(choices) > 1:
+            token, *others = {token for state in at for token in self._edges[state]}
+            if others:
                 break
-            (token,) = choices
             for i, state in enumerate(at):
                 if (state, token) in self._numbers:
                     completed[i].append(self._numbers[state, token])

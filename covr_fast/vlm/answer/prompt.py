@@ -36,17 +36,14 @@ def answer_format(action_dim: SupportsIndex, decimals: SupportsIndex) -> tuple[i
 def default_prompt(action_dim: int, decimals: int) -> str:
     """The prompt used when none is given. It gives the format of answers and says nothing about the task."""
     action_dim, decimals = answer_format(action_dim, decimals)
-    example = ", ".join(spell(k, decimals) for k in _example_steps(action_dim, decimals))
+    unit = 10 ** (decimals - 1)
+    # Numbers of alternating sign, so that the example shows both.
+    example = JOINER.join(spell((-3 if i % 2 else 4) * unit, decimals) for i in range(action_dim))
     return (
         f"You control an agent. Look at the image and choose its next action: {action_dim} "
         f"{'number' if action_dim == 1 else 'numbers'} in [-1, 1]. "
         f"Answer in this format: {OPENING}{example}{CLOSING}"
     )
-
-
-def grid_size(decimals: int) -> int:
-    """How many values a number of an answer can have: -1, ..., 0, ..., 1 in steps of 10^-decimals."""
-    return int(2 * 10**decimals + 1)
 
 
 def spell(step: int, decimals: int) -> str:
@@ -75,9 +72,3 @@ def parse_action(text: str) -> list[float]:
     if not all(-1.0 <= value <= 1.0 for value in values):
         raise ValueError(f"an action outside [-1, 1] in {text!r}")
     return values
-
-
-def _example_steps(action_dim: int, decimals: int) -> list[int]:
-    """Numbers of alternating sign, so that the example shows both."""
-    unit = 10 ** (decimals - 1)
-    return [(4 if i % 2 == 0 else -3) * unit for i in range(action_dim)]

@@ -8,15 +8,13 @@ from torch import Tensor
 
 from ..answer.grammar import ActionGrammar, Level
 from ..model.backbones import Backbone, ImageFeatures
-from .transformer import KeyValueCache, Transformer, TransformerWeights
+from .transformer import KeyValueCache, Transformer
 
 
 @dataclass(frozen=True)
 class Layout:
     """The tokens of a prompt for frames of one size: a text prefix, then the image and the closing text."""
 
-    size: tuple[int, int]
-    """Height and width of the frames."""
     prefix: Tensor
     """int64[P]: everything before the first image token."""
     body: Tensor
@@ -30,21 +28,15 @@ class Layout:
     def prompt_length(self) -> int:
         return len(self.prefix) + len(self.body)
 
-    def span(self, begin: int, end: int) -> Tensor:
-        """Position ids of the tokens from `begin` to `end`, counted from the start of the prefix."""
-        return self.positions[..., begin:end]
-
 
 def make_layout(backbone: Backbone, text: str, size: tuple[int, int], answer_length: int) -> Layout:
     """Runs the processor once on a blank frame of `size` to see how it lays out text and image."""
-    blank = torch.zeros(*size, 3, dtype=torch.uint8).numpy()
-    inputs = backbone.process(text, [blank])
+    inputs = backbone.process(text, torch.zeros(1, 3, *size, dtype=torch.uint8))
     tokens = inputs["input_ids"][0]
     image = (tokens == backbone.image_token_id).nonzero()[:, 0]
     begin = int(image[0])
     device = backbone.device
     return Layout(
-        size=size,
         prefix=tokens[:begin].to(device),
         body=tokens[begin:].to(device),
         image_at=(image - begin).to(device),
@@ -56,14 +48,13 @@ class _Choice:
     """A level of the grammar, with the model's weights for its tokens."""
 
     def __init__(self, level: Level, backbone: Backbone) -> None:
-        tokens = level.tokens[:, None]
         plain = backbone.plain_head
         self._head, self._head_tokens = backbone.head, level.tokens
         self._head_rows = None if plain is None else plain.weight[level.tokens]
         """[U, D]"""
         self.forbidden = ~level.allowed
         """bool[S, U]"""
-        self.tokens = torch.cat((tokens, level.forced.expand(len(tokens), -1)), 1)
+        self.tokens = torch.cat((level.tokens[:, None], level.forced.expand(len(level.tokens), -1)), 1)
         """int64[U, 1 + R]: a choice and the tokens that it forces."""
         self.embeddings = backbone.embed(self.tokens)
         self.gain, self.next_state = level.gain, level.next_state
@@ -84,13 +75,12 @@ class DecoderWeights:
 
     @torch.no_grad()
     def __init__(self, backbone: Backbone, grammar: ActionGrammar) -> None:
-        self.transformer = TransformerWeights(backbone)
+        self.transformer = Transformer(backbone)
         self.choices = [_Choice(level.to(backbone.device), backbone) for level in grammar.levels]
+        self.grammar = grammar
         self.embed = backbone.embed
         self.opening = grammar.opening.to(backbone.device)
         """int64[K]: the tokens that every answer begins with."""
-        self.action_dim = grammar.action_dim
-        self.answer_length = grammar.max_length
 
 
 class Decoder:
@@ -105,12 +95,14 @@ class Decoder:
     @torch.no_grad()
     def __init__(self, weights: DecoderWeights, layout: Layout) -> None:
         self._weights = weights
-        self._layout = layout
-        self._transformer = Transformer(weights.transformer, layout.positions)
+        self._image_at = layout.image_at
+        self._capacity = layout.prompt_length + weights.grammar.max_length
+        self._transformer = weights.transformer
+        self._attention = weights.transformer.attention(layout.positions)
         self._body = weights.embed(torch.cat((layout.body, weights.opening)))[None]
         self._prefix = self._transformer.new_cache(1, len(layout.prefix))
         if len(layout.prefix):
-            self._transformer(weights.embed(layout.prefix)[None], self._prefix)
+            self._transformer(weights.embed(layout.prefix)[None], self._attention, self._prefix)
         self._caches: dict[int, KeyValueCache] = {}
 
     def __call__(
@@ -133,9 +125,9 @@ class Decoder:
         weights, batch = self._weights, len(image.tokens)
         cache.length = self._prefix.length
         body = self._body.expand(batch, -1, -1)
-        hidden = self._transformer(body, cache, image_at=self._layout.image_at, image=image)
+        hidden = self._transformer(body, self._attention, cache, image_at=self._image_at, image=image)
         state = torch.zeros(batch, dtype=torch.int64, device=hidden.device)
-        action = torch.zeros(batch, weights.action_dim, dtype=torch.float32, device=hidden.device)
+        action = torch.zeros(batch, weights.grammar.action_dim, dtype=torch.float32, device=hidden.device)
         answer = [weights.opening.expand(batch, -1)]
         for i, choice in enumerate(weights.choices):
             scores = choice.scores(hidden)
@@ -146,13 +138,13 @@ class Decoder:
             state = choice.next_state[state, chosen]
             answer.append(choice.tokens.index_select(0, chosen))
             if i + 1 < len(weights.choices):
-                hidden = self._transformer(choice.embeddings.index_select(0, chosen), cache)
+                embeddings = choice.embeddings.index_select(0, chosen)
+                hidden = self._transformer(embeddings, self._attention, cache)
         return action, torch.cat(answer, 1)
 
     def new_cache(self, batch: int) -> KeyValueCache:
         """A cache of `batch` rows that begins with the prefix."""
-        capacity = self._layout.prompt_length + self._weights.answer_length
-        return self._transformer.new_cache(batch, capacity, self._prefix)
+        return self._transformer.new_cache(batch, self._capacity, self._prefix)
 
     def _cache(self, batch: int) -> KeyValueCache:
         """The cache for this batch size. Two are kept: for full batches and for the last one."""

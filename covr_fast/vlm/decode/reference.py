@@ -1,9 +1,5 @@
 """The reference decoder: transformers' `generate` under the grammar, one token at a time."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
@@ -15,9 +11,7 @@ from ..model.backbones import Backbone
 class GrammarProcessor(LogitsProcessor):
     """Leaves only the tokens that the grammar allows after each row's answer so far.
 
-    Args:
-        prompt_length: tokens of `input_ids` that precede the answer.
-        temperature, noise: as in `Decoder.__call__`; the noise makes greedy generation sample.
+    Temperature and noise are those of `Decoder.__call__`: the noise makes greedy generation sample.
     """
 
     def __init__(
@@ -49,21 +43,6 @@ class GrammarProcessor(LogitsProcessor):
         return out
 
 
-@contextmanager
-def _replaced_config(model: Any, config: GenerationConfig) -> Iterator[None]:
-    """`model` has this generation config until the block ends.
-
-    `generate` takes settings that its config leaves open from the model's own config. Checkpoints put
-    penalties, forbidden tokens, sampling and more there, which would change the answers.
-    """
-    own = model.generation_config
-    model.generation_config = config
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
 def generate_answers(
     backbone: Backbone,
     text: str,
@@ -73,13 +52,11 @@ def generate_answers(
     noise: Tensor | None,
 ) -> Tensor:
     """Answer tokens int64[B, grammar.max_length] for uint8 images [B, 3, H, W]."""
-    arrays: list[Any] = list(images.permute(0, 2, 3, 1).cpu().numpy())
-    inputs = backbone.process(text, arrays)
-    inputs = {name: value.to(backbone.device) for name, value in inputs.items()}
+    inputs = {
+        name: value.to(backbone.device, backbone.dtype if value.is_floating_point() else None)
+        for name, value in backbone.process(text, images).items()
+    }
     prompt_length = inputs["input_ids"].shape[1]
-    for name, value in inputs.items():
-        if value.is_floating_point():
-            inputs[name] = value.to(backbone.dtype)
     config = GenerationConfig(
         max_new_tokens=grammar.max_length,
         do_sample=False,
@@ -89,10 +66,14 @@ def generate_answers(
         pad_token_id=grammar.pad_token_id,
     )
     processors = LogitsProcessorList([GrammarProcessor(grammar, prompt_length, temperature, noise)])
-    # Without peft's wrapper, which has another generation config.
-    model = backbone.base
-    with _replaced_config(model, config):
+    model = backbone.base  # without peft's wrapper, which has another generation config
+    # `generate` takes settings that its config leaves open from the model's own config. Checkpoints put
+    # penalties, forbidden tokens, sampling and more there, which would change the answers.
+    own, model.generation_config = model.generation_config, config
+    try:
         out = model.generate(**inputs, generation_config=config, logits_processor=processors)
+    finally:
+        model.generation_config = own
     answers = out[:, prompt_length:]
     missing = grammar.max_length - answers.shape[1]
     return torch.nn.functional.pad(answers, (0, missing), value=grammar.pad_token_id)

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from covr_fast import ops
-
+from ... import ops
 from ..answer.grammar import ActionGrammar
 from ..decode.decoder import Layout
 from ..model.backbones import Backbone, ImageFeatures
 from ..model.rows import Prefix, RecordingCache, TrainingCache, arrange
+from .config import TunerConfig
 
 IGNORE = -100
 
@@ -33,9 +33,9 @@ class Samples:
 
     @classmethod
     def build(cls, grammar: ActionGrammar, frames: Tensor, actions: Tensor, returns: Tensor) -> "Samples":
-        actions = actions.detach().cpu()
-        answers = grammar.encode(actions)
-        padding = torch.arange(answers.shape[1]) >= grammar.lengths(actions)[:, None]
+        answers = grammar.encode(actions.detach().cpu())
+        last = (answers == grammar.eos_token_id).int().argmax(1, keepdim=True)
+        padding = torch.arange(answers.shape[1]) > last
         weights = ops.return_weights(returns.detach().cpu().float())
         return cls(frames, answers, answers.masked_fill(padding, IGNORE), weights)
 
@@ -54,14 +54,12 @@ class Samples:
             yield from rows.split(size)
 
 
-def record_prefix(backbone: Backbone, layout: Layout) -> Prefix | None:
-    """Keys and values of the prompt's text prefix; None if the image comes first. Differentiable."""
+def record_prefix(backbone: Backbone, layout: Layout) -> Prefix:
+    """Keys and values of the prompt's text prefix, which is not empty. Differentiable."""
     length = len(layout.prefix)
-    if length == 0:
-        return None
     cache = RecordingCache()
     rows = arrange(backbone.attention, torch.tensor([length]), length, 0, backbone.device)
-    backbone.hidden(backbone.embed(layout.prefix)[None], layout.span(0, length), rows, cache)
+    backbone.hidden(backbone.embed(layout.prefix)[None], layout.positions[..., :length], rows, cache)
     return cache.prefix
 
 
@@ -79,12 +77,9 @@ class AnswerModel:
         self.checkpointing = checkpointing
 
     def hidden(self, image: ImageFeatures, answers: Tensor, lengths: Tensor) -> Tensor:
-        """[B, L, D] for answers int64[B, L]: position t predicts token t.
+        """[B, L, D] for answers int64[B, L]: position t predicts token t, up to the answer's end.
 
-        Positions after the end of an answer have no meaning.
-
-        Args:
-            lengths: int64[B] on the host, the tokens of each answer.
+        `lengths` int64[B], on the host, are the tokens of each answer.
         """
         backbone, layout = self.backbone, self.layout
         count, length = answers.shape
@@ -94,12 +89,10 @@ class AnswerModel:
         tokens = torch.cat((prompt.expand(count, -1), answers[:, :-1]), 1)
         width = tokens.shape[1]
         rows = arrange(backbone.attention, lengths + len(prompt) - 1, width, prefix_length, backbone.device)
-        cache = None
-        if not self.checkpointing:
-            cache = TrainingCache(record_prefix(backbone, layout), rows)
+        cache = TrainingCache(record_prefix(backbone, layout), rows) if prefix_length else None
         hidden = backbone.hidden(
             backbone.embed(tokens),
-            layout.span(prefix_length, prefix_length + width),
+            layout.positions[..., prefix_length : prefix_length + width],
             rows,
             cache,
             image_at=layout.image_at + (len(prompt) - len(layout.body)),
@@ -109,20 +102,14 @@ class AnswerModel:
 
     def image(self, frames: Tensor) -> ImageFeatures:
         """Image features of frames uint8[B, 3, H, W]."""
-        backbone = self.backbone
-        return backbone.image_features(backbone.pixels(frames), len(frames), self.layout.size)
+        return self.backbone.image_features(frames)
 
 
 class RoundImages:
-    """Image features of a round's samples.
+    """Image features of a round's samples, of which the round looks at `rows`.
 
-    Args:
-        rows: the rows that the round looks at.
-        once: compute their features once, now, and keep them: n x D numbers for each row. Features that
-            depend on trained weights are not kept but computed at every call.
-        micro_batch: frames per forward.
-        shift: the largest random shift of `shifted`, in pixels.
-        generator: of the random shifts, on the CPU.
+    Features that training does not change are computed once, here, and kept: n x D numbers for each row.
+    `generator`, on the CPU, draws the random shifts.
     """
 
     def __init__(
@@ -130,21 +117,18 @@ class RoundImages:
         model: AnswerModel,
         samples: Samples,
         rows: Tensor,
-        *,
-        once: bool,
-        micro_batch: int,
-        shift: int,
+        config: TunerConfig,
         generator: torch.Generator,
     ) -> None:
         self._model = model
         self._samples = samples
-        self._shift = shift
+        self._shift = config.shift
         self._generator = generator
         self._kept: ImageFeatures | None = None
-        if once:
+        if config.cache_image_features and config.mode == "lora" and config.shift == 0:
             self._place = torch.full((len(samples.weights),), -1, dtype=torch.int64)
             self._place[rows] = torch.arange(len(rows))
-            self._kept = self._frozen_features(rows.split(micro_batch))
+            self._kept = self._frozen_features(rows.split(config.micro_batch))
 
     def _frozen_features(self, parts: Sequence[Tensor]) -> ImageFeatures | None:
         """The features of all parts of the rows; None if they depend on trained weights."""
@@ -168,9 +152,8 @@ class RoundImages:
             return self(rows)
         frames = self._samples.frames[rows]
         offsets = torch.randint(2 * self._shift + 1, (len(rows), 2), generator=self._generator)
-        return self._model.image(
-            ops.random_shift(frames, offsets.to(frames.device), self._shift, dtype=torch.uint8)
-        )
+        moved = ops.random_shift(frames, offsets.to(frames.device), self._shift, dtype=torch.uint8)
+        return self._model.image(moved)
 
 
 def weighted_loss(
@@ -181,10 +164,8 @@ def weighted_loss(
     valid: int,
     label_smoothing: float,
 ) -> Tensor:
-    """The part of `rows` int64[M] in Eq. 6 over a batch with `valid` label tokens (N_v).
-
-    A differentiable scalar. `image` are the features of the rows.
-    """
+    """The part of `rows` int64[M], with features `image`, in Eq. 6 over a batch with `valid` label tokens
+    (N_v): a differentiable scalar."""
     labels, weights = samples.labels[rows], samples.weights[rows]
     hidden = model.hidden(image, samples.answers[rows], samples.lengths(rows))
     options: dict[str, Any] = {"label_smoothing": label_smoothing, "ignore_index": IGNORE}

@@ -3,8 +3,6 @@
 import math
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -62,15 +60,7 @@ def run_round(
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + number)
     held_out, training = split(samples.weights, config.held_out, generator)
     trained = training[samples.weights[training] > 0]
-    images = RoundImages(
-        model,
-        samples,
-        torch.cat((trained, held_out)),
-        once=config.cache_image_features and config.mode == "lora" and config.shift == 0,
-        micro_batch=config.micro_batch,
-        shift=config.shift,
-        generator=generator,
-    )
+    images = RoundImages(model, samples, torch.cat((trained, held_out)), config, generator)
     per_epoch = math.ceil(len(training) / config.batch_size)
     total = min(per_epoch * config.epochs, config.max_steps or per_epoch * config.epochs)
     optimizer = torch.optim.AdamW(
@@ -100,10 +90,14 @@ def run_round(
             if average is not None:
                 torch._foreach_lerp_(average, [w.detach() for w in weights], 1 - config.average)
             steps += 1
-        with _set_to(average, weights):
-            loss = mean_nll(model, samples, held_out, images, config.micro_batch)
-            if loss < best or len(held_out) == 0:
-                best, best_weights = loss, snapshot(weights)
+        latest = None if average is None else snapshot(weights)
+        if average is not None:
+            assign(weights, average)
+        loss = mean_nll(model, samples, held_out, images, config.micro_batch)
+        if loss < best or len(held_out) == 0:
+            best, best_weights = loss, snapshot(weights)
+        if latest is not None:
+            assign(weights, latest)
     assign(weights, best_weights)
     return RoundReport(
         round=number,
@@ -139,15 +133,3 @@ def learning_rate_factor(step: int, total: int, warmup: float) -> float:
     if step < warm:
         return (step + 1) / warm
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
-
-
-@contextmanager
-def _set_to(values: list[Tensor] | None, weights: list[Tensor]) -> Iterator[None]:
-    """`weights` have these values until the block ends; None leaves them as they are."""
-    if values is None:
-        yield
-        return
-    own = snapshot(weights)
-    assign(weights, values)
-    yield
-    assign(weights, own)

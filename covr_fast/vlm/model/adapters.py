@@ -5,13 +5,9 @@ Such a layer is merged by peft, or called as the module that it is. Models with 
 
 import copy
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-
-from ...files import read_json
-from .folder import ADAPTER_FILE
 
 LAYERWISE = frozenset(
     {
@@ -38,13 +34,6 @@ def check_adapter(config: Mapping[str, Any]) -> None:
                 f"LoRA adapters with {name} are not supported: what their layers do is decided from outside; "
                 "give a LoRA adapter without it"
             )
-
-
-def check_adapter_directory(directory: Path) -> None:
-    """`check_adapter` for a directory, which need not contain an adapter."""
-    file = directory / ADAPTER_FILE
-    if file.is_file():
-        check_adapter(read_json(file, "put back a copy of it"))
 
 
 def check_adapters(model: Any) -> None:
@@ -133,27 +122,20 @@ def check_foldable(model: Any) -> None:
 def merge_for_good(model: Any) -> Any:
     """The transformers model of a peft model, with enabled adapters merged into its weights."""
     enabled = model.get_model_status().enabled is True
-    _untie(model.get_base_model())
+    base = model.get_base_model()
+    ends = _ends(base)
+    embeddings, head = (end.get_base_layer() if end in _layers(base) else end for end in ends)
+    if (embeddings, head) != ends and head.weight is embeddings.weight:
+        # One matrix, of which only embeddings or head have an adapter: merging must not change the other.
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+        for config in (base.config, base.config.get_text_config()):
+            config.tie_word_embeddings = False
     return model.merge_and_unload() if enabled else model.unload()
 
 
 def _ends(model: Any) -> tuple[Any, Any]:
     """The input embeddings and the output head."""
     return model.get_input_embeddings(), model.get_output_embeddings()
-
-
-def _untie(model: Any) -> None:
-    """Gives the head its own weight where it shares that of the embeddings and one of them has an adapter.
-
-    Otherwise peft would change both by merging.
-    """
-    ends = _ends(model)
-    embeddings, head = (end.get_base_layer() if end in _layers(model) else end for end in ends)
-    if (embeddings, head) == ends or head.weight is not embeddings.weight:
-        return
-    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
-    for config in (model.config, model.config.get_text_config()):
-        config.tie_word_embeddings = False
 
 
 # ---- single modules ----

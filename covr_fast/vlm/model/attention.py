@@ -19,7 +19,6 @@ CHOICES = ("auto", "flash_attention_4", "flash_attention_3", "flash_attention_2"
 SEGMENTED_SDPA = "covr_segmented_flash_sdpa"
 """`segmented_sdpa` in transformers' registry. Vision towers pass `cu_seqlens` to names that say "flash"."""
 
-
 _FLASH = {
     # name: (package, transformers' check for it, lowest compute capability of the GPU). transformers compares
     # the capability only where the package is missing, and accepts any dtype.
@@ -33,10 +32,8 @@ def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -
     """The attention implementation to load a model with, by transformers' name.
 
     "auto" takes the newest FlashAttention that is installed and fits the GPU and dtype, else torch's SDPA
-    (which on CUDA uses FlashAttention too). The choice and the reasons are logged.
-
-    Raises:
-        ValueError: `requested` is unknown, or cannot run here; the message says what is missing.
+    (which on CUDA uses FlashAttention too). The choice and the reasons are logged. A ValueError says why
+    another request cannot run here.
     """
     if requested not in CHOICES:
         raise ValueError(f"attention={requested!r} is not one of {', '.join(CHOICES)}")
@@ -75,10 +72,8 @@ def _why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
 def causal_mask(queries: int, past: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[1, 1, queries, past + queries], added to attention scores: 0 where a query may look (the `past` keys,
     the earlier queries' keys and its own), the lowest number elsewhere."""
-    lowest = torch.finfo(dtype).min
-    return torch.full((queries, past + queries), lowest, dtype=dtype, device=device).triu_(past + 1)[
-        None, None
-    ]
+    mask = torch.full((queries, past + queries), torch.finfo(dtype).min, dtype=dtype, device=device)
+    return mask.triu_(past + 1)[None, None]
 
 
 def segmented_sdpa(
@@ -97,15 +92,10 @@ def segmented_sdpa(
     """Bidirectional attention within each segment of a single row. Segments follow each other.
 
     Equal segments (images of one size give these) become the batch of one SDPA call. Unequal ones are padded
-    to `max_length_q`. The host never reads `cu_seq_lens_q`, so it does not wait for the device.
+    to `max_length_q`, the longest. The host never reads `cu_seq_lens_q` (int[segments + 1], where they begin
+    and end), so it does not wait for the device.
 
-    Args:
-        query, key, value: [1, heads, S, head_dim].
-        cu_seq_lens_q: int[segments + 1], where the segments begin and end.
-        max_length_q: the longest segment.
-
-    Returns:
-        [1, S, heads, head_dim], and None for the attention weights.
+    `query`, `key` and `value` are [1, heads, S, head_dim]. Returns [1, S, heads, head_dim].
     """
     _, heads, total, dim = query.shape
     segments = cu_seq_lens_q.shape[0] - 1
@@ -119,9 +109,8 @@ def segmented_sdpa(
     valid = place < end
     place = place.clamp(max=total - 1)
     q, k, v = (x[0][:, place].transpose(0, 1) for x in (query, key, value))
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=valid[:, None, None], scale=scaling, dropout_p=dropout
-    )
+    mask = valid[:, None, None]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, dropout_p=dropout)
     token = torch.arange(total, device=query.device)
     segment = torch.searchsorted(cu_seq_lens_q.long(), token, right=True) - 1
     return out[segment, :, token - start[segment, 0]][None], None

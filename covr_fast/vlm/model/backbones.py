@@ -5,7 +5,6 @@ tokens to embeddings, frames to image features, embeddings and a KV cache to hid
 base class uses what all VLMs of transformers have; the subclass of a family changes what differs there.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from ..mode import own_mode
 from .adapters import bare, check_adapters, check_savable, merge_for_good, untouched
 from .attention import SEGMENTED_SDPA
 from .patches import PatchPixels
@@ -45,12 +43,7 @@ class ImageFeatures:
 class Backbone:
     """A VLM whose position ids count up by one, such as LLaVA-1.5.
 
-    Args:
-        model: transformers' `...ForConditionalGeneration`, or a peft model around one.
-        processor: its processor.
-
-    Raises:
-        ValueError: the model has an adapter that is not supported, or the processor has no image token.
+    `model` is transformers' `...ForConditionalGeneration`, or a peft model around one.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ("llava",)
@@ -139,6 +132,15 @@ class Backbone:
         dtype: torch.dtype = self.decoder.dtype
         return dtype
 
+    def checkpoint_activations(self) -> None:
+        """Layers recompute their activations. They alone are in training mode, so dropout stays off."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        self.base.gradient_checkpointing_enable({"use_reentrant": False})
+        for module in self.model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True
+
     def embed(self, tokens: Tensor) -> Tensor:
         """int64[...] -> [..., D]."""
         embeddings: Tensor = self.base.get_input_embeddings()(tokens)
@@ -161,21 +163,19 @@ class Backbone:
     # ---- the prompt ----
 
     def render(self, prompt: str) -> str:
-        """The conversation up to the answer. The task comes before the image, so that all frames share it.
-
-        Raises:
-            ValueError: the prompt contains a special token of conversations, or the template has no image.
-        """
-        if (token := self._special_token_in(prompt)) is not None:
+        """The conversation up to the answer. The task comes before the image, so that all frames share it."""
+        special = self._special_tokens()
+        tokens = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        if found := [token for token in tokens if token in special]:
+            token = str(self.tokenizer.convert_ids_to_tokens(found[0]))
             raise ValueError(
                 f"the prompt holds {token!r}, which marks images or turns in this model's conversations; it "
                 "is put there for you: describe the task in words only"
             )
         content = [{"type": "text", "text": prompt}, {"type": "image"}]
-        messages = [{"role": "user", "content": content}]
         # By the tokenizer: some processors would read settings of their video half, which is not loaded.
         text: str = self.tokenizer.apply_chat_template(
-            messages,
+            [{"role": "user", "content": content}],
             chat_template=getattr(self.processor, "chat_template", None),
             tokenize=False,
             add_generation_prompt=True,
@@ -186,47 +186,42 @@ class Backbone:
             )
         return text
 
-    def _special_token_in(self, prompt: str) -> str | None:
-        """The first token of the prompt that marks an image, a turn or the like."""
+    def _special_tokens(self) -> set[int | None]:
+        """The tokens that mark images, turns and the like."""
         tokenizer, config = self.tokenizer, self.base.config
-        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        special.update(tokenizer.all_special_ids)
-        for kind in ("image", "video", "vision_start", "vision_end"):
-            special.add(getattr(config, f"{kind}_token_id", None))
-        special.discard(tokenizer.unk_token_id)  # any character that the tokenizer does not know
-        found = [i for i in tokenizer(prompt, add_special_tokens=False)["input_ids"] if i in special]
-        return str(tokenizer.convert_ids_to_tokens(found[0])) if found else None
+        added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        kinds = ("image", "video", "vision_start", "vision_end")
+        of_images = {getattr(config, f"{kind}_token_id", None) for kind in kinds}
+        # The unknown token stands for any character that the tokenizer does not know.
+        return (added | of_images | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id}
 
     def answer_context(self, text: str) -> str:
         """The part of the rendered prompt after the image. The tokens of an answer may depend on it."""
         return text.rpartition(str(self.processor.image_token))[2]
 
-    def process(self, text: str, images: list[Any]) -> Mapping[str, Tensor]:
-        """The processor's inputs for `model.generate`: one image and the same text per row."""
-        nested = [[image] for image in images]  # a list of images per text
-        inputs: Mapping[str, Tensor] = self.processor(
-            text=[text] * len(images), images=nested, return_tensors="pt"
-        )
-        return inputs
+    def process(self, text: str, images: Tensor) -> dict[str, Tensor]:
+        """The processor's inputs for `model.generate`: one of uint8[B, 3, H, W] and the same text per row."""
+        return dict(self.processor(text=[text] * len(images), images=_nested(images), return_tensors="pt"))
 
-    def positions(self, inputs: Mapping[str, Tensor], extra: int) -> Tensor:
+    def positions(self, inputs: dict[str, Tensor], extra: int) -> Tensor:
         """Position ids [..., 1, S + extra] of one processed row followed by `extra` text tokens."""
         return torch.arange(inputs["input_ids"].shape[1] + extra)[None]
 
     # ---- the image ----
 
     def pixels(self, images: Tensor) -> Tensor:
-        """uint8[B, 3, H, W] -> the input of `image_features`; its leading dimension is a multiple of B."""
-        nested = [[image] for image in images.permute(0, 2, 3, 1).cpu().numpy()]
-        pixels: Tensor = self.processor.image_processor(images=nested, return_tensors="pt")["pixel_values"]
+        """uint8[B, 3, H, W] -> the input of the vision tower; its leading dimension is a multiple of B."""
+        inputs = self.processor.image_processor(images=_nested(images), return_tensors="pt")
+        pixels: Tensor = inputs["pixel_values"]
         return pixels.to(self.device)
 
-    def image_features(self, pixels: Tensor, batch: int, size: tuple[int, int]) -> ImageFeatures:
-        """Features of `batch` frames of `size` (height, width) from their `pixels`."""
-        features = self.base.get_image_features(pixel_values=pixels.to(self.dtype)).pooler_output
+    def image_features(self, images: Tensor) -> ImageFeatures:
+        """Features of frames uint8[B, 3, H, W]."""
+        pixels = self.pixels(images).to(self.dtype)
+        features = self.base.get_image_features(pixel_values=pixels).pooler_output
         if not isinstance(features, Tensor):
             features = torch.cat(tuple(features))
-        return ImageFeatures(features.reshape(batch, -1, features.shape[-1]))
+        return ImageFeatures(features.reshape(len(images), -1, features.shape[-1]))
 
     # ---- the language model ----
 
@@ -248,23 +243,30 @@ class Backbone:
             cache: a KV cache; None for rows without a prefix.
             image_at: int64[m], which of the n places are image tokens; with `image`.
         """
+        deep: dict[str, Any] = {}
         if image_at is not None and image is not None:
             embeddings = embeddings.index_copy(1, image_at, image.tokens.to(embeddings.dtype))
+            deep = self._deep_arguments(embeddings, rows, image_at, image.deep)
         hidden = self.decoder(
             inputs_embeds=rows.packed(embeddings),
             position_ids=rows.positions(positions),
             past_key_values=cache,
             use_cache=cache is not None,
             **rows.attention(embeddings),
-            **self._image_arguments(embeddings, rows, image_at, image),
+            **deep,
         ).last_hidden_state
         return rows.padded(hidden)
 
-    def _image_arguments(
-        self, embeddings: Tensor, rows: Padded, image_at: Tensor | None, image: ImageFeatures | None
+    def _deep_arguments(
+        self, embeddings: Tensor, rows: Padded, image_at: Tensor, features: tuple[Tensor, ...]
     ) -> dict[str, Any]:
-        """The decoder's arguments for image features, besides the embeddings."""
+        """The decoder's arguments for `ImageFeatures.deep`."""
         return {}
+
+
+def _nested(images: Tensor) -> list[list[Any]]:
+    """uint8[B, 3, H, W] as processors take images: a list of arrays [H, W, 3] per text."""
+    return [[image] for image in images.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 class QwenVL(Backbone):
@@ -275,7 +277,7 @@ class QwenVL(Backbone):
     def __init__(self, model: Any, processor: Any) -> None:
         super().__init__(model, processor)
         self.patches = PatchPixels(processor.image_processor)
-        self._plans = lru_cache(maxsize=16)(self._make_plan)
+        self._plan = lru_cache(maxsize=16)(self._make_plan)
         patch_embed = bare(self.tower.patch_embed)
         # A method of this module, because a deep copy of the module then gets its own.
         patch_embed.forward = MethodType(_embed_patches, patch_embed)
@@ -288,7 +290,7 @@ class QwenVL(Backbone):
     def tower(self) -> Any:
         return bare(self.base.model.visual)
 
-    def positions(self, inputs: Mapping[str, Tensor], extra: int) -> Tensor:
+    def positions(self, inputs: dict[str, Tensor], extra: int) -> Tensor:
         tokens, kinds = inputs["input_ids"], inputs["mm_token_type_ids"]
         positions: Tensor = self.base.model.get_rope_index(
             torch.cat((tokens, tokens.new_zeros(1, extra)), 1),
@@ -300,38 +302,30 @@ class QwenVL(Backbone):
     def pixels(self, images: Tensor) -> Tensor:
         return self.patches(images.to(self.device))
 
-    def image_features(self, pixels: Tensor, batch: int, size: tuple[int, int]) -> ImageFeatures:
-        grid, plan = self.plan(batch, size)
-        out = self.tower(pixels.to(self.dtype), grid_thw=grid, **plan)
-        tokens, *deep = (
-            x.reshape(batch, -1, x.shape[-1])
-            for x in (out.pooler_output, *(getattr(out, "deepstack_features", None) or ()))
-        )
+    def image_features(self, images: Tensor) -> ImageFeatures:
+        batch, _, height, width = images.shape
+        pixels = self.pixels(images).to(self.dtype)
+        grid, plan = self._plan(batch, (height, width))
+        out = self.tower(pixels, grid_thw=grid, **plan)
+        features = (out.pooler_output, *(getattr(out, "deepstack_features", None) or ()))
+        tokens, *deep = (x.reshape(batch, -1, x.shape[-1]) for x in features)
         return ImageFeatures(tokens, tuple(deep))
 
-    def plan(self, batch: int, size: tuple[int, int]) -> tuple[Tensor, dict[str, Any]]:
-        """The tower's index tensors. They depend on batch and size only; the host computes them once."""
-        with own_mode(self.device):
-            return self._plans(batch, size)
-
     def _make_plan(self, batch: int, size: tuple[int, int]) -> tuple[Tensor, dict[str, Any]]:
-        from transformers.vision_utils import (
-            get_vision_cu_seqlens,
-            get_vision_position_ids,
-            get_vision_window_index,
-        )
+        """The tower's index tensors. They depend on batch and size only; the host computes them once."""
+        from transformers import vision_utils as vision
 
         config = self.tower.config
         grid = torch.tensor([[1, *self.patches.grid(*size)]] * batch)
-        lengths = get_vision_cu_seqlens(grid)
+        lengths = vision.get_vision_cu_seqlens(grid)
         plan: dict[str, Any] = {
             "cu_seqlens": lengths,
-            "position_ids": get_vision_position_ids(grid, config.spatial_merge_size),
+            "position_ids": vision.get_vision_position_ids(grid, config.spatial_merge_size),
             "max_seqlen": int(lengths.diff().max()),
         }
         if hasattr(config, "window_size"):
             window = (config.spatial_merge_size, config.window_size, config.patch_size)
-            plan["window_index"], plan["cu_window_seqlens"] = get_vision_window_index(grid, *window)
+            plan["window_index"], plan["cu_window_seqlens"] = vision.get_vision_window_index(grid, *window)
             plan["max_window_seqlen"] = int(plan["cu_window_seqlens"].diff().max())
         return grid, {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in plan.items()}
 
@@ -363,19 +357,15 @@ class Qwen3VL(QwenVL):
             align_corners=tower.interpolation_align_corners,
             spatial_merge_size=tower.config.spatial_merge_size,
         )
-        return grid, plan | {
-            "interp_indices": indices.to(self.device),
-            "interp_weights": weights.to(self.device),
-        }
+        indices, weights = indices.to(self.device), weights.to(self.device)
+        return grid, plan | {"interp_indices": indices, "interp_weights": weights}
 
-    def _image_arguments(
-        self, embeddings: Tensor, rows: Padded, image_at: Tensor | None, image: ImageFeatures | None
+    def _deep_arguments(
+        self, embeddings: Tensor, rows: Padded, image_at: Tensor, features: tuple[Tensor, ...]
     ) -> dict[str, Any]:
-        if image_at is None or image is None:
-            return {}
         where = torch.zeros(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
         where[:, image_at] = True
-        deep = [x.to(embeddings.dtype).flatten(0, 1) for x in image.deep]
+        deep = [x.to(embeddings.dtype).flatten(0, 1) for x in features]
         return {"visual_pos_masks": rows.packed(where), "deepstack_visual_embeds": deep}
 
 
@@ -393,11 +383,7 @@ BACKBONES: tuple[type[Backbone], ...] = (QwenVL, Qwen3VL, SmolVLM, Backbone)
 
 
 def backbone_class(model_type: str) -> type[Backbone]:
-    """The class for a transformers `model_type`.
-
-    Raises:
-        ValueError: this architecture is not supported; the message lists those that are.
-    """
+    """The class for a transformers `model_type`. Raises ValueError with those that are supported."""
     for cls in BACKBONES:
         if model_type in cls.model_types:
             return cls

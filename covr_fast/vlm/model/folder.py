@@ -54,7 +54,10 @@ def replaced_model(folder: Path) -> Iterator[Path]:
     try:
         yield new
         if folder.exists():
-            _check_names(folder, new)
+            for taken in (folder / path.name for path in new.iterdir()):
+                if taken.exists() and not _of_model(taken):
+                    remedy = "move it away, or save into another folder"
+                    raise FileExistsError(f"{taken} belongs to no model: {remedy}")
             shutil.copymode(folder, new)
             try:
                 os.replace(folder, old)
@@ -97,24 +100,13 @@ def _settle(folder: Path) -> None:
 
 
 def _of_model(path: Path) -> bool:
-    if path.name == "config.json":
-        return _names_architecture(path)  # other programs have a config.json too
+    if path.name == "config.json":  # other programs have a config.json too
+        try:
+            config = json.loads(path.read_text())
+        except (OSError, ValueError):
+            return False
+        return isinstance(config, dict) and "model_type" in config
     return any(fnmatch(path.name, pattern) for pattern in _MODEL_FILES)
-
-
-def _names_architecture(path: Path) -> bool:
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and "model_type" in config
-
-
-def _check_names(folder: Path, new: Path) -> None:
-    for path in new.iterdir():
-        taken = folder / path.name
-        if taken.exists() and not _of_model(taken):
-            raise FileExistsError(f"{taken} belongs to no model: move it away, or save into another folder")
 
 
 def _irreplaceable(folder: Path, error: OSError) -> OSError:

@@ -4,12 +4,14 @@ import json
 import os
 import tempfile
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...files import read_json
+from .adapters import check_adapter
 from .attention import choose_attention
 from .backbones import Backbone, backbone_class
 from .folder import ADAPTER_FILE, SETTINGS_FILE
@@ -44,11 +46,7 @@ class Settings:
 
     @classmethod
     def load(cls, directory: Path) -> "Settings | None":
-        """The settings in a directory; None if it has none.
-
-        Raises:
-            ValueError: they are damaged.
-        """
+        """The settings in a directory; None if it has none. Raises ValueError if they are damaged."""
         file = directory / SETTINGS_FILE
         if not file.is_file():
             return None
@@ -72,42 +70,33 @@ def load_backbone(
 ) -> Backbone:
     """Loads a model and its processor, and the adapter if `model` is the directory of one.
 
-    Args:
-        quantization: from `quantized.quantization_settings`; None loads the weights as they are stored.
-
-    Raises:
-        FileNotFoundError: `model`, or an adapter's base, looks like a path and does not exist.
-        ValueError: the architecture is not supported, the attention cannot run here, an adapter does not fit
-            its base, or the quantization is not supported.
+    Quantization settings are those of `quantized.quantization_settings`; None loads the weights as they are
+    stored. For the errors see `ActionPrior.from_pretrained`.
     """
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     attention = choose_attention(attention, device, dtype)
-    options = {"dtype": dtype, "device": device, "attention": attention, "quantization": quantization}
-    directory = Path(model)
-    if str(model) == "nano" or not (directory / ADAPTER_FILE).is_file():
-        return _load_base(str(model), seed, **options)
-    _check_no_full_weights(directory)
-    settings = Settings.load(directory)
-    base = _base_of(directory, settings)
-    backbone = _load_base(base, seed if settings is None else settings.seed, **options)
-    _put_adapter_on(backbone, directory, base)
+    load = partial(
+        _load_checkpoint, dtype=dtype, device=device, attention=attention, quantization=quantization
+    )
+    source, directory = str(model), Path(model)
+    adapted = source != "nano" and (directory / ADAPTER_FILE).is_file()
+    if adapted:
+        source = _base_of(directory)
+    if source == "nano":
+        with tempfile.TemporaryDirectory() as folder, quiet():
+            write_nano(folder, seed=seed)
+            backbone = load(folder)
+        backbone.base.name_or_path = backbone.base.config.name_or_path = "nano"  # the folder is gone
+    else:
+        # Absolute, because an adapter of this base may be opened from another working directory.
+        backbone = load(os.path.abspath(source) if Path(source).is_dir() else source)
+    if adapted:
+        _put_adapter_on(backbone, directory, source)
     return backbone
 
 
 # ---- full weights ----
-
-
-def _load_base(source: str, seed: int, **options: Any) -> Backbone:
-    """Full weights: nano, a directory or a hub id."""
-    if source != "nano":
-        # Absolute, because an adapter of this base may be opened from another working directory.
-        return _load_checkpoint(os.path.abspath(source) if Path(source).is_dir() else source, **options)
-    with tempfile.TemporaryDirectory() as directory, quiet():
-        write_nano(directory, seed=seed)
-        backbone = _load_checkpoint(directory, **options)
-    backbone.base.name_or_path = backbone.base.config.name_or_path = "nano"  # the directory is gone
-    return backbone
 
 
 def _load_checkpoint(
@@ -134,9 +123,7 @@ def _load_checkpoint(
         )
     if quantized:
         prepare(model)
-    else:
-        model = model.to(device)
-    return cls(model, processor)
+    return cls(model if quantized else model.to(device), processor)
 
 
 def _read_config(source: str) -> Any:
@@ -156,7 +143,11 @@ def _read_config(source: str) -> Any:
 # ---- adapters ----
 
 
-def _check_no_full_weights(directory: Path) -> None:
+def _base_of(directory: Path) -> str:
+    """The base that the adapter in a directory names. It exists, and the adapter is supported."""
+    file = directory / ADAPTER_FILE
+    config = read_json(file, _PUT_BACK)
+    check_adapter(config)
     full = [*directory.glob("model*.safetensors*"), *directory.glob("pytorch_model*.bin*")]
     if full:
         weights = ", ".join(sorted(path.name for path in full))
@@ -164,12 +155,8 @@ def _check_no_full_weights(directory: Path) -> None:
             f"{str(directory)!r} holds full weights and an adapter, of which one is stale: remove "
             f"{ADAPTER_FILE} and adapter_model.safetensors, or config.json and {weights}"
         )
-
-
-def _base_of(directory: Path, settings: Settings | None) -> str:
-    """The base that the adapter in a directory names. It exists."""
-    file = directory / ADAPTER_FILE
-    base = read_json(file, _PUT_BACK).get("base_model_name_or_path") or (settings and settings.base)
+    saved = Settings.load(directory)
+    base: str | None = config.get("base_model_name_or_path") or (saved.base if saved else None)
     remedy = f'write where it is into "base_model_name_or_path" of {file}'
     if not base:
         raise ValueError(f"the adapter in {str(directory)!r} names no base: {remedy}")

@@ -1,8 +1,7 @@
 """`nano`: the Qwen2.5-VL architecture, small enough to run and learn on two CPU cores.
 
-It is an ordinary checkpoint directory (config, weights, tokenizer, chat template, image processor) with
-random weights, so it runs through the same code as a real model. It was trained on no text and no image: with
-it the whole method runs anywhere, but it has no knowledge to give.
+It is an ordinary checkpoint directory with random weights, so it runs through the same code as a real model.
+With it the whole method runs anywhere, but it has no knowledge to give.
 """
 
 import json

@@ -14,17 +14,12 @@ _BICUBIC = 3
 
 
 class PatchPixels:
-    """The same as transformers' `Qwen2VLImageProcessor` with its settings, for frames of one size.
-
-    Raises:
-        ValueError: the processor resizes with something other than bicubic interpolation.
-    """
+    """The same as transformers' `Qwen2VLImageProcessor` with its settings, for frames of one size."""
 
     def __init__(self, image_processor: Any) -> None:
-        if int(image_processor.resample) != _BICUBIC:
-            raise ValueError(
-                f"the image processor resamples with mode {image_processor.resample}, not bicubic"
-            )
+        mode = image_processor.resample
+        if int(mode) != _BICUBIC:
+            raise ValueError(f"the image processor resamples with mode {mode}, not bicubic")
         self._processor = image_processor
         self.patch = image_processor.patch_size
         self.merge = image_processor.merge_size
@@ -40,15 +35,9 @@ class PatchPixels:
         """The size that the model sees, a multiple of `patch * merge` within the processor's pixel limits."""
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-        size = self._processor.size
-        rows, columns = smart_resize(
-            height,
-            width,
-            factor=self.patch * self.merge,
-            min_pixels=size["shortest_edge"],
-            max_pixels=size["longest_edge"],
-        )
-        return rows, columns
+        limits, factor = self._processor.size, self.patch * self.merge
+        size = smart_resize(height, width, factor, limits["shortest_edge"], limits["longest_edge"])
+        return size[0], size[1]
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Patches in height and width."""
@@ -61,9 +50,8 @@ class PatchPixels:
         size = self.resized(height, width)
         if size != (height, width):
             images = _resize(_resize(images, (height, size[1])), size)
-        height, width = size
-        rows, columns = height // self.patch, width // self.patch
         m, p = self.merge, self.patch
+        rows, columns = size[0] // p, size[1] // p
         blocks = images.reshape(batch, channels, rows // m, m, p, columns // m, m, p)
         # Patches of one merged token lie together: [B, rows/m, columns/m, m, m, C, p, p]. Reordered as bytes,
         # before they become floats of four times the size.

@@ -14,11 +14,7 @@ VIDEO = "video_processor"
 
 
 def load_processor(source: str, config: Any) -> Any:
-    """The processor of the checkpoint `source`, whose model has the configuration `config`.
-
-    Raises:
-        ValueError: files of it are missing or damaged.
-    """
+    """The processor of the checkpoint `source`, whose model has the configuration `config`."""
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 

@@ -12,12 +12,8 @@ from torch import nn
 def quantization_settings(asked: Any) -> dict[str, Any]:
     """The settings for `bitsandbytes_config` that an argument means, as JSON types; empty for "none".
 
-    Args:
-        asked: "none", "8bit" (LLM.int8()), "4bit" (NF4 with quantized scales, as in QLoRA) or a
-            `transformers.BitsAndBytesConfig`.
-
-    Raises:
-        ValueError: it is something else.
+    "8bit" is LLM.int8(); "4bit" is NF4 with quantized scales, as in QLoRA. A `BitsAndBytesConfig` of
+    transformers is taken as it is.
     """
     if asked == "none":
         return {}
@@ -41,11 +37,7 @@ def quantization_settings(asked: Any) -> dict[str, Any]:
 
 
 def bitsandbytes_config(settings: dict[str, Any], dtype: torch.dtype) -> Any:
-    """A `BitsAndBytesConfig`. 4-bit layers compute in `dtype` unless the settings say otherwise.
-
-    Raises:
-        ValueError: bitsandbytes is not installed.
-    """
+    """A `BitsAndBytesConfig`. 4-bit layers compute in `dtype` unless the settings say otherwise."""
     from transformers import BitsAndBytesConfig
 
     check_installed()
@@ -53,12 +45,8 @@ def bitsandbytes_config(settings: dict[str, Any], dtype: torch.dtype) -> Any:
 
 
 def check_own_quantization(source: str, config: Any, *, asked: bool) -> None:
-    """Raises ValueError if a checkpoint contains quantized weights that are not supported.
-
-    Args:
-        config: the checkpoint's configuration.
-        asked: whether the caller asks for a quantization, "none" included.
-    """
+    """Raises ValueError if a checkpoint contains quantized weights that are not supported, or any if the
+    caller has `asked` for a quantization ("none" included)."""
     own = getattr(config, "quantization_config", None)
     if own is None:
         return

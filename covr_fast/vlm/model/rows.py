@@ -1,8 +1,7 @@
 """The rows of a training batch on their way through the language model: padded or packed.
 
 A *row* is the token sequence of one sample: image, end of the prompt, answer. All rows of a batch follow the
-same *prefix*, the prompt's text before the image. Its keys and values are computed once per batch
-(`RecordingCache`) and put before the keys and values of every row (`TrainingCache`).
+same *prefix*, the prompt's text before the image, whose keys and values are computed once per batch.
 
 A decoder treats tokens one by one, except in attention. So rows of different lengths are either *padded* to
 one length, or *packed*: joined, without padding, to one long row. FlashAttention accepts packed rows; for
@@ -23,7 +22,8 @@ from .attention import causal_mask, is_flash
 PACKED_SDPA = "covr_packed_sdpa"
 """`packed_sdpa` in transformers' registry."""
 
-Prefix = list[tuple[Tensor, Tensor]]
+KeysValues = tuple[Tensor, Tensor]
+Prefix = list[KeysValues]
 """Per layer the keys and values [1, heads, P, head_dim] of the prefix."""
 
 
@@ -38,7 +38,7 @@ class Padded:
         self._prefix_length = prefix_length
 
     def packed(self, x: Tensor) -> Tensor:
-        """Padded [B, width, ...] as the decoder takes it."""
+        """Padded [B, width, ...] -> as the decoder takes it."""
         return x
 
     def padded(self, x: Tensor) -> Tensor:
@@ -50,12 +50,8 @@ class Padded:
         return ids.expand(*ids.shape[:-2], self._shape[0], -1)
 
     def after(self, prefix: Tensor, own: Tensor) -> Tensor:
-        """Keys or values of every row after those of the prefix, as the attention takes them.
-
-        Args:
-            prefix: [1, heads, prefix_length, head_dim].
-            own: of the rows as the decoder takes them: padded [B, heads, width, head_dim], or packed.
-        """
+        """Keys or values of every row (`own`, as the decoder takes them) after those of the prefix
+        [1, heads, prefix_length, head_dim], as the attention takes them."""
         return torch.cat((prefix.expand(self._shape[0], -1, -1, -1), own), 2)
 
     def attention(self, like: Tensor) -> dict[str, Any]:
@@ -64,11 +60,7 @@ class Padded:
 
 
 class Packed(Padded):
-    """Rows packed into one, [1, total, ...], for `packed_sdpa`.
-
-    Args:
-        lengths: int64[B] on the host, the tokens of each row, in [1, width].
-    """
+    """Rows of `lengths` int64[B] (on the host) packed into one, [1, total, ...], for `packed_sdpa`."""
 
     def __init__(self, lengths: Tensor, width: int, prefix_length: int, device: torch.device) -> None:
         super().__init__(len(lengths), width, prefix_length)
@@ -149,11 +141,8 @@ def _places(lengths: Tensor, width: int) -> Tensor:
 
 
 def arrange(attention: str, lengths: Tensor, width: int, prefix_length: int, device: torch.device) -> Padded:
-    """How a decoder with this attention implementation takes rows of these lengths.
-
-    For FlashAttention always packed, because it takes no mask; for SDPA only where there is padding to save.
-    """
-    if is_flash(attention):
+    """How a decoder with this attention implementation takes rows of these lengths."""
+    if is_flash(attention):  # always packed, because it takes no mask
         return FlashPacked(lengths, width, prefix_length, device)
     if attention == PACKED_SDPA and int(lengths.min()) < width:
         return Packed(lengths, width, prefix_length, device)
@@ -170,36 +159,30 @@ class RecordingCache(Cache):
         super().__init__(layers=[])
         self.prefix: Prefix = []
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> KeysValues:
         self.prefix.append((key_states, value_states))
         return key_states, value_states
 
 
 class TrainingCache(Cache):
-    """A KV cache that puts the prefix, if any, before the keys and values of the rows. Gradients reach it.
+    """A KV cache that puts the prefix before the keys and values of the rows. Gradients reach it.
 
-    The prefix is computed once per micro-batch, not once per row. Autograd adds up the gradients of all rows,
-    so the sum is the same as with the prefix repeated in every row.
+    Autograd adds up the gradients of all rows, so the sum is that of a prefix repeated in every row.
     """
 
-    def __init__(self, prefix: Prefix | None, rows: Padded) -> None:
+    def __init__(self, prefix: Prefix, rows: Padded) -> None:
         super().__init__(layers=[])
         self._prefix = prefix
         self._rows = rows
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0 if self._prefix is None else self._prefix[0][0].shape[2]
+        return self._prefix[0][0].shape[2]
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        if self._prefix is None:
-            return key_states, value_states
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> KeysValues:
         keys, values = self._prefix[layer_idx]
         return self._rows.after(keys, key_states), self._rows.after(values, value_states)
 
@@ -219,14 +202,8 @@ def packed_sdpa(
 ) -> tuple[Tensor, None]:
     """transformers' SDPA. Rows that are `packed` are padded for it and packed again.
 
-    Args:
-        query: [1, heads, total, head_dim].
-        key, value: [1, kv_heads, total, head_dim], or the result of `Packed.after`.
-        attention_mask: [1, 1, width, prefix_length + width]: causal, so that no token sees the padding after
-            its row.
-
-    Returns:
-        [1, total, heads, head_dim], and None for the attention weights.
+    `query` is [1, heads, total, head_dim]; `key` and `value` are like it, or results of `Packed.after`. The
+    mask is causal, so that no token sees the padding after its row. Returns [1, total, heads, head_dim].
     """
     if packed is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -239,11 +216,7 @@ AttentionInterface.register(PACKED_SDPA, packed_sdpa)
 
 
 def training_attention(attention: str, packing: str) -> str:
-    """The implementation with which a decoder loaded with `attention` is trained; see `TunerConfig.packing`.
-
-    Raises:
-        ValueError: this attention does not support `packing`.
-    """
+    """The implementation that trains a decoder loaded with `attention`; see `TunerConfig.packing`."""
     remedy = "set packing='auto', or open the prior with attention='sdpa'"
     if packing == "off" and is_flash(attention):
         raise ValueError(f"packing='off' cannot be had with {attention!r}, which takes no padding: {remedy}")
