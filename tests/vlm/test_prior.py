@@ -120,6 +120,15 @@ def test_nano_is_opened_like_any_directory(tmp_path, shared_nano, frames):
     assert not torch.equal(make_nano(seed=1)(frames).token_ids, shared_nano(frames).token_ids)
 
 
+def test_a_prompt_that_ends_like_an_answer_begins(tmp_path, frames):
+    prior = make_nano(seed=3, decimals=1, prompt="Drive. Action: ")
+    prior.save_pretrained(tmp_path)
+    opened = ActionPrior.from_pretrained(tmp_path, action_dim=2, device="cpu")
+    assert (opened.prompt, opened.settings.decimals) == ("Drive. Action: ", 1)
+    assert torch.equal(opened(frames).token_ids, prior(frames).token_ids)
+    assert torch.equal(opened.reference(frames).token_ids, prior(frames).token_ids)
+
+
 def test_a_full_gpu_says_what_to_do(nano, frames, monkeypatch):
     def full(*_args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
