@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._backend import Backend, check_same_device, launch, library, select
+from ._backend import Backend, check_same_device, fake, launch, operator, select
 from ._memory import empty
 
 _OUTPUTS = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
@@ -108,12 +108,7 @@ def _window(
     return windows
 
 
-library.define(
-    "window(Tensor frames, Tensor offsets, int pad, int height, int width, ScalarType dtype) -> Tensor"
-)
-
-
-@torch.library.impl("covr_fast::window", ("cpu", "cuda"), lib=library)
+@operator("window(Tensor frames, Tensor offsets, int pad, int height, int width, ScalarType dtype) -> Tensor")
 def _run(frames: Tensor, offsets: Tensor, pad: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
     frames, offsets = frames.contiguous(), offsets.contiguous()
     result = empty((*frames.shape[:2], height, width), dtype, frames.device)
@@ -122,8 +117,6 @@ def _run(frames: Tensor, offsets: Tensor, pad: int, height: int, width: int, dty
     return result
 
 
+@fake("window")
 def _fake(frames: Tensor, offsets: Tensor, pad: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
     return frames.new_empty((*frames.shape[:2], height, width), dtype=dtype)
-
-
-torch.library.register_fake("covr_fast::window", _fake, lib=library)

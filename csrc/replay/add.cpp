@@ -12,8 +12,7 @@ namespace {
 constexpr const char* kContractRemedy =
     " Frame stacks must slide: obs is next_obs of the step before, and next_obs is obs without its oldest "
     "frame plus one new frame, oldest first. If the environment was reset without terminated or truncated, "
-    "call "
-    "cut(env_ids) first; at the end of an episode pass the final observation, not the first of the next "
+    "call cut(env_ids) first; at the end of an episode pass the final observation, not the first of the next "
     "episode; if these are no stacks, build the buffer with frame_stack=1, which stores observations as they "
     "are.";
 
@@ -189,12 +188,12 @@ void Replay::add(const RowsIn& in, int64_t* ids) {
   if (in.rows > 0) prefetch_check(in, 0, env_of(0));
   for (int64_t r = 0; r < in.rows; ++r) {
     if (r + 1 < in.rows) prefetch_check(in, r + 1, env_of(r + 1));
-    segments_[static_cast<size_t>(r)] = check(in, r, env_of(r));
+    segments_[r] = check(in, r, env_of(r));
   }
   for (int64_t r = 0; r < in.rows; ++r) {
     ids[r] = count_[env_of(r)] * num_envs_ + env_of(r);
-    append(in, r, env_of(r), segments_[static_cast<size_t>(r)]);
-    jumps_ += segments_[static_cast<size_t>(r)].cuts_previous;
+    append(in, r, env_of(r), segments_[r]);
+    jumps_ += segments_[r].cuts_previous;
   }
   rows_added_ += in.rows;
   finish_streaming();

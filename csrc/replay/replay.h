@@ -77,11 +77,11 @@ struct ObservationsOut {
     std::optional<AnyView> next_obs;
   };
   View<int64_t, 1> ids;
-  int64_t n_step;  // next_obs is that of so many steps later
-  std::vector<Key> keys;
-  std::optional<View<int64_t, 3>> offsets;  // [2, rows, 2] of obs and next_obs, y before x
-  int64_t offset_range;                     // offsets are drawn from [0, offset_range)
-  int64_t shift_origin;                     // the offset that leaves the image where it is
+  int64_t n_step = 1;  // next_obs is that of so many steps later
+  std::vector<Key> keys{};
+  std::optional<View<int64_t, 3>> offsets{};  // [2, rows, 2] of obs and next_obs, y before x
+  int64_t offset_range = 0;                   // offsets are drawn from [0, offset_range)
+  int64_t shift_origin = 0;                   // the offset that leaves the image where it is
 
   int64_t rows() const { return ids.size(); }
   // One key after the other, in their order in the buffer.
