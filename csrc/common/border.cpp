@@ -34,17 +34,10 @@ struct Torch {
   }
 };
 
-py::object checked(PyObject* result) {
-  if (!result) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(result);
-}
-
 py::object attribute(py::handle object, PyObject* name) {
-  return checked(PyObject_GetAttr(object.ptr(), name));
-}
-
-py::object call(py::handle object, PyObject* method) {
-  return checked(PyObject_CallMethodNoArgs(object.ptr(), method));
+  PyObject* value = PyObject_GetAttr(object.ptr(), name);
+  if (!value) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(value);
 }
 
 std::string text_of(std::optional<Device> device) {
@@ -94,9 +87,9 @@ AnyView read_tensor(py::handle tensor, const Expected& expected) {
       (!dtypes.empty() && std::find(dtypes.begin(), dtypes.end(), view.dtype) == dtypes.end()) ||
       (expected.dimensions && *expected.dimensions != static_cast<int>(shape.size())) ||
       (expected.device && *expected.device != view.device) || (!on_cpu && !is_true(torch.is_cuda)) ||
-      call(tensor, torch.is_contiguous).ptr() != Py_True)
+      attribute(tensor, torch.is_contiguous)().ptr() != Py_True)
     refuse(tensor, expected);
-  view.data = static_cast<uint8_t*>(PyLong_AsVoidPtr(call(tensor, torch.data_ptr).ptr()));
+  view.data = static_cast<uint8_t*>(PyLong_AsVoidPtr(attribute(tensor, torch.data_ptr)().ptr()));
   for (py::handle length : shape) view.shape.push_back(PyLong_AsLongLong(length.ptr()));
   if (PyErr_Occurred()) throw py::error_already_set();
   return view;

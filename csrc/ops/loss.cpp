@@ -111,9 +111,7 @@ struct Rows {
 
   template <typename Body>
   void for_each(const Body& body) const {
-    parallel_for(rows, std::max<int64_t>(1, kGrain / vocabulary), threads, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) body(row);
-    });
+    parallel_for_each(rows, std::max<int64_t>(1, kGrain / vocabulary), threads, body);
   }
 };
 

@@ -19,14 +19,8 @@ constexpr const char* kContractRemedy =
 }  // namespace
 
 // The stack that the stream's next obs must show: that of the latest next_obs.
-StackPlan Replay::stack_after(size_t key, int64_t env) const {
-  const ObservationKey& k = keys_[key];
-  const uint8_t depth = k.depth[row(env, count_[env] - 1)];
-  StackPlan plan{};
-  plan.newest = k.written[env] - 1;
-  plan.depth = static_cast<int16_t>(std::min<int64_t>((depth & ~kZeroPadding) + 1, k.frames.stack - 1));
-  plan.zero_padding = (depth & kZeroPadding) != 0;
-  return plan;
+StackPlan Replay::next_stack(size_t k, int64_t env) const {
+  return keys_[k].plan(row(env, count_[env] - 1), env * keys_[k].recent.slots, true);
 }
 
 // Which part of older frames to compare: all of it if frames are small, and where a stream usually breaks off
@@ -34,9 +28,8 @@ StackPlan Replay::stack_after(size_t key, int64_t env) const {
 int64_t Replay::probe_phase(const RowsIn& in, int64_t r, int64_t env, size_t k) const {
   const FrameLayout& frames = keys_[k].frames;
   const bool small = frames.frame_bytes() <= kSmallFrame;
-  const StackPlan expected = stack_after(k, env);
-  const bool all = cut_at_jumps || small || frames.stack == 1 || expected.depth < frames.stack - 1 ||
-                   in.terminated[r] || in.truncated[r];
+  const bool all = cut_at_jumps || small || frames.stack == 1 ||
+                   next_stack(k, env).depth < frames.stack - 1 || in.terminated[r] || in.truncated[r];
   return all ? kCompareAll : count_[env] % kProbeEvery;
 }
 
@@ -66,9 +59,7 @@ void Replay::prefetch_check(const RowsIn& in, int64_t r, int64_t env) const {
 // The stored frame that must be at `position` of the stream's next obs; nullptr is the blank frame.
 const uint8_t* Replay::expected_frame(size_t k, int64_t env, int64_t position) const {
   const FrameLayout& recent = keys_[k].recent;
-  StackPlan expected = stack_after(k, env);
-  expected.stream_slot = env * recent.slots;
-  const int64_t slot = stack_slot(expected, recent.slots, recent.stack - 1 - position);
+  const int64_t slot = stack_slot(next_stack(k, env), recent.slots, recent.stack - 1 - position);
   return slot == kBlankFrame ? nullptr : recent.data + slot * recent.frame_bytes();
 }
 
@@ -150,7 +141,7 @@ void Replay::append(const RowsIn& in, int64_t r, int64_t env, Segment segment) {
       for (int64_t j = stack - 1 - depth; j < stack; ++j) write_frame(k, env, obs, j);
       key.depth[to] = static_cast<uint8_t>(depth | (blank && !repeated ? kZeroPadding : 0));
     } else {
-      const StackPlan plan = stack_after(k, env);
+      const StackPlan plan = next_stack(k, env);
       key.depth[to] = static_cast<uint8_t>(plan.depth | (plan.zero_padding ? kZeroPadding : 0));
     }
     key.newest[to] = key.written[env] - 1;

@@ -76,21 +76,10 @@ void Replay::plan(size_t key, const ObservationsOut& out, StackPlan* obs, StackP
   };
   for (int64_t i = 0; i < out.rows(); ++i) {
     const int64_t env = out.ids[i] % num_envs_, t = out.ids[i] / num_envs_;
-    StackPlan plan{};
-    plan.stream_slot = env * k.frames.slots;
-    const auto point_at = [&](int64_t at) {
-      plan.newest = k.newest[at];
-      plan.depth = static_cast<int16_t>(k.depth[at] & ~kZeroPadding);
-      plan.zero_padding = (k.depth[at] & kZeroPadding) != 0;
-    };
-    point_at(row(env, t));
-    obs[i] = plan;
+    obs[i] = k.plan(row(env, t), env * k.frames.slots, false);
     shift(obs[i], 0, i);
     if (!next_obs) continue;
-    point_at(row(env, t + steps(env, t, out.n_step) - 1));
-    plan.newest += 1;
-    plan.depth = static_cast<int16_t>(std::min<int64_t>(plan.depth + 1, k.frames.stack - 1));
-    next_obs[i] = plan;
+    next_obs[i] = k.plan(row(env, t + steps(env, t, out.n_step) - 1), env * k.frames.slots, true);
     shift(next_obs[i], 1, i);
   }
 }
