@@ -103,8 +103,5 @@ def _differentiate_cross_entropy(ctx: Any, upstream: Tensor, _: Any) -> tuple[Te
 
 
 torch.library.register_autograd(
-    "covr_fast::cross_entropy",
-    _differentiate_cross_entropy,
-    setup_context=_save_cross_entropy,
-    lib=library,
+    "covr_fast::cross_entropy", _differentiate_cross_entropy, setup_context=_save_cross_entropy, lib=library
 )

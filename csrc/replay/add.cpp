@@ -175,24 +175,22 @@ void Replay::evict(int64_t env) {
 
 void Replay::add(const RowsIn& in, int64_t* ids) {
   segments_.resize(static_cast<size_t>(in.rows));
-  const auto env_of = [&](int64_t r) { return in.env_ids ? in.env_ids[r] : r; };
-  if (in.rows > 0) prefetch_check(in, 0, env_of(0));
+  if (in.rows > 0) prefetch_check(in, 0, in.env_ids[0]);
   for (int64_t r = 0; r < in.rows; ++r) {
-    if (r + 1 < in.rows) prefetch_check(in, r + 1, env_of(r + 1));
-    segments_[r] = check(in, r, env_of(r));
+    if (r + 1 < in.rows) prefetch_check(in, r + 1, in.env_ids[r + 1]);
+    segments_[r] = check(in, r, in.env_ids[r]);
   }
   for (int64_t r = 0; r < in.rows; ++r) {
-    ids[r] = count_[env_of(r)] * num_envs_ + env_of(r);
-    append(in, r, env_of(r), segments_[r]);
+    ids[r] = count_[in.env_ids[r]] * num_envs_ + in.env_ids[r];
+    append(in, r, in.env_ids[r], segments_[r]);
     jumps_ += segments_[r].cuts_previous;
   }
   rows_added_ += in.rows;
   finish_streaming();
 }
 
-void Replay::cut(const int64_t* env_ids, int64_t n) {
-  for (int64_t i = 0; i < (env_ids ? n : num_envs_); ++i) {
-    const int64_t env = env_ids ? env_ids[i] : i;
+void Replay::cut(const std::vector<int64_t>& env_ids) {
+  for (int64_t env : env_ids) {
     if (count_[env] == ended_[env]) continue;
     flags_[row(env, count_[env] - 1)] |= kCut;
     ended_[env] = count_[env];

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <optional>
 #include <shared_mutex>
 #include <stdexcept>
@@ -80,14 +81,11 @@ class PyReplay : public Replay {
     RowsIn in{};
     in.rows = reward.ndim() == 1 ? reward.shape(0) : -1;
     if (in.rows < 0) throw std::invalid_argument("reward must have one dimension, [rows]");
-    if (env_ids) {
-      check_streams(*env_ids, in.rows);
-      in.env_ids = env_ids->data();
-    } else if (in.rows != num_envs()) {
+    if (!env_ids && in.rows != num_envs())
       throw std::invalid_argument("reward has " + std::to_string(in.rows) + " rows for " +
                                   std::to_string(num_envs()) +
                                   " environments: pass env_ids to add rows of some of them");
-    }
+    in.env_ids = streams(env_ids, in.rows);
     if (obs.size() != keys().size() || next_obs.size() != keys().size() ||
         columns.size() != Replay::columns().size())
       throw std::invalid_argument("add() needs one array per observation key and per column");
@@ -114,12 +112,10 @@ class PyReplay : public Replay {
   }
 
   void cut_streams(const std::optional<Ids>& env_ids) {
-    if (env_ids) check_streams(*env_ids, env_ids->size());
-    const int64_t* ids = env_ids ? env_ids->data() : nullptr;
-    const int64_t n = env_ids ? env_ids->size() : 0;
+    const std::vector<int64_t> envs = streams(env_ids, env_ids ? env_ids->size() : num_envs());
     py::gil_scoped_release release;
     std::lock_guard guard(lock);
-    cut(ids, n);
+    cut(envs);
     if (priorities_) priorities_->follow(*this);
   }
 
@@ -268,23 +264,27 @@ class PyReplay : public Replay {
     return flags.data();
   }
 
-  void check_streams(const Ids& env_ids, int64_t rows) {
-    if (env_ids.ndim() != 1 || env_ids.shape(0) != rows)
+  // The environments that env_ids names, one for each row; all of them if it names none.
+  std::vector<int64_t> streams(const std::optional<Ids>& env_ids, int64_t rows) const {
+    std::vector<int64_t> envs(static_cast<size_t>(rows));
+    std::iota(envs.begin(), envs.end(), 0);
+    if (!env_ids) return envs;
+    if (env_ids->ndim() != 1 || env_ids->shape(0) != rows)
       throw std::invalid_argument("env_ids must have one environment id per row");
-    seen_.assign(static_cast<size_t>(num_envs()), false);
+    std::vector<bool> seen(static_cast<size_t>(num_envs()), false);
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t env = env_ids.data()[r];
+      const int64_t env = envs[r] = env_ids->data()[r];
       if (env < 0 || env >= num_envs())
         throw std::invalid_argument("env_ids[" + std::to_string(r) + "] = " + std::to_string(env) +
                                     " is not in [0, num_envs = " + std::to_string(num_envs()) + ")");
-      if (seen_[static_cast<size_t>(env)])
+      if (seen[env])
         throw std::invalid_argument("env_ids contains " + std::to_string(env) +
                                     " twice: add the steps of one environment in separate calls, in order");
-      seen_[static_cast<size_t>(env)] = true;
+      seen[env] = true;
     }
+    return envs;
   }
 
-  std::vector<bool> seen_;
   std::unique_ptr<Priorities> priorities_;
 };
 

@@ -72,7 +72,7 @@ struct Rows {
 // The rows of one call of add().
 struct RowsIn {
   int64_t rows;
-  const int64_t* env_ids;  // nullptr: 0 .. rows-1
+  std::vector<int64_t> env_ids;
   std::vector<Rows> obs, next_obs, columns;
   const float* reward;
   const bool *terminated, *truncated;
@@ -130,8 +130,8 @@ class Replay {
   // Appends the rows; their ids go to `ids`. Throws FrameStackError, with nothing written, where an
   // observation contradicts its stream.
   void add(const RowsIn& in, int64_t* ids);
-  // The next row of these streams (all, if null) begins a new segment.
-  void cut(const int64_t* env_ids, int64_t n);
+  // The next row of these streams begins a new segment.
+  void cut(const std::vector<int64_t>& env_ids);
   // The frames written since the last call, for storage that the CPU cannot write itself.
   std::vector<FrameWrite> take_writes() { return std::exchange(writes_, {}); }
 
