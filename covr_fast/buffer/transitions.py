@@ -28,7 +28,8 @@ class StoredTransitions:
 
     def contains(self, index: Rows) -> Tensor:
         """bool [n]: which of these transitions are stored now."""
-        return torch.from_numpy(self._core.rows(ids(index).numpy())) >= 0
+        with self._core.reading() as locked:
+            return torch.from_numpy(locked.rows(ids(index).numpy())) >= 0
 
     def actions(self, index: Rows) -> Tensor:
         """The actions [n, *action_shape] of these transitions."""
@@ -130,8 +131,8 @@ class StoredTransitions:
         for what, values, n in ("env_ids", envs, self.num_envs), ("positions", places, m):
             if ((values < 0) | (values >= n)).any():
                 raise IndexError(f"{what} must lie in [0, {n})")
-        found: np.ndarray = self._core.ids_in_rows(envs * m + places)
-        return found
+        with self._core.reading() as locked:
+            return locked.ids_in_rows(envs * m + places)
 
     def ring(self, name: str) -> np.ndarray:
         """One value per place of the rings, [num_envs, m, ...], placed as in `ids_at`.

@@ -2,8 +2,8 @@
 
 import importlib.util
 import os
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,8 +22,31 @@ _BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# Definitions of every operator; each operation's file adds its own. The namespace is torch.ops.covr_fast.
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
 library = torch.library.Library("covr_fast", "DEF")
+
+
+def operator(schema: str) -> Callable[[_Function], _Function]:
+    """Defines an operator of torch.ops.covr_fast, which the decorated function computes on CPU and CUDA."""
+    library.define(schema)
+
+    def register(function: _Function) -> _Function:
+        name = f"covr_fast::{schema.partition('(')[0]}"
+        torch.library.impl(name, ("cpu", "cuda"), function, lib=library)
+        return function
+
+    return register
+
+
+def fake(name: str) -> Callable[[_Function], _Function]:
+    """The decorated function gives a tracer the shapes and dtypes of an operator's results."""
+
+    def register(function: _Function) -> _Function:
+        torch.library.register_fake(f"covr_fast::{name}", function, lib=library)
+        return function
+
+    return register
 
 
 def _obstacle(backend: str, device: torch.device) -> str | None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from covr_fast import _C
 
-from ._backend import library
+from ._backend import fake, library, operator
 from ._memory import empty
 
 
@@ -49,17 +49,10 @@ def write_gradient(
         _C.cross_entropy_gradient(out, normaliser, float(upstream), logits, labels, scale, smoothing, threads)
 
 
-library.define(
+@operator(
     "cross_entropy(Tensor logits, Tensor labels, Tensor scale, float smoothing, str backend) "
     "-> (Tensor loss, Tensor normaliser)"
 )
-library.define(
-    "cross_entropy_backward(Tensor upstream, Tensor logits, Tensor labels, Tensor scale, float smoothing, "
-    "Tensor normaliser, str backend) -> Tensor"
-)
-
-
-@torch.library.impl("covr_fast::cross_entropy", ("cpu", "cuda"), lib=library)
 def _cross_entropy(
     logits: Tensor, labels: Tensor, scale: Tensor, smoothing: float, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -67,7 +60,10 @@ def _cross_entropy(
     return losses.sum(), normaliser
 
 
-@torch.library.impl("covr_fast::cross_entropy_backward", ("cpu", "cuda"), lib=library)
+@operator(
+    "cross_entropy_backward(Tensor upstream, Tensor logits, Tensor labels, Tensor scale, float smoothing, "
+    "Tensor normaliser, str backend) -> Tensor"
+)
 def _cross_entropy_backward(
     upstream: Tensor,
     logits: Tensor,
@@ -83,28 +79,14 @@ def _cross_entropy_backward(
     return gradient
 
 
-def _fake_cross_entropy(
-    logits: Tensor, labels: Tensor, scale: Tensor, smoothing: float, backend: str
-) -> tuple[Tensor, Tensor]:
+@fake("cross_entropy")
+def _fake_cross_entropy(logits: Tensor, labels: Tensor, scale: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return scale.new_empty(()), scale.new_empty(2, scale.numel())
 
 
-torch.library.register_fake("covr_fast::cross_entropy", _fake_cross_entropy, lib=library)
-
-
-def _fake_cross_entropy_backward(
-    upstream: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    scale: Tensor,
-    smoothing: float,
-    normaliser: Tensor,
-    backend: str,
-) -> Tensor:
+@fake("cross_entropy_backward")
+def _fake_cross_entropy_backward(upstream: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
-
-
-torch.library.register_fake("covr_fast::cross_entropy_backward", _fake_cross_entropy_backward, lib=library)
 
 
 def _save_cross_entropy(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -121,8 +103,5 @@ def _differentiate_cross_entropy(ctx: Any, upstream: Tensor, _: Any) -> tuple[Te
 
 
 torch.library.register_autograd(
-    "covr_fast::cross_entropy",
-    _differentiate_cross_entropy,
-    setup_context=_save_cross_entropy,
-    lib=library,
+    "covr_fast::cross_entropy", _differentiate_cross_entropy, setup_context=_save_cross_entropy, lib=library
 )

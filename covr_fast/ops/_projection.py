@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._backend import library
+from ._backend import fake, library, operator
 from ._logit_rows import reduce_rows, write_gradient
 from ._memory import empty
 
@@ -18,14 +18,12 @@ _CHUNK_BYTES = {"cpu": 160 * 2**20, "cuda": 300 * 2**20}
 # further), so there the gradient of the logits is kept at this multiple until after the matrix product.
 _HALF_SCALE = 256.0
 
-library.define(
+
+@operator(
     "linear_cross_entropy(Tensor hidden, Tensor head, Tensor labels, Tensor scale, float smoothing, "
     "bool hidden_needs_gradient, bool head_needs_gradient, str backend) "
     "-> (Tensor loss, Tensor hidden_gradient, Tensor head_gradient)"
 )
-
-
-@torch.library.impl("covr_fast::linear_cross_entropy", ("cpu", "cuda"), lib=library)
 def _linear_cross_entropy(
     hidden: Tensor,
     head: Tensor,
@@ -130,6 +128,7 @@ def _adds_in_float32(dtype: torch.dtype, device: torch.device) -> bool:
     return True
 
 
+@fake("linear_cross_entropy")
 def _fake_linear_cross_entropy(
     hidden: Tensor,
     head: Tensor,
@@ -147,25 +146,17 @@ def _fake_linear_cross_entropy(
     )
 
 
-torch.library.register_fake("covr_fast::linear_cross_entropy", _fake_linear_cross_entropy, lib=library)
-
-
 # gradient * upstream: not in place, since the graph may be walked again, and an operator of its own only for
 # the memory that a head's gradient needs.
-library.define("scale_gradient(Tensor gradient, Tensor upstream) -> Tensor")
-
-
-@torch.library.impl("covr_fast::scale_gradient", ("cpu", "cuda"), lib=library)
+@operator("scale_gradient(Tensor gradient, Tensor upstream) -> Tensor")
 def _scale_gradient(gradient: Tensor, upstream: Tensor) -> Tensor:
     scaled = empty(gradient.shape, gradient.dtype, gradient.device)
     return torch.mul(gradient, upstream.to(gradient.dtype), out=scaled)
 
 
+@fake("scale_gradient")
 def _fake_scale_gradient(gradient: Tensor, upstream: Tensor) -> Tensor:
     return torch.empty_like(gradient)
-
-
-torch.library.register_fake("covr_fast::scale_gradient", _fake_scale_gradient, lib=library)
 
 
 def _save_linear_cross_entropy(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from covr_fast import _C
 
 from . import reference
-from ._backend import Backend, check_floating, launch, library, select
+from ._backend import Backend, check_floating, fake, launch, operator, select
 from ._memory import empty
 
 _DTYPES = (torch.float32,)
@@ -120,50 +120,42 @@ def _sigmoid(x: float) -> float:
 
 
 def _padded_reference(returns: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    finite = bool(torch.isfinite(returns).all())
+    return _pad(returns, reference.exploration_filter(returns, scale) if finite else None)
+
+
+def _pad(returns: Tensor, result: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Padded indices, their count, and statistics of kept indices and statistics; None: not finite."""
     indices = torch.full(returns.shape, -1, dtype=torch.int64, device=returns.device)
-    if not torch.isfinite(returns).all():
+    if result is None:
         return indices, indices.new_tensor(-1), returns.new_full((4,), math.nan, dtype=torch.float64)
-    kept, statistics = reference.exploration_filter(returns, scale)
+    kept, statistics = result
     indices[: kept.numel()] = kept
     return indices, indices.new_tensor(kept.numel()), statistics
 
 
-library.define("exploration_filter(Tensor returns, float scale) -> (Tensor indices, Tensor statistics)")
-library.define(
-    "exploration_filter_padded(Tensor returns, float scale) "
-    "-> (Tensor indices, Tensor count, Tensor statistics)"
-)
-
-
-@torch.library.impl(library, "exploration_filter", "CPU")
-def _cpp(returns: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    returns = returns.contiguous()
+def _cpp(returns: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
+    """Kept indices and statistics; None where a return is not finite."""
     statistics = torch.empty(4, dtype=torch.float64, device=returns.device)
     threads = torch.get_num_threads()
     # The count comes first, so that only the kept indices are allocated.
     count = _C.exploration_threshold(returns, scale, statistics, threads)
     if count < 0:
-        raise ValueError(_NOT_FINITE)
+        return None
     indices = empty((count,), torch.int64, returns.device)
     if count:
         _C.indices_above(returns, float(statistics[1]), indices, threads)
     return indices, statistics
 
 
-@torch.library.impl(library, "exploration_filter_padded", "CPU")
-def _cpp_padded(returns: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    indices = torch.full(returns.shape, -1, dtype=torch.int64, device=returns.device)
-    try:
-        kept, statistics = _cpp(returns, scale)
-    except ValueError:
-        return indices, indices.new_tensor(-1), returns.new_full((4,), math.nan, dtype=torch.float64)
-    indices[: kept.numel()] = kept
-    return indices, indices.new_tensor(kept.numel()), statistics
-
-
-@torch.library.impl(library, "exploration_filter_padded", "CUDA")
-def _cuda_padded(returns: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+@operator(
+    "exploration_filter_padded(Tensor returns, float scale) "
+    "-> (Tensor indices, Tensor count, Tensor statistics)"
+)
+def _run_padded(returns: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     returns = returns.contiguous()
+    if not returns.is_cuda:
+        return _pad(returns, _cpp(returns, scale))
     indices = torch.empty_like(returns, dtype=torch.int64)
     kept = indices.new_empty(())
     statistics = returns.new_empty(4, dtype=torch.float64)
@@ -172,29 +164,25 @@ def _cuda_padded(returns: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]
     return indices, kept, statistics
 
 
-@torch.library.impl(library, "exploration_filter", "CUDA")
-def _cuda(returns: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    indices, kept, statistics = _cuda_padded(returns, scale)
-    count = int(kept)  # the one wait: the result's shape depends on it
-    if count < 0:
-        raise ValueError(_NOT_FINITE)
-    return indices[:count], statistics
+@operator("exploration_filter(Tensor returns, float scale) -> (Tensor indices, Tensor statistics)")
+def _run(returns: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    if returns.is_cuda:
+        indices, kept, statistics = _run_padded(returns, scale)
+        count = int(kept)  # the one wait: the result's shape depends on it
+        if count >= 0:
+            return indices[:count], statistics
+    elif (result := _cpp(returns.contiguous(), scale)) is not None:
+        return result
+    raise ValueError(_NOT_FINITE)
 
 
+@fake("exploration_filter")
 def _fake(returns: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     kept = torch.library.get_ctx().new_dynamic_size()
     return returns.new_empty(kept, dtype=torch.int64), returns.new_empty(4, dtype=torch.float64)
 
 
-torch.library.register_fake("covr_fast::exploration_filter", _fake, lib=library)
-
-
+@fake("exploration_filter_padded")
 def _fake_padded(returns: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        returns.new_empty(returns.shape, dtype=torch.int64),
-        returns.new_empty((), dtype=torch.int64),
-        returns.new_empty(4, dtype=torch.float64),
-    )
-
-
-torch.library.register_fake("covr_fast::exploration_filter_padded", _fake_padded, lib=library)
+    indices = returns.new_empty(returns.shape, dtype=torch.int64)
+    return indices, indices.new_empty(()), returns.new_empty(4, dtype=torch.float64)

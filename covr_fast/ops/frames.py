@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._backend import Backend, check_same_device, launch, library, select
+from ._backend import Backend, check_same_device, fake, launch, operator, select
 from ._memory import empty
 
 _OUTPUTS = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
@@ -40,8 +40,7 @@ def random_shift(
     _check("random_shift", frames, offsets, dtype)
     if pad < 0:
         raise ValueError(f"random_shift: pad must not be negative, got {pad}")
-    height, width = frames.shape[-2:]
-    _check_range("random_shift", offsets, (2 * pad, 2 * pad))
+    height, width = frames.shape[2:]
     return _window("random_shift", frames, offsets, pad, height, width, dtype, backend)
 
 
@@ -62,7 +61,6 @@ def random_crop(
     height, width = frames.shape[-2:]
     if not 0 < size <= min(height, width):
         raise ValueError(f"random_crop: size must be in [1, {min(height, width)}], not {size}")
-    _check_range("random_crop", offsets, (height - size, width - size))
     return _window("random_crop", frames, offsets, 0, size, size, dtype, backend)
 
 
@@ -80,18 +78,6 @@ def _check(name: str, frames: Tensor, offsets: Tensor, dtype: torch.dtype) -> No
     check_same_device(name, frames=frames, offsets=offsets)
 
 
-def _check_range(name: str, offsets: Tensor, largest: tuple[int, int]) -> None:
-    # Reading the values would make a CUDA caller wait and break a traced graph.
-    if offsets.device.type != "cpu" or torch.compiler.is_compiling() or offsets.numel() == 0:
-        return
-    low, high = offsets.aminmax(dim=0)
-    if low.min() < 0 or high[0] > largest[0] or high[1] > largest[1]:
-        raise ValueError(
-            f"{name}: offsets must be in [0, {largest[0]}] (rows) and [0, {largest[1]}] (columns), "
-            f"found {low.tolist()} to {high.tolist()}"
-        )
-
-
 def _window(
     name: str,
     frames: Tensor,
@@ -102,18 +88,22 @@ def _window(
     dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
+    # Reading the values would make a CUDA caller wait and break a traced graph.
+    if offsets.device.type == "cpu" and not torch.compiler.is_compiling() and offsets.numel() > 0:
+        last_row, last_column = frames.shape[2] + 2 * pad - height, frames.shape[3] + 2 * pad - width
+        low, high = offsets.aminmax(dim=0)
+        if low.min() < 0 or high[0] > last_row or high[1] > last_column:
+            raise ValueError(
+                f"{name}: offsets must be in [0, {last_row}] (rows) and [0, {last_column}] (columns), "
+                f"found {low.tolist()} to {high.tolist()}"
+            )
     if select(name, backend, frames, ("cpp", "cuda"), (torch.uint8,)) == "reference":
         return reference.window(frames, offsets, pad, (height, width), dtype)
     windows: Tensor = torch.ops.covr_fast.window(frames, offsets, pad, height, width, dtype)
     return windows
 
 
-library.define(
-    "window(Tensor frames, Tensor offsets, int pad, int height, int width, ScalarType dtype) -> Tensor"
-)
-
-
-@torch.library.impl("covr_fast::window", ("cpu", "cuda"), lib=library)
+@operator("window(Tensor frames, Tensor offsets, int pad, int height, int width, ScalarType dtype) -> Tensor")
 def _run(frames: Tensor, offsets: Tensor, pad: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
     frames, offsets = frames.contiguous(), offsets.contiguous()
     result = empty((*frames.shape[:2], height, width), dtype, frames.device)
@@ -122,8 +112,6 @@ def _run(frames: Tensor, offsets: Tensor, pad: int, height: int, width: int, dty
     return result
 
 
+@fake("window")
 def _fake(frames: Tensor, offsets: Tensor, pad: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
     return frames.new_empty((*frames.shape[:2], height, width), dtype=dtype)
-
-
-torch.library.register_fake("covr_fast::window", _fake, lib=library)

@@ -100,13 +100,9 @@ def return_weighted_linear_cross_entropy(
     chosen = select(name, backend, hidden, ("cpp", "triton"), _DTYPES)
     if chosen == "reference":
         _check_labels(name, labels, head.shape[0], ignore_index)
+        labels, weights = labels.to(hidden.device), weights.to(hidden.device)
         return reference.return_weighted_linear_cross_entropy(
-            hidden,
-            head,
-            labels.to(hidden.device),
-            weights.to(hidden.device),
-            label_smoothing,
-            ignore_index,
+            hidden, head, labels, weights, label_smoothing, ignore_index
         )
     differentiate = torch.is_grad_enabled()
     loss: Tensor

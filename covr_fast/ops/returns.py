@@ -9,7 +9,7 @@ from torch import Tensor
 from covr_fast import _C
 
 from . import reference
-from ._backend import Backend, check_floating, check_same_device, launch, library, select
+from ._backend import Backend, check_floating, check_same_device, fake, launch, library, operator, select
 from ._memory import empty
 
 _DTYPES = (torch.float32, torch.float64)
@@ -49,10 +49,7 @@ def discounted_returns(rewards: Tensor, ends: Tensor, gamma: float, *, backend: 
     return result.to(rewards.dtype)
 
 
-library.define("discounted_returns(Tensor rewards, Tensor ends, float gamma) -> Tensor")
-
-
-@torch.library.impl("covr_fast::discounted_returns", ("cpu", "cuda"), lib=library)
+@operator("discounted_returns(Tensor rewards, Tensor ends, float gamma) -> Tensor")
 def _run(rewards: Tensor, ends: Tensor, gamma: float) -> Tensor:
     rewards, ends = rewards.contiguous(), ends.contiguous()
     result = empty(rewards.shape, rewards.dtype, rewards.device)
@@ -64,11 +61,9 @@ def _run(rewards: Tensor, ends: Tensor, gamma: float) -> Tensor:
     return result
 
 
-def _fake(rewards: Tensor, ends: Tensor, gamma: float) -> Tensor:
+@fake("discounted_returns")
+def _fake(rewards: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(rewards, memory_format=torch.contiguous_format)
-
-
-torch.library.register_fake("covr_fast::discounted_returns", _fake, lib=library)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 from covr_fast import _C
 
 from . import reference
-from ._backend import Backend, launch, library, select
+from ._backend import Backend, fake, launch, operator, select
 
 
 class SumTree:
@@ -103,21 +103,17 @@ class SumTree:
         return self._reference.descend((strata + jitter) / batch_size)
 
 
-library.define(
+@operator(
     "sum_tree_update(Tensor(a!) leaves, Tensor(b!) sums, Tensor(c!) claims, Tensor indices, "
     "Tensor priorities) -> ()"
 )
-library.define("sum_tree_sample(Tensor leaves, Tensor sums, Tensor jitter) -> (Tensor, Tensor)")
-
-
-@torch.library.impl("covr_fast::sum_tree_update", ("cpu", "cuda"), lib=library)
 def _update(leaves: Tensor, sums: Tensor, claims: Tensor, indices: Tensor, priorities: Tensor) -> None:
     indices, priorities = indices.contiguous(), priorities.contiguous()
     tree = (leaves, sums, claims) if leaves.is_cuda else (leaves, sums)
     launch("sum_tree_update", *tree, indices, priorities)
 
 
-@torch.library.impl("covr_fast::sum_tree_sample", ("cpu", "cuda"), lib=library)
+@operator("sum_tree_sample(Tensor leaves, Tensor sums, Tensor jitter) -> (Tensor, Tensor)")
 def _sample(leaves: Tensor, sums: Tensor, jitter: Tensor) -> tuple[Tensor, Tensor]:
     jitter = jitter.contiguous()
     indices, probabilities = torch.empty_like(jitter, dtype=torch.int64), torch.empty_like(jitter)
@@ -125,15 +121,11 @@ def _sample(leaves: Tensor, sums: Tensor, jitter: Tensor) -> tuple[Tensor, Tenso
     return indices, probabilities
 
 
-def _fake_update(leaves: Tensor, sums: Tensor, claims: Tensor, indices: Tensor, priorities: Tensor) -> None:
+@fake("sum_tree_update")
+def _fake_update(*_: Tensor) -> None:
     return None
 
 
-torch.library.register_fake("covr_fast::sum_tree_update", _fake_update, lib=library)
-
-
+@fake("sum_tree_sample")
 def _fake_sample(leaves: Tensor, sums: Tensor, jitter: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(jitter, dtype=torch.int64), torch.empty_like(jitter)
-
-
-torch.library.register_fake("covr_fast::sum_tree_sample", _fake_sample, lib=library)

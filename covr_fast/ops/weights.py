@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._backend import Backend, check_floating, launch, library, select
+from ._backend import Backend, check_floating, fake, launch, operator, select
 from ._memory import empty
 
 _DTYPES = (torch.float32,)
@@ -31,27 +31,15 @@ def return_weights(returns: Tensor, *, backend: Backend = "auto") -> Tensor:
     return weights
 
 
-library.define("return_weights(Tensor returns) -> Tensor")
-
-
-@torch.library.impl(library, "return_weights", "CPU")
-def _cpp(returns: Tensor) -> Tensor:
+@operator("return_weights(Tensor returns) -> Tensor")
+def _run(returns: Tensor) -> Tensor:
     returns = returns.contiguous()
     weights = empty(returns.shape, returns.dtype, returns.device)
-    launch("return_weights", weights, returns)
+    extremes = (returns.new_zeros(2, dtype=torch.int32),) if returns.is_cuda else ()
+    launch("return_weights", weights, returns, *extremes)
     return weights
 
 
-@torch.library.impl(library, "return_weights", "CUDA")
-def _cuda(returns: Tensor) -> Tensor:
-    returns = returns.contiguous()
-    weights = torch.empty_like(returns)
-    launch("return_weights", weights, returns, returns.new_zeros(2, dtype=torch.int32))
-    return weights
-
-
+@fake("return_weights")
 def _fake(returns: Tensor) -> Tensor:
     return torch.empty_like(returns, memory_format=torch.contiguous_format)
-
-
-torch.library.register_fake("covr_fast::return_weights", _fake, lib=library)

@@ -34,23 +34,10 @@ struct Torch {
   }
 };
 
-py::object checked(PyObject* result) {
-  if (!result) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(result);
-}
-
 py::object attribute(py::handle object, PyObject* name) {
-  return checked(PyObject_GetAttr(object.ptr(), name));
-}
-
-py::object call(py::handle object, PyObject* method) {
-  return checked(PyObject_CallMethodNoArgs(object.ptr(), method));
-}
-
-std::string text_of(std::span<const int64_t> shape) {
-  std::string text;
-  for (int64_t length : shape) text += (text.empty() ? "" : ", ") + std::to_string(length);
-  return "[" + text + "]";
+  PyObject* value = PyObject_GetAttr(object.ptr(), name);
+  if (!value) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(value);
 }
 
 std::string text_of(std::optional<Device> device) {
@@ -79,28 +66,33 @@ const char* text_of(DType dtype) { return kNames[static_cast<size_t>(dtype)]; }
 
 }  // namespace
 
-Found read_tensor(py::handle tensor, const Expected& expected) {
+std::string text_of(std::span<const int64_t> shape) {
+  std::string text;
+  for (int64_t length : shape) text += (text.empty() ? "" : ", ") + std::to_string(length);
+  return "[" + text + "]";
+}
+
+AnyView read_tensor(py::handle tensor, const Expected& expected) {
   const Torch& torch = Torch::get();
   if (!py::isinstance(tensor, torch.tensor_type)) refuse(tensor, expected);
+  const auto is_true = [&](PyObject* name) { return attribute(tensor, name).ptr() == Py_True; };
   const auto dtype = std::find_if(torch.dtypes.begin(), torch.dtypes.end(),
                                   [own = attribute(tensor, torch.dtype)](py::handle d) { return own.is(d); });
-  const auto is_on = [&](Device device) {
-    if (expected.device && *expected.device != device) return false;
-    return attribute(tensor, device == Device::kCpu ? torch.is_cpu : torch.is_cuda).ptr() == Py_True;
-  };
-  const bool on_cpu = is_on(Device::kCpu);
-  Found found{nullptr, static_cast<DType>(dtype - torch.dtypes.begin()),
-              on_cpu ? Device::kCpu : Device::kCuda,
-              py::reinterpret_steal<py::tuple>(attribute(tensor, torch.shape).release())};
+  const bool on_cpu = is_true(torch.is_cpu);
+  AnyView view{
+      nullptr, static_cast<DType>(dtype - torch.dtypes.begin()), on_cpu ? Device::kCpu : Device::kCuda, {}};
+  const py::tuple shape = attribute(tensor, torch.shape);
   const auto& dtypes = expected.dtypes;
   if (dtype == torch.dtypes.end() ||
-      (!dtypes.empty() && std::find(dtypes.begin(), dtypes.end(), found.dtype) == dtypes.end()) ||
-      (expected.dimensions && *expected.dimensions != static_cast<int>(found.shape.size())) ||
-      (!on_cpu && !is_on(Device::kCuda)) || call(tensor, torch.is_contiguous).ptr() != Py_True)
+      (!dtypes.empty() && std::find(dtypes.begin(), dtypes.end(), view.dtype) == dtypes.end()) ||
+      (expected.dimensions && *expected.dimensions != static_cast<int>(shape.size())) ||
+      (expected.device && *expected.device != view.device) || (!on_cpu && !is_true(torch.is_cuda)) ||
+      attribute(tensor, torch.is_contiguous)().ptr() != Py_True)
     refuse(tensor, expected);
-  found.data = PyLong_AsVoidPtr(call(tensor, torch.data_ptr).ptr());
+  view.data = static_cast<uint8_t*>(PyLong_AsVoidPtr(attribute(tensor, torch.data_ptr)().ptr()));
+  for (py::handle length : shape) view.shape.push_back(PyLong_AsLongLong(length.ptr()));
   if (PyErr_Occurred()) throw py::error_already_set();
-  return found;
+  return view;
 }
 
 void require_shape(const char* argument, std::span<const int64_t> shape, std::span<const int64_t> expected) {

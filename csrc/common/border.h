@@ -7,6 +7,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <array>
 #include <optional>
 #include <span>
@@ -27,19 +28,15 @@ struct Expected {
   std::optional<Device> device;   // any if not given
 };
 
-struct Found {
-  void* data;
-  DType dtype;
-  Device device;
-  pybind11::tuple shape;
+// Throws TypeError unless `tensor` is a contiguous tensor as expected.
+AnyView read_tensor(pybind11::handle tensor, const Expected& expected);
 
-  int64_t length(size_t dimension) const {
-    return PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), static_cast<Py_ssize_t>(dimension)));
-  }
-};
+// Throws TypeError unless the tensor is as it must be.
+void require(const char* argument, const AnyView& tensor, DType dtype, Device device,
+             std::span<const int64_t> shape);
 
-// Throws TypeError.
-Found read_tensor(pybind11::handle tensor, const Expected& expected);
+// "[2, 3]"
+std::string text_of(std::span<const int64_t> shape);
 
 // How an argument of type A comes from Python: Raw is what pybind11 converts it to.
 template <typename A>
@@ -56,14 +53,13 @@ struct Argument<std::variant<First, Others...>> {
   static_assert(((First::dimensions == Others::dimensions && First::device == Others::device) && ...));
 
   static Variant from(Raw tensor, const char* name) {
-    static constexpr std::array kDTypes{dtype_of<typename First::Element>(),
-                                        dtype_of<typename Others::Element>()...};
-    const Found found = read_tensor(tensor, {name, kDTypes, First::dimensions, First::device});
+    static constexpr std::array kDTypes{First::dtype, Others::dtype...};
+    const AnyView any = read_tensor(tensor, {name, kDTypes, First::dimensions, First::device});
     Variant variant;
     const auto choose = [&]<typename V>(V view) {
-      if (found.dtype != dtype_of<typename V::Element>()) return;
-      view.data = static_cast<typename V::Element*>(found.data);
-      for (size_t d = 0; d < view.shape.size(); ++d) view.shape[d] = found.length(d);
+      if (any.dtype != V::dtype) return;
+      view.data = reinterpret_cast<typename V::Element*>(any.data);
+      std::copy(any.shape.begin(), any.shape.end(), view.shape.begin());
       variant = view;
     };
     choose(First());
@@ -83,13 +79,7 @@ struct Argument<View<T, kDimensions, kOn>> {
 template <>
 struct Argument<AnyView> {
   using Raw = pybind11::handle;
-  static AnyView from(Raw tensor, const char* name) {
-    const Found found = read_tensor(tensor, {name, {}, {}, {}});
-    AnyView view{static_cast<uint8_t*>(found.data), found.dtype, found.device, {}};
-    view.shape.resize(found.shape.size());
-    for (size_t d = 0; d < view.shape.size(); ++d) view.shape[d] = found.length(d);
-    return view;
-  }
+  static AnyView from(Raw tensor, const char* name) { return read_tensor(tensor, {name, {}, {}, {}}); }
 };
 
 template <typename V>
@@ -121,39 +111,34 @@ View same_dtype(const Variant& views, const char* argument, const char* other) {
 
 // module.NAME = function, with one name for each argument. It runs without the GIL.
 template <typename R, typename... A, typename... Names>
-void define(pybind11::module_& module, const char* name, R (*function)(A...), const Names&... names) {
+void define(pybind11::module_& module, const char* name, R (*function)(A...), Names... names) {
   static_assert(sizeof...(A) == sizeof...(Names), "one name for each argument");
-  module.def(
-      name,
-      [function, ... names = static_cast<const char*>(names)](typename Argument<A>::Raw... raw) -> R {
-        std::tuple<A...> arguments{Argument<A>::from(raw, names)...};
-        pybind11::gil_scoped_release release;
-        return std::apply(function, std::move(arguments));
-      },
-      pybind11::arg(names)...);
+  const auto call = [=](typename Argument<A>::Raw... raw) -> R {
+    std::tuple<A...> arguments{Argument<A>::from(raw, names)...};
+    pybind11::gil_scoped_release release;
+    return std::apply(function, std::move(arguments));
+  };
+  module.def(name, call, pybind11::arg(names)...);
 }
 
 // class.NAME = method, with one name for each argument. It keeps the GIL.
 template <typename Class, typename Owner, typename... A, typename... Names>
-void define_method(Class& type, const char* name, void (Owner::*method)(A...), const Names&... names) {
+void define_method(Class& type, const char* name, void (Owner::*method)(A...), Names... names) {
   static_assert(sizeof...(A) == sizeof...(Names), "one name for each argument");
-  type.def(
-      name,
-      [method, ... names = static_cast<const char*>(names)](Owner& self, typename Argument<A>::Raw... raw) {
-        (self.*method)(Argument<A>::from(raw, names)...);
-      },
-      pybind11::arg(names)...);
+  const auto call = [=](Owner& self, typename Argument<A>::Raw... raw) {
+    (self.*method)(Argument<A>::from(raw, names)...);
+  };
+  type.def(name, call, pybind11::arg(names)...);
 }
 
 // class(...) = function, which returns the object. It keeps the GIL.
 template <typename Class, typename R, typename... A, typename... Names>
-void define_constructor(Class& type, R (*function)(A...), const Names&... names) {
+void define_constructor(Class& type, R (*function)(A...), Names... names) {
   static_assert(sizeof...(A) == sizeof...(Names), "one name for each argument");
-  type.def(pybind11::init([function, ... names = static_cast<const char*>(names)](
-                              typename Argument<A>::Raw... raw) -> R {
-             return function(Argument<A>::from(raw, names)...);
-           }),
-           pybind11::arg(names)...);
+  const auto call = [=](typename Argument<A>::Raw... raw) {
+    return function(Argument<A>::from(raw, names)...);
+  };
+  type.def(pybind11::init(call), pybind11::arg(names)...);
 }
 
 }  // namespace covr

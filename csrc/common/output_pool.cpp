@@ -1,5 +1,5 @@
-#include "common/output_pool.h"
-
+// Memory for large results that is used again once nobody looks at it: touching fresh pages for a 65 MB batch
+// costs more than filling it.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #ifdef __linux__
@@ -10,7 +10,9 @@
 #include <cstdlib>
 #include <limits>
 #include <memory>
+#include <mutex>
 #include <new>
+#include <vector>
 
 #include "common/border.h"
 
@@ -47,6 +49,71 @@ uint8_t* allocate(int64_t bytes) {
   return data;
 }
 
+class OutputPool {
+ public:
+  // Unused memory beyond `idle_bytes` goes back to the system.
+  explicit OutputPool(int64_t idle_bytes) : idle_bytes_(idle_bytes) {}
+  OutputPool(const OutputPool&) = delete;
+  OutputPool& operator=(const OutputPool&) = delete;
+  ~OutputPool() { release(); }
+
+  struct Block {
+    uint8_t* data;  // 64-byte aligned
+    int64_t bytes;
+  };
+
+  // A block of at least `bytes`.
+  Block take(int64_t bytes) {
+    {
+      std::lock_guard guard(mutex_);
+      auto best = free_.end();
+      for (auto block = free_.begin(); block != free_.end(); ++block)
+        if (block->bytes >= bytes && block->bytes - bytes <= bytes / kSlack &&
+            (best == free_.end() || block->bytes <= best->bytes))
+          best = block;
+      if (best != free_.end()) {
+        const Block block = *best;
+        free_.erase(best);
+        return block;
+      }
+    }
+    return {allocate(bytes), bytes};
+  }
+
+  // Keeps the most recently used few, frees the rest.
+  void give_back(Block block) {
+    std::lock_guard guard(mutex_);
+    free_.push_back(block);
+    int64_t idle = 0;
+    size_t kept = 0;
+    while (kept < std::min(free_.size(), kKept) && idle + free_[free_.size() - 1 - kept].bytes <= idle_bytes_)
+      idle += free_[free_.size() - 1 - kept++].bytes;
+    const auto first_kept = free_.end() - static_cast<std::ptrdiff_t>(kept);
+    for (auto old = free_.begin(); old != first_kept; ++old) std::free(old->data);
+    free_.erase(free_.begin(), first_kept);
+  }
+
+  // Frees what nobody uses.
+  void release() {
+    std::lock_guard guard(mutex_);
+    for (const Block& block : free_) std::free(block.data);
+    free_.clear();
+  }
+
+  // Bytes that nobody uses.
+  int64_t idle() const {
+    std::lock_guard guard(mutex_);
+    int64_t total = 0;
+    for (const Block& block : free_) total += block.bytes;
+    return total;
+  }
+
+ private:
+  const int64_t idle_bytes_;
+  mutable std::mutex mutex_;
+  std::vector<Block> free_;  // the one given back last is last
+};
+
 // An array whose memory returns to the pool when the last array or tensor that shares it is gone.
 py::array_t<uint8_t> take_array(const std::shared_ptr<OutputPool>& pool, int64_t bytes) {
   struct Owner {
@@ -63,50 +130,6 @@ py::array_t<uint8_t> take_array(const std::shared_ptr<OutputPool>& pool, int64_t
 }
 
 }  // namespace
-
-OutputPool::~OutputPool() { release(); }
-
-OutputPool::Block OutputPool::take(int64_t bytes) {
-  {
-    std::lock_guard guard(mutex_);
-    auto best = free_.end();
-    for (auto block = free_.begin(); block != free_.end(); ++block)
-      if (block->bytes >= bytes && block->bytes - bytes <= bytes / kSlack &&
-          (best == free_.end() || block->bytes <= best->bytes))
-        best = block;
-    if (best != free_.end()) {
-      const Block block = *best;
-      free_.erase(best);
-      return block;
-    }
-  }
-  return {allocate(bytes), bytes};
-}
-
-void OutputPool::give_back(Block block) {
-  std::lock_guard guard(mutex_);
-  free_.push_back(block);
-  int64_t idle = 0;
-  size_t kept = 0;
-  while (kept < std::min(free_.size(), kKept) && idle + free_[free_.size() - 1 - kept].bytes <= idle_bytes_)
-    idle += free_[free_.size() - 1 - kept++].bytes;
-  const auto first_kept = free_.end() - static_cast<std::ptrdiff_t>(kept);
-  for (auto old = free_.begin(); old != first_kept; ++old) std::free(old->data);
-  free_.erase(free_.begin(), first_kept);
-}
-
-void OutputPool::release() {
-  std::lock_guard guard(mutex_);
-  for (const Block& block : free_) std::free(block.data);
-  free_.clear();
-}
-
-int64_t OutputPool::idle() const {
-  std::lock_guard guard(mutex_);
-  int64_t total = 0;
-  for (const Block& block : free_) total += block.bytes;
-  return total;
-}
 
 void bind_output_pool(py::module_& m) {
   py::class_<OutputPool, std::shared_ptr<OutputPool>>(m, "OutputPool")

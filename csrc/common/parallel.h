@@ -13,4 +13,12 @@ namespace covr {
 void parallel_for(int64_t n, int64_t grain, int threads,
                   const std::function<void(int64_t begin, int64_t end)>& body);
 
+// The same with body(i) for each i in [0, n).
+template <typename Body>
+void parallel_for_each(int64_t n, int64_t grain, int threads, const Body& body) {
+  parallel_for(n, grain, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(i);
+  });
+}
+
 }  // namespace covr

@@ -7,7 +7,6 @@
 #include <cstdint>
 #include <initializer_list>
 #include <span>
-#include <type_traits>
 #include <vector>
 
 #include "common/half.h"
@@ -15,30 +14,6 @@
 namespace covr {
 
 enum class Device { kCpu, kCuda };
-
-template <typename T, int kDimensions, Device kOn = Device::kCpu>
-struct View {
-  using Element = T;
-  static constexpr int dimensions = kDimensions;
-  static constexpr Device device = kOn;
-
-  T* data = nullptr;
-  std::array<int64_t, kDimensions> shape{};
-
-  int64_t size() const {
-    int64_t elements = 1;
-    for (int64_t length : shape) elements *= length;
-    return elements;
-  }
-  T& operator[](int64_t i) const
-    requires(kDimensions == 1)
-  {
-    return data[i];
-  }
-};
-
-template <typename T, int kDimensions>
-using CudaView = View<T, kDimensions, Device::kCuda>;
 
 enum class DType {
   kBool,
@@ -63,6 +38,41 @@ constexpr int64_t item_bytes(DType dtype) {
   return kBytes[static_cast<int>(dtype)];
 }
 
+// The dtype of a tensor from a pointer to its elements.
+constexpr DType dtype_of(const bool*) { return DType::kBool; }
+constexpr DType dtype_of(const uint8_t*) { return DType::kUInt8; }
+constexpr DType dtype_of(const int32_t*) { return DType::kInt32; }
+constexpr DType dtype_of(const int64_t*) { return DType::kInt64; }
+constexpr DType dtype_of(const Float16*) { return DType::kFloat16; }
+constexpr DType dtype_of(const BFloat16*) { return DType::kBFloat16; }
+constexpr DType dtype_of(const float*) { return DType::kFloat32; }
+constexpr DType dtype_of(const double*) { return DType::kFloat64; }
+
+template <typename T, int kDimensions, Device kOn = Device::kCpu>
+struct View {
+  using Element = T;
+  static constexpr DType dtype = dtype_of(static_cast<T*>(nullptr));
+  static constexpr int dimensions = kDimensions;
+  static constexpr Device device = kOn;
+
+  T* data = nullptr;
+  std::array<int64_t, kDimensions> shape{};
+
+  int64_t size() const {
+    int64_t elements = 1;
+    for (int64_t length : shape) elements *= length;
+    return elements;
+  }
+  T& operator[](int64_t i) const
+    requires(kDimensions == 1)
+  {
+    return data[i];
+  }
+};
+
+template <typename T, int kDimensions>
+using CudaView = View<T, kDimensions, Device::kCuda>;
+
 // A tensor whose dtype, device and number of dimensions are known only at run time.
 struct AnyView {
   uint8_t* data = nullptr;
@@ -77,29 +87,6 @@ struct AnyView {
   }
 };
 
-template <typename T>
-constexpr DType dtype_of() {
-  using Value = std::remove_const_t<T>;
-  if constexpr (std::is_same_v<Value, bool>)
-    return DType::kBool;
-  else if constexpr (std::is_same_v<Value, uint8_t>)
-    return DType::kUInt8;
-  else if constexpr (std::is_same_v<Value, int32_t>)
-    return DType::kInt32;
-  else if constexpr (std::is_same_v<Value, int64_t>)
-    return DType::kInt64;
-  else if constexpr (std::is_same_v<Value, Float16>)
-    return DType::kFloat16;
-  else if constexpr (std::is_same_v<Value, BFloat16>)
-    return DType::kBFloat16;
-  else if constexpr (std::is_same_v<Value, float>)
-    return DType::kFloat32;
-  else {
-    static_assert(std::is_same_v<Value, double>, "no torch dtype for this type");
-    return DType::kFloat64;
-  }
-}
-
 // Throws Python's TypeError, which names the argument, unless its shape is the expected one.
 void require_shape(const char* argument, std::span<const int64_t> shape, std::span<const int64_t> expected);
 
@@ -107,9 +94,5 @@ inline void require_shape(const char* argument, std::span<const int64_t> shape,
                           std::initializer_list<int64_t> expected) {
   require_shape(argument, shape, std::span<const int64_t>(expected.begin(), expected.size()));
 }
-
-// The same for dtype, device and shape.
-void require(const char* argument, const AnyView& tensor, DType dtype, Device device,
-             std::span<const int64_t> shape);
 
 }  // namespace covr

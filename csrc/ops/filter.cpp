@@ -123,14 +123,12 @@ bool ranked_values(const float* values, int64_t n, int threads, double* ranked, 
   // Moments are added tile by tile in a fixed order: the result does not depend on the number of threads.
   std::vector<Moments> tiles((n + kTile - 1) / kTile);
   auto piece_begin = [&](int64_t piece) { return static_cast<int64_t>(tiles.size()) * piece / pieces; };
-  parallel_for(pieces, 1, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t piece = begin; piece < end; ++piece) {
-      counts[piece].assign(size_t{1} << kBits, 0);
-      for (int64_t tile = piece_begin(piece); tile < piece_begin(piece + 1); ++tile) {
-        const int64_t size = std::min(kTile, n - tile * kTile);
-        tiles[tile] = tile_moments(values + tile * kTile, size, values[0]);
-        histogram<kBits>(values + tile * kTile, size, counts[piece].data());
-      }
+  parallel_for_each(pieces, 1, threads, [&](int64_t piece) {
+    counts[piece].assign(size_t{1} << kBits, 0);
+    for (int64_t tile = piece_begin(piece); tile < piece_begin(piece + 1); ++tile) {
+      const int64_t size = std::min(kTile, n - tile * kTile);
+      tiles[tile] = tile_moments(values + tile * kTile, size, values[0]);
+      histogram<kBits>(values + tile * kTile, size, counts[piece].data());
     }
   });
   for (const Moments& tile : tiles) {
@@ -154,27 +152,25 @@ bool ranked_values(const float* values, int64_t n, int threads, double* ranked, 
     before += count;
   }
 
-  parallel_for(pieces, 1, threads, [&](int64_t begin, int64_t end) {
+  parallel_for_each(pieces, 1, threads, [&](int64_t piece) {
     constexpr int64_t kStrip = 64;
-    for (int64_t piece = begin; piece < end; ++piece) {
-      const int64_t last = std::min(n, piece_begin(piece + 1) * kTile);
-      for (Bin& bin : bins) {
-        const float low = value_of_key(bin.digit << kShift);
-        const float high = value_of_key((bin.digit << kShift) + ((1u << kShift) - 1));
-        auto& members = bin.members[piece];
-        members.resize(counts[piece][bin.digit] + 1);  // every key is written, and only a member stays
-        uint32_t* member = members.data();
-        for (int64_t strip = piece_begin(piece) * kTile; strip < last; strip += kStrip) {
-          const int64_t size = std::min(kStrip, last - strip);
-          if (!any_within(values + strip, size, low, high)) continue;
-          for (int64_t i = strip; i < strip + size; ++i) {
-            const uint32_t key = ordered_key(values[i]);
-            *member = key;
-            member += key >> kShift == bin.digit;
-          }
+    const int64_t last = std::min(n, piece_begin(piece + 1) * kTile);
+    for (Bin& bin : bins) {
+      const float low = value_of_key(bin.digit << kShift);
+      const float high = value_of_key((bin.digit << kShift) + ((1u << kShift) - 1));
+      auto& members = bin.members[piece];
+      members.resize(counts[piece][bin.digit] + 1);  // every key is written, and only a member stays
+      uint32_t* member = members.data();
+      for (int64_t strip = piece_begin(piece) * kTile; strip < last; strip += kStrip) {
+        const int64_t size = std::min(kStrip, last - strip);
+        if (!any_within(values + strip, size, low, high)) continue;
+        for (int64_t i = strip; i < strip + size; ++i) {
+          const uint32_t key = ordered_key(values[i]);
+          *member = key;
+          member += key >> kShift == bin.digit;
         }
-        members.pop_back();
       }
+      members.pop_back();
     }
   });
   uint32_t found[kRanks];
@@ -230,23 +226,20 @@ void indices_above(View<const float, 1> returns, double cutoff, View<int64_t, 1>
   const float threshold = float_at_or_below(cutoff);
   const int64_t pieces = std::clamp<int64_t>(n / kGrain, 1, std::max(threads, 1));
   std::vector<int64_t> offset(pieces + 1, 0);
-  parallel_for(pieces, 1, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t piece = begin; piece < end; ++piece)
-      offset[piece + 1] =
-          count_above(values + n * piece / pieces, n * (piece + 1) / pieces - n * piece / pieces, threshold);
+  parallel_for_each(pieces, 1, threads, [&](int64_t piece) {
+    offset[piece + 1] =
+        count_above(values + n * piece / pieces, n * (piece + 1) / pieces - n * piece / pieces, threshold);
   });
   for (int64_t piece = 0; piece < pieces; ++piece) offset[piece + 1] += offset[piece];
   require_shape("indices", indices.shape, {offset[pieces]});
-  parallel_for(pieces, 1, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t piece = begin; piece < end; ++piece) {
-      int64_t* position = out + offset[piece];
-      const int64_t* limit = out + offset[piece + 1];
-      // Every index is written and only a kept one advances, which costs no branch; the loop stops at the
-      // last kept value, so nothing is written past the piece's share.
-      for (int64_t i = n * piece / pieces; position < limit; ++i) {
-        *position = i;
-        position += values[i] > threshold;
-      }
+  parallel_for_each(pieces, 1, threads, [&](int64_t piece) {
+    int64_t* position = out + offset[piece];
+    const int64_t* limit = out + offset[piece + 1];
+    // Every index is written and only a kept one advances, which costs no branch; the loop stops at the
+    // last kept value, so nothing is written past the piece's share.
+    for (int64_t i = n * piece / pieces; position < limit; ++i) {
+      *position = i;
+      position += values[i] > threshold;
     }
   });
 }

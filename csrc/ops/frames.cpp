@@ -2,7 +2,6 @@
 #include "ops/frames.h"
 
 #include <algorithm>
-#include <array>
 
 #include "common/border.h"
 #include "common/parallel.h"
@@ -10,22 +9,16 @@
 namespace covr {
 namespace {
 
-COVR_CLONES void convert(float* out, const uint8_t* pixels, int n) {
-  for (int i = 0; i < n; ++i) out[i] = pixel_to<float>(pixels[i]);
+template <typename T>
+COVR_HD void convert_to(T* out, const uint8_t* pixels, int n) {
+  for (int i = 0; i < n; ++i) out[i] = pixel_to<T>(pixels[i]);
 }
 
+// Clones cannot be templates.
+COVR_CLONES void convert(float* out, const uint8_t* pixels, int n) { convert_to(out, pixels, n); }
+COVR_CLONES void convert(BFloat16* out, const uint8_t* pixels, int n) { convert_to(out, pixels, n); }
+COVR_CLONES void convert(Float16* out, const uint8_t* pixels, int n) { convert_to(out, pixels, n); }
 void convert(uint8_t* out, const uint8_t* pixels, int n) { std::copy(pixels, pixels + n, out); }
-
-// Rounding to half takes longer than looking all of its 256 results up.
-template <typename Half>
-void convert(Half* out, const uint8_t* pixels, int n) {
-  static const auto table = [] {
-    std::array<Half, 256> values;
-    for (int pixel = 0; pixel < 256; ++pixel) values[pixel] = pixel_to<Half>(static_cast<uint8_t>(pixel));
-    return values;
-  }();
-  for (int i = 0; i < n; ++i) out[i] = table[pixels[i]];
-}
 
 // One output row: repeated first pixel, converted run, repeated last pixel.
 template <typename T>
@@ -42,18 +35,16 @@ void window_images(T* out, const uint8_t* frames, const int64_t* offsets, const 
                    int threads) {
   constexpr int64_t kGrainPixels = 1 << 15;
   const int64_t pixels = s.channels * s.out_height * s.out_width;
-  parallel_for(s.batch, std::max<int64_t>(1, kGrainPixels / std::max<int64_t>(pixels, 1)), threads,
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t image = begin; image < end; ++image) {
-                   const int64_t dy = offsets[2 * image] - pad, dx = offsets[2 * image + 1] - pad;
-                   T* row = out + image * pixels;
-                   for (int64_t plane = image * s.channels; plane < (image + 1) * s.channels; ++plane)
-                     for (int y = 0; y < s.out_height; ++y, row += s.out_width) {
-                       const int64_t source_row = plane * s.height + clamp_to_image(y + dy, s.height);
-                       window_row(row, frames + source_row * s.width, s.width, s.out_width, dx);
-                     }
-                 }
-               });
+  const int64_t grain = std::max<int64_t>(1, kGrainPixels / std::max<int64_t>(pixels, 1));
+  parallel_for_each(s.batch, grain, threads, [&](int64_t image) {
+    const int64_t dy = offsets[2 * image] - pad, dx = offsets[2 * image + 1] - pad;
+    T* row = out + image * pixels;
+    for (int64_t plane = image * s.channels; plane < (image + 1) * s.channels; ++plane)
+      for (int y = 0; y < s.out_height; ++y, row += s.out_width) {
+        const int64_t source_row = plane * s.height + clamp_to_image(y + dy, s.height);
+        window_row(row, frames + source_row * s.width, s.width, s.out_width, dx);
+      }
+  });
 }
 
 void window(Windows<Device::kCpu> out, View<const uint8_t, 4> frames, View<const int64_t, 2> offsets, int pad,

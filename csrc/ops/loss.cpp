@@ -10,7 +10,6 @@
 #include "common/border.h"
 #include "common/half.h"
 #include "common/parallel.h"
-#include "ops/exp.h"
 
 namespace covr {
 namespace {
@@ -18,6 +17,26 @@ namespace {
 constexpr int64_t kTile = 4096;      // logits that stay in L1 between finding their maximum and summing them
 constexpr int kLanes = 16;           // independent sums, so that additions vectorise
 constexpr int64_t kGrain = 1 << 15;  // logits worth a thread
+
+constexpr float kLowest = -87.33654f;  // below it exp underflows the normal floats
+
+// exp(x) for x <= 0 to 2 ulp, without branches: 2^n * exp(r) with |r| <= ln(2) / 2. Zero below kLowest.
+COVR_HD float exp_nonpositive(float x) {
+  constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
+  const float clamped = x < kLowest ? kLowest : x;
+  const float shifted = clamped * 1.44269504f + kRound;
+  const float n = shifted - kRound;
+  const float r = (clamped - n * 0.693145752f) - n * 1.42860677e-6f;
+  float p = 1.3888889e-3f;  // 1/6!, 1/5!, ...
+  p = p * r + 8.3333333e-3f;
+  p = p * r + 4.1666667e-2f;
+  p = p * r + 0.16666667f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const float power = float_of((bits_of(shifted) << 23) + 0x3f800000u);
+  return x < kLowest ? 0.0f : p * power;
+}
 
 struct RowSum {
   float peak;      // the largest logit
@@ -92,52 +111,9 @@ struct Rows {
 
   template <typename Body>
   void for_each(const Body& body) const {
-    parallel_for(rows, std::max<int64_t>(1, kGrain / vocabulary), threads, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) body(row);
-    });
+    parallel_for_each(rows, std::max<int64_t>(1, kGrain / vocabulary), threads, body);
   }
 };
-
-template <typename T>
-void reduce(const Rows& r, const T* logits, float* losses, float* peaks, float* log_sums) {
-  r.for_each([&](int64_t row) {
-    losses[row] = peaks[row] = log_sums[row] = 0;
-    if (r.scale[row] == 0) return;
-    const int64_t label = r.labels[row];
-    if (label < 0 || label >= r.vocabulary)
-      throw std::invalid_argument("label " + std::to_string(label) + " is not in [0, " +
-                                  std::to_string(r.vocabulary) + ")");
-    const T* x = logits + row * r.vocabulary;
-    const RowSum sum = reduce_row(x, r.vocabulary);
-    const double peak = sum.peak;
-    double loss = sum.log_sum + (1.0 - r.smoothing) * (peak - to_float(x[label]));
-    // Only where asked for: a logit of -inf would turn it into 0 * inf.
-    if (r.smoothing > 0) loss += r.smoothing * (peak - sum.sum / static_cast<double>(r.vocabulary));
-    losses[row] = static_cast<float>(r.scale[row] * loss);
-    peaks[row] = sum.peak;
-    log_sums[row] = static_cast<float>(sum.log_sum);
-  });
-}
-
-template <typename T>
-void gradient(const Rows& r, const T* logits, T* out, const float* peaks, const float* log_sums,
-              float upstream) {
-  const float uniform = r.smoothing / static_cast<float>(r.vocabulary);
-  r.for_each([&](int64_t row) {
-    const T* x = logits + row * r.vocabulary;
-    T* g = out + row * r.vocabulary;
-    if (r.scale[row] == 0) {
-      std::fill(g, g + r.vocabulary, from_float<T>(0.0f));
-      return;
-    }
-    const float c = upstream * r.scale[row];
-    const int64_t label = r.labels[row];
-    const float probability =
-        std::exp(to_float(x[label]) - peaks[row] - log_sums[row]);  // before it is overwritten
-    softmax_row(g, x, r.vocabulary, peaks[row], log_sums[row], c, uniform);
-    g[label] = from_float<T>(c * (probability - uniform - (1.0f - r.smoothing)));
-  });
-}
 
 // Logits and their gradient: float32, bfloat16 or float16 [R, V].
 using Logits = std::variant<View<const float, 2>, View<const BFloat16, 2>, View<const Float16, 2>>;
@@ -156,27 +132,56 @@ Rows make_rows(const std::array<int64_t, 2>& logits, View<const int64_t, 1> labe
 void cross_entropy_reduce(View<float, 1> losses, View<float, 2> normaliser, Logits any_logits,
                           View<const int64_t, 1> labels, View<const float, 1> scale, double smoothing,
                           int threads) {
-  std::visit(
-      [&](auto logits) {
-        const Rows rows = make_rows(logits.shape, labels, scale, normaliser.shape, smoothing, threads);
-        require_shape("losses", losses.shape, labels.shape);
-        reduce(rows, logits.data, losses.data, normaliser.data, normaliser.data + rows.rows);
-      },
-      any_logits);
+  const auto reduce = [&](auto logits) {
+    const Rows r = make_rows(logits.shape, labels, scale, normaliser.shape, smoothing, threads);
+    require_shape("losses", losses.shape, labels.shape);
+    float *peaks = normaliser.data, *log_sums = peaks + r.rows;
+    r.for_each([&](int64_t row) {
+      losses[row] = peaks[row] = log_sums[row] = 0;
+      if (r.scale[row] == 0) return;
+      const int64_t label = r.labels[row];
+      if (label < 0 || label >= r.vocabulary)
+        throw std::invalid_argument("label " + std::to_string(label) + " is not in [0, " +
+                                    std::to_string(r.vocabulary) + ")");
+      const auto* x = logits.data + row * r.vocabulary;
+      const RowSum sum = reduce_row(x, r.vocabulary);
+      const double peak = sum.peak;
+      double loss = sum.log_sum + (1.0 - r.smoothing) * (peak - to_float(x[label]));
+      // Only where asked for: a logit of -inf would turn it into 0 * inf.
+      if (r.smoothing > 0) loss += r.smoothing * (peak - sum.sum / static_cast<double>(r.vocabulary));
+      losses[row] = static_cast<float>(r.scale[row] * loss);
+      peaks[row] = sum.peak;
+      log_sums[row] = static_cast<float>(sum.log_sum);
+    });
+  };
+  std::visit(reduce, any_logits);
 }
 
 void cross_entropy_gradient(Gradient any_out, View<const float, 2> normaliser, double upstream,
                             Logits any_logits, View<const int64_t, 1> labels, View<const float, 1> scale,
                             double smoothing, int threads) {
-  std::visit(
-      [&]<typename T>(View<const T, 2> logits) {
-        const Rows rows = make_rows(logits.shape, labels, scale, normaliser.shape, smoothing, threads);
-        const auto out = same_dtype<View<T, 2>>(any_out, "out", "logits");
-        require_shape("out", out.shape, logits.shape);
-        gradient(rows, logits.data, out.data, normaliser.data, normaliser.data + rows.rows,
-                 static_cast<float>(upstream));
-      },
-      any_logits);
+  const auto write = [&]<typename T>(View<const T, 2> logits) {
+    const Rows r = make_rows(logits.shape, labels, scale, normaliser.shape, smoothing, threads);
+    const auto out = same_dtype<View<T, 2>>(any_out, "out", "logits");
+    require_shape("out", out.shape, logits.shape);
+    const float *peaks = normaliser.data, *log_sums = peaks + r.rows;
+    const float uniform = r.smoothing / static_cast<float>(r.vocabulary);
+    r.for_each([&](int64_t row) {
+      const T* x = logits.data + row * r.vocabulary;
+      T* g = out.data + row * r.vocabulary;
+      if (r.scale[row] == 0) {
+        std::fill(g, g + r.vocabulary, from_float<T>(0.0f));
+        return;
+      }
+      const float c = static_cast<float>(upstream) * r.scale[row];
+      const int64_t label = r.labels[row];
+      const float probability =
+          std::exp(to_float(x[label]) - peaks[row] - log_sums[row]);  // before it is overwritten
+      softmax_row(g, x, r.vocabulary, peaks[row], log_sums[row], c, uniform);
+      g[label] = from_float<T>(c * (probability - uniform - (1.0f - r.smoothing)));
+    });
+  };
+  std::visit(write, any_logits);
 }
 
 }  // namespace

@@ -45,16 +45,9 @@ COVR_CLONES void scan_columns(float* out, const float* rewards, const uint8_t* e
   scan_columns_of(out, rewards, ends, steps, columns, begin, end, gamma);
 }
 
-// One column, steps [begin, end), where step end - 1 ends an episode or the column.
-template <typename T>
-void scan_piece(T* out, const T* rewards, const uint8_t* ends, int64_t stride, int64_t begin, int64_t end,
-                T gamma, T next) {
-  for (int64_t t = end - 1; t >= begin; --t)
-    out[t * stride] = next = return_step(rewards[t * stride], ends[t * stride], gamma, next);
-}
-
-// The same for a long column: cut near equal parts, but only where an episode ends, so that the parts are
-// independent and the result is that of the plain scan, bit by bit.
+// Steps [begin, end) of one column, where step end - 1 ends an episode or the column. They are cut near equal
+// parts, but only where an episode ends, so that the parts are independent and the result is that of the
+// plain scan, bit by bit.
 template <typename T>
 void scan_column(T* out, const T* rewards, const uint8_t* ends, int64_t stride, int64_t begin, int64_t end,
                  T gamma) {
@@ -77,7 +70,11 @@ void scan_column(T* out, const T* rewards, const uint8_t* ends, int64_t stride, 
       const int64_t at = t[i]-- * stride;
       out[at] = next[i] = return_step(rewards[at], ends[at], gamma, next[i]);
     }
-  for (int i = 0; i < kStreams; ++i) scan_piece(out, rewards, ends, stride, cut[i], t[i] + 1, gamma, next[i]);
+  for (int i = 0; i < kStreams; ++i)
+    for (; t[i] >= cut[i]; --t[i]) {
+      const int64_t at = t[i] * stride;
+      out[at] = next[i] = return_step(rewards[at], ends[at], gamma, next[i]);
+    }
 }
 
 template <typename T>

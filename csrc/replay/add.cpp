@@ -12,22 +12,15 @@ namespace {
 constexpr const char* kContractRemedy =
     " Frame stacks must slide: obs is next_obs of the step before, and next_obs is obs without its oldest "
     "frame plus one new frame, oldest first. If the environment was reset without terminated or truncated, "
-    "call "
-    "cut(env_ids) first; at the end of an episode pass the final observation, not the first of the next "
+    "call cut(env_ids) first; at the end of an episode pass the final observation, not the first of the next "
     "episode; if these are no stacks, build the buffer with frame_stack=1, which stores observations as they "
     "are.";
 
 }  // namespace
 
 // The stack that the stream's next obs must show: that of the latest next_obs.
-StackPlan Replay::stack_after(size_t key, int64_t env) const {
-  const ObservationKey& k = keys_[key];
-  const uint8_t depth = k.depth[row(env, count_[env] - 1)];
-  StackPlan plan{};
-  plan.newest = k.written[env] - 1;
-  plan.depth = static_cast<int16_t>(std::min<int64_t>((depth & ~kZeroPadding) + 1, k.frames.stack - 1));
-  plan.zero_padding = (depth & kZeroPadding) != 0;
-  return plan;
+StackPlan Replay::next_stack(size_t k, int64_t env) const {
+  return keys_[k].plan(row(env, count_[env] - 1), env * keys_[k].recent.slots, true);
 }
 
 // Which part of older frames to compare: all of it if frames are small, and where a stream usually breaks off
@@ -35,9 +28,8 @@ StackPlan Replay::stack_after(size_t key, int64_t env) const {
 int64_t Replay::probe_phase(const RowsIn& in, int64_t r, int64_t env, size_t k) const {
   const FrameLayout& frames = keys_[k].frames;
   const bool small = frames.frame_bytes() <= kSmallFrame;
-  const StackPlan expected = stack_after(k, env);
-  const bool all = cut_at_jumps || small || frames.stack == 1 || expected.depth < frames.stack - 1 ||
-                   in.terminated[r] || in.truncated[r];
+  const bool all = cut_at_jumps || small || frames.stack == 1 ||
+                   next_stack(k, env).depth < frames.stack - 1 || in.terminated[r] || in.truncated[r];
   return all ? kCompareAll : count_[env] % kProbeEvery;
 }
 
@@ -67,9 +59,7 @@ void Replay::prefetch_check(const RowsIn& in, int64_t r, int64_t env) const {
 // The stored frame that must be at `position` of the stream's next obs; nullptr is the blank frame.
 const uint8_t* Replay::expected_frame(size_t k, int64_t env, int64_t position) const {
   const FrameLayout& recent = keys_[k].recent;
-  StackPlan expected = stack_after(k, env);
-  expected.stream_slot = env * recent.slots;
-  const int64_t slot = stack_slot(expected, recent.slots, recent.stack - 1 - position);
+  const int64_t slot = stack_slot(next_stack(k, env), recent.slots, recent.stack - 1 - position);
   return slot == kBlankFrame ? nullptr : recent.data + slot * recent.frame_bytes();
 }
 
@@ -151,7 +141,7 @@ void Replay::append(const RowsIn& in, int64_t r, int64_t env, Segment segment) {
       for (int64_t j = stack - 1 - depth; j < stack; ++j) write_frame(k, env, obs, j);
       key.depth[to] = static_cast<uint8_t>(depth | (blank && !repeated ? kZeroPadding : 0));
     } else {
-      const StackPlan plan = stack_after(k, env);
+      const StackPlan plan = next_stack(k, env);
       key.depth[to] = static_cast<uint8_t>(plan.depth | (plan.zero_padding ? kZeroPadding : 0));
     }
     key.newest[to] = key.written[env] - 1;
@@ -185,24 +175,22 @@ void Replay::evict(int64_t env) {
 
 void Replay::add(const RowsIn& in, int64_t* ids) {
   segments_.resize(static_cast<size_t>(in.rows));
-  const auto env_of = [&](int64_t r) { return in.env_ids ? in.env_ids[r] : r; };
-  if (in.rows > 0) prefetch_check(in, 0, env_of(0));
+  if (in.rows > 0) prefetch_check(in, 0, in.env_ids[0]);
   for (int64_t r = 0; r < in.rows; ++r) {
-    if (r + 1 < in.rows) prefetch_check(in, r + 1, env_of(r + 1));
-    segments_[static_cast<size_t>(r)] = check(in, r, env_of(r));
+    if (r + 1 < in.rows) prefetch_check(in, r + 1, in.env_ids[r + 1]);
+    segments_[r] = check(in, r, in.env_ids[r]);
   }
   for (int64_t r = 0; r < in.rows; ++r) {
-    ids[r] = count_[env_of(r)] * num_envs_ + env_of(r);
-    append(in, r, env_of(r), segments_[static_cast<size_t>(r)]);
-    jumps_ += segments_[static_cast<size_t>(r)].cuts_previous;
+    ids[r] = count_[in.env_ids[r]] * num_envs_ + in.env_ids[r];
+    append(in, r, in.env_ids[r], segments_[r]);
+    jumps_ += segments_[r].cuts_previous;
   }
   rows_added_ += in.rows;
   finish_streaming();
 }
 
-void Replay::cut(const int64_t* env_ids, int64_t n) {
-  for (int64_t i = 0; i < (env_ids ? n : num_envs_); ++i) {
-    const int64_t env = env_ids ? env_ids[i] : i;
+void Replay::cut(const std::vector<int64_t>& env_ids) {
+  for (int64_t env : env_ids) {
     if (count_[env] == ended_[env]) continue;
     flags_[row(env, count_[env] - 1)] |= kCut;
     ended_[env] = count_[env];

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <optional>
 #include <shared_mutex>
 #include <stdexcept>
@@ -15,20 +16,11 @@
 #include "ops/sum_tree.h"
 #include "replay/priorities.h"
 #include "replay/replay.h"
-#ifdef COVR_WITH_CUDA
-#include "replay/gather_cuda.h"
-#endif
 
 namespace py = pybind11;
 
 namespace covr {
 namespace {
-
-std::string shape_text(const py::array& array) {
-  std::string text;
-  for (py::ssize_t d = 0; d < array.ndim(); ++d) text += (d ? ", " : "") + std::to_string(array.shape(d));
-  return "[" + text + "]";
-}
 
 // Rows that are each contiguous, however far apart.
 Rows rows_of(const py::array& array, int64_t rows, int64_t row_bytes, const std::string& what) {
@@ -89,14 +81,11 @@ class PyReplay : public Replay {
     RowsIn in{};
     in.rows = reward.ndim() == 1 ? reward.shape(0) : -1;
     if (in.rows < 0) throw std::invalid_argument("reward must have one dimension, [rows]");
-    if (env_ids) {
-      check_streams(*env_ids, in.rows);
-      in.env_ids = env_ids->data();
-    } else if (in.rows != num_envs()) {
+    if (!env_ids && in.rows != num_envs())
       throw std::invalid_argument("reward has " + std::to_string(in.rows) + " rows for " +
                                   std::to_string(num_envs()) +
                                   " environments: pass env_ids to add rows of some of them");
-    }
+    in.env_ids = streams(env_ids, in.rows);
     if (obs.size() != keys().size() || next_obs.size() != keys().size() ||
         columns.size() != Replay::columns().size())
       throw std::invalid_argument("add() needs one array per observation key and per column");
@@ -123,12 +112,10 @@ class PyReplay : public Replay {
   }
 
   void cut_streams(const std::optional<Ids>& env_ids) {
-    if (env_ids) check_streams(*env_ids, env_ids->size());
-    const int64_t* ids = env_ids ? env_ids->data() : nullptr;
-    const int64_t n = env_ids ? env_ids->size() : 0;
+    const std::vector<int64_t> envs = streams(env_ids, env_ids ? env_ids->size() : num_envs());
     py::gil_scoped_release release;
     std::lock_guard guard(lock);
-    cut(ids, n);
+    cut(envs);
     if (priorities_) priorities_->follow(*this);
   }
 
@@ -262,14 +249,13 @@ class PyReplay : public Replay {
   }
 
   static void check_row_shape(const py::array& array, const Column& column) {
-    const std::vector<int64_t>& shape = column.values.shape;
-    if (array.ndim() == static_cast<py::ssize_t>(shape.size()) &&
-        std::equal(shape.begin() + 1, shape.end(), array.shape() + 1))
+    const std::vector<int64_t>& expected = column.values.shape;
+    const std::span<const int64_t> shape(array.shape(), static_cast<size_t>(array.ndim()));
+    if (shape.size() == expected.size() && std::equal(shape.begin() + 1, shape.end(), expected.begin() + 1))
       return;
-    std::string expected = "[rows";
-    for (size_t d = 1; d < shape.size(); ++d) expected += ", " + std::to_string(shape[d]);
-    throw std::invalid_argument(column.name + " has shape " + shape_text(array) + ": it must be " + expected +
-                                "]");
+    std::string text = "[rows";
+    for (size_t d = 1; d < expected.size(); ++d) text += ", " + std::to_string(expected[d]);
+    throw std::invalid_argument(column.name + " has shape " + text_of(shape) + ": it must be " + text + "]");
   }
 
   static const bool* one_per_row(const Flags& flags, int64_t rows, const char* what) {
@@ -278,23 +264,27 @@ class PyReplay : public Replay {
     return flags.data();
   }
 
-  void check_streams(const Ids& env_ids, int64_t rows) {
-    if (env_ids.ndim() != 1 || env_ids.shape(0) != rows)
+  // The environments that env_ids names, one for each row; all of them if it names none.
+  std::vector<int64_t> streams(const std::optional<Ids>& env_ids, int64_t rows) const {
+    std::vector<int64_t> envs(static_cast<size_t>(rows));
+    std::iota(envs.begin(), envs.end(), 0);
+    if (!env_ids) return envs;
+    if (env_ids->ndim() != 1 || env_ids->shape(0) != rows)
       throw std::invalid_argument("env_ids must have one environment id per row");
-    seen_.assign(static_cast<size_t>(num_envs()), false);
+    std::vector<bool> seen(static_cast<size_t>(num_envs()), false);
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t env = env_ids.data()[r];
+      const int64_t env = envs[r] = env_ids->data()[r];
       if (env < 0 || env >= num_envs())
         throw std::invalid_argument("env_ids[" + std::to_string(r) + "] = " + std::to_string(env) +
                                     " is not in [0, num_envs = " + std::to_string(num_envs()) + ")");
-      if (seen_[static_cast<size_t>(env)])
+      if (seen[env])
         throw std::invalid_argument("env_ids contains " + std::to_string(env) +
                                     " twice: add the steps of one environment in separate calls, in order");
-      seen_[static_cast<size_t>(env)] = true;
+      seen[env] = true;
     }
+    return envs;
   }
 
-  std::vector<bool> seen_;
   std::unique_ptr<Priorities> priorities_;
 };
 
@@ -305,26 +295,22 @@ struct Lock {
 
   void acquire() { exclusive ? replay.lock.lock() : replay.lock.lock_shared(); }
   void release() { exclusive ? replay.lock.unlock() : replay.lock.unlock_shared(); }
-};
 
-using IdMap = int64_t (Replay::*)(int64_t) const;
-
-// For callers that have locked the buffer.
-Ids map_ids(const Replay& replay, const Ids& in, IdMap function) {
-  Ids out(in.size());
-  std::transform(in.data(), in.data() + in.size(), out.mutable_data(),
-                 [&](int64_t id) { return (replay.*function)(id); });
-  return out;
-}
-
-Ids lock_and_map_ids(PyReplay& replay, const Ids& in, IdMap function) {
-  std::shared_lock guard(replay.lock, std::defer_lock);
-  {
-    py::gil_scoped_release release;
-    guard.lock();
+  Ids rows(const Ids& ids) const {
+    return mapped(ids, [&](int64_t id) { return replay.find(id); });
   }
-  return map_ids(replay, in, function);
-}
+  Ids ids_in_rows(const Ids& rows) const {
+    return mapped(rows, [&](int64_t row) { return replay.id_in_row(row); });
+  }
+
+ private:
+  template <typename Map>
+  static Ids mapped(const Ids& in, const Map& map) {
+    Ids out(in.size());
+    std::transform(in.data(), in.data() + in.size(), out.mutable_data(), map);
+    return out;
+  }
+};
 
 std::unique_ptr<PyReplay> make_replay(int64_t capacity, int64_t num_envs, int64_t n_step, double gamma,
                                       View<int64_t, 1> count, View<int64_t, 1> first, View<int64_t, 1> ended,
@@ -332,8 +318,6 @@ std::unique_ptr<PyReplay> make_replay(int64_t capacity, int64_t num_envs, int64_
   return std::make_unique<PyReplay>(capacity, num_envs, n_step, gamma, count, first, ended, reward, flags,
                                     time);
 }
-
-ObservationsOut make_observations_out(View<int64_t, 1> ids) { return {ids, 1, {}, {}, 0, 0}; }
 
 BatchOut make_batch_out(View<int64_t, 1> ids, int64_t n_step, View<float, 1> reward, View<float, 1> discount,
                         View<bool, 1> terminated, View<bool, 1> truncated, View<float, 1> weight,
@@ -367,7 +351,7 @@ void bind_replay(py::module_& m) {
            py::arg("channels_last"), py::arg("shifted"), py::arg("height"), py::arg("width"));
 
   py::class_<ObservationsOut> observations_out(m, "ObservationsOut");
-  define_constructor(observations_out, &make_observations_out, "ids");
+  define_constructor(observations_out, +[](View<int64_t, 1> ids) { return ObservationsOut{ids}; }, "ids");
   define_method(observations_out, "add_key", &ObservationsOut::add_key, "target", "obs", "next_obs");
   py::class_<BatchOut, ObservationsOut> batch_out(m, "BatchOut");
   define_constructor(batch_out, &make_batch_out, "ids", "n_step", "reward", "discount", "terminated",
@@ -386,9 +370,8 @@ void bind_replay(py::module_& m) {
              return self;
            })
       .def("__exit__", [](Lock& self, const py::args&) { self.release(); })
-      .def(
-          "rows", [](Lock& self, const Ids& ids) { return map_ids(self.replay, ids, &Replay::find); },
-          py::arg("ids"));
+      .def("rows", &Lock::rows, py::arg("ids"))
+      .def("ids_in_rows", &Lock::ids_in_rows, py::arg("rows"));
 
   py::class_<PyReplay> replay(m, "Replay");
   define_constructor(replay, &make_replay, "capacity", "num_envs", "n_step", "gamma", "count", "first",
@@ -423,14 +406,7 @@ void bind_replay(py::module_& m) {
            py::arg("batch"), py::arg("beta"), py::arg("threads"), kWithoutGil)
       .def("get", &PyReplay::get, py::arg("out"), py::arg("seed"), py::arg("batch"), py::arg("threads"),
            kWithoutGil)
-      .def("observe", &PyReplay::observe, py::arg("out"), py::arg("threads"), kWithoutGil)
-      .def(
-          "rows", [](PyReplay& self, const Ids& ids) { return lock_and_map_ids(self, ids, &Replay::find); },
-          py::arg("ids"))
-      .def(
-          "ids_in_rows",
-          [](PyReplay& self, const Ids& rows) { return lock_and_map_ids(self, rows, &Replay::id_in_row); },
-          py::arg("rows"));
+      .def("observe", &PyReplay::observe, py::arg("out"), py::arg("threads"), kWithoutGil);
 }
 
 }  // namespace covr

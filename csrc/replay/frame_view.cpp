@@ -55,12 +55,20 @@ double number(const uint8_t* item, int64_t bytes) {
   }
 }
 
-// What is computed twice, or rounded on the way, differs in its last bits. Floats a and b count as equal
-// where |a - b| <= r (max(|a|, |b|) + 0.1 min(1, m)): r = 1e-5 (float16: 2e-3), m the largest magnitude in
-// the frames.
+// Item i of a frame, counted as it lies in the input.
+double input_number(const ObservationKey& key, const FrameView& in, int64_t i) {
+  const int64_t bytes = key.frames.item_bytes, per_run = in.bytes / bytes;
+  return number(in.data + i / per_run * in.stride + i % per_run * bytes, bytes);
+}
+
+// Whether frames of floats with items a(i) and b(i) are the same. What is computed twice, or rounded on the
+// way, differs in its last bits: they may differ by r (max(|a|, |b|) + 0.1 min(1, m)), where r = 1e-5
+// (float16: 2e-3) and m is the largest magnitude in the frames.
 template <typename A, typename B>
-bool close_numbers(int64_t n, int64_t item_bytes, const A& a, const B& b) {
-  const double tolerance = item_bytes == 2 ? 2e-3 : 1e-5;
+bool close_numbers(const ObservationKey& key, const A& a, const B& b) {
+  if (!is_floating(key.dtype)) return false;
+  const int64_t n = key.frames.frame_items();
+  const double tolerance = key.frames.item_bytes == 2 ? 2e-3 : 1e-5;
   double largest = 0;
   for (int64_t i = 0; i < n; ++i) largest = std::max({largest, std::fabs(a(i)), std::fabs(b(i))});
   for (int64_t i = 0; i < n; ++i) {
@@ -71,32 +79,6 @@ bool close_numbers(int64_t n, int64_t item_bytes, const A& a, const B& b) {
   return true;
 }
 
-// Item i of a frame, counted as it lies in the input.
-double input_number(const ObservationKey& key, const FrameView& in, int64_t i) {
-  const int64_t per_run = in.bytes / key.frames.item_bytes;
-  return number(in.data + i / per_run * in.stride + i % per_run * key.frames.item_bytes,
-                key.frames.item_bytes);
-}
-
-bool close_frames(const ObservationKey& key, const FrameView& a, const FrameView& b) {
-  return is_floating(key.dtype) && close_numbers(
-                                       key.frames.frame_items(), key.frames.item_bytes,
-                                       [&](int64_t i) { return input_number(key, a, i); },
-                                       [&](int64_t i) { return input_number(key, b, i); });
-}
-
-// An input frame against a stored one, which is channels-first; nullptr is the blank frame.
-bool close_stored(const ObservationKey& key, const FrameView& in, const uint8_t* stored) {
-  if (!is_floating(key.dtype)) return false;
-  const int64_t per_run = in.bytes / key.frames.item_bytes, bytes = key.frames.item_bytes;
-  return close_numbers(
-      key.frames.frame_items(), bytes, [&](int64_t i) { return input_number(key, in, i); },
-      [&](int64_t i) {
-        return stored ? number(stored + (i % per_run * in.runs + i / per_run) * bytes, bytes) : 0.0;
-      });
-}
-
-// An input frame against a stored one, which is channels-first; nullptr is the blank frame.
 bool equal_stored(const ObservationKey& key, const FrameView& in, const uint8_t* stored, int64_t phase) {
   if (!stored) return blank_frame(in);
   if (in.runs == 1) return equal_bytes(in.data, stored, in.bytes, phase);
@@ -113,11 +95,19 @@ bool equal_stored(const ObservationKey& key, const FrameView& in, const uint8_t*
 }  // namespace
 
 bool same_frames(const ObservationKey& key, const FrameView& a, const FrameView& b) {
-  return equal_frames(a, b) || close_frames(key, a, b);
+  const auto in_a = [&](int64_t i) { return input_number(key, a, i); };
+  const auto in_b = [&](int64_t i) { return input_number(key, b, i); };
+  return equal_frames(a, b) || close_numbers(key, in_a, in_b);
 }
 
 bool same_as_stored(const ObservationKey& key, const FrameView& in, const uint8_t* stored, int64_t phase) {
-  return equal_stored(key, in, stored, phase) || close_stored(key, in, stored);
+  if (equal_stored(key, in, stored, phase)) return true;
+  const int64_t bytes = key.frames.item_bytes, per_run = in.bytes / bytes;
+  const auto in_input = [&](int64_t i) { return input_number(key, in, i); };
+  const auto in_stored = [&](int64_t i) {
+    return stored ? number(stored + (i % per_run * in.runs + i / per_run) * bytes, bytes) : 0.0;
+  };
+  return close_numbers(key, in_input, in_stored);
 }
 
 void prefetch_probes(const uint8_t* data, int64_t n, int64_t phase) {

@@ -13,24 +13,6 @@
 namespace covr {
 namespace {
 
-// from_float of half.h, in fewer operations: a pixel is finite, in [0, 1], and as a half not subnormal.
-COVR_HD uint16_t half_bits(float value) {
-  const uint32_t bits = bits_of(value);
-  // The smallest value after 0 is 1/255 > 2^-14.
-  const uint32_t rebased = bits - (112u << 23);
-  return bits == 0 ? 0 : static_cast<uint16_t>((rebased + 0xFFFu + ((rebased >> 13) & 1u)) >> 13);
-}
-
-COVR_HD uint16_t bfloat_bits(float value) {
-  const uint32_t bits = bits_of(value);
-  return static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
-}
-
-COVR_HD void cast(uint8_t in, uint8_t& out) { out = in; }
-COVR_HD void cast(uint8_t in, float& out) { out = over_255(in); }
-COVR_HD void cast(uint8_t in, BFloat16& out) { out.bits = bfloat_bits(over_255(in)); }
-COVR_HD void cast(uint8_t in, Float16& out) { out.bits = half_bits(over_255(in)); }
-
 #ifdef __SSE2__
 COVR_HD void stream16(void* out, const void* in) {
   _mm_stream_si128(static_cast<__m128i*>(out), _mm_loadu_si128(static_cast<const __m128i*>(in)));
@@ -47,18 +29,15 @@ COVR_HD void cast_span_body(const uint8_t* in, Out* out, int64_t n, bool streami
   constexpr int64_t kBlock = kBlockBytes / static_cast<int64_t>(sizeof(Out));
   int64_t i = 0;
   if (streaming) {
-    while (i < n && (reinterpret_cast<uintptr_t>(out + i) & 15) != 0) {
-      cast(in[i], out[i]);
-      ++i;
-    }
+    for (; i < n && (reinterpret_cast<uintptr_t>(out + i) & 15) != 0; ++i) out[i] = pixel_to<Out>(in[i]);
     for (; i + kBlock <= n; i += kBlock) {
       alignas(64) Out block[kBlock];
-      for (int64_t j = 0; j < kBlock; ++j) cast(in[i + j], block[j]);
+      for (int64_t j = 0; j < kBlock; ++j) block[j] = pixel_to<Out>(in[i + j]);
       for (int64_t j = 0; j < kBlockBytes; j += 16)
         stream16(reinterpret_cast<uint8_t*>(out + i) + j, reinterpret_cast<const uint8_t*>(block) + j);
     }
   }
-  for (; i < n; ++i) cast(in[i], out[i]);
+  for (; i < n; ++i) out[i] = pixel_to<Out>(in[i]);
 }
 
 COVR_CLONES void cast_span(const uint8_t* in, float* out, int64_t n, bool streaming) {
@@ -92,7 +71,7 @@ void cut_plane(const uint8_t* plane, int64_t height, int64_t width, const StackP
   const int64_t left = std::clamp<int64_t>(-plan.shift_x, 0, out_width);
   const int64_t stop = std::clamp<int64_t>(width - plan.shift_x, left, out_width);
   for (int64_t y = 0; y < target.out_height; ++y, cut += out_width) {
-    const uint8_t* row = plane + clamp_to(y + plan.shift_y, height) * width;
+    const uint8_t* row = plane + clamp_to_image(y + plan.shift_y, height) * width;
     for (int64_t x = 0; x < left; ++x) cut[x] = row[0];
     copy_row(row + left + plan.shift_x, cut + left, stop - left);
     for (int64_t x = stop; x < out_width; ++x) cut[x] = row[width - 1];
@@ -135,7 +114,7 @@ void gather_pixels(const FrameLayout& frames, const StackPlan& plan, const Gathe
     } else {
       for (int64_t i = 0; i < out_plane; ++i)
         for (int64_t c = 0; c < frames.channels; ++c)
-          cast(pixels[c * out_plane + i], out[target.position(frames, j, c, i)]);
+          out[target.position(frames, j, c, i)] = pixel_to<Out>(pixels[c * out_plane + i]);
     }
   }
 }

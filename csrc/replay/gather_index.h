@@ -27,18 +27,6 @@ COVR_HD int64_t stack_slot(const StackPlan& plan, int64_t slots, int64_t age) {
   return plan.stream_slot + (plan.newest - age) % slots;
 }
 
-COVR_HD int64_t clamp_to(int64_t value, int64_t size) {
-  return value < 0 ? 0 : (value < size ? value : size - 1);
-}
-
-// in / 255, rounded as the division is for all 256 inputs, without its cost: 1/255 = 0x0.010101...p0, so the
-// product with its first two digits is exact, and one addition rounds.
-COVR_HD float over_255(uint8_t in) {
-  constexpr float kHigh = 0x1.01p-8f, kLow = static_cast<float>(1.0 / 255 - 0x1.01p-8);
-  const float value = static_cast<float>(in);
-  return value * kHigh + value * kLow;
-}
-
 // Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): 128 random bits from a
 // key and a counter, so that row i of batch b is the same whoever computes it, in whatever order.
 struct Random128 {

@@ -42,14 +42,14 @@ void Priorities::draw(const Replay& replay, uint64_t seed, uint64_t batch, doubl
   std::vector<double> jitter(static_cast<size_t>(n)), probability(static_cast<size_t>(n));
   for (int64_t i = 0; i < n; ++i) {
     const Random128 random = philox(seed, batch, static_cast<uint32_t>(i), kDrawIndex);
-    jitter[static_cast<size_t>(i)] = unit(random.word[0], random.word[1]);
+    jitter[i] = unit(random.word[0], random.word[1]);
   }
   sum_tree_draw(leaves_.data, sums_.data, leaves_.size(), jitter.data(), n, ids, probability.data());
   const double rarest = *std::min_element(probability.begin(), probability.end());
   for (int64_t i = 0; i < n; ++i) {
     ids[i] = replay.id_in_row(ids[i]);
     // The factor N cancels: the rarest draw of the batch has the largest weight.
-    weight[i] = static_cast<float>(std::pow(rarest / probability[static_cast<size_t>(i)], beta));
+    weight[i] = static_cast<float>(std::pow(rarest / probability[i], beta));
   }
 }
 

@@ -53,9 +53,8 @@ int64_t Replay::find(int64_t id) const {
 }
 
 int64_t Replay::find_ready(int64_t id) const {
-  if (id < 0) return -1;
-  const int64_t env = id % num_envs_, t = id / num_envs_;
-  return t >= first_[env] && t < ready_end(env) ? row(env, t) : -1;
+  const int64_t row = find(id);
+  return row >= 0 && id / num_envs_ < ready_end(id % num_envs_) ? row : -1;
 }
 
 int64_t Replay::id_in_row(int64_t row) const {

@@ -7,6 +7,7 @@
 // slightly longer ring per stream: an episode of n transitions has n + 1 frames.
 #pragma once
 
+#include <algorithm>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -22,6 +23,8 @@ namespace covr {
 constexpr uint8_t kTerminated = 1, kTruncated = 2, kCut = 4;  // kCut: the stream broke off after this one
 constexpr uint8_t kEnd = kTerminated | kTruncated | kCut;
 
+constexpr uint8_t kZeroPadding = 0x80;  // of a depth: see ObservationKey
+
 // One observation key.
 struct ObservationKey {
   std::string name;
@@ -35,9 +38,15 @@ struct ObservationKey {
   View<uint8_t, 1> depth;    // [rows] older frames stored for obs; kZeroPadding is added to it
 
   int64_t input_bytes() const { return frames.stack * frames.frame_bytes(); }  // of an observation
-};
-constexpr uint8_t kZeroPadding = 0x80;
 
+  // How obs of the transition in `row` is rebuilt from the ring that begins at stream_slot, or its next_obs,
+  // which has one newer frame.
+  StackPlan plan(int64_t row, int64_t stream_slot, bool next) const {
+    const int64_t older = std::min<int64_t>((depth[row] & ~kZeroPadding) + next, frames.stack - 1);
+    const bool zero_padding = depth[row] & kZeroPadding;
+    return {stream_slot, newest[row] + next, static_cast<int16_t>(older), zero_padding, 0, 0};
+  }
+};
 // An observation contradicts its stream.
 class FrameStackError : public std::invalid_argument {
  public:
@@ -63,7 +72,7 @@ struct Rows {
 // The rows of one call of add().
 struct RowsIn {
   int64_t rows;
-  const int64_t* env_ids;  // nullptr: 0 .. rows-1
+  std::vector<int64_t> env_ids;
   std::vector<Rows> obs, next_obs, columns;
   const float* reward;
   const bool *terminated, *truncated;
@@ -77,11 +86,11 @@ struct ObservationsOut {
     std::optional<AnyView> next_obs;
   };
   View<int64_t, 1> ids;
-  int64_t n_step;  // next_obs is that of so many steps later
-  std::vector<Key> keys;
-  std::optional<View<int64_t, 3>> offsets;  // [2, rows, 2] of obs and next_obs, y before x
-  int64_t offset_range;                     // offsets are drawn from [0, offset_range)
-  int64_t shift_origin;                     // the offset that leaves the image where it is
+  int64_t n_step = 1;  // next_obs is that of so many steps later
+  std::vector<Key> keys{};
+  std::optional<View<int64_t, 3>> offsets{};  // [2, rows, 2] of obs and next_obs, y before x
+  int64_t offset_range = 0;                   // offsets are drawn from [0, offset_range)
+  int64_t shift_origin = 0;                   // the offset that leaves the image where it is
 
   int64_t rows() const { return ids.size(); }
   // One key after the other, in their order in the buffer.
@@ -121,8 +130,8 @@ class Replay {
   // Appends the rows; their ids go to `ids`. Throws FrameStackError, with nothing written, where an
   // observation contradicts its stream.
   void add(const RowsIn& in, int64_t* ids);
-  // The next row of these streams (all, if null) begins a new segment.
-  void cut(const int64_t* env_ids, int64_t n);
+  // The next row of these streams begins a new segment.
+  void cut(const std::vector<int64_t>& env_ids);
   // The frames written since the last call, for storage that the CPU cannot write itself.
   std::vector<FrameWrite> take_writes() { return std::exchange(writes_, {}); }
 
@@ -163,7 +172,7 @@ class Replay {
     bool fresh, cuts_previous;
   };
   int64_t steps(int64_t env, int64_t t, int64_t n_step) const;
-  StackPlan stack_after(size_t key, int64_t env) const;
+  StackPlan next_stack(size_t key, int64_t env) const;
   Segment check(const RowsIn& in, int64_t row, int64_t env) const;
   int64_t probe_phase(const RowsIn& in, int64_t row, int64_t env, size_t key) const;
   static int64_t frame_phase(int64_t phase, int64_t position, bool next);

@@ -13,8 +13,7 @@ void Replay::draw(uint64_t seed, uint64_t batch, double recency, int64_t recency
                   int64_t n) const {
   // Samplable transitions of earlier streams.
   std::vector<int64_t> before(static_cast<size_t>(num_envs_) + 1, 0);
-  for (int64_t e = 0; e < num_envs_; ++e)
-    before[static_cast<size_t>(e) + 1] = before[static_cast<size_t>(e)] + ready_end(e) - first_[e];
+  for (int64_t e = 0; e < num_envs_; ++e) before[e + 1] = before[e] + ready_end(e) - first_[e];
   const int64_t total = before.back();
   if (total == 0) throw std::out_of_range(kNothingToSample);
   for (int64_t i = 0; i < n; ++i) {
@@ -22,8 +21,8 @@ void Replay::draw(uint64_t seed, uint64_t batch, double recency, int64_t recency
     const int64_t pick =
         static_cast<int64_t>(below(random.word[0], random.word[1], static_cast<uint64_t>(total)));
     const int64_t env = std::upper_bound(before.begin(), before.end(), pick) - before.begin() - 1;
-    const int64_t size = before[static_cast<size_t>(env) + 1] - before[static_cast<size_t>(env)];
-    int64_t age = pick - before[static_cast<size_t>(env)];
+    const int64_t size = before[env + 1] - before[env];
+    int64_t age = pick - before[env];
     if (recency < 1.0) {
       const double part = std::max(static_cast<double>(recency_floor) / static_cast<double>(total),
                                    std::pow(recency, static_cast<double>(unit(random.word[2]))));
@@ -77,21 +76,10 @@ void Replay::plan(size_t key, const ObservationsOut& out, StackPlan* obs, StackP
   };
   for (int64_t i = 0; i < out.rows(); ++i) {
     const int64_t env = out.ids[i] % num_envs_, t = out.ids[i] / num_envs_;
-    StackPlan plan{};
-    plan.stream_slot = env * k.frames.slots;
-    const auto point_at = [&](int64_t at) {
-      plan.newest = k.newest[at];
-      plan.depth = static_cast<int16_t>(k.depth[at] & ~kZeroPadding);
-      plan.zero_padding = (k.depth[at] & kZeroPadding) != 0;
-    };
-    point_at(row(env, t));
-    obs[i] = plan;
+    obs[i] = k.plan(row(env, t), env * k.frames.slots, false);
     shift(obs[i], 0, i);
     if (!next_obs) continue;
-    point_at(row(env, t + steps(env, t, out.n_step) - 1));
-    plan.newest += 1;
-    plan.depth = static_cast<int16_t>(std::min<int64_t>(plan.depth + 1, k.frames.stack - 1));
-    next_obs[i] = plan;
+    next_obs[i] = k.plan(row(env, t + steps(env, t, out.n_step) - 1), env * k.frames.slots, true);
     shift(next_obs[i], 1, i);
   }
 }
@@ -109,8 +97,7 @@ void Replay::gather_key(size_t key, const ObservationsOut& out, int threads) con
   const bool streaming = out.rows() * bytes > (4 << 20);
   parallel_for(out.rows(), 4, threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      gather_observation(frames, plans[static_cast<size_t>(i)], to.target, to.obs.data + i * bytes,
-                         streaming);
+      gather_observation(frames, plans[i], to.target, to.obs.data + i * bytes, streaming);
       // Right after obs: most of its frames are the same and still in the cache.
       if (to.next_obs)
         gather_observation(frames, next_plans[i], to.target, to.next_obs->data + i * bytes, streaming);

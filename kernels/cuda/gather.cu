@@ -7,7 +7,7 @@
 #include <cuda_runtime.h>
 
 #include "launch.h"
-#include "replay/gather_cuda.h"
+#include "replay/gather.h"
 
 namespace covr {
 namespace {
@@ -16,11 +16,11 @@ constexpr int kThreads = 256;
 constexpr int kGroup = 4;  // pixels per thread and step: one vector store
 
 __device__ __forceinline__ void cast(uint8_t in, uint8_t& out) { out = in; }
-__device__ __forceinline__ void cast(uint8_t in, float& out) { out = over_255(in); }
+__device__ __forceinline__ void cast(uint8_t in, float& out) { out = pixel_to<float>(in); }
 __device__ __forceinline__ void cast(uint8_t in, __nv_bfloat16& out) {
-  out = __float2bfloat16_rn(over_255(in));
+  out = __float2bfloat16_rn(pixel_to<float>(in));
 }
-__device__ __forceinline__ void cast(uint8_t in, __half& out) { out = __float2half_rn(over_255(in)); }
+__device__ __forceinline__ void cast(uint8_t in, __half& out) { out = __float2half_rn(pixel_to<float>(in)); }
 
 template <typename Out>
 struct alignas(sizeof(Out) * kGroup) Group {
@@ -47,8 +47,8 @@ __global__ void gather_kernel(FrameLayout frames, const StackPlan* plans, Gather
     for (int i = 0; i < count; ++i) {
       uint8_t pixel = 0;
       if (frame) {
-        const int64_t from_y = target.shifted ? clamp_to(y + plan.shift_y, frames.height) : y;
-        const int64_t from_x = target.shifted ? clamp_to(x + plan.shift_x, frames.width) : x;
+        const int64_t from_y = target.shifted ? clamp_to_image(y + plan.shift_y, frames.height) : y;
+        const int64_t from_x = target.shifted ? clamp_to_image(x + plan.shift_x, frames.width) : x;
         pixel = frame[(c * frames.height + from_y) * frames.width + from_x];
       }
       cast(pixel, group.item[i]);

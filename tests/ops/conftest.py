@@ -13,6 +13,11 @@ settings.register_profile("ops", deadline=None, max_examples=int(os.environ.get(
 settings.load_profile("ops")
 
 
+@pytest.fixture(scope="session", params=["reference", "cpp"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """A CUDA device does not help a build without CUDA kernels: say so instead of failing in the call."""
     if item.get_closest_marker("needs_cuda") and torch.cuda.is_available() and not _C.with_cuda:

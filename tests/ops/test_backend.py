@@ -15,20 +15,17 @@ def test_auto_takes_the_kernel_and_reference_agrees():
     torch.testing.assert_close(ops.discounted_returns(REWARDS, ENDS, 0.5, backend="cpp"), expected)
 
 
-def test_unknown_backend_lists_the_known_ones():
-    with pytest.raises(ValueError, match="auto, reference, cpp, cuda, triton, not 'gpu'"):
-        ops.discounted_returns(REWARDS, ENDS, 0.5, backend="gpu")
-
-
-def test_backend_the_operation_does_not_have():
-    with pytest.raises(ValueError, match="there is no triton backend"):
-        ops.discounted_returns(REWARDS, ENDS, 0.5, backend="triton")
-
-
-def test_cuda_on_a_cpu_tensor_says_why():
-    reason = "runs on CUDA tensors" if _C.with_cuda else "no CUDA kernels"
-    with pytest.raises(RuntimeError, match=reason):
-        ops.discounted_returns(REWARDS, ENDS, 0.5, backend="cuda")
+@pytest.mark.parametrize(
+    "backend, error, reason",
+    [
+        ("gpu", ValueError, "auto, reference, cpp, cuda, triton, not 'gpu'"),
+        ("triton", ValueError, "there is no triton backend"),
+        ("cuda", RuntimeError, "runs on CUDA tensors" if _C.with_cuda else "no CUDA kernels"),
+    ],
+)
+def test_a_backend_that_cannot_run_says_why(backend, error, reason):
+    with pytest.raises(error, match=reason):
+        ops.discounted_returns(REWARDS, ENDS, 0.5, backend=backend)
 
 
 def test_dtype_the_kernel_does_not_take():

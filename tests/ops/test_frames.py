@@ -24,7 +24,6 @@ def padded_slices(frames: torch.Tensor, offsets: torch.Tensor, pad: int) -> torc
     return torch.stack([image[:, y : y + height, x : x + width] for image, (y, x) in corners])
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
 @pytest.mark.parametrize("dtype", FORMATS)
 @pytest.mark.parametrize("shape, pad", SHAPES)
 def test_against_pad_and_slice(shape, pad, dtype, backend):
@@ -37,7 +36,6 @@ def test_against_pad_and_slice(shape, pad, dtype, backend):
     assert torch.equal(result, expected)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
 @given(
     height=st.integers(1, 12), width=st.integers(1, 40), pad=st.integers(0, 15), seed=st.integers(0, 2**20)
 )
@@ -67,7 +65,6 @@ def test_equals_the_grid_sample_shift_of_drq():
     assert (random_shift(frames, offsets, pad) * 255 - expected).abs().max() < 1e-2
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
 def test_crop(backend):
     frames, _ = batch((3, 4, 100, 90), 0)
     offsets = torch.tensor([[0, 0], [16, 6], [7, 3]])

@@ -14,6 +14,13 @@ KERNELS = [
     "cpp",
     pytest.param("triton", marks=pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")),
 ]
+
+
+@pytest.fixture(scope="session", params=["reference", *KERNELS])
+def backend(request):
+    return request.param
+
+
 WEIGHTS = {
     "dense": [0.2, 1.0, 0.7, 0.4],
     "half_zero": [0.0, 1.0, 0.0, 0.4],
@@ -30,14 +37,14 @@ if INTERPRETED:
         tl.store(target, tl.load(source).to(target.dtype.element_ty))
 
 
-def batch(vocabulary: int, steps: int = 5, dim: int = 16, seed: int = 0, dtype=torch.float32):
-    """hidden, head, labels (one ignored in each sample), all of four samples."""
-    generator = torch.Generator().manual_seed(seed)
+def batch(vocabulary, weights="dense", *, steps=5, dim=16, dtype=torch.float32, device="cpu"):
+    """hidden, head, labels (one ignored in each sample) and weights, all of four samples."""
+    generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(4, steps, dim, generator=generator).to(dtype)
     head = (torch.randn(vocabulary, dim, generator=generator) / 4).to(dtype)
     labels = torch.randint(0, vocabulary, (4, steps), generator=generator)
     labels[:, 0] = -100
-    return hidden, head, labels
+    return [x.to(device) for x in (hidden, head, labels, torch.tensor(WEIGHTS[weights]))]
 
 
 def truth(logits, labels, weights, smoothing=0.0, ignore_index=-100):
@@ -63,47 +70,49 @@ def value_and_gradients(function, *inputs):
     return [value.detach(), *(x.grad for x in inputs)]
 
 
-@pytest.mark.parametrize("backend", ["reference", *KERNELS])
+def exact(hidden, head, labels, weights, smoothing=0.0):
+    """The loss in float64 and its gradients in hidden and head."""
+    return value_and_gradients(
+        lambda h, w: truth(F.linear(h, w), labels, weights, smoothing), hidden.double(), head.double()
+    )
+
+
+def from_logits(logits, labels, weights, **options):
+    """return_weighted_cross_entropy and its gradient."""
+    return value_and_gradients(lambda x: return_weighted_cross_entropy(x, labels, weights, **options), logits)
+
+
+def fused(hidden, head, labels, weights, **options):
+    """return_weighted_linear_cross_entropy and its gradients in hidden and head."""
+    return value_and_gradients(
+        lambda h, w: return_weighted_linear_cross_entropy(h, w, labels, weights, **options), hidden, head
+    )
+
+
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("vocabulary", [2, 7, 4096, 4099, 9001])
 def test_logits_against_float64(vocabulary, smoothing, weights, backend):
-    hidden, head, labels = batch(vocabulary)
-    weights = torch.tensor(WEIGHTS[weights])
+    hidden, head, labels, weights = batch(vocabulary, weights)
     logits = F.linear(hidden, head)
     expected = value_and_gradients(lambda x: truth(x, labels, weights, smoothing), logits.double())
-    result = value_and_gradients(
-        lambda x: return_weighted_cross_entropy(
-            x, labels, weights, label_smoothing=smoothing, backend=backend
-        ),
-        logits,
-    )
+    result = from_logits(logits, labels, weights, label_smoothing=smoothing, backend=backend)
     assert result[0].dtype == torch.float32
     slack = 100 if backend == "reference" else 1  # torch adds up large rows in a single float
-    for one, other in zip(result, expected, strict=True):
-        torch.testing.assert_close(one.double(), other, rtol=slack * 1e-5, atol=slack * 1e-7 / vocabulary)
+    torch.testing.assert_close(
+        result, expected, rtol=slack * 1e-5, atol=slack * 1e-7 / vocabulary, check_dtype=False
+    )
 
 
-@pytest.mark.parametrize("backend", ["reference", *KERNELS])
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("vocabulary, chunk_rows", [(2, 100), (1000, 100), (4099, 3)])
 def test_linear_against_float64(vocabulary, chunk_rows, smoothing, weights, backend, monkeypatch):
     monkeypatch.setitem(_projection._CHUNK_BYTES, "cpu", chunk_rows * vocabulary * 4)
-    hidden, head, labels = batch(vocabulary)
-    weights = torch.tensor(WEIGHTS[weights])
-    expected = value_and_gradients(
-        lambda h, w: truth(F.linear(h, w), labels, weights, smoothing), hidden.double(), head.double()
-    )
-    result = value_and_gradients(
-        lambda h, w: return_weighted_linear_cross_entropy(
-            h, w, labels, weights, label_smoothing=smoothing, backend=backend
-        ),
-        hidden,
-        head,
-    )
-    for one, other in zip(result, expected, strict=True):
-        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-7)
+    hidden, head, labels, weights = batch(vocabulary, weights)
+    expected = exact(hidden, head, labels, weights, smoothing)
+    result = fused(hidden, head, labels, weights, label_smoothing=smoothing, backend=backend)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-7, check_dtype=False)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
@@ -122,11 +131,8 @@ def test_error_is_not_larger_than_that_of_torch_in_the_same_dtype(dtype, smoothi
     if backend == "triton" and dtype == torch.bfloat16:
         pytest.skip("the interpreter's bfloat16 stores truncate (test_the_interpreter_truncates_bfloat16)")
     monkeypatch.setitem(_projection._CHUNK_BYTES, "cpu", 8 * 3001 * 4)
-    hidden, head, labels = batch(3001, steps=9, dtype=dtype)
-    weights = torch.tensor(WEIGHTS["dense"])
-    expected = value_and_gradients(
-        lambda h, w: truth(F.linear(h, w), labels, weights, smoothing), hidden.double(), head.double()
-    )
+    hidden, head, labels, weights = batch(3001, steps=9, dtype=dtype)
+    expected = exact(hidden, head, labels, weights, smoothing)
 
     def plain(h, w):
         nll = F.cross_entropy(
@@ -135,16 +141,10 @@ def test_error_is_not_larger_than_that_of_torch_in_the_same_dtype(dtype, smoothi
         return (nll * weights[:, None]).sum() / (labels != -100).sum()
 
     torch_result = value_and_gradients(plain, hidden, head)
-    result = value_and_gradients(
-        lambda h, w: return_weighted_linear_cross_entropy(
-            h, w, labels, weights, label_smoothing=smoothing, backend=backend
-        ),
-        hidden,
-        head,
-    )
-    for one, other, exact in zip(result, torch_result, expected, strict=True):
-        error = (one.double() - exact).norm()
-        assert error <= 1.2 * (other.double() - exact).norm() + 1e-6 * exact.norm()
+    result = fused(hidden, head, labels, weights, label_smoothing=smoothing, backend=backend)
+    for one, other, right in zip(result, torch_result, expected, strict=True):
+        error = (one.double() - right).norm()
+        assert error <= 1.2 * (other.double() - right).norm() + 1e-6 * right.norm()
 
 
 @pytest.mark.parametrize("available", [True, False])
@@ -160,60 +160,37 @@ def test_head_gradient_with_and_without_products_added_in_float32(available, mon
     monkeypatch.setattr(torch, "addmm", addmm)
     monkeypatch.setattr(_projection, "_adds_in_float32", _projection._adds_in_float32.__wrapped__)
     monkeypatch.setitem(_projection._CHUNK_BYTES, "cpu", 4 * 50 * 2)
-    hidden, head, labels = batch(50, dtype=torch.bfloat16)
-    weights = torch.tensor(WEIGHTS["dense"])
-    expected = value_and_gradients(
-        lambda h, w: truth(F.linear(h, w), labels, weights), hidden.double(), head.double()
-    )
-    result = value_and_gradients(
-        lambda h, w: return_weighted_linear_cross_entropy(h, w, labels, weights), hidden, head
-    )
+    hidden, head, labels, weights = batch(50, dtype=torch.bfloat16)
+    expected = exact(hidden, head, labels, weights)
+    result = fused(hidden, head, labels, weights)
     assert result[2].dtype == torch.bfloat16
     for one, other in zip(result, expected, strict=True):
         assert (one.double() - other).norm() <= 2**-7 * other.norm()
 
 
-@pytest.mark.parametrize("backend", ["reference", *KERNELS])
 def test_zero_weight_rows_are_not_read(backend):
-    hidden, head, labels = batch(50)
-    weights = torch.tensor(WEIGHTS["half_zero"])
+    hidden, head, labels, weights = batch(50, "half_zero")
     logits = F.linear(hidden, head)
     poisoned = logits.clone()
     poisoned[0] = poisoned[2] = torch.nan
     poisoned[:, 0] = torch.inf  # ignored labels
-    clean = value_and_gradients(
-        lambda x: return_weighted_cross_entropy(x, labels, weights, backend=backend), logits
-    )
-    result = value_and_gradients(
-        lambda x: return_weighted_cross_entropy(x, labels, weights, backend=backend), poisoned
-    )
-    assert torch.equal(result[0], clean[0])
-    assert torch.equal(result[1], clean[1])
+    clean = from_logits(logits, labels, weights, backend=backend)
+    result = from_logits(poisoned, labels, weights, backend=backend)
+    torch.testing.assert_close(result, clean, rtol=0, atol=0)
     assert (result[1][0] == 0).all()
     assert (result[1][:, 0] == 0).all()
 
 
-@pytest.mark.parametrize("backend", ["reference", *KERNELS])
 def test_without_a_valid_label_everything_is_zero(backend):
-    hidden, head, labels = batch(50)
+    hidden, head, labels, weights = batch(50)
     labels.fill_(-100)
-    weights = torch.tensor(WEIGHTS["dense"])
-    for result in (
-        value_and_gradients(
-            lambda x: return_weighted_cross_entropy(x, labels, weights, backend=backend),
-            F.linear(hidden, head),
-        ),
-        value_and_gradients(
-            lambda h, w: return_weighted_linear_cross_entropy(h, w, labels, weights, backend=backend),
-            hidden,
-            head,
-        ),
+    for value in (
+        *from_logits(F.linear(hidden, head), labels, weights, backend=backend),
+        *fused(hidden, head, labels, weights, backend=backend),
     ):
-        for value in result:
-            assert (value == 0).all()
+        assert (value == 0).all()
 
 
-@pytest.mark.parametrize("backend", ["reference", *KERNELS])
 def test_every_valid_label_counts_in_the_divisor(backend):
     logits = torch.zeros(2, 3, 8)
     labels = torch.tensor([[1, 2, -100], [3, -100, -100]])
@@ -221,7 +198,6 @@ def test_every_valid_label_counts_in_the_divisor(backend):
     torch.testing.assert_close(value, torch.tensor(8.0).log() * 2 / 3)
 
 
-@pytest.mark.parametrize("backend", ["reference", *KERNELS])
 def test_large_and_masked_logits(backend):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(4, 3, 5000, generator=generator) * 300
@@ -230,11 +206,8 @@ def test_large_and_masked_logits(backend):
     labels = torch.randint(0, 1600, (4, 3), generator=generator) * 3 + 1
     weights = torch.tensor(WEIGHTS["dense"])
     expected = value_and_gradients(lambda x: truth(x, labels, weights), logits.double())
-    result = value_and_gradients(
-        lambda x: return_weighted_cross_entropy(x, labels, weights, backend=backend), logits
-    )
-    for one, other in zip(result, expected, strict=True):
-        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-8)
+    result = from_logits(logits, labels, weights, backend=backend)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-8, check_dtype=False)
     assert (result[1][:, :, ::3] == 0).all()
 
 
@@ -252,23 +225,15 @@ def test_any_logits(backend, vocabulary, steps, scale, smoothing, seed):
     labels = torch.randint(-1, vocabulary, (3, steps), generator=generator)
     weights = torch.rand(3, generator=generator).sub(0.4).clamp_min(0)
     expected = value_and_gradients(lambda x: truth(x, labels, weights, smoothing, -1), logits.double())
-    result = value_and_gradients(
-        lambda x: return_weighted_cross_entropy(
-            x, labels, weights, label_smoothing=smoothing, ignore_index=-1, backend=backend
-        ),
-        logits,
-    )
-    for one, other in zip(result, expected, strict=True):
-        torch.testing.assert_close(one.double(), other, rtol=2e-5, atol=1e-6)
+    options = {"label_smoothing": smoothing, "ignore_index": -1, "backend": backend}
+    result = from_logits(logits, labels, weights, **options)
+    torch.testing.assert_close(result, expected, rtol=2e-5, atol=1e-6, check_dtype=False)
 
 
 @pytest.mark.parametrize("trainable", [(True, False), (False, True), (False, False)])
 def test_only_what_requires_a_gradient_gets_one(trainable):
-    hidden, head, labels = batch(50)
-    weights = torch.tensor(WEIGHTS["half_zero"])
-    expected = value_and_gradients(
-        lambda h, w: return_weighted_linear_cross_entropy(h, w, labels, weights), hidden, head
-    )
+    hidden, head, labels, weights = batch(50, "half_zero")
+    expected = fused(hidden, head, labels, weights)
     hidden.requires_grad_(trainable[0])
     head.requires_grad_(trainable[1])
     value = return_weighted_linear_cross_entropy(hidden, head, labels, weights)
@@ -284,8 +249,7 @@ def test_only_what_requires_a_gradient_gets_one(trainable):
 
 
 def test_backward_twice_and_no_grad():
-    hidden, head, labels = batch(50)
-    weights = torch.tensor(WEIGHTS["dense"])
+    hidden, head, labels, weights = batch(50)
     hidden.requires_grad_()
     value = return_weighted_linear_cross_entropy(hidden, head, labels, weights)
     value.backward(retain_graph=True)
@@ -298,9 +262,9 @@ def test_backward_twice_and_no_grad():
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_a_gradient_belongs_to_its_reader(scale):
-    hidden, head, labels = batch(50)
+    hidden, head, labels, weights = batch(50)
     head.requires_grad_()
-    loss = scale * return_weighted_linear_cross_entropy(hidden, head, labels, torch.tensor(WEIGHTS["dense"]))
+    loss = scale * return_weighted_linear_cross_entropy(hidden, head, labels, weights)
     (first,) = torch.autograd.grad(loss, head, retain_graph=True)
     expected = first.clone()
     loss.backward(retain_graph=True)
@@ -311,9 +275,9 @@ def test_a_gradient_belongs_to_its_reader(scale):
 
 
 def test_a_gradient_that_is_only_passed_on_is_not_copied():
-    hidden, head, labels = batch(50)
+    hidden, head, labels, weights = batch(50)
     head.requires_grad_()
-    loss = return_weighted_linear_cross_entropy(hidden, head, labels, torch.tensor(WEIGHTS["dense"]))
+    loss = return_weighted_linear_cross_entropy(hidden, head, labels, weights)
     made = loss.grad_fn.saved_tensors[1].data_ptr()
     loss.backward()
     assert head.grad.data_ptr() == made
@@ -321,8 +285,7 @@ def test_a_gradient_that_is_only_passed_on_is_not_copied():
 
 def test_tied_head_collects_both_gradients():
     """The output projection may be the input embedding: its gradient arrives from two sides."""
-    _, head, labels = batch(50)
-    weights = torch.tensor(WEIGHTS["dense"])
+    _, head, labels, weights = batch(50)
     tokens = labels.clamp_min(0)
     results = [
         value_and_gradients(
@@ -333,13 +296,11 @@ def test_tied_head_collects_both_gradients():
         )
         for backend in ("cpp", "reference")
     ]
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(*results)
 
 
 def test_non_contiguous_inputs():
-    hidden, head, labels = batch(50)
-    weights = torch.tensor(WEIGHTS["dense"])
+    hidden, head, labels, weights = batch(50)
     expected = return_weighted_linear_cross_entropy(hidden, head, labels, weights)
     strided = hidden.transpose(0, 1).contiguous().transpose(0, 1)
     result = return_weighted_linear_cross_entropy(
@@ -350,34 +311,24 @@ def test_non_contiguous_inputs():
     mapped = value_and_gradients(
         lambda x: return_weighted_cross_entropy(x.transpose(1, 2), labels, weights), logits.mT.contiguous()
     )
-    plain = value_and_gradients(lambda x: return_weighted_cross_entropy(x, labels, weights), logits)
-    torch.testing.assert_close(mapped[0], plain[0])
-    torch.testing.assert_close(mapped[1].mT, plain[1])
+    plain = from_logits(logits, labels, weights)
+    torch.testing.assert_close([mapped[0], mapped[1].mT], plain)
 
 
 def test_full_vocabulary_of_a_vlm():
-    hidden, head, labels = batch(151_936, steps=3, dim=8)
-    weights = torch.tensor(WEIGHTS["half_zero"])
+    hidden, head, labels, weights = batch(151_936, "half_zero", steps=3, dim=8)
     results = [
-        value_and_gradients(
-            lambda h, w, b=backend: return_weighted_linear_cross_entropy(
-                h, w, labels, weights, label_smoothing=0.1, backend=b
-            ),
-            hidden,
-            head,
-        )
+        fused(hidden, head, labels, weights, label_smoothing=0.1, backend=backend)
         for backend in ("cpp", "reference")
     ]
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 @pytest.mark.parametrize("label", [50, -1, 2**40])
 def test_label_out_of_range_is_an_error(label, backend):
-    hidden, head, labels = batch(50)
+    hidden, head, labels, weights = batch(50)
     labels[1, 2] = label
-    weights = torch.tensor(WEIGHTS["dense"])
     with pytest.raises(ValueError, match=rf"label {label} is not in \[0, 50\)"):
         return_weighted_linear_cross_entropy(hidden, head, labels, weights, backend=backend)
     with pytest.raises(ValueError, match=rf"label {label} is not in \[0, 50\)"):
@@ -399,15 +350,14 @@ def test_label_out_of_range_is_an_error(label, backend):
     ],
 )
 def test_errors_name_the_argument(change, message):
-    hidden, head, labels = batch(50)
-    arguments = {"hidden": hidden, "head": head, "labels": labels, "weights": torch.ones(4), **change}
+    arguments = dict(zip(("hidden", "head", "labels", "weights"), batch(50), strict=True))
     with pytest.raises(ValueError, match=message):
-        return_weighted_linear_cross_entropy(**arguments)
+        return_weighted_linear_cross_entropy(**arguments | change)
 
 
 @pytest.mark.parametrize("trained", [(True, True), (True, False), (False, True)])
 def test_operator_checks(trained):
-    hidden, head, labels = batch(50)
+    hidden, head, labels, _ = batch(50)
     labels, scale = labels.flatten().abs() % 50, torch.rand(20)
     operators = torch.ops.covr_fast
     logits = F.linear(hidden, head).flatten(0, 1)
@@ -427,18 +377,16 @@ def test_operator_checks(trained):
 
 
 def test_compiles_into_one_graph():
-    hidden, head, labels = batch(50)
-    weights = torch.tensor(WEIGHTS["half_zero"])
+    hidden, head, labels, weights = batch(50, "half_zero")
 
     def model(h, w):
         linear = return_weighted_linear_cross_entropy(h * 2, w, labels, weights, label_smoothing=0.1)
         return linear + return_weighted_cross_entropy(F.linear(h, w), labels, weights)
 
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for one, other in zip(
-        value_and_gradients(compiled, hidden, head), value_and_gradients(model, hidden, head), strict=True
-    ):
-        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(
+        value_and_gradients(compiled, hidden, head), value_and_gradients(model, hidden, head)
+    )
 
 
 @pytest.mark.needs_cuda
@@ -448,41 +396,22 @@ def test_compiles_into_one_graph():
 @pytest.mark.parametrize("vocabulary", [2, 4099, 151_936])
 def test_cuda_error_is_not_larger_than_that_of_torch(vocabulary, smoothing, weights, dtype, monkeypatch):
     monkeypatch.setitem(_projection._CHUNK_BYTES, "cuda", 7 * vocabulary * 4)
-    hidden, head, labels = (x.cuda() for x in batch(vocabulary, steps=9, dim=64, dtype=dtype))
-    weights = torch.tensor(WEIGHTS[weights], device="cuda")
-    expected = value_and_gradients(
-        lambda h, w: return_weighted_linear_cross_entropy(
-            h, w, labels, weights, label_smoothing=smoothing, backend="reference"
-        ),
-        hidden.double(),
-        head.double(),
-    )
-    plain = value_and_gradients(
-        lambda h, w: return_weighted_linear_cross_entropy(
-            h, w, labels, weights, label_smoothing=smoothing, backend="reference"
-        ),
-        hidden,
-        head,
-    )
+    hidden, head, labels, weights = batch(vocabulary, weights, steps=9, dim=64, dtype=dtype, device="cuda")
+    options = {"label_smoothing": smoothing, "backend": "reference"}
+    expected = fused(hidden.double(), head.double(), labels, weights, **options)
+    plain = fused(hidden, head, labels, weights, **options)
     for on_cpu in (False, True):  # labels and weights may stay on the host
         place = (labels.cpu(), weights.cpu()) if on_cpu else (labels, weights)
-        result = value_and_gradients(
-            lambda h, w, p=place: return_weighted_linear_cross_entropy(
-                h, w, *p, label_smoothing=smoothing, backend="triton"
-            ),
-            hidden,
-            head,
-        )
-        for one, other, exact in zip(result, plain, expected, strict=True):
-            error = (one.double() - exact).norm()
-            assert error <= 1.2 * (other.double() - exact).norm() + 1e-5 * exact.norm()
+        result = fused(hidden, head, *place, label_smoothing=smoothing, backend="triton")
+        for one, other, right in zip(result, plain, expected, strict=True):
+            error = (one.double() - right).norm()
+            assert error <= 1.2 * (other.double() - right).norm() + 1e-5 * right.norm()
 
 
 @pytest.mark.needs_cuda
 def test_cuda_label_out_of_range_makes_nan_and_corrupts_nothing():
-    hidden, head, labels = (x.cuda() for x in batch(50))
+    hidden, head, labels, weights = batch(50, device="cuda")
     labels[1, 2], labels[2, 3] = 50, 2**40
-    weights = torch.ones(4, device="cuda")
     value = return_weighted_linear_cross_entropy(hidden.requires_grad_(), head, labels, weights)
     value.backward()
     torch.cuda.synchronize()
@@ -493,8 +422,7 @@ def test_cuda_label_out_of_range_makes_nan_and_corrupts_nothing():
 
 @pytest.mark.needs_cuda
 def test_cuda_graph_keeps_all_rows():
-    hidden, head, labels = (x.cuda() for x in batch(50))
-    weights = torch.tensor(WEIGHTS["half_zero"], device="cuda")
+    hidden, head, labels, weights = batch(50, "half_zero", device="cuda")
     expected = return_weighted_linear_cross_entropy(hidden, head, labels, weights)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):

@@ -55,6 +55,6 @@ def test_the_most_recent_are_kept_up_to_the_limit():
         blocks.pop(0)  # 1000, then 2000, then 400
     assert pool.idle == 2400  # the oldest had to go
     del blocks
-    held = pool.take(2600)
-    del held
+    large = pool.take(2600)
+    del large
     assert pool.idle == 0  # more than the limit alone: nothing is kept

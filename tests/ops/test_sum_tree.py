@@ -15,7 +15,6 @@ def filled(capacity: int, backend: str, device: str = "cpu") -> tuple[SumTree, t
     return tree, priorities
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
 @pytest.mark.parametrize("capacity", CAPACITIES)
 def test_total_and_priorities(capacity, backend):
     tree, priorities = filled(capacity, backend)
@@ -35,7 +34,6 @@ def test_draws_equal_the_reference(capacity):
         torch.testing.assert_close(drawn[1], expected[1], rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
 def test_frequencies_follow_the_priorities(backend):
     tree = SumTree(100, backend=backend)
     priorities = torch.arange(100).float()
@@ -48,7 +46,6 @@ def test_frequencies_follow_the_priorities(backend):
     torch.testing.assert_close(frequency.double(), expected, rtol=0, atol=2 / 200_000)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
 @given(
     capacity=st.integers(1, 300),
     writes=st.lists(st.tuples(st.integers(0, 299), st.sampled_from([0.0, 1e-8, 0.5, 3.0, 1e8])), max_size=60),
@@ -71,7 +68,6 @@ def test_a_leaf_of_priority_zero_is_never_drawn(backend, capacity, writes, seed)
         assert (probabilities > 0).all()
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
 def test_the_last_of_duplicate_indices_counts(backend):
     tree = SumTree(50, backend=backend)
     tree.update(torch.tensor([3, 7, 3, 7, 3]), torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))
@@ -96,7 +92,6 @@ def test_same_generator_same_draws():
     assert not torch.equal(one, tree.sample(32, torch.Generator().manual_seed(6))[0])
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
 @pytest.mark.parametrize(
     "indices, priorities, message",
     [

@@ -6,20 +6,17 @@ from hypothesis import strategies as st
 from covr_fast.ops import return_weights
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
 def test_worked_example(backend):
     weights = return_weights(torch.tensor([0.0, 5.0, 7.5, 10.0]), backend=backend)
     assert weights.tolist() == [0.0, 0.0, 0.5, 1.0]
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
 def test_equal_returns_all_count(backend):
     assert return_weights(torch.full((5,), 3.3), backend=backend).tolist() == [1.0] * 5
     assert return_weights(torch.tensor([-2.0]), backend=backend).tolist() == [1.0]
     assert return_weights(torch.empty(0), backend=backend).shape == (0,)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
 @given(values=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=2, max_size=50))
 def test_properties(backend, values):
     returns = torch.tensor(values)
