@@ -297,7 +297,9 @@ def test_what_is_packed():
 
 def test_eager_attention_pads_and_cannot_be_told_to_pack():
     prior = make_nano(attention="eager")
-    with pytest.raises(ValueError, match=r"packing='on' cannot be had with 'eager' attention: set packing"):
+    with pytest.raises(
+        ValueError, match=r"packing='on' is not supported with 'eager' attention: set packing"
+    ):
         VLMTuner(prior, TunerConfig(packing="on"))
     assert not prior.backbone.adapted, "nothing has been changed before the refusal"
     tuner = VLMTuner(prior, TunerConfig(mode="full", epochs=1))
@@ -306,5 +308,5 @@ def test_eager_attention_pads_and_cannot_be_told_to_pack():
 
 
 def test_flash_attention_cannot_be_told_to_pad():
-    with pytest.raises(ValueError, match="packing='off' cannot be had with 'flash_attention_2'"):
+    with pytest.raises(ValueError, match="packing='off' is not supported with 'flash_attention_2'"):
         training_attention("flash_attention_2", "off")

@@ -219,7 +219,9 @@ def training_attention(attention: str, packing: str) -> str:
     """The implementation that trains a decoder loaded with `attention`; see `TunerConfig.packing`."""
     remedy = "set packing='auto', or open the prior with attention='sdpa'"
     if packing == "off" and is_flash(attention):
-        raise ValueError(f"packing='off' cannot be had with {attention!r}, which takes no padding: {remedy}")
+        raise ValueError(
+            f"packing='off' is not supported with {attention!r}, which takes no padding: {remedy}"
+        )
     if packing == "on" and attention == "eager":
-        raise ValueError(f"packing='on' cannot be had with 'eager' attention: {remedy}")
+        raise ValueError(f"packing='on' is not supported with 'eager' attention: {remedy}")
     return PACKED_SDPA if attention == "sdpa" and packing != "off" else attention
