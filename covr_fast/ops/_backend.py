@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 try:
-    from covr_fast import _C
+    from .. import _C
 except ImportError as error:  # a checkout that was never built
     raise ImportError(
         "the extension module covr_fast._C is not built: run `pip install .`, or in a checkout "

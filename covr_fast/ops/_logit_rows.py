@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from covr_fast import _C
-
+from .. import _C
 from ._backend import fake, library, operator
 from ._memory import empty
 
@@ -19,7 +18,7 @@ def reduce_rows(
     Rows of scale zero are not read. Maximum and sum stay apart so that huge logits lose no precision.
     """
     if backend == "triton":
-        from covr_fast.kernels.triton import loss as kernels
+        from ..kernels.triton import loss as kernels
 
         reduced: tuple[Tensor, Tensor] = kernels.reduce_rows(logits, labels, scale, smoothing)
         return reduced
@@ -41,7 +40,7 @@ def write_gradient(
 ) -> None:
     """out = upstream * scale * (softmax(logits) - smoothed one-hot); may be in place."""
     if backend == "triton":
-        from covr_fast.kernels.triton import loss as kernels
+        from ..kernels.triton import loss as kernels
 
         kernels.write_gradient(out, logits, labels, scale, smoothing, normaliser, upstream)
     else:

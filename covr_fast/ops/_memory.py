@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from covr_fast import _C
+from .. import _C
 
 _POOLED = 2**20  # bytes; from about here on page faults outlast the kernels
 _IDLE = 512 * 2**20

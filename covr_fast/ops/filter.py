@@ -6,8 +6,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from covr_fast import _C
-
+from .. import _C
 from . import reference
 from ._backend import Backend, check_floating, fake, launch, operator, select
 from ._memory import empty

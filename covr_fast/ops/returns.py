@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from covr_fast import _C
-
+from .. import _C
 from . import reference
 from ._backend import Backend, check_floating, check_same_device, fake, launch, library, operator, select
 from ._memory import empty

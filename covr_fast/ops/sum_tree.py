@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from covr_fast import _C
-
+from .. import _C
 from . import reference
 from ._backend import Backend, fake, launch, operator, select
 
