@@ -18,7 +18,7 @@ from race import rows_of
 from .report import markdown, stage_targets
 from .stages import ROOT, Stage, groups
 
-GRACE = 10.0  # seconds in which an interrupted stage may finish what it writes
+GRACE = 15.0  # seconds in which an interrupted stage may finish what it writes
 LEAST = 5.0  # a stage is not begun with less time left
 
 

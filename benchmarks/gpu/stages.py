@@ -90,7 +90,7 @@ def rehearsal(report: Path) -> list[Stage]:
     """The same names without a GPU. Nothing is timed, so all of it may run at once."""
     tiny = {"COVR_BENCH_TINY": "1", "COVR_REQUIRE_CUDA": "0", "OMP_NUM_THREADS": "1"}
     qwen = ["--model", "qwen-tiny-random"]
-    selected = [*PYTEST, "-q", "--collect-only", "-m", "needs_cuda", "-k", SMALL, *SMALL_TESTS]
+    selected = [*PYTEST, "-q", "--collect-only", "-m", "needs_cuda", "-k", SMALL]
     update = ["--device", "cpu", "--augment", "shift", "--repeats", "1", "--kinds", "eager"]
     made = [
         Stage("build", [sys.executable, "-c", "from covr_fast import _C; print(_C.__file__)"], 5, 120),
@@ -106,8 +106,8 @@ def rehearsal(report: Path) -> list[Stage]:
         ),
         Stage("train", script("gpu/train.py", "--device", "cpu", "--seconds", "100"), 10, 120, "--json"),
         tests(["tests/test_cuda_graph.py"], report, 5, 120),
-        Stage("memcheck", selected, 5, 120),
-        Stage("racecheck", selected, 5, 120),
+        Stage("memcheck", [*selected, SMALL_TESTS[0]], 5, 120),
+        Stage("racecheck", [*selected, SMALL_TESTS[1]], 5, 120),
         Stage("compiled update", script("bench_update.py", *update), 5, 120, "--json"),
     ]  # fmt: skip
     built, *rest = (replace(stage, environment=tiny) for stage in made)
@@ -178,7 +178,7 @@ def tests(files: list[str], report: Path, usual: float, limit: float) -> Stage:
 def sanitizer(tool: str, usual: float, limit: float) -> Stage:
     program = shutil.which("compute-sanitizer") or "compute-sanitizer"
     command = [program, "--tool", tool, "--error-exitcode", "1", "--target-processes", "all"]
-    selected = [*PYTEST, "-q", "-m", "needs_cuda", "-k", SMALL, *SMALL_TESTS]
+    selected = [*PYTEST, "-v", "-m", "needs_cuda", "-k", SMALL, *SMALL_TESTS]
     # The caching allocator would hide reads past the end of a tensor.
     plain = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return Stage(tool, [*command, *selected], usual, limit, "", plain, group="tests")
