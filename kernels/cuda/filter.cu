@@ -1,4 +1,4 @@
-// EDDF on the GPU: moments and ranks from three histogram passes, a counting pass and a compacting pass.
+// EDDF on the GPU: moments and ranks from three histogram passes, then one that counts and compacts.
 //
 // Ranks are selected by radix: a histogram of the top 12 bits of all keys, then of the next 10 and the last
 // 10 of the keys that share their prefix with a wanted rank. The block that finishes a pass last reads the
@@ -23,13 +23,6 @@ constexpr int kFewBits = 8, kFewBins = 1 << kFewBits;
 struct Selection {
   uint32_t prefix[kRanks];
   int64_t rank[kRanks];
-
-  // Neighbouring ranks mostly share a prefix; the first of them owns the histogram.
-  __device__ int owner(int i) const {
-    int first = 0;
-    while (prefix[first] != prefix[i]) ++first;
-    return first;
-  }
 };
 
 struct Workspace {
@@ -43,37 +36,58 @@ struct Workspace {
   bool finite;
 };
 
-// Finds each rank's bin in the histogram of its owner and moves on to the ranks inside it. All threads call;
-// selection and histogram may be shared or global; the histogram is read past L1.
-template <int kLevelBits>
+// Reads of a histogram: of one in global memory past L1, which may not have what other blocks added.
+template <bool kGlobal>
+__device__ uint4 four_bins(const uint32_t* bins) {
+  const auto* four = reinterpret_cast<const uint4*>(bins);
+  return kGlobal ? __ldcg(four) : *four;
+}
+
+// Finds each rank's bin in the histogram of its owner (neighbouring ranks mostly share a prefix; the first of
+// them owns the histogram) and moves on to the ranks inside it. A warp per rank; all threads call. The
+// selection is in shared memory.
+template <int kLevelBits, bool kGlobal>
 __device__ void narrow(const uint32_t* histogram, Selection* selection) {
-  constexpr int kLevelBins = 1 << kLevelBits;
-  constexpr int kEach = (kLevelBins + kThreads - 1) / kThreads;
-  __shared__ uint32_t scratch[33], digit[kRanks];
-  __shared__ int64_t rest[kRanks];
-  const int begin = threadIdx.x * kEach;
-  for (int owner = 0; owner < kRanks; ++owner) {
-    if (selection->owner(owner) != owner) continue;
-    uint32_t bins[kEach], total = 0;
-    for (int i = 0; i < kEach; ++i) {
-      bins[i] =
-          begin + i < kLevelBins ? *(volatile const uint32_t*)&histogram[owner * kLevelBins + begin + i] : 0;
-      total += bins[i];
+  constexpr int kLevelBins = 1 << kLevelBits, kEach = kLevelBins / 32;
+  const int i = threadIdx.x / 32, lane = threadIdx.x % 32;
+  uint32_t digit = 0;
+  int64_t rest = -1;
+  __syncthreads();  // histogram and selection are complete
+  if (i < kRanks) {
+    int owner = 0;
+    while (selection->prefix[owner] != selection->prefix[i]) ++owner;
+    const uint32_t* bins = histogram + owner * kLevelBins + lane * kEach;
+    uint32_t total = 0;
+#pragma unroll 8
+    for (int bin = 0; bin < kEach; bin += 4) {
+      const uint4 four = four_bins<kGlobal>(bins + bin);
+      total += four.x + four.y + four.z + four.w;
     }
-    const int64_t before = block_exclusive_sum(total, scratch);
-    for (int i = owner; i < kRanks; ++i) {
-      int64_t rank = selection->rank[i] - before;
-      if (selection->owner(i) != owner || rank < 0 || rank >= total) continue;
-      int bin = 0;
-      while (rank >= bins[bin]) rank -= bins[bin++];
-      digit[i] = begin + bin;
-      rest[i] = rank;
+    uint32_t inclusive = total;
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const uint32_t before = __shfl_up_sync(0xffffffffu, inclusive, offset);
+      if (lane >= offset) inclusive += before;
+    }
+    int64_t rank = selection->rank[i] - (inclusive - total);
+    if (rank >= 0 && rank < total) {  // in one lane
+      for (int bin = 0; rest < 0; bin += 4) {
+        const uint4 four = four_bins<kGlobal>(bins + bin);
+        const uint32_t counts[4]{four.x, four.y, four.z, four.w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          if (rest < 0 && rank < counts[j]) {
+            digit = static_cast<uint32_t>(lane * kEach + bin + j);
+            rest = rank;
+          }
+          rank -= counts[j];
+        }
+      }
     }
   }
-  __syncthreads();
-  if (threadIdx.x < kRanks) {
-    selection->prefix[threadIdx.x] = selection->prefix[threadIdx.x] << kLevelBits | digit[threadIdx.x];
-    selection->rank[threadIdx.x] = rest[threadIdx.x];
+  __syncthreads();  // all have read the selection
+  if (rest >= 0) {
+    selection->prefix[i] = selection->prefix[i] << kLevelBits | digit;
+    selection->rank[i] = rest;
   }
   __syncthreads();
 }
@@ -117,11 +131,11 @@ __device__ uint32_t compact(int64_t* out, uint32_t base, const float* values, in
   return base;
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     few_kernel(const float* __restrict__ values, int n, const double* scale, int64_t* indices, int64_t* kept,
                FilterStatistics* statistics) {
   __shared__ uint32_t keys[kFew];
-  __shared__ uint32_t histogram[kRanks * kFewBins];
+  __shared__ alignas(16) uint32_t histogram[kRanks * kFewBins];
   __shared__ uint32_t scratch[33];
   __shared__ Selection selection;
   __shared__ float threshold;
@@ -153,8 +167,7 @@ __global__ void __launch_bounds__(kThreads)
           break;  // the first with this prefix is the owner
         }
     }
-    __syncthreads();
-    narrow<kFewBits>(histogram, &selection);
+    narrow<kFewBits, false>(histogram, &selection);
   }
   if (threadIdx.x == 0) finite = finish(n, selection, shift, sum, squares, *scale, statistics, &threshold);
   __syncthreads();
@@ -169,7 +182,7 @@ __device__ void add_to_global(uint32_t* global, const uint32_t* shared, int bins
 }
 
 __global__ void __launch_bounds__(kThreads)
-    first_kernel(const float* __restrict__ values, int64_t n, Workspace* w) {
+    first_kernel(const float* __restrict__ values, int64_t n, int64_t* __restrict__ indices, Workspace* w) {
   __shared__ uint32_t histogram[kFirstBins];
   for (int i = threadIdx.x; i < kFirstBins; i += kThreads) histogram[i] = 0;
   __syncthreads();
@@ -182,6 +195,7 @@ __global__ void __launch_bounds__(kThreads)
     sum += centred;
     squares += centred * centred;
     atomicAdd(&histogram[ordered_key(value) >> (32 - kFirstBits)], 1u);
+    indices[i] = -1;  // positions from `kept` on belong to no index
   }
   sum = block_sum(sum);
   squares = block_sum(squares);
@@ -192,12 +206,13 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   add_to_global(w->first, histogram, kFirstBins);
   if (!last_block_to_arrive(&w->arrived[0])) return;
+  __shared__ Selection selection;
   if (threadIdx.x < kRanks) {
-    w->selection.prefix[threadIdx.x] = 0;
-    w->selection.rank[threadIdx.x] = quartile_rank(n, threadIdx.x);
+    selection.prefix[threadIdx.x] = 0;
+    selection.rank[threadIdx.x] = quartile_rank(n, threadIdx.x);
   }
-  __syncthreads();
-  narrow<kFirstBits>(w->first, &w->selection);
+  narrow<kFirstBits, true>(w->first, &selection);
+  if (threadIdx.x == 0) w->selection = selection;
 }
 
 // kLevel 0: the middle bits; kLevel 1: the last bits, after which the ranks are known.
@@ -207,15 +222,18 @@ __global__ void __launch_bounds__(kThreads)
                 FilterStatistics* statistics, Workspace* w) {
   constexpr int kShift = kLevel == 0 ? kBits : 0;
   __shared__ uint32_t histogram[kRanks * kBins];
-  __shared__ uint32_t prefix[kRanks];
+  __shared__ Selection selection;
   for (int i = threadIdx.x; i < kRanks * kBins; i += kThreads) histogram[i] = 0;
-  if (threadIdx.x < kRanks) prefix[threadIdx.x] = w->selection.prefix[threadIdx.x];
+  if (threadIdx.x < kRanks) {
+    selection.prefix[threadIdx.x] = w->selection.prefix[threadIdx.x];
+    selection.rank[threadIdx.x] = w->selection.rank[threadIdx.x];
+  }
   __syncthreads();
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < n;
        i += static_cast<int64_t>(gridDim.x) * kThreads) {
     const uint32_t key = ordered_key(values[i]);
     for (int rank = 0; rank < kRanks; ++rank)
-      if (key >> (kShift + kBits) == prefix[rank]) {
+      if (key >> (kShift + kBits) == selection.prefix[rank]) {
         atomicAdd(&histogram[rank * kBins + (key >> kShift & (kBins - 1))], 1u);
         break;  // the first with this prefix is the owner
       }
@@ -223,42 +241,40 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   add_to_global(&w->next[kLevel][0][0], histogram, kRanks * kBins);
   if (!last_block_to_arrive(&w->arrived[1 + kLevel])) return;
-  narrow<kBits>(&w->next[kLevel][0][0], &w->selection);
-  if (kLevel == 1 && threadIdx.x == 0) {
-    double sum = 0, squares = 0;
-    for (int block = 0; block < gridDim.x; ++block) {
-      sum += w->sum[block];
-      squares += w->squares[block];
-    }
-    w->finite = finish(n, w->selection, values[0], sum, squares, *scale, statistics, &w->threshold);
+  narrow<kBits, true>(&w->next[kLevel][0][0], &selection);
+  if (kLevel == 0) {
+    if (threadIdx.x == 0) w->selection = selection;
+    return;
   }
+  const bool has_part = threadIdx.x < gridDim.x;  // there are at most kMaxBlocks = kThreads blocks
+  const double sum = block_sum(has_part ? w->sum[threadIdx.x] : 0);
+  const double squares = block_sum(has_part ? w->squares[threadIdx.x] : 0);
+  if (threadIdx.x == 0)
+    w->finite = finish(n, selection, values[0], sum, squares, *scale, statistics, &w->threshold);
 }
 
 __device__ int64_t part_begin(int64_t n, unsigned block) { return n * block / gridDim.x; }
 
-__global__ void __launch_bounds__(kThreads)
-    count_kernel(const float* __restrict__ values, int64_t n, int64_t* kept, Workspace* w) {
-  __shared__ uint32_t scratch[33];
+// Parts are taken in order, so a block that waits for the counts of earlier parts waits for running blocks.
+__global__ void __launch_bounds__(kThreads) compact_kernel(const float* __restrict__ values, int64_t n,
+                                                           int64_t* indices, int64_t* kept, Workspace* w) {
+  __shared__ uint32_t scratch[33], part;
+  if (threadIdx.x == 0) part = atomicAdd(&w->arrived[3], 1u);
+  __syncthreads();
+  const int64_t begin = part_begin(n, part), end = part_begin(n, part + 1);
+  const float threshold = w->threshold;
   uint32_t count = 0;
-  for (int64_t i = part_begin(n, blockIdx.x) + threadIdx.x; i < part_begin(n, blockIdx.x + 1); i += kThreads)
-    count += values[i] > w->threshold;
+  for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) count += values[i] > threshold;
   block_exclusive_sum(count, scratch);
-  if (threadIdx.x == 0) w->count[blockIdx.x] = scratch[32];
-  if (!last_block_to_arrive(&w->arrived[3])) return;
-  const uint32_t own = threadIdx.x < gridDim.x ? __ldcg(&w->count[threadIdx.x]) : 0;
-  const uint32_t before = block_exclusive_sum(own, scratch);
-  if (threadIdx.x < gridDim.x) w->count[threadIdx.x] = before;  // from counts to where each block writes
-  if (threadIdx.x == 0) *kept = w->finite ? int64_t{scratch[32]} : -1;
-}
-
-__global__ void __launch_bounds__(kThreads)
-    compact_kernel(const float* __restrict__ values, int64_t n, int64_t* indices, const int64_t* kept,
-                   const Workspace* w) {
-  __shared__ uint32_t scratch[33];
-  const int64_t begin = part_begin(n, blockIdx.x), end = part_begin(n, blockIdx.x + 1);
-  compact(indices, w->count[blockIdx.x], values, begin, end, w->threshold, scratch);
-  // Positions from `kept` on belong to no index; each block clears those in its own part of the output.
-  for (int64_t i = max(begin, max(*kept, int64_t{0})) + threadIdx.x; i < end; i += kThreads) indices[i] = -1;
+  const uint32_t own = scratch[32];
+  if (threadIdx.x == 0) *(volatile uint32_t*)&w->count[part] = own + 1;  // 0: not known yet
+  uint32_t earlier = 0;
+  if (threadIdx.x < part)
+    while (earlier == 0) earlier = *(volatile uint32_t*)&w->count[threadIdx.x];
+  block_exclusive_sum(threadIdx.x < part ? earlier - 1 : 0, scratch);
+  const uint32_t base = scratch[32];
+  if (part == gridDim.x - 1 && threadIdx.x == 0) *kept = w->finite ? int64_t{base} + own : -1;
+  compact(indices, base, values, begin, end, threshold, scratch);
 }
 
 }  // namespace
@@ -282,10 +298,9 @@ void exploration_filter(CudaView<const float, 1> returns, CudaView<const double,
     auto* w = reinterpret_cast<Workspace*>(workspace.data);
     const auto blocks = static_cast<unsigned>(
         std::min<int64_t>({ceil_div(n, 4 * kThreads), 2 * multiprocessors(), kMaxBlocks}));
-    first_kernel<<<blocks, kThreads, 0, stream>>>(returns.data, n, w);
+    first_kernel<<<blocks, kThreads, 0, stream>>>(returns.data, n, indices.data, w);
     next_kernel<0><<<blocks, kThreads, 0, stream>>>(returns.data, n, scale.data, statistics, w);
     next_kernel<1><<<blocks, kThreads, 0, stream>>>(returns.data, n, scale.data, statistics, w);
-    count_kernel<<<blocks, kThreads, 0, stream>>>(returns.data, n, kept.data, w);
     compact_kernel<<<blocks, kThreads, 0, stream>>>(returns.data, n, indices.data, kept.data, w);
   }
   check(cudaGetLastError(), "exploration_filter");

@@ -20,52 +20,60 @@ struct Update {
   const int64_t* indices;
   const float* priorities;
   int64_t n;
+};
 
-  // Entries that the CPU would raise for are skipped.
-  __device__ bool valid(const SumTreeLayout& layout, int64_t i) const {
-    return indices[i] >= 0 && indices[i] < layout.capacity && priorities[i] >= 0 && isfinite(priorities[i]);
+// One entry of an update, read once.
+struct Entry {
+  int64_t number, index;
+  float priority;
+  bool valid;  // entries that the CPU would raise for are skipped
+
+  __device__ Entry(const Update& update, const SumTreeLayout& layout, int64_t i)
+      : number(i), index(0), priority(0), valid(i < update.n) {
+    if (!valid) return;
+    index = update.indices[i];
+    priority = update.priorities[i];
+    valid = index >= 0 && index < layout.capacity && priority >= 0 && isfinite(priority);
   }
-  __device__ void claim(const SumTreeLayout& layout, int64_t i) const {
-    if (valid(layout, i)) atomicMax(&claims[indices[i]], static_cast<int32_t>(i + 1));
+  __device__ void claim(const Update& update) const {
+    if (valid) atomicMax(&update.claims[index], static_cast<int32_t>(number + 1));
   }
-  __device__ void write(const SumTreeLayout& layout, int64_t i) const {
-    if (!valid(layout, i) || __ldcg(&claims[indices[i]]) != static_cast<int32_t>(i + 1)) return;
-    leaves[indices[i]] = priorities[i];
-    claims[indices[i]] = 0;  // no other entry equals 0 or this claim
+  __device__ void write(const Update& update) const {
+    if (!valid || __ldcg(&update.claims[index]) != static_cast<int32_t>(number + 1)) return;
+    update.leaves[index] = priority;
+    update.claims[index] = 0;  // no other entry equals 0 or this claim
   }
   // Entries under the same node write the same sum.
-  __device__ void rebuild(const SumTreeLayout& layout, int level, int64_t i) const {
-    if (!valid(layout, i)) return;
-    int64_t node = indices[i];
+  __device__ void rebuild(const Update& update, const SumTreeLayout& layout, int level) const {
+    if (!valid) return;
+    int64_t node = index;
     for (int up = 0; up <= level; ++up) node /= kFanOut;
-    sums[layout.offset[level] + node] =
-        level == 0 ? sum_children(leaves, layout.capacity, node)
-                   : sum_children(sums + layout.offset[level - 1], layout.size[level - 1], node);
+    update.sums[layout.offset[level] + node] =
+        level == 0 ? sum_children(update.leaves, layout.capacity, node)
+                   : sum_children(update.sums + layout.offset[level - 1], layout.size[level - 1], node);
   }
 };
 
 __global__ void __launch_bounds__(kBlockBatch) update_kernel(Update update, SumTreeLayout layout) {
-  const int64_t i = threadIdx.x;
-  const bool active = i < update.n;
-  if (active) update.claim(layout, i);
+  const Entry entry(update, layout, threadIdx.x);
+  entry.claim(update);
   __syncthreads();
-  if (active) update.write(layout, i);
+  entry.write(update);
   for (int level = 0; level < layout.levels; ++level) {
     __syncthreads();
-    if (active) update.rebuild(layout, level, i);
+    entry.rebuild(update, layout, level);
   }
 }
 
 // step 0 claims, step 1 writes leaves, step 2 + l rebuilds level l.
 __global__ void __launch_bounds__(kThreads) step_kernel(Update update, SumTreeLayout layout, int step) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= update.n) return;
+  const Entry entry(update, layout, static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x);
   if (step == 0)
-    update.claim(layout, i);
+    entry.claim(update);
   else if (step == 1)
-    update.write(layout, i);
+    entry.write(update);
   else
-    update.rebuild(layout, step - 2, i);
+    entry.rebuild(update, layout, step - 2);
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -74,8 +82,9 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= n) return;
   const double total = sums[layout.inner_nodes() - 1];
-  indices[i] = descend(leaves, sums, layout, stratum(i, n, jitter[i], total));
-  probabilities[i] = total > 0 ? leaves[indices[i]] / total : 0.0;
+  const int64_t leaf = descend(leaves, sums, layout, stratum(i, n, jitter[i], total));
+  indices[i] = leaf;
+  probabilities[i] = total > 0 ? leaves[leaf] / total : 0.0;
 }
 
 }  // namespace
