@@ -101,7 +101,8 @@ def install(extension: Path) -> None:
     """Replaces `covr_fast._C`, which must not be imported yet, and torch's access to GPUs, for this process."""
     if "covr_fast._C" in sys.modules:
         raise RuntimeError("covr_fast was imported before the device was installed")
-    ctypes.CDLL(str(extension.parent.resolve() / "device_guard.so"))
+    folders = extension.resolve().parents[:3]  # a faulty one lies deeper
+    ctypes.CDLL(str(next(filter(Path.is_file, (folder / "device_guard.so" for folder in folders)))))
     spec = importlib.util.spec_from_file_location("covr_fast._C", extension)
     if spec is None or spec.loader is None:
         raise ImportError(f"{extension} is not an extension module")

@@ -192,7 +192,8 @@ class Device {
         fail(std::string(own.name) + ": the mask has lanes beyond the block");
       const Thread& other = threads_[first + lane];
       if (other.fiber.finished()) fail(std::string(own.name) + ": the mask has lanes that have left the kernel");
-      if (!other.in_collective) return;
+      // Those of a smaller mask come here when they are done there.
+      if (!other.in_collective || !(other.collective.mask >> (last.number - first) & 1)) return;
       if (other.collective.mask != own.mask || other.collective.combine != own.combine)
         fail(std::string("has lanes of one warp at different collectives or with different masks: ") + own.name +
              " and " + other.collective.name);

@@ -1,5 +1,6 @@
 """torch.cuda for a device whose work is done when its call returns."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -47,19 +48,36 @@ class _Context:
     def __exit__(self, *_: object) -> None: ...
 
 
-_streams = [Stream()]
+_default = Stream()
+_thread = threading.local()  # current: its stream
+
+
+def _current_stream(device: Any = None) -> Stream:
+    return getattr(_thread, "current", _default)
 
 
 @contextmanager
 def _stream(stream: Stream | None) -> Iterator[None]:
-    if stream is None:
-        yield
-        return
-    _streams.append(stream)
+    before = _current_stream()
+    _thread.current = stream or before
     try:
         yield
     finally:
-        _streams.pop()
+        _thread.current = before
+
+
+class Generator(torch._C.Generator):
+    """One on "cuda" draws as one on the CPU."""
+
+    def __new__(cls, device: Any = "cpu") -> "Generator":
+        asked = torch.device(device)
+        generator = super().__new__(cls, "cpu" if asked.type == "cuda" else asked)
+        generator._asked = torch.device("cuda", 0) if asked.type == "cuda" else asked
+        return generator
+
+    @property
+    def device(self) -> torch.device:
+        return self._asked
 
 
 class CUDAGraph:
@@ -90,12 +108,13 @@ def install() -> None:
         "device": _Context,
         "Stream": Stream,
         "Event": Event,
-        "current_stream": lambda device=None: _streams[-1],
-        "default_stream": lambda device=None: _streams[0],
+        "current_stream": _current_stream,
+        "default_stream": lambda device=None: _default,
         "stream": _stream,
         "CUDAGraph": CUDAGraph,
         "_sleep": _sleep,
     }
     for name, value in stand_ins.items():
         setattr(torch.cuda, name, value)
+    torch.Generator = Generator  # type: ignore[misc]
     torch.Tensor.cuda = lambda self, device=None, non_blocking=False, **_: self.to("cuda")  # type: ignore[method-assign]
