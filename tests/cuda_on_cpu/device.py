@@ -1,8 +1,8 @@
 """The device "cuda" without a GPU: tensors that say they are on it, and lie in the host's memory.
 
-`install` makes torch and `covr_fast._C` behave as on a machine with one GPU. What runs on "cuda" is torch's CPU
-code and the project's CUDA kernels, compiled for the CPU. Streams and events exist and have nothing to do: all
-work is done when its call returns.
+`install` makes torch and `covr_fast._C` behave as on a machine with one GPU. What runs on "cuda" is the CPU
+code of torch and the CUDA kernels of the project, compiled for the CPU. Streams and events exist and have
+nothing to do: all work is done when its call returns.
 """
 
 import ctypes
@@ -89,6 +89,7 @@ class _Device(TorchDispatchMode):
         result = func(*host_args, **host_kwargs)
         if not (asked.type == "cuda" if asked is not None else on_device):
             return result
+
         def to_device(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
@@ -98,7 +99,11 @@ class _Device(TorchDispatchMode):
 
 
 def install(extension: Path) -> None:
-    """Replaces `covr_fast._C`, which must not be imported yet, and torch's access to GPUs, for this process."""
+    """Replaces `covr_fast._C`, which must not be imported yet, and torch.cuda, for this process.
+
+    Args:
+        extension: what build.sh has made.
+    """
     if "covr_fast._C" in sys.modules:
         raise RuntimeError("covr_fast was imported before the device was installed")
     folders = extension.resolve().parents[:3]  # a faulty one lies deeper

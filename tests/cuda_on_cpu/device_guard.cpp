@@ -1,5 +1,5 @@
-// Lets torch meet tensors "on cuda:0" in a build or on a machine without CUDA: it asks a guard for the current
-// device. Everything else about them is in device.py.
+// Lets torch meet tensors "on cuda:0" in a build or on a machine without CUDA: it asks a guard for the
+// current device. Everything else about them is in device.py.
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
 namespace {

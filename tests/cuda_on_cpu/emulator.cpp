@@ -183,7 +183,8 @@ class Device {
   void complete_collective(const Thread& last) {
     const Collective& own = last.collective;
     const unsigned first = last.number - last.number % warpSize;
-    if (!(own.mask >> (last.number - first) & 1)) fail(std::string(own.name) + ": the mask leaves out the caller");
+    if (!(own.mask >> (last.number - first) & 1))
+      fail(std::string(own.name) + ": the mask leaves out the caller");
     std::array<uint64_t, warpSize> values;
     for (int lane = 0; lane < warpSize; ++lane) {
       values[lane] = random();  // what a lane outside the mask brings
@@ -191,12 +192,13 @@ class Device {
       if (first + lane >= blockDim.x * blockDim.y * blockDim.z)
         fail(std::string(own.name) + ": the mask has lanes beyond the block");
       const Thread& other = threads_[first + lane];
-      if (other.fiber.finished()) fail(std::string(own.name) + ": the mask has lanes that have left the kernel");
+      if (other.fiber.finished())
+        fail(std::string(own.name) + ": the mask has lanes that have left the kernel");
       // Those of a smaller mask come here when they are done there.
       if (!other.in_collective || !(other.collective.mask >> (last.number - first) & 1)) return;
       if (other.collective.mask != own.mask || other.collective.combine != own.combine)
-        fail(std::string("has lanes of one warp at different collectives or with different masks: ") + own.name +
-             " and " + other.collective.name);
+        fail(std::string("has lanes of one warp at different collectives or with different masks: ") +
+             own.name + " and " + other.collective.name);
       values[lane] = other.collective.value;
     }
     for (int lane = 0; lane < warpSize; ++lane) {
@@ -266,8 +268,8 @@ void run(const char* kernel, const Launch& launch, const std::function<void()>& 
   device.run(kernel, launch, thread);
 }
 
-// Memory whose alignment is what was asked for and no more, so that a sanitizer sees wider accesses, and whose
-// end is that of an allocation.
+// Memory whose alignment is what was asked for and no more, so that a sanitizer sees wider accesses, and
+// whose end is that of an allocation.
 SharedVariable::SharedVariable(size_t bytes, size_t alignment) : bytes(bytes) {
   const size_t offset = alignment < 128 ? alignment : 0;
   void* memory;

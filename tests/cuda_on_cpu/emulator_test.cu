@@ -1,4 +1,5 @@
-// The emulator itself: small kernels whose results, or refusals, are known. A program; it fails by its exit code.
+// The emulator itself: small kernels whose results, or refusals, are known. A program; it fails by its exit
+// code.
 #include <cuda_runtime.h>
 
 #include <cstdio>
@@ -33,7 +34,8 @@ void expect_refusal(const char* part, Launch launch) {
 __global__ void count_kernel(int* visits, dim3 grid, dim3 block) {
   const unsigned b = (blockIdx.z * grid.y + blockIdx.y) * grid.x + blockIdx.x;
   const unsigned t = (threadIdx.z * block.y + threadIdx.y) * block.x + threadIdx.x;
-  if (gridDim.y == grid.y && blockDim.z == block.z) atomicAdd(&visits[b * block.x * block.y * block.z + t], 1);
+  if (gridDim.y == grid.y && blockDim.z == block.z)
+    atomicAdd(&visits[b * block.x * block.y * block.z + t], 1);
 }
 
 __global__ void order_kernel(unsigned* order, unsigned* next) { order[(*next)++] = threadIdx.x; }
@@ -177,7 +179,8 @@ void mistakes_are_refused() {
 void bits_are_those_of_the_guide() {
   expect(__byte_perm(0x33221100u, 0x77665544u, 0x7521u) == 0x77552211u, "__byte_perm");
   expect(__byte_perm(0x000000f0u, 0, 0x0008u) == 0xf0f0f0ffu, "__byte_perm with signs");
-  expect(__funnelshift_l(0x80000000u, 1u, 1) == 3u && __funnelshift_r(1u, 3u, 1) == 0x80000000u, "funnel shift");
+  expect(__funnelshift_l(0x80000000u, 1u, 1) == 3u && __funnelshift_r(1u, 3u, 1) == 0x80000000u,
+         "funnel shift");
   expect(__brev(1u) == 0x80000000u && __ffs(8) == 4 && __clz(1) == 31 && __popc(7) == 3, "bits");
   expect(__umulhi(0x80000000u, 6u) == 3u && __umul64hi(uint64_t{1} << 63, 6) == 3u, "high words");
   unsigned counter = 2;

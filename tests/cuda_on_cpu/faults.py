@@ -1,6 +1,6 @@
 """Faults that are planted into copies of the kernels, to see that their tests find them without a GPU.
 
-    python faults.py OUT      writes OUT/NAME/FILE.cu for each
+python faults.py OUT      writes OUT/NAME/FILE.cu for each
 """
 
 import shutil
@@ -31,8 +31,8 @@ class Fault:
         source = (KERNELS / self.file).read_text()
         if (found := source.count(self.right)) != 1:
             raise ValueError(
-                f"the fault {self.name!r} cannot be planted: kernels/cuda/{self.file} has {found} times what it "
-                f"replaces; choose another place in tests/cuda_on_cpu/faults.py\n{self.right}"
+                f"the fault {self.name!r} cannot be planted: kernels/cuda/{self.file} has {found} times what "
+                f"it replaces; choose another place in tests/cuda_on_cpu/faults.py\n{self.right}"
             )
         return source.replace(self.right, self.wrong)
 

@@ -1,5 +1,5 @@
-// Switching stacks takes some nanoseconds: a test of a kernel does it a million times, and swapcontext() would
-// ask the system each time.
+// Switching stacks takes some nanoseconds: a test of a kernel does it a million times, and swapcontext()
+// would ask the system each time.
 #include "fiber.h"
 
 #include <cstdint>
@@ -62,8 +62,8 @@ void Fiber::begin(const std::function<void()>* body) {
   body_ = body;
   finished_ = false;
   fake_stack_ = nullptr;
-  // As covr_switch_stack leaves a stack: six registers and an address to return to. A function is entered with
-  // its stack pointer 8 below a multiple of 16.
+  // As covr_switch_stack leaves a stack: six registers and an address to return to. A function is entered
+  // with its stack pointer 8 below a multiple of 16.
   auto** top = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(stack_) + bytes_) & ~uintptr_t{15});
   *--top = nullptr;
   *--top = reinterpret_cast<void*>(&Fiber::enter);

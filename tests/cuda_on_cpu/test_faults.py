@@ -11,7 +11,7 @@ from faults import FAULTS, KERNELS, Fault
 ROOT = Path(__file__).resolve().parents[2]
 # Where `build.sh FOLDER "" all` has built the extension, and one more with each fault.
 EXTENSION = os.environ.get("COVR_CUDA_ON_CPU")
-built = pytest.mark.skipif(not EXTENSION, reason="needs the kernels built for the CPU: tests/cuda_on_cpu/run.sh")
+built = pytest.mark.skipif(not EXTENSION, reason="needs tests/cuda_on_cpu/build.sh FOLDER '' all")
 
 
 def test_every_file_with_a_kernel_has_a_fault():

@@ -50,8 +50,9 @@ def _shared_variables(source: str, name: str) -> str:
         first, *others = _split(_ALIGNAS.sub("", declaration))
         kind, *found = _declarator(first)
         variables = [found, *(_declarator(other)[1:] for other in others)]
-        if not kind or any("=" in variable for variable, _ in variables):
-            raise ValueError(f"{_line(source, match.start(), name)}: cannot read the declaration of {first!r}")
+        if not kind or "=" in declaration:
+            where = _line(source, match.start(), name)
+            raise ValueError(f"{where}: cannot read the declaration of {first!r}")
         text = ""
         for variable, dimensions in variables:
             if "extern" in before:
@@ -71,7 +72,7 @@ def _declarator(text: str) -> tuple[str, str, str]:
         begin = _matching_open(text, len(text) - 1)
         text, dimensions = text[:begin].rstrip(), text[begin:] + dimensions
     match = re.fullmatch(r"(.*?)\s*(\w+)", text, re.DOTALL)
-    return (" ".join(match[1].split()), match[2], dimensions) if match else ("", "=", "")
+    return (" ".join(match[1].split()), match[2], dimensions) if match else ("", "", "")
 
 
 # ---- kernel<<<grid, block>>>(...)  ->  ::emulator::launch("kernel", {grid, block}, kernel)(...) ----
@@ -82,7 +83,7 @@ def _launches(source: str, name: str) -> str:
     while (at := source.find("<<<", done)) >= 0:
         begin = _kernel_begin(source, at)
         end = source.find(">>>", at)
-        if begin == at or end < 0:
+        if begin is None or end < 0:
             raise ValueError(f"{_line(source, at, name)}: cannot read this launch")
         kernel = source[begin:at].strip()
         text += source[done:begin]
@@ -92,19 +93,19 @@ def _launches(source: str, name: str) -> str:
     return text + source[done:]
 
 
-def _kernel_begin(source: str, end: int) -> int:
-    """Where the kernel's name, with its template arguments, begins that ends at `end`."""
-    while source[end - 1].isspace():
+def _kernel_begin(source: str, end: int) -> int | None:
+    """Where the name of a kernel begins that ends, with its template arguments, at `end`."""
+    end = len(source[:end].rstrip())
+    depth = 0
+    while source[end - 1] == ">" or depth > 0:
         end -= 1
-    if source[end - 1] == ">":
-        depth = 0
-        while True:
-            end -= 1
-            depth += {">": 1, "<": -1}.get(source[end], 0)
-            if depth == 0:
-                break
+        if source[end] == ")":
+            end = _matching_open(source, end)
+        depth += {">": 1, "<": -1}.get(source[end], 0)
+        if depth == 0:
+            break
     match = re.search(r"[\w:]+\s*$", source[:end])
-    return match.start() if match else end
+    return match.start() if match else None
 
 
 # ---- text ----

@@ -11,7 +11,9 @@ struct alignas(4) __nv_bfloat162 {
   __nv_bfloat16 x, y;
 };
 
-inline __nv_bfloat16 __float2bfloat16_rn(float value) { return {covr::from_float<covr::BFloat16>(value).bits}; }
+inline __nv_bfloat16 __float2bfloat16_rn(float value) {
+  return {covr::from_float<covr::BFloat16>(value).bits};
+}
 inline __nv_bfloat16 __float2bfloat16(float value) { return __float2bfloat16_rn(value); }
 inline float __bfloat162float(__nv_bfloat16 value) { return covr::to_float(covr::BFloat16{value.bits}); }
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {

@@ -1,5 +1,5 @@
-// CUDA's built-in device functions, as far as the kernels use them: what is missing here does not compile. Add it
-// with the meaning that the CUDA C++ Programming Guide gives it.
+// CUDA's built-in device functions, as far as the kernels use them: what is missing here does not compile.
+// Add it with the meaning that the CUDA C++ Programming Guide gives it.
 #pragma once
 
 #include <algorithm>
@@ -60,8 +60,8 @@ T shuffle(const char* name, uint32_t mask, T value, int source, int width) {
   const int segment = lane() / width * width;
   if (source < segment || source >= segment + width) source = lane();
   return from_bits<T>(warp_collective(
-      {name, mask, [](const uint64_t* values, uint32_t, int, int from) { return values[from]; }, to_bits(value),
-       source}));
+      {name, mask, [](const uint64_t* values, uint32_t, int, int from) { return values[from]; },
+       to_bits(value), source}));
 }
 
 // The same for all lanes: a sum, a largest value or the like of what the lanes of the mask bring.
@@ -90,21 +90,23 @@ T __shfl_up_sync(uint32_t mask, T value, unsigned delta, int width = 32) {
 }
 template <typename T>
 T __shfl_down_sync(uint32_t mask, T value, unsigned delta, int width = 32) {
-  return emulator::shuffle("__shfl_down_sync", mask, value, emulator::lane() + static_cast<int>(delta), width);
+  return emulator::shuffle("__shfl_down_sync", mask, value, emulator::lane() + static_cast<int>(delta),
+                           width);
 }
 template <typename T>
 T __shfl_xor_sync(uint32_t mask, T value, int bits, int width = 32) {
   return emulator::shuffle("__shfl_xor_sync", mask, value, emulator::lane() ^ bits, width);
 }
 inline uint32_t __ballot_sync(uint32_t mask, int predicate) {
-  return static_cast<uint32_t>(emulator::warp_collective({"__ballot_sync", mask,
-                                                          [](const uint64_t* values, uint32_t mask, int, int) {
-                                                            uint64_t ballot = 0;
-                                                            for (int lane = 0; lane < 32; ++lane)
-                                                              if (mask >> lane & 1) ballot |= values[lane] << lane;
-                                                            return ballot;
-                                                          },
-                                                          predicate != 0}));
+  return static_cast<uint32_t>(
+      emulator::warp_collective({"__ballot_sync", mask,
+                                 [](const uint64_t* values, uint32_t mask, int, int) {
+                                   uint64_t ballot = 0;
+                                   for (int lane = 0; lane < 32; ++lane)
+                                     if (mask >> lane & 1) ballot |= values[lane] << lane;
+                                   return ballot;
+                                 },
+                                 predicate != 0}));
 }
 inline int __any_sync(uint32_t mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(uint32_t mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
@@ -122,14 +124,16 @@ uint32_t __match_any_sync(uint32_t mask, T value) {
                                  emulator::to_bits(value)}));
 }
 inline void __syncwarp(uint32_t mask = 0xffffffffu) {
-  emulator::warp_collective({"__syncwarp", mask, [](const uint64_t*, uint32_t, int, int) { return uint64_t{0}; }});
+  emulator::warp_collective(
+      {"__syncwarp", mask, [](const uint64_t*, uint32_t, int, int) { return uint64_t{0}; }});
 }
 // Lanes need not run together, so this may be the caller alone; here it always is.
 inline uint32_t __activemask() { return 1u << emulator::lane(); }
 
-#define COVR_REDUCE(name, type, expression)                                                                  \
-  inline type name(uint32_t mask, type value) {                                                              \
-    return emulator::reduce(#name, mask, value, [](type a, type b) { return static_cast<type>(expression); }); \
+#define COVR_REDUCE(name, type, expression)                                                \
+  inline type name(uint32_t mask, type value) {                                            \
+    return emulator::reduce(#name, mask, value,                                            \
+                            [](type a, type b) { return static_cast<type>(expression); }); \
   }
 COVR_REDUCE(__reduce_add_sync, uint32_t, a + b)
 COVR_REDUCE(__reduce_add_sync, int32_t, static_cast<uint32_t>(a) + static_cast<uint32_t>(b))
@@ -137,7 +141,7 @@ COVR_REDUCE(__reduce_min_sync, uint32_t, std::min(a, b))
 COVR_REDUCE(__reduce_min_sync, int32_t, std::min(a, b))
 COVR_REDUCE(__reduce_max_sync, uint32_t, std::max(a, b))
 COVR_REDUCE(__reduce_max_sync, int32_t, std::max(a, b))
-COVR_REDUCE(__reduce_and_sync, uint32_t, a & b)
+COVR_REDUCE(__reduce_and_sync, uint32_t, a& b)
 COVR_REDUCE(__reduce_or_sync, uint32_t, a | b)
 COVR_REDUCE(__reduce_xor_sync, uint32_t, a ^ b)
 #undef COVR_REDUCE
@@ -183,8 +187,8 @@ template <typename T>
 using Value = std::type_identity_t<T>;
 
 template <typename T>
-constexpr bool kAtomicInteger = std::is_same_v<T, int> || std::is_same_v<T, unsigned> ||
-                                std::is_same_v<T, unsigned long long>;
+constexpr bool kAtomicInteger =
+    std::is_same_v<T, int> || std::is_same_v<T, unsigned> || std::is_same_v<T, unsigned long long>;
 template <typename T>
 constexpr bool kAtomic = kAtomicInteger<T> || std::is_same_v<T, long long>;
 template <typename T>
@@ -213,8 +217,9 @@ T atomicAdd(T* at, emulator::Value<T> value) {
 template <typename T>
   requires(std::is_same_v<T, int> || std::is_same_v<T, unsigned>)
 T atomicSub(T* at, emulator::Value<T> value) {
-  return emulator::atomic(
-      at, [&](T before) { return static_cast<T>(static_cast<unsigned>(before) - static_cast<unsigned>(value)); });
+  return emulator::atomic(at, [&](T before) {
+    return static_cast<T>(static_cast<unsigned>(before) - static_cast<unsigned>(value));
+  });
 }
 template <typename T>
   requires emulator::kAtomic<T>

@@ -3,8 +3,8 @@
 // Both orders are random: by COVR_CUDA_ON_CPU_SEED, read when the first kernel starts. A thread runs until it
 // waits for others, so what a kernel leaves to chance (a barrier that is missing) comes out differently from
 // thread to thread. Shared memory holds random bytes when a block begins. What no device would do well is an
-// exception out of the launch: threads that wait for each other for ever, at different barriers or collectives
-// of a warp, or for lanes that have left.
+// exception out of the launch: threads that wait for each other for ever, at different barriers or
+// collectives of a warp, or for lanes that have left.
 #pragma once
 
 #include <array>
@@ -73,7 +73,8 @@ void* dynamic_shared();  // Launch::shared_bytes
 
 template <typename T, size_t kAlignment = alignof(T), typename Place>
 T& shared(Place) {
-  // One for each place in the source and each instantiation of a template: the closure's type tells them apart.
+  // One for each place in the source and each instantiation of a template: the closure's type tells them
+  // apart.
   static SharedVariable variable(sizeof(T), kAlignment > alignof(T) ? kAlignment : alignof(T));
   return *static_cast<T*>(variable.of_this_block());
 }
