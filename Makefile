@@ -6,17 +6,20 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 PY := $(VENV)/bin/python
 NATIVE := setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/* kernels/cuda/*)
-CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp kernels/cuda/*.h kernels/cuda/*.cu)
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp kernels/cuda/*.h kernels/cuda/*.cu \
+  tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/*.cu tests/cuda_on_cpu/include/*.h)
 
 .PHONY: demo test package sanitize lint format gpu-check clean system
 
 demo: $(VENV)/train.stamp
 	$(VENV)/bin/covr-fast train carracing
 
-# Without a GPU, Triton's kernels run in its interpreter. The variable must be set before triton is imported.
+# Without a GPU, Triton's kernels run in its interpreter (the variable must be set before triton is imported), and
+# those for CUDA compiled for the CPU.
 test: $(VENV)/dev.stamp
 	TRITON_INTERPRET=1 $(PY) -m pytest -q tests/ops/test_loss.py
 	$(PY) -m pytest
+	PYTHON=$(PY) tests/cuda_on_cpu/run.sh
 
 # The package as users get it: from a source archive, twice in one folder, at the lowest versions allowed.
 package: | system

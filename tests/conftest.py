@@ -9,6 +9,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+if _EXTENSION := os.environ.get("COVR_CUDA_ON_CPU"):
+    from cuda_on_cpu import device
+
+    device.install(Path(_EXTENSION))
+
 _CUDA_REQUIRED = os.environ.get("COVR_REQUIRE_CUDA") == "1"
 _THREADS = int(os.environ.get("COVR_TEST_THREADS", "1"))  # more of them for a sanitizer that looks for races
 

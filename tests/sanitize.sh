@@ -1,22 +1,20 @@
 #!/usr/bin/env bash
-# The C++ under sanitizers: AddressSanitizer and UndefinedBehaviorSanitizer over the kernels and the replay
-# buffer, ThreadSanitizer over what several threads run. Exits with an error at the first finding.
+# The C++ under sanitizers: AddressSanitizer and UndefinedBehaviorSanitizer over the kernels, also those for CUDA,
+# and the replay buffer; ThreadSanitizer over what several threads run. Exits with an error at the first finding.
 #
 #   tests/sanitize.sh [address] [thread]     both by default; PYTHON names the interpreter
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$("${PYTHON:-python3}" -c 'import sys; print(sys.executable)')
 PATH=$(dirname "$python"):$PATH # cmake and ninja may live in its environment
+unset COVR_CUDA_ON_CPU # set below, for the tests that it is for
 
-# build KIND SANITIZERS: a copy of the package with an instrumented extension, in build/KIND-sanitizer/tree.
+# build KIND SANITIZERS: a copy of the package with an instrumented extension, in build/KIND-sanitizer/tree. The
+# extension has its CUDA kernels, compiled for the CPU.
 build() {
   local stage=$PWD/build/$1-sanitizer
   local tree=$stage/tree
-  mkdir -p "$stage"
-  cmake -S . -B "$stage/cmake" -G Ninja -DCMAKE_BUILD_TYPE=None -DCOVR_CUDA=OFF -DCOVR_SANITIZE="$2" \
-    -DCOVR_OUTPUT_DIR="$stage/lib" -DPython_EXECUTABLE="$python" \
-    -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" >"$stage/build.log" &&
-    cmake --build "$stage/cmake" >>"$stage/build.log" || { cat "$stage/build.log"; exit 1; }
+  PYTHON=$python tests/cuda_on_cpu/build.sh "$stage/lib" "$2" >/dev/null
   rm -rf "$tree"
   mkdir "$tree"
   cp -r covr_fast kernels tests setup.py pyproject.toml "$tree"
@@ -39,8 +37,9 @@ check() {
     "$python" -c "from covr_fast import _C; assert _C.__file__.startswith('$PWD'), _C.__file__"
     # Graphs are compiled in code that is not instrumented; the largest inputs have no paths of their own.
     # A report ends the process: captured by file descriptor it would be lost.
-    "$python" -m pytest -q -p no:cacheprovider --capture=sys -m "not needs_cuda" \
-      -k "not compile and not operator_checks and not full_vocabulary and not more_than_torch" "$@"
+    if [ "${COVR_CUDA_ON_CPU:-}" ]; then tests="needs_cuda"; else tests="not needs_cuda"; fi
+    "$python" -m pytest -q -p no:cacheprovider --capture=sys -m "$tests" \
+      -k "not compile and not operator_checks and not full_vocabulary and not more_than_torch and not -4000-" "$@"
   )
 }
 
@@ -55,6 +54,9 @@ for kind in "${kinds[@]}"; do
       # thread allocated would wait for the sanitizer's own lock for ever.
       check address libasan.so detect_leaks=0:alloc_dealloc_mismatch=0 tests/ops tests/buffer \
         --ignore=tests/buffer/test_buffer_processes.py
+      COVR_CUDA_ON_CPU_SEED=3 COVR_CUDA_ON_CPU=$(realpath build/address-sanitizer/lib/_C*.so) \
+        check address libasan.so detect_leaks=0:alloc_dealloc_mismatch=0 tests/ops tests/buffer \
+        --ignore=tests/ops/test_loss.py
       ;;
     thread)
       build thread thread

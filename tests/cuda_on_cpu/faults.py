@@ -1,0 +1,107 @@
+"""Faults that are planted into copies of the kernels, to see that their tests find them without a GPU.
+
+python faults.py OUT      writes OUT/NAME/FILE.cu for each
+"""
+
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+KERNELS = Path(__file__).resolve().parents[2] / "kernels/cuda"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`right`, which is in kernels/cuda/`file` once, is replaced by `wrong`, and `tests` must fail."""
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+    tests: tuple[str, ...]
+    """pytest's arguments: a few tests of that kernel."""
+
+    def source(self) -> str:
+        """The file with the fault.
+
+        Raises:
+            ValueError: the kernel has changed, and the fault cannot be planted.
+        """
+        source = (KERNELS / self.file).read_text()
+        if (found := source.count(self.right)) != 1:
+            raise ValueError(
+                f"the fault {self.name!r} cannot be planted: kernels/cuda/{self.file} has {found} times what "
+                f"it replaces; choose another place in tests/cuda_on_cpu/faults.py\n{self.right}"
+            )
+        return source.replace(self.right, self.wrong)
+
+
+FAULTS = [
+    Fault(
+        "filter_reads_a_histogram_before_all_have_counted",
+        "filter.cu",
+        "    __syncthreads();\n    narrow<kFewBits>",
+        "    narrow<kFewBits>",
+        ("tests/ops/test_filter.py", "-k", "test_cuda and ties"),
+    ),
+    Fault(
+        "filter_appends_before_the_block_knows_its_place",
+        "filter.cu",
+        "compact(indices, w->count[blockIdx.x], values",
+        "compact(indices, blockIdx.x ? w->count[blockIdx.x - 1] : 0, values",
+        ("tests/ops/test_filter.py", "-k", "test_cuda and large"),
+    ),
+    Fault(
+        "returns_replace_a_map_that_others_still_read",
+        "returns.cu",
+        "    __syncthreads();\n    if (joins) maps",
+        "    if (joins) maps",
+        ("tests/ops/test_returns.py", "-k", "test_cuda and 300-33"),
+    ),
+    Fault(
+        "weights_of_every_second_warp_are_forgotten",
+        "weights.cu",
+        "threadIdx.x % 32 == 0",
+        "threadIdx.x % 64 == 0",
+        ("tests/ops/test_weights.py", "-k", "test_cuda"),
+    ),
+    Fault(
+        "sum_tree_writes_before_all_have_claimed",
+        "sum_tree.cu",
+        "  if (active) update.claim(layout, i);\n  __syncthreads();\n",
+        "  if (active) update.claim(layout, i);\n",
+        ("tests/ops/test_sum_tree.py", "-k", "cuda_draws"),
+    ),
+    Fault(
+        "window_writes_one_pixel_into_the_next_row",
+        "frames.cu",
+        "x + i < s.out_width",
+        "x + i <= s.out_width",
+        ("tests/ops/test_frames.py", "-k", "test_cuda"),
+    ),
+    Fault(
+        "gather_ends_rows_at_the_height",
+        "gather.cu",
+        "clamp_to_image(x + plan.shift_x, frames.width)",
+        "clamp_to_image(x + plan.shift_x, frames.height)",
+        ("tests/buffer/test_buffer_cuda.py", "-k", "dtype0-shift-device"),
+    ),
+]
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    for old in folder.glob("*/*.cu"):
+        if not any((fault.name, fault.file) == (old.parent.name, old.name) for fault in FAULTS):
+            shutil.rmtree(old.parent)
+    for fault in FAULTS:
+        try:
+            text = fault.source()
+        except ValueError as error:  # test_faults.py fails by it; the kernels can be tried all the same
+            print(error, file=sys.stderr)
+            continue
+        out = folder / fault.name / fault.file
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if not out.is_file() or out.read_text() != text:  # what did not change is not compiled again
+            out.write_text(text)

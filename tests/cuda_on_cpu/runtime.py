@@ -1,0 +1,120 @@
+"""torch.cuda for a device whose work is done when its call returns."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+
+class Stream:
+    """A stream that never has anything to do."""
+
+    def __init__(self, device: Any = None, priority: int = 0, handle: int = 0, **_: Any) -> None:
+        self.device = torch.device("cuda", 0)
+        self.priority = priority
+        self.cuda_stream = handle
+
+    def wait_stream(self, stream: "Stream") -> None: ...
+    def wait_event(self, event: "Event") -> None: ...
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def record_event(self, event: "Event | None" = None) -> "Event":
+        return event or Event()
+
+
+class Event:
+    """An event that has happened."""
+
+    def __init__(self, **_: Any) -> None: ...
+    def record(self, stream: Stream | None = None) -> None: ...
+    def wait(self, stream: Stream | None = None) -> None: ...
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+
+class _Context:
+    """torch.cuda.device: there is one."""
+
+    def __init__(self, device: Any) -> None: ...
+    def __enter__(self) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
+
+
+_default = Stream()
+_thread = threading.local()  # current: its stream
+
+
+def _current_stream(device: Any = None) -> Stream:
+    return getattr(_thread, "current", _default)
+
+
+@contextmanager
+def _stream(stream: Stream | None) -> Iterator[None]:
+    before = _current_stream()
+    _thread.current = stream or before
+    try:
+        yield
+    finally:
+        _thread.current = before
+
+
+class Generator(torch._C.Generator):
+    """One on "cuda" draws as one on the CPU."""
+
+    def __new__(cls, device: Any = "cpu") -> "Generator":
+        asked = torch.device(device)
+        generator = super().__new__(cls, "cpu" if asked.type == "cuda" else asked)
+        generator._asked = torch.device("cuda", 0) if asked.type == "cuda" else asked
+        return generator
+
+    @property
+    def device(self) -> torch.device:
+        return self._asked
+
+
+class CUDAGraph:
+    """A recording is not emulated: a test that makes one ends here."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pytest.skip("a CUDA graph cannot be tried without a GPU")
+
+
+def _sleep(cycles: int) -> None:
+    pytest.skip("work that comes late cannot be tried without a GPU")
+
+
+def install() -> None:
+    """Puts these in the place of torch.cuda's own."""
+    stand_ins: dict[str, Any] = {
+        "_lazy_init": lambda: None,
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "set_device": lambda device: None,
+        "get_device_name": lambda device=None: "CUDA on the CPU",
+        "get_device_capability": lambda device=None: (9, 0),
+        "mem_get_info": lambda device=None: (8 << 30, 8 << 30),
+        "is_current_stream_capturing": lambda: False,
+        "synchronize": lambda device=None: None,
+        "empty_cache": lambda: None,
+        "device": _Context,
+        "Stream": Stream,
+        "Event": Event,
+        "current_stream": _current_stream,
+        "default_stream": lambda device=None: _default,
+        "stream": _stream,
+        "CUDAGraph": CUDAGraph,
+        "_sleep": _sleep,
+    }
+    for name, value in stand_ins.items():
+        setattr(torch.cuda, name, value)
+    torch.Generator = Generator  # type: ignore[misc]
+    torch.Tensor.cuda = lambda self, device=None, non_blocking=False, **_: self.to("cuda")  # type: ignore[method-assign]
