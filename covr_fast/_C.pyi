@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 with_cuda: bool
+cuda_architectures: str
+"""What the CUDA kernels were compiled for, in CMake's syntax: "80-real,90". Empty without CUDA."""
 
 # ---- operations ----
 
