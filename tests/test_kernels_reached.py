@@ -24,6 +24,7 @@ KERNELS: dict[str, dict[str, str]] = {
     "cuda/filter.cu": {"exploration_filter_cuda": "exploration_threshold"},
     "cuda/frames.cu": {"window_cuda": "window"},
     "cuda/gather.cu": {"Replay.gather_cuda": "Replay.sample"},
+    "cuda/pixels.cu": {"window_cuda": "window", "Replay.gather_cuda": "Replay.sample"},
     "cuda/returns.cu": {
         "discounted_returns_cuda": "discounted_returns",
         "horizon_returns_cuda": "horizon_returns",
