@@ -50,7 +50,7 @@ class Selection:
         """int64[K], which samples were kept, as positions in D_f; and what is logged of D_f and the filter.
 
         Raises:
-            DivergedError: a return or the entropy is NaN or infinite.
+            DivergedError: a return, or on a GPU the entropy, is NaN or infinite.
         """
         indices, count, tau, cutoff, entropy = self._result.read()
         if count < 0:

@@ -25,6 +25,14 @@ def test_on_a_cpu_a_lane_does_nothing():
     streams.receive(torch.zeros(3))
 
 
+def test_what_is_on_the_host_is_sent_nowhere_and_fetched_without_waiting():
+    values = torch.arange(3)
+    assert streams.send(values, CPU) is values
+    fetched = streams.Fetch(values)
+    assert not fetched.waits
+    assert fetched.read()[0] is values
+
+
 class FakeStream:
     """Writes down what would happen on it."""
 
@@ -177,6 +185,27 @@ def test_memory_that_a_lane_reads_is_not_given_away():
         torch.full_like(source, -1)  # would take it
     streams.receive(result)
     assert torch.equal(result, expected)
+
+
+@pytest.mark.needs_cuda
+def test_a_fetch_waits_for_what_it_copies_and_for_nothing_later():
+    def sent_and_fetched() -> streams.Fetch:
+        return streams.Fetch(streams.send(torch.arange(1000), torch.device("cuda")) * 2)
+
+    sent_and_fetched().read()  # pinned memory is allocated
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.cuda._sleep(LATE)
+        fetched = sent_and_fetched()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda._sleep(LATER)
+    end = torch.cuda.Event()
+    end.record()
+    assert fetched.waits
+    assert torch.equal(fetched.read()[0], torch.arange(1000) * 2)
+    assert not end.query()
+    torch.cuda.synchronize()
 
 
 @pytest.mark.needs_cuda

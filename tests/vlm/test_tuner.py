@@ -515,6 +515,25 @@ def test_the_held_out_loss_is_per_token_and_knows_no_weights(nano):
         assert mean_nll(model, samples, rows, images, 2) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("overlap", [False, True])
+def test_returns_on_a_gpu_are_weighed_there(nano, overlap):
+    frames, actions = colours(10)
+    returns = torch.linspace(0, 1, 10)
+    weighed = Samples.build(nano.grammar, frames, actions, returns.cuda())
+    torch.testing.assert_close(weighed.weights, ops.return_weights(returns))
+    tuner = quick(nano, epochs=1, overlap=overlap)
+
+    def run(returns: torch.Tensor):
+        tuner.start(frames, actions, returns.cuda())
+        return tuner.wait()
+
+    with pytest.raises(ValueError, match="returns must be finite"):
+        run(returns.where(returns < 0.5, torch.nan))
+    assert tuner.rounds == 0
+    assert run(returns).round == 1
+
+
 def test_samples_of_any_weight_are_held_out_but_not_the_best(nano):
     frames, actions = colours(10)
     returns = torch.tensor([0.0, 1, 2, 9, 3, 1, 0, 2, 1, 3])  # one of non-zero weight
