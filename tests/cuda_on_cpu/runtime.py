@@ -104,6 +104,7 @@ def install() -> None:
         "mem_get_info": lambda device=None: (8 << 30, 8 << 30),
         "is_current_stream_capturing": lambda: False,
         "synchronize": lambda device=None: None,
+        "set_sync_debug_mode": lambda mode: None,  # nothing waits here
         "empty_cache": lambda: None,
         "device": _Context,
         "Stream": Stream,
