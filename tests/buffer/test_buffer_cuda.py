@@ -42,3 +42,17 @@ def test_errors_say_why():
     elif not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="no CUDA device"):
             make(device="cuda")
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("frame", [(3, 13, 11), (1, 16, 12), (2, 12, 16)])
+@pytest.mark.parametrize("augment", [None, "shift", "crop"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16])
+def test_batches_in_either_layout_are_equal(frame, augment, dtype):
+    on_cpu, on_gpu = (make(frame=frame, steps=40, device=device) for device in ("cpu", "cuda"))
+    for layout in (torch.contiguous_format, torch.channels_last):
+        options = {"augment": augment, "pad": 2, "dtype": dtype, "memory_format": layout}
+        a, b = on_cpu.buffer.sample(9, **options), on_gpu.buffer.sample(9, **options)
+        assert b.obs.is_contiguous(memory_format=layout)
+        assert torch.equal(a.obs, b.obs.cpu())
+        assert torch.equal(a.next_obs, b.next_obs.cpu())

@@ -13,6 +13,6 @@ mkdir -p "$folder"
 {
   cmake -S tests/cuda_on_cpu -B "$folder" -G Ninja -DCMAKE_BUILD_TYPE=None -DCOVR_SANITIZE="${2:-}" \
     -DPython_EXECUTABLE="$python" -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" &&
-    cmake --build "$folder" --target "${3:-extension}" device_guard
+    cmake --build "$folder" --target "${3:-extension}" emulator_test device_guard
 } >"$folder/build.log" 2>&1 || { cat "$folder/build.log" >&2; exit 1; }
 realpath "$folder"/_C*.so

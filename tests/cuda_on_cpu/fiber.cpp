@@ -12,6 +12,7 @@
 #endif
 #endif
 #ifdef COVR_ASAN
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -57,6 +58,12 @@ size_t g_caller_bytes = 0;
 #endif
 
 }  // namespace
+
+Fiber::Fiber(char* stack, size_t bytes) : stack_(stack), bytes_(bytes) {
+#ifdef COVR_ASAN
+  __asan_unpoison_memory_region(stack, bytes);  // what a function left there that was given up
+#endif
+}
 
 void Fiber::begin(const std::function<void()>* body) {
   body_ = body;

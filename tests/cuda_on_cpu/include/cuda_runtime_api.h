@@ -104,7 +104,9 @@ inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 
-// All memory of the host is the device's.
-constexpr unsigned cudaHostRegisterPortable = 1, cudaHostRegisterMapped = 2;
-inline cudaError_t cudaHostRegister(void*, size_t, unsigned) { return cudaSuccess; }
-inline cudaError_t cudaHostUnregister(void*) { return cudaSuccess; }
+// All memory is the device's anyway.
+constexpr unsigned cudaHostRegisterDefault = 0, cudaHostRegisterPortable = 1, cudaHostRegisterMapped = 2;
+inline cudaError_t cudaHostRegister(void* data, size_t, unsigned) {
+  return data ? cudaSuccess : cudaErrorInvalidValue;
+}
+inline cudaError_t cudaHostUnregister(void* data) { return data ? cudaSuccess : cudaErrorInvalidValue; }

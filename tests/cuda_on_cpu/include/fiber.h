@@ -9,7 +9,7 @@ namespace emulator {
 class Fiber {
  public:
   // Stacks are the caller's, `bytes` each, and stay valid.
-  Fiber(char* stack, size_t bytes) : stack_(stack), bytes_(bytes) {}
+  Fiber(char* stack, size_t bytes);
 
   // The next resume() begins `body`, which must not throw. What ran before is forgotten.
   void begin(const std::function<void()>* body);
