@@ -69,7 +69,8 @@ def training(model: str, device: str) -> Iterator[Row]:
     # All weights are an option for nano only: 3 B weights with Adam's moments take 50 GB.
     for mode in ("lora", "full") if model == "nano" else ("lora",):
         prior = open_prior(model, action_dim=2, device=device)
-        config = TunerConfig(mode=mode, lora_rank=32, epochs=2, micro_batch=64)
+        micro_batch = 64 if model == "nano" else 16  # by memory
+        config = TunerConfig(mode=mode, lora_rank=32, epochs=2, micro_batch=micro_batch)
         tuner = VLMTuner(prior, config)
         for _ in range(2):  # the first round warms up
             tuner.start(frames, actions, torch.ones(samples))

@@ -141,10 +141,11 @@ tests/a.py::test_two[x y] FAILED                              [ 20%]
 [gw3] [ 30%] FAILED tests/a.py::test_three[1-2]
 [gw0] [ 31%] PASSED tests/a.py::test_four
 ERROR tests/b.py::test_five - ValueError: no
+ERROR tests/c.py - ImportError while importing test module
 FAILED tests/a.py::test_two[x y] - assert 1 == 2
 """
     assert failures(output) == [
-        "tests/a.py::test_two[x y]", "tests/a.py::test_three[1-2]", "tests/b.py::test_five"
+        "tests/a.py::test_two[x y]", "tests/a.py::test_three[1-2]", "tests/b.py::test_five", "tests/c.py"
     ]  # fmt: skip
 
 
