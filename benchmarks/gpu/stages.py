@@ -80,7 +80,7 @@ def stages(device: str, capability: str, report: Path) -> list[Stage]:
         sanitizer("memcheck", 40, 150),
         sanitizer("racecheck", 75, 150),
         Stage(
-            "compiled update",
+            "compiled",
             script("bench_update.py", *update, "--kinds", "eager", "compile", "compile + graph"),
             50, 120, "--json",
         ),
@@ -109,7 +109,7 @@ def rehearsal(report: Path) -> list[Stage]:
         tests(["tests/test_cuda_graph.py"], report, 5, 120),
         Stage("memcheck", [*selected, SMALL_TESTS[0]], 5, 120),
         Stage("racecheck", [*selected, SMALL_TESTS[1]], 5, 120),
-        Stage("compiled update", script("bench_update.py", *update), 5, 120, "--json"),
+        Stage("compiled", script("bench_update.py", *update), 5, 120, "--json"),
     ]  # fmt: skip
     built, *rest = (replace(stage, environment=tiny) for stage in made)
     return [built, *(replace(stage, group="rehearsal") for stage in rest)]
@@ -154,7 +154,7 @@ def operations(marked: str) -> list[Stage]:
         "returns": ("return_weights or test_returns", 12.0),
         "tree": ("sum_tree", 8.0),
         "frames": ("random_shift", 8.0),
-        "linear cross-entropy": ("cross_entropy", 50.0),
+        "linear": ("cross_entropy", 50.0),
     }
     return [
         Stage(name, suite("bench_ops.py", marked, "-k", tests), usual, usual + 50, "--benchmark-json")
