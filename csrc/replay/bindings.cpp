@@ -186,8 +186,8 @@ class PyReplay : public Replay {
                    uintptr_t stream) {
     const int64_t rows = plans.shape[0];
     require_shape("plans", plans.shape, {rows, sizeof(StackPlan)});
-    check_target(key, target, out, rows, Device::kCuda);
     target.dtype = out.dtype;
+    check_target(key, target, out, rows, Device::kCuda);
     covr::gather_cuda(keys()[key].frames, reinterpret_cast<StackPlan*>(plans.data), rows, target, out.data,
                       stream);
   }
