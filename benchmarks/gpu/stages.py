@@ -60,20 +60,20 @@ def stages(device: str, capability: str, report: Path) -> list[Stage]:
     qwen = ["--model", "qwen-3b-random"]
     update = ["--device", "cuda", "--augment", "shift", "--repeats", "3"]
     return [
-        Stage("build", [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], 50, 150, "", build),
+        Stage("build", [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], 25, 150, "", build),
         Stage("smoke", script("gpu/smoke.py", "--device", "cuda"), 20, 90),
-        gather("needs_cuda", 15, 60),
+        gather("needs_cuda", 16, 60),
         Stage("update", script("bench_update.py", *update, "--kinds", "eager", "graph"), 25, 90, "--json"),
         *operations("needs_cuda"),
         Stage(
             "prior",
             script("bench_prior.py", "--device", "cuda", "--batch", "64", "--rounds", "3", *qwen),
-            50, 120, "--json",
+            65, 150, "--json",
         ),
         Stage(
             "overlap",
-            script("bench_overlap.py", *qwen, "--repeats=2", "--samples=128", "--epochs=2", "--steps=1000"),
-            50, 120, "--json",
+            script("bench_overlap.py", *qwen, "--repeats=2", "--samples=64", "--epochs=2", "--steps=800"),
+            70, 150, "--json",
         ),
         Stage("train", script("gpu/train.py", "--device", "cuda", "--seconds", "120"), 130, 180, "--json"),
         tests(needing_cuda(), report, 75, 150),
@@ -150,9 +150,9 @@ def gather(marked: str, usual: float, limit: float) -> Stage:
 def operations(marked: str) -> list[Stage]:
     """A process each: after an illegal access, a process can use the device no more."""
     chosen = {
-        "filter": ("filter", 10.0),
-        "returns": ("return_weights or test_returns", 12.0),
-        "tree": ("sum_tree", 8.0),
+        "filter": ("filter", 8.0),
+        "returns": ("return_weights or test_returns", 20.0),
+        "tree": ("sum_tree", 12.0),
         "frames": ("random_shift", 8.0),
         "linear": ("cross_entropy", 50.0),
     }
