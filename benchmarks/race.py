@@ -77,32 +77,37 @@ def steady(function: Function, device: str = "cpu") -> float:
     return begin.elapsed_time(end) / 1e4
 
 
-def on_device(function: Function, calls: int = 10, *, record: bool = True) -> tuple[float, str]:
-    """Seconds that the device needs for one call, and how they were measured.
+def on_device(function: Function, calls: int = 10, *, record: bool = True) -> tuple[float, str] | None:
+    """Seconds that the device needs for one call, and how they were measured; None if neither way works.
 
     "graph": `calls` of them recorded as one CUDA graph, the best of six replays. The gaps between the
     kernels of a call are in it, launches from Python are not. "kernels": the sum of the kernels and copies
-    of a call in a profile, for functions that wait for the device, or with `record=False`.
+    of a call in a profile, for functions that wait for the device, or with `record=False`. Measure with it
+    last: a failed recording may leave the default generator unusable.
     """
     if record:
         try:
             return _replayed(function, calls), "graph"
         except RuntimeError:
             torch.cuda.synchronize()
-    return _profiled(function, calls), "kernels"
+    try:
+        seconds = _profiled(function, calls)
+    except RuntimeError:
+        return None
+    return (seconds, "kernels") if seconds else None  # a machine may keep profilers from the device
 
 
 def _replayed(function: Function, calls: int) -> float:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(side):  # which a failed recording would leave current
         for _ in range(3):  # what is made once only is made before the recording
             function()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side):
-        for _ in range(calls):
-            function()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=side):
+            for _ in range(calls):
+                function()
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
     def replay() -> float:

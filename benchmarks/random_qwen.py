@@ -6,6 +6,7 @@ and single digits, so prompts and answers have about as many tokens as with the 
 
 import json
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -88,21 +89,29 @@ def random_prior(
     decimals: int = 2,
     graph: bool = False,
 ) -> ActionPrior:
+    """A prior of a shape in SHAPES; its weights come from the default generator of the device."""
+    model, processor = random_model(name, device)
+    settings = Settings(name, 0, action_dim, decimals, prompt, str(model.dtype).removeprefix("torch."))
+    return ActionPrior(QwenVL(model, processor), settings, graph=graph)
+
+
+@cache
+def random_model(name: str, device: torch.device) -> tuple[Model, Any]:
+    """The model and its processor, which all priors of the process share: a tuner's adapters, too."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     words = tokenizer()
     config = configuration(SHAPES[name], words)
     with tempfile.TemporaryDirectory() as folder, quiet():
         write_processor(Path(folder), config, words)
         processor = load_processor(folder, config)
-    with device, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), quiet():
-        torch.manual_seed(0)
+    with device, quiet():
         attention = choose_attention("auto", device, dtype)
-        model = Model._from_config(config, dtype=dtype, attn_implementation=attention)
-    ends = {"eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
-    model.generation_config = GenerationConfig(**ends)
+        model = Model._from_config(config, dtype=dtype, attn_implementation=attention).eval()
+    model.generation_config = GenerationConfig(
+        eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id
+    )
     model.name_or_path = config.name_or_path = name
-    settings = Settings(name, 0, action_dim, decimals, prompt, str(dtype).removeprefix("torch."))
-    return ActionPrior(QwenVL(model.eval(), processor), settings, graph=graph)
+    return model, processor
 
 
 def configuration(shape: dict[str, dict[str, Any]], words: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:

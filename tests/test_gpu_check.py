@@ -48,7 +48,7 @@ def test_what_does_not_fit_is_left_out_from_the_end():
 def test_figures_come_alone_and_before_tests_and_sanitizers():
     together = [[stage.name for stage in group] for group in groups(CUDA)]
     assert together[:2] == [["build"], ["smoke"]]
-    assert together[-2:] == [["tests", "memcheck", "racecheck"], ["compiled update"]]
+    assert together[-2:] == [["tests", "memcheck", "racecheck"], ["compiled"]]
     assert all(len(group) == 1 or not any(stage.figures for stage in group) for group in groups(CUDA))
 
 
@@ -141,10 +141,11 @@ tests/a.py::test_two[x y] FAILED                              [ 20%]
 [gw3] [ 30%] FAILED tests/a.py::test_three[1-2]
 [gw0] [ 31%] PASSED tests/a.py::test_four
 ERROR tests/b.py::test_five - ValueError: no
+ERROR tests/c.py - ImportError while importing test module
 FAILED tests/a.py::test_two[x y] - assert 1 == 2
 """
     assert failures(output) == [
-        "tests/a.py::test_two[x y]", "tests/a.py::test_three[1-2]", "tests/b.py::test_five"
+        "tests/a.py::test_two[x y]", "tests/a.py::test_three[1-2]", "tests/b.py::test_five", "tests/c.py"
     ]  # fmt: skip
 
 

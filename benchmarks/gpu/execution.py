@@ -156,7 +156,7 @@ def _said(text: str, lines: int) -> list[str]:
 
 
 _FAILED = [
-    re.compile(r"^(?:\[gw\d+\] \[[ \d]+%\] )?(?:FAILED|ERROR) (tests/\S+::.*?)(?: - .*)?$"),  # xdist, summary
+    re.compile(r"^(?:\[gw\d+\] \[[ \d]+%\] )?(?:FAILED|ERROR) (tests/\S+\.py(?:::.*?)?)(?: - .*)?$"),
     re.compile(r"^(tests/\S+::.*?) (?:FAILED|ERROR)(?: +\[ *\d+%\])?$"),
 ]
 

@@ -60,5 +60,5 @@ def stage_targets(result: dict[str, Any], stage: str) -> list[str]:
 def measured(result: dict[str, Any], target: Target) -> float | None:
     try:
         return target.value(result["stages"][target.stage]["figures"])
-    except KeyError:
+    except (KeyError, TypeError):  # not measured, or without what it needs
         return None

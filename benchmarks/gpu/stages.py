@@ -35,7 +35,7 @@ class Stage:
     name: str
     command: Sequence[str]
     usual: float
-    """Seconds that it takes on an H100 with 16 cores; what fits is planned by it."""
+    """Seconds that it takes on a machine with an H200 and 16 cores; what fits is planned by it."""
     limit: float
     """Seconds after which it is ended."""
     figures: str = ""
@@ -60,28 +60,29 @@ def stages(device: str, capability: str, report: Path) -> list[Stage]:
     qwen = ["--model", "qwen-3b-random"]
     update = ["--device", "cuda", "--augment", "shift", "--repeats", "3"]
     return [
-        Stage("build", [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], 60, 180, "", build),
-        Stage("smoke", script("gpu/smoke.py", "--device", "cuda"), 25, 90),
-        gather("needs_cuda", 20, 60),
+        Stage("build", [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], 25, 150, "", build),
+        Stage("smoke", script("gpu/smoke.py", "--device", "cuda"), 20, 90),
+        gather("needs_cuda", 16, 60),
         Stage("update", script("bench_update.py", *update, "--kinds", "eager", "graph"), 25, 90, "--json"),
         *operations("needs_cuda"),
         Stage(
             "prior",
             script("bench_prior.py", "--device", "cuda", "--batch", "64", "--rounds", "3", *qwen),
-            60, 120, "--json",
+            65, 150, "--json",
         ),
         Stage(
             "overlap",
-            script("bench_overlap.py", *qwen, "--repeats=2", "--samples=128", "--epochs=2", "--steps=1000"),
-            60, 120, "--json",
+            script("bench_overlap.py", *qwen, "--repeats=2", "--samples=64", "--epochs=2", "--steps=800"),
+            70, 150, "--json",
         ),
-        Stage("train", script("gpu/train.py", "--device", "cuda", "--seconds", "120"), 135, 200, "--json"),
-        tests(needing_cuda(), report, 120, 180),
-        *(sanitizer(tool, 150, 200) for tool in ("memcheck", "racecheck")),
+        Stage("train", script("gpu/train.py", "--device", "cuda", "--seconds", "120"), 130, 180, "--json"),
+        tests(needing_cuda(), report, 75, 150),
+        sanitizer("memcheck", 40, 150),
+        sanitizer("racecheck", 75, 150),
         Stage(
-            "compiled update",
+            "compiled",
             script("bench_update.py", *update, "--kinds", "eager", "compile", "compile + graph"),
-            60, 150, "--json",
+            50, 120, "--json",
         ),
     ]  # fmt: skip
 
@@ -108,7 +109,7 @@ def rehearsal(report: Path) -> list[Stage]:
         tests(["tests/test_cuda_graph.py"], report, 5, 120),
         Stage("memcheck", [*selected, SMALL_TESTS[0]], 5, 120),
         Stage("racecheck", [*selected, SMALL_TESTS[1]], 5, 120),
-        Stage("compiled update", script("bench_update.py", *update), 5, 120, "--json"),
+        Stage("compiled", script("bench_update.py", *update), 5, 120, "--json"),
     ]  # fmt: skip
     built, *rest = (replace(stage, environment=tiny) for stage in made)
     return [built, *(replace(stage, group="rehearsal") for stage in rest)]
@@ -149,14 +150,14 @@ def gather(marked: str, usual: float, limit: float) -> Stage:
 def operations(marked: str) -> list[Stage]:
     """A process each: after an illegal access, a process can use the device no more."""
     chosen = {
-        "filter": ("filter", 15.0),
+        "filter": ("filter", 8.0),
         "returns": ("return_weights or test_returns", 20.0),
-        "tree": ("sum_tree", 15.0),
-        "frames": ("random_shift", 15.0),
-        "linear cross-entropy": ("cross_entropy", 40.0),
+        "tree": ("sum_tree", 12.0),
+        "frames": ("random_shift", 8.0),
+        "linear": ("cross_entropy", 50.0),
     }
     return [
-        Stage(name, suite("bench_ops.py", marked, "-k", tests), usual, 3 * usual + 60, "--benchmark-json")
+        Stage(name, suite("bench_ops.py", marked, "-k", tests), usual, usual + 50, "--benchmark-json")
         for name, (tests, usual) in chosen.items()
     ]
 

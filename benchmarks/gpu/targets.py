@@ -96,15 +96,15 @@ TARGETS = [
     Target("tree", "update + draw 256 of 1e6", on_device("sum_tree"), 15e-6, False, "us"),
     Target("frames", "random shift of 256, of copy bandwidth", share_of_limit("shift"), 0.6, True, "%"),
     Target(
-        "linear cross-entropy", "all rows, speed against Liger's",
+        "linear", "all rows, speed against Liger's",
         gain(seconds("liger", *_ALL), seconds("ours", *_ALL)), 0.9, True, "x",
     ),
     Target(
-        "linear cross-entropy", "half the rows weightless, speed against all rows",
+        "linear", "half the rows weightless, speed against all rows",
         gain(seconds("ours, all rows", *_HALF), seconds("ours", *_HALF)), 1.8, True, "x",
     ),
     Target(
-        "linear cross-entropy", "frozen head, speed against a trained one",
+        "linear", "frozen head, speed against a trained one",
         gain(seconds("ours", *_ALL), seconds("ours", *_FROZEN)), 1.4, True, "x",
     ),
     Target(
