@@ -5,11 +5,11 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 PY := $(VENV)/bin/python
-NATIVE := setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/* kernels/cuda/*)
+NATIVE := setup.py CMakeLists.txt $(wildcard cmake/* csrc/* csrc/*/* kernels/cuda/*)
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp kernels/cuda/*.h kernels/cuda/*.cu \
   tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/*.cu tests/cuda_on_cpu/include/*.h)
 
-.PHONY: demo test package sanitize lint format gpu-check clean system
+.PHONY: demo test package sanitize compilers lint format gpu-check clean system
 
 demo: $(VENV)/train.stamp
 	$(VENV)/bin/covr-fast train carracing
@@ -28,6 +28,10 @@ package: | system
 # The C++ once more, under address, undefined-behaviour and thread sanitizers.
 sanitize: $(VENV)/dev.stamp
 	PYTHON=$(PY) tests/sanitize.sh
+
+# The C++ by g++-11 and clang, which have to be installed.
+compilers: $(VENV)/dev.stamp
+	PYTHON=$(PY) tests/compilers.sh
 
 # On a machine with a CUDA device: build, figures, a run, tests and sanitizers, in less than ten minutes. WHEELS=DIR
 # without internet, OUT=DIR for the results, MINUTES=N and STAGES="NAME ..." for less of it.

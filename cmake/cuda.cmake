@@ -10,7 +10,7 @@ set(COVR_WANTED_ARCHITECTURES 80 90 100 120)
 # The compiler that CMake takes: the one configured before, $CUDACXX, or nvcc on PATH.
 function(covr_find_nvcc NVCC OBSTACLE)
   if(CMAKE_CUDA_COMPILER)
-    set(nvcc "${CMAKE_CUDA_COMPILER}")
+    get_filename_component(nvcc "${CMAKE_CUDA_COMPILER}" PROGRAM)
   elseif(NOT "$ENV{CUDACXX}" STREQUAL "")
     get_filename_component(nvcc "$ENV{CUDACXX}" PROGRAM)
   else()
