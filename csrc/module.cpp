@@ -9,6 +9,7 @@ void bind_finite(py::module_& m);
 void bind_frames(py::module_& m);
 void bind_loss(py::module_& m);
 void bind_output_pool(py::module_& m);
+void bind_pinned(py::module_& m);
 void bind_replay(py::module_& m);
 void bind_returns(py::module_& m);
 void bind_sum_tree(py::module_& m);
@@ -29,6 +30,7 @@ PYBIND11_MODULE(_C, m) {
   covr::bind_frames(m);
   covr::bind_loss(m);
   covr::bind_output_pool(m);
+  covr::bind_pinned(m);
   covr::bind_replay(m);
   covr::bind_returns(m);
   covr::bind_sum_tree(m);

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import _C
 from .options import Options
+from .pinned import pinned_empty
 
 # The memory of the C++ object: one entry per stream, or one per row of transitions.
 _CORE = {
@@ -61,7 +62,7 @@ class Storage:
             self.tensors[f"frames.{key.name}"] = frames
             if frames.is_cuda:
                 shape = (num_envs, key.stack + 1, *key.frame_shape)
-                self._recent[key.name] = torch.empty(shape, dtype=key.dtype, device="cpu", pin_memory=True)
+                self._recent[key.name] = pinned_empty(shape, key.dtype, device)
             for name, (size, dtype) in _OF_KEY.items():
                 self.tensors[f"{name}.{key.name}"] = torch.zeros(sizes[size], dtype=dtype, device="cpu")
         for tensor in self.tensors.values():
@@ -167,10 +168,12 @@ def _frame_rings(options: Options, rows_per_stream: int, device: torch.device, p
         raise MemoryError(short)
     try:
         rings = [
-            torch.empty(shape, dtype=key.dtype, device="cpu" if pinned else device, pin_memory=pinned)
+            pinned_empty(shape, key.dtype, device)
+            if pinned
+            else torch.empty(shape, dtype=key.dtype, device=device)
             for key, shape in zip(options.keys, shapes, strict=True)
         ]
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if short is None:
             raise
         raise MemoryError(short) from error

@@ -15,10 +15,10 @@ struct PixelSource {
   const uint8_t* frames;
   int stack, channels;
   ImageSize size;
-  const StackPlan* plans;
-  int64_t slots;  // of a ring
-  const int64_t* offsets;
-  int pad;
+  const StackPlan* plans = nullptr;
+  int64_t slots = 0;  // of a ring
+  const int64_t* offsets = nullptr;
+  int pad = 0;
 };
 
 // Images [rows, stack * channels, height, width]; channels_last: [rows, height, width, stack * channels].
