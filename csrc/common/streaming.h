@@ -12,6 +12,9 @@
 
 namespace covr {
 
+// Results that fit the last-level cache are about to be read from it.
+constexpr bool is_worth_streaming(int64_t bytes) { return bytes > (4 << 20); }
+
 // Sixteen bytes to an address that is a multiple of 16.
 COVR_HD void stream16(void* out, const void* in) {
 #ifdef __SSE2__

@@ -6,6 +6,7 @@
 
 #include "common/border.h"
 #include "common/parallel.h"
+#include "common/streaming.h"
 
 namespace covr {
 namespace {
@@ -17,6 +18,7 @@ void window_images(T* out, const uint8_t* frames, const int64_t* offsets, const 
   const int64_t image_plane = int64_t{s.image.height} * s.image.width;
   const int64_t plane = int64_t{s.window.height} * s.window.width, pixels = s.channels * plane;
   const int64_t grain = std::max<int64_t>(1, kGrainPixels / std::max<int64_t>(pixels, 1));
+  const bool streaming = is_worth_streaming(s.batch * pixels * static_cast<int64_t>(sizeof(T)));
   parallel_for_each(s.batch, grain, threads, [&](int64_t image) {
     const ImageShift shift{shift_of(offsets[2 * image], pad, s.image.height, s.window.height),
                            shift_of(offsets[2 * image + 1], pad, s.image.width, s.window.width)};
@@ -28,9 +30,10 @@ void window_images(T* out, const uint8_t* frames, const int64_t* offsets, const 
       } else {
         uint8_t* cut = pixel_scratch(plane);
         cut_plane(from, s.image, shift, s.window, cut);
-        convert_pixels(cut, to, plane, false);
+        convert_pixels(cut, to, plane, streaming);
       }
     }
+    if (streaming) finish_streaming();
   });
 }
 

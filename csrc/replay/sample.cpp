@@ -94,8 +94,7 @@ void Replay::gather_key(size_t key, const ObservationsOut& out, int threads) con
   for (const StackPlan& plan : plans)
     __builtin_prefetch(frames.data + stack_slot(plan, frames.slots, 0) * frames.frame_bytes());
   const int64_t bytes = to.target.row_bytes(frames);
-  // Batches that fit the last-level cache are about to be read from it.
-  const bool streaming = out.rows() * bytes > (4 << 20);
+  const bool streaming = is_worth_streaming(out.rows() * bytes);
   parallel_for(out.rows(), 4, threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       gather_observation(frames, plans[i], to.target, to.obs.data + i * bytes, streaming);
