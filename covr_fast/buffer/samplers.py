@@ -101,9 +101,9 @@ class DrawSequence:
         self._core = core
         self._count = 0
         self._lock = threading.Lock()
-        self._recency, self._floor = 1.0, 1
+        self._recency = _C.Recency()
         if isinstance(sampler, Recent):
-            self._recency, self._floor = sampler.eta**1000, sampler.floor
+            self._recency = _C.Recency(sampler.eta**1000, sampler.floor)
         self.beta, self._priorities = 0.0, None
         if isinstance(sampler, Prioritized):
             self.beta = sampler.beta
@@ -122,7 +122,7 @@ class DrawSequence:
     def draw(self, number: int, request: _C.BatchOut, threads: int) -> None:
         """Draws the ids of batch `number` into the request, and fills it."""
         if self._priorities is None:
-            self._core.sample(request, self.seed, number, self._recency, self._floor, threads)
+            self._core.sample(request, self.seed, number, self._recency, threads)
         else:
             self._core.sample_prioritized(request, self.seed, number, self.beta, threads)
 

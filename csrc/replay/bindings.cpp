@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <mutex>
 #include <numeric>
@@ -62,8 +63,17 @@ class PyReplay : public Replay {
     require_shape("written", written.shape, {num_envs()});
     require_shape("newest", newest.shape, {rows()});
     require_shape("depth", depth.shape, {rows()});
-    Replay::add_key({std::move(name), frames.dtype, channels_last, frames.device, layout("frames", frames),
-                     layout("recent", recent), written, newest, depth});
+    ObservationKey key;
+    key.frames = layout("frames", frames);
+    key.written = written.data;
+    key.newest = newest.data;
+    key.depth = depth.data;
+    key.name = std::move(name);
+    key.dtype = frames.dtype;
+    key.input_channels_last = channels_last;
+    key.device = frames.device;
+    key.recent = layout("recent", recent);
+    Replay::add_key(std::move(key));
   }
 
   // values: [rows, ...].
@@ -140,11 +150,10 @@ class PyReplay : public Replay {
     priorities_->set(*this, at_ids, values, n);
   }
 
-  void sample(const BatchOut& out, uint64_t seed, uint64_t batch, double recency, int64_t recency_floor,
-              int threads) {
+  void sample(const BatchOut& out, uint64_t seed, uint64_t batch, const Recency& recency, int threads) {
     check_columns(out);
     std::shared_lock guard(lock);
-    draw(seed, batch, recency, recency_floor, out.ids.data, out.rows());
+    draw(seed, batch, recency, out.ids.data, out.rows());
     std::fill_n(out.weight.data, out.rows(), 1.0f);
     fill(out, seed, batch, threads);
   }
@@ -218,7 +227,7 @@ class PyReplay : public Replay {
 
   void check_stored(View<int64_t, 1> ids) const {
     for (int64_t i = 0; i < ids.size(); ++i)
-      if (find(ids[i]) < 0)
+      if (tables().find(ids[i]) < 0)
         throw std::out_of_range("transition " + std::to_string(ids[i]) +
                                 " is not in the buffer: it was overwritten or never added");
   }
@@ -297,10 +306,10 @@ struct Lock {
   void release() { exclusive ? replay.lock.unlock() : replay.lock.unlock_shared(); }
 
   Ids rows(const Ids& ids) const {
-    return mapped(ids, [&](int64_t id) { return replay.find(id); });
+    return mapped(ids, [&](int64_t id) { return replay.tables().find(id); });
   }
   Ids ids_in_rows(const Ids& rows) const {
-    return mapped(rows, [&](int64_t row) { return replay.id_in_row(row); });
+    return mapped(rows, [&](int64_t row) { return replay.tables().id_in_row(row); });
   }
 
  private:
@@ -311,6 +320,13 @@ struct Lock {
     return out;
   }
 };
+
+// The part recency^u of every stream; see tables.h.
+Recency recency_of(double recency, int64_t floor) {
+  Recency made{.uniform = false, .floor = floor};
+  for (double& root : made.roots) root = recency = std::sqrt(recency);
+  return made;
+}
 
 std::unique_ptr<PyReplay> make_replay(int64_t capacity, int64_t num_envs, int64_t n_step, double gamma,
                                       View<int64_t, 1> count, View<int64_t, 1> first, View<int64_t, 1> ended,
@@ -344,6 +360,9 @@ void bind_replay(py::module_& m) {
   const auto kWithoutGil = py::call_guard<py::gil_scoped_release>();
   m.attr("stack_plan_bytes") = sizeof(StackPlan);
   py::register_exception<FrameStackError>(m, "FrameStackError", PyExc_ValueError);
+  py::class_<Recency>(m, "Recency")
+      .def(py::init<>())
+      .def(py::init(&recency_of), py::arg("recency"), py::arg("floor"));
   py::class_<GatherTarget>(m, "GatherTarget")
       .def(py::init([](bool channels_last, bool shifted, int64_t height, int64_t width) {
              return GatherTarget{{}, channels_last, shifted, height, width};
@@ -401,7 +420,7 @@ void bind_replay(py::module_& m) {
       .def("set_priorities", &PyReplay::set_priorities, py::arg("ids"), py::arg("priority"))
       // Each makes a whole batch under one lock. `get` takes the ids that are in `out`, the others draw them.
       .def("sample", &PyReplay::sample, py::arg("out"), py::arg("seed"), py::arg("batch"), py::arg("recency"),
-           py::arg("recency_floor"), py::arg("threads"), kWithoutGil)
+           py::arg("threads"), kWithoutGil)
       .def("sample_prioritized", &PyReplay::sample_prioritized, py::arg("out"), py::arg("seed"),
            py::arg("batch"), py::arg("beta"), py::arg("threads"), kWithoutGil)
       .def("get", &PyReplay::get, py::arg("out"), py::arg("seed"), py::arg("batch"), py::arg("threads"),

@@ -13,18 +13,19 @@ namespace covr {
 constexpr double kEpsilon = 1e-6;  // so that a priority of zero can still be drawn
 
 void Priorities::follow(const Replay& replay) {
+  const Tables& tables = replay.tables();
   touched_.clear();
   values_.clear();
   const auto mark = [&](int64_t env, int64_t begin, int64_t end, float value) {
     for (int64_t t = begin; t < end; ++t) {
-      touched_.push_back(replay.row(env, t));
+      touched_.push_back(tables.row(env, t));
       values_.push_back(value);
     }
   };
   for (int64_t env = 0; env < replay.num_envs(); ++env) {
     int64_t& first = bounds_.data[env];
     int64_t& ready = bounds_.data[replay.num_envs() + env];
-    const int64_t new_first = replay.first(env), new_ready = replay.ready_end(env);
+    const int64_t new_first = tables.first[env], new_ready = tables.ready_end(env);
     // In this order: a new transition may lie where an old one was.
     mark(env, first, std::min(new_first, ready), 0.0f);
     mark(env, std::max(new_first, ready), new_ready, static_cast<float>(largest_[0]));
@@ -40,14 +41,11 @@ void Priorities::draw(const Replay& replay, uint64_t seed, uint64_t batch, doubl
   const int64_t samplable = replay.samplable();
   if (samplable == 0) throw std::out_of_range(kNothingToSample);
   std::vector<double> jitter(static_cast<size_t>(n)), probability(static_cast<size_t>(n));
-  for (int64_t i = 0; i < n; ++i) {
-    const Random128 random = philox(seed, batch, static_cast<uint32_t>(i), kDrawIndex);
-    jitter[i] = unit(random.word[0], random.word[1]);
-  }
+  for (int64_t i = 0; i < n; ++i) jitter[i] = draw_jitter(seed, batch, i);
   sum_tree_draw(leaves_.data, sums_.data, leaves_.size(), jitter.data(), n, ids, probability.data());
   const double rarest = *std::min_element(probability.begin(), probability.end());
   for (int64_t i = 0; i < n; ++i) {
-    ids[i] = replay.id_in_row(ids[i]);
+    ids[i] = replay.tables().id_in_row(ids[i]);
     // The factor N cancels: the rarest draw of the batch has the largest weight.
     weight[i] = static_cast<float>(std::pow(rarest / probability[i], beta));
   }
@@ -64,7 +62,7 @@ void Priorities::set(const Replay& replay, const int64_t* ids, const double* pri
   values_.clear();
   double largest = largest_[0];
   for (int64_t i = 0; i < n; ++i) {
-    const int64_t row = replay.find_ready(ids[i]);
+    const int64_t row = replay.tables().find_ready(ids[i]);
     if (row < 0) continue;
     const auto leaf = static_cast<float>(std::pow(priority[i] + kEpsilon, alpha_));
     if (!std::isfinite(leaf))
