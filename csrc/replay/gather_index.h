@@ -15,10 +15,10 @@ struct StackPlan {
   int16_t zero_padding;      // padding is black instead of the oldest stored frame
   int16_t shift_y, shift_x;  // output pixel (y, x) reads input (y + shift_y, x + shift_x), edge-clamped
 
-  // By offsets [y, x], of which `origin` leaves the image where it is.
-  COVR_HD void shift(const int64_t* offsets, int64_t origin) {
-    shift_y = static_cast<int16_t>(offsets[0] - origin);
-    shift_x = static_cast<int16_t>(offsets[1] - origin);
+  // By offsets, of which `origin` leaves the image where it is.
+  COVR_HD void shift(int64_t y, int64_t x, int64_t origin) {
+    shift_y = static_cast<int16_t>(y - origin);
+    shift_x = static_cast<int16_t>(x - origin);
   }
 };
 

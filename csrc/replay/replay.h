@@ -62,19 +62,20 @@ struct RowsIn {
   const bool *terminated, *truncated;
 };
 
-// Where the observations of some transitions are written.
-struct ObservationsOut {
+// Where the observations of some transitions are written. All tensors are on device kOn.
+template <Device kOn>
+struct ObservationsOutOn {
   struct Key {
     GatherTarget target;
     AnyView obs;
     std::optional<AnyView> next_obs;
   };
-  View<int64_t, 1> ids;
+  View<int64_t, 1, kOn> ids;
   int64_t n_step = 1;  // next_obs is that of so many steps later
   std::vector<Key> keys{};
-  std::optional<View<int64_t, 3>> offsets{};  // [2, rows, 2] of obs and next_obs, y before x
-  int64_t offset_range = 0;                   // offsets are drawn from [0, offset_range)
-  int64_t shift_origin = 0;                   // the offset that leaves the image where it is
+  std::optional<View<int64_t, 2, kOn>> obs_offset{}, next_obs_offset{};  // [rows, 2], y before x; or neither
+  int64_t offset_range = 0;  // offsets are drawn from [0, offset_range)
+  int64_t shift_origin = 0;  // the offset that leaves the image where it is
 
   int64_t rows() const { return ids.size(); }
   // One key after the other, in their order in the buffer.
@@ -85,12 +86,16 @@ struct ObservationsOut {
 };
 
 // Where a whole batch is written.
-struct BatchOut : ObservationsOut {
-  View<float, 1> reward, discount;
-  View<bool, 1> terminated, truncated;
-  View<float, 1> weight;
+template <Device kOn>
+struct BatchOutOn : ObservationsOutOn<kOn> {
+  View<float, 1, kOn> reward, discount;
+  View<bool, 1, kOn> terminated, truncated;
+  View<float, 1, kOn> weight;
   std::vector<AnyView> columns;
 };
+
+using ObservationsOut = ObservationsOutOn<Device::kCpu>;
+using BatchOut = BatchOutOn<Device::kCpu>;
 
 // One frame that was written to where the CPU reads, and its slot of the ring that samples are read from.
 struct FrameWrite {

@@ -33,10 +33,10 @@ void Replay::gather_rows(const BatchOut& out, uint64_t seed, uint64_t batch) con
     for (size_t c = 0; c < columns_.size(); ++c)
       std::memcpy(out.columns[c].data + i * columns_[c].bytes,
                   columns_[c].values.data + at * columns_[c].bytes, static_cast<size_t>(columns_[c].bytes));
-    if (out.offsets) {
+    if (out.obs_offset) {
       const Offsets drawn = draw_offsets(seed, batch, i, out.offset_range);
-      for (int64_t j = 0; j < 4; ++j)
-        out.offsets->data[(j / 2) * out.rows() * 2 + i * 2 + j % 2] = drawn.of[j];
+      std::copy_n(drawn.of, 2, out.obs_offset->data + i * 2);
+      std::copy_n(drawn.of + 2, 2, out.next_obs_offset->data + i * 2);
     }
   }
 }
@@ -45,13 +45,15 @@ void Replay::plan(size_t key, const ObservationsOut& out, StackPlan* obs, StackP
   const KeyTable& k = keys_[key];
   for (int64_t i = 0; i < out.rows(); ++i) {
     const int64_t env = out.ids[i] % num_envs(), t = out.ids[i] / num_envs();
-    const int64_t* offsets = out.offsets ? out.offsets->data + i * 2 : nullptr;
+    const auto shift = [&](StackPlan& plan, const auto& offsets) {
+      if (offsets) plan.shift(offsets->data[i * 2], offsets->data[i * 2 + 1], out.shift_origin);
+    };
     obs[i] = k.plan(tables_.row(env, t), env * k.frames.slots, false);
-    if (offsets) obs[i].shift(offsets, out.shift_origin);
+    shift(obs[i], out.obs_offset);
     if (!next_obs) continue;
     const int64_t last = tables_.row(env, t + tables_.n_step_return(env, t, out.n_step).steps - 1);
     next_obs[i] = k.plan(last, env * k.frames.slots, true);
-    if (offsets) next_obs[i].shift(offsets + out.rows() * 2, out.shift_origin);
+    shift(next_obs[i], out.next_obs_offset);
   }
 }
 
