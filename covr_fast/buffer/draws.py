@@ -34,6 +34,7 @@ class DrawSequence:
         self._core = core
         self._priorities = priorities
         self._count = 0
+        self._launched = 0
         self._lock = threading.Lock()
         self._recency = _C.Recency()
         if isinstance(sampler, Recent):
@@ -63,6 +64,25 @@ class DrawSequence:
     def observe(self, request: _C.ObservationsOut, threads: int) -> None:
         """Fills a request for observations only, whose ids are given."""
         self._core.observe(request, threads)
+
+    @contextmanager
+    def drawing(self, number: int) -> Iterator[None]:
+        """For a block in which `launch` runs once: called there, or replayed in a CUDA graph.
+
+        Raises:
+            IndexError: nothing can be sampled yet.
+        """
+        self._launched = number
+        yield
+
+    def launch(self, request: Any, how: Any) -> None:
+        """Draws the next batch into the request. On a GPU, a CUDA graph may contain it: each of its replays
+        draws the batch after the one before."""
+        self.draw(self._launched, request, how)
+
+    def launch_priorities(self, index: Tensor, priority: Tensor) -> None:
+        """Sets priorities, both [n] on the buffer's device. On a GPU, a CUDA graph may contain it."""
+        self._core.set_priorities(index.numpy(), priority.double().numpy())
 
     @property
     def nbytes(self) -> int:
@@ -116,20 +136,16 @@ class DeviceDraws(DrawSequence):
 
     @contextmanager
     def drawing(self, number: int) -> Iterator[None]:
-        """For a block in which `launch` runs on the device once: called there, or replayed in a CUDA graph.
-
-        Raises:
-            IndexError: nothing can be sampled yet.
-        """
         if not self._core.samplable():
             raise IndexError(_C.nothing_to_sample)
         with self._counting(number):
             yield
 
     def launch(self, request: Any, plans: Any) -> None:
-        """Queues kernels that draw the next batch and fill the request. A CUDA graph may contain them: each
-        of its replays draws the batch after the one before."""
         self._mirror.core.sample(request, self._recency, plans, self._mirror.stream)
+
+    def launch_priorities(self, index: Tensor, priority: Tensor) -> None:
+        self._mirror.set_priorities(index, priority.float())
 
     @contextmanager
     def _counting(self, number: int) -> Iterator[None]:

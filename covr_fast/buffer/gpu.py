@@ -89,7 +89,10 @@ class DeviceGather(Gather):
 
     def fill(self, request: Any, draw: Draw, n: int, with_next: bool) -> None:
         with self.reading():
-            draw(request, self.mirror.plans(n, with_next))
+            draw(request, self.how(n, with_next))
+
+    def how(self, n: int, with_next: bool) -> Tensor:
+        return self.mirror.plans(n, with_next)
 
     def ids(self, index: Tensor) -> Tensor:
         return self.mirror.send(index)

@@ -130,7 +130,11 @@ class Gather:
 
     def fill(self, request: Any, draw: Draw, n: int, with_next: bool) -> None:
         """Fills what `request` names: n rows, with next_obs or without. It locks."""
-        draw(request, torch.get_num_threads())
+        draw(request, self.how(n, with_next))
+
+    def how(self, n: int, with_next: bool) -> Any:
+        """The second argument of a `Draw` for n rows, with next_obs or without."""
+        return torch.get_num_threads()
 
     def ids(self, index: Tensor) -> Tensor:
         """These ids, int64 [n] in host memory, in memory of a new batch."""

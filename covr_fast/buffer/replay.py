@@ -24,6 +24,7 @@ from .output import Augment, BatchWriter, Gather, OutputSpec
 from .prefetch import Prefetch
 from .priority_tree import PriorityTree
 from .samplers import Prioritized, Sampler, as_sampler, as_seed
+from .sampling import Sampling
 from .storage import Storage, size_text
 from .transitions import StoredTransitions, stored_rows
 
@@ -292,6 +293,31 @@ class ReplayBuffer(StoredTransitions):
         if out is not None:
             self._batches.check(out, batch_size, spec)
         return self._sample(batch_size, spec, self._draws.next_number(), out)
+
+    def sampling(
+        self,
+        batch_size: int,
+        *,
+        augment: Augment | None = None,
+        pad: int = 4,
+        dtype: torch.dtype = torch.float32,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> Sampling:
+        """`sample` with its arguments settled, for whoever draws batches itself: `SAC.update_from` records
+        sampling and update as one CUDA graph. Arguments as in `sample`."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
+        spec = self._batches.spec(augment, pad, dtype, memory_format)
+        return Sampling(
+            self._batches,
+            self._draws,
+            self._gather,
+            spec,
+            batch_size=batch_size,
+            n_step=self.n_step,
+            sample=lambda: self._sample(batch_size, spec, self._draws.next_number()),
+            update_priorities=self.update_priorities if isinstance(self.sampler, Prioritized) else None,
+        )
 
     def prefetch(
         self,
