@@ -30,7 +30,8 @@ from covr_fast.vlm import ActionPrior, TunerConfig, VLMTuner
 
 def policy_updates(config: TrainConfig, device: str) -> Callable[[int], None]:
     """n -> n updates of the preset's agent, each from a new batch, in a lane as the trainer has it."""
-    agent, sample = policy(config, device)
+    agent, sampling = policy(config, device)
+    sample = sampling.sample
     lane = Lane(torch.device(device), urgent=True)
 
     def update(count: int) -> None:
