@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from . import _C
+from .architectures import kernel_obstacle, warn_once
 from .buffer import ReplayBuffer
 from .buffer.sampling import Sampling
 from .config import TrainConfig
@@ -33,12 +33,17 @@ def replay_device(name: str, compute: torch.device) -> str:
     """Where the replay buffer stores its frames; "auto" is where the agent computes, if it can be there.
 
     Raises:
-        UserError: "cuda" without a CUDA device.
+        UserError: "cuda" without a CUDA device, or without kernels for it.
     """
-    if name == "auto":  # without CUDA kernels the frames stay on the host, and each batch is copied over
-        return "cuda" if compute.type == "cuda" and _C.with_cuda else "cpu"
+    if name == "auto":
+        if compute.type == "cuda" and (obstacle := kernel_obstacle(compute)) is not None:
+            warn_once(f"frames stay in host memory, and each batch is copied to {compute}: {obstacle}")
+            return "cpu"
+        return compute.type
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("replay.device='cuda' but torch sees no CUDA device: use --replay.device auto")
+    if name == "cuda" and (obstacle := kernel_obstacle(torch.device("cuda"))) is not None:
+        raise UserError(f"replay.device='cuda', but {obstacle}: use --replay.device auto")
     return name
 
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from ..architectures import kernel_obstacle
 from .mirror import Mirror
 from .options import Shape
 from .output import Changed, Draw, Gather
@@ -118,3 +119,5 @@ def check_device(device: torch.device, storage: Placement) -> None:
         raise RuntimeError("this build has no CUDA kernels: rebuild with nvcc on PATH and COVR_CUDA=ON")
     if not torch.cuda.is_available():
         raise RuntimeError("torch finds no CUDA device: use device='cpu'")
+    if (obstacle := kernel_obstacle(device)) is not None:
+        raise RuntimeError(f"device {device}: {obstacle}, or use device='cpu'")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from ..streams import send
 from .storage import Storage
 
 _NEXT, _BETA = 1, 3  # in the sequence: see csrc/replay/mirror.h
@@ -80,7 +81,7 @@ class Mirror:
 
     def send(self, values: Tensor) -> Tensor:
         """Values from host memory."""
-        return values.pin_memory().to(self._device, non_blocking=True)
+        return send(values, self._device)
 
     def follow(self) -> None:
         """After the tables changed: new transitions get the largest priority."""
