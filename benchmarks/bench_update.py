@@ -23,6 +23,7 @@ from race import check_same, heading, on_device, race, sized, table, wall, write
 from covr_fast import ReplayBuffer, TrainConfig
 from covr_fast.agents import SAC
 from covr_fast.buffer import Batch
+from covr_fast.buffer.sampling import Sampling
 from covr_fast.view import agent_obs_shape
 
 KINDS = {
@@ -34,6 +35,12 @@ KINDS = {
 
 
 def policy(config: TrainConfig, device: str) -> tuple[SAC, Callable[[], Batch]]:
+    """The preset's agent, and batches of its size from a replay buffer of noise."""
+    agent, sampling = drawing_policy(config, device)
+    return agent, sampling.sample
+
+
+def drawing_policy(config: TrainConfig, device: str) -> tuple[SAC, Sampling]:
     """The preset's agent, and batches of its size from a replay buffer of noise."""
     replay, shape = config.replay, config.env.obs_shape
     extras = {"prior": (2,), "prior_mask": ()}
@@ -49,7 +56,7 @@ def policy(config: TrainConfig, device: str) -> tuple[SAC, Callable[[], Batch]]:
         buffer.add(obs, action, ended, after, ended, ~ended, prior=action, prior_mask=np.ones(8))
     agent = SAC(agent_obs_shape(config), (2,), config.agent, device=device)
     options = {"augment": replay.augment, "pad": replay.pad, "memory_format": torch.channels_last}
-    return agent, partial(buffer.sample, sized(replay.batch_size, 8), **options)
+    return agent, buffer.sampling(sized(replay.batch_size, 8), **options)
 
 
 def settings(preset: str, augment: str, kind: str = "eager") -> TrainConfig:
@@ -95,8 +102,7 @@ def sampled_updates(
 ) -> dict[str, Any]:
     """Seconds of sampling a batch and updating on it, as a run does in turn.
 
-    Contestants are named by what the host launches. "one graph" (sampling and update recorded together)
-    belongs here once the buffer samples without the host.
+    Contestants are named by what the host launches; "one graph" is sampling and update recorded together.
     """
     count = sized(100 if device == "cuda" else 40, 2)
 
@@ -111,7 +117,20 @@ def sampled_updates(
         run(10)  # compiles and records
         return run
 
+    def one_graph() -> Callable[[], float]:
+        agent, sampling = drawing_policy(settings(preset, augment, "graph"), device)
+
+        def run(times: int = count) -> float:
+            for _ in range(times):
+                q = agent.update_from(sampling, guide=True)["q"]
+            return q.item()
+
+        run(10)
+        return run
+
     runs = {f"sample, then update ({kind})": steps(kind) for kind in kinds}
+    if "graph" in kinds:
+        runs["sample + update as one graph"] = one_graph()
     result = race(runs, repeats, lambda run: wall(run) / count, warmups=0)
     return {**result, "items": 1}
 

@@ -3,6 +3,7 @@
 # tests/test_border.py compares the names here with those of the extension.
 from collections.abc import Sequence
 from types import TracebackType
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,10 +91,17 @@ def pinned_array_cuda(bytes: int) -> NDArray[np.uint8]: ...
 # ---- the replay buffer: see csrc/replay/replay.h ----
 
 stack_plan_bytes: int
+nothing_to_sample: str
 
 def all_within(array: NDArray[np.floating], limit: float) -> bool: ...
 
 class FrameStackError(ValueError): ...
+
+class Recency:
+    @overload
+    def __init__(self) -> None: ...
+    @overload
+    def __init__(self, recency: float, floor: int) -> None: ...
 
 class GatherTarget:
     def __init__(self, channels_last: bool, shifted: bool, height: int, width: int) -> None: ...
@@ -113,7 +121,8 @@ class BatchOut(ObservationsOut):
         truncated: Tensor,
         weight: Tensor,
         columns: list[Tensor],
-        offsets: Tensor | None,
+        obs_offset: Tensor | None,
+        next_obs_offset: Tensor | None,
         offset_range: int,
         shift_origin: int,
     ) -> None: ...
@@ -179,15 +188,56 @@ class Replay:
     def samplable(self) -> int: ...
     def reading(self) -> Lock: ...
     def writing(self) -> Lock: ...
-    def sample(
-        self, out: BatchOut, seed: int, batch: int, recency: float, recency_floor: int, threads: int
-    ) -> None: ...
+    def sample(self, out: BatchOut, seed: int, batch: int, recency: Recency, threads: int) -> None: ...
     def sample_prioritized(self, out: BatchOut, seed: int, batch: int, beta: float, threads: int) -> None: ...
     def get(self, out: BatchOut, seed: int, batch: int, threads: int) -> None: ...
     def observe(self, out: ObservationsOut, threads: int) -> None: ...
     # ---- in builds with CUDA ----
-    def plan_cuda(self, key: int, out: ObservationsOut, plans: Tensor) -> None: ...
-    def gather_cuda(
-        self, key: int, plans: Tensor, target: GatherTarget, out: Tensor, stream: int
-    ) -> None: ...
     def upload_cuda(self, stream: int) -> None: ...
+
+class CudaObservationsOut:
+    def __init__(self, ids: Tensor) -> None: ...
+    def add_key(self, target: GatherTarget, obs: Tensor, next_obs: Tensor | None) -> None: ...
+
+class CudaBatchOut(CudaObservationsOut):
+    def __init__(
+        self,
+        ids: Tensor,
+        n_step: int,
+        reward: Tensor,
+        discount: Tensor,
+        terminated: Tensor,
+        truncated: Tensor,
+        weight: Tensor,
+        columns: list[Tensor],
+        obs_offset: Tensor | None,
+        next_obs_offset: Tensor | None,
+        offset_range: int,
+        shift_origin: int,
+    ) -> None: ...
+
+class CudaMirror:
+    """See csrc/replay/mirror.h."""
+
+    def __init__(
+        self,
+        host: Replay,
+        streams: Tensor,
+        reward: Tensor,
+        flags: Tensor,
+        time: Tensor,
+        newest: list[Tensor],
+        depth: list[Tensor],
+        columns: list[Tensor],
+        sequence: Tensor,
+    ) -> None: ...
+    def prioritize(
+        self, leaves: Tensor, sums: Tensor, claims: Tensor, largest: Tensor, bounds: Tensor, alpha: float
+    ) -> None: ...
+    def sample(self, out: CudaBatchOut, recency: Recency, plans: Tensor, stream: int) -> None: ...
+    def get(self, out: CudaBatchOut, plans: Tensor, stream: int) -> None: ...
+    def observe(self, out: CudaObservationsOut, plans: Tensor, stream: int) -> None: ...
+    def follow(self, stream: int) -> None: ...
+    def set_priorities(
+        self, ids: Tensor, priority: Tensor, rows: Tensor, leaves: Tensor, stream: int
+    ) -> None: ...

@@ -147,7 +147,9 @@ class Captured:
                 if self._replay is None:
                     self._replay = self._graphs.capture(run)
                 outputs = self._replay()
-            return {name: value.clone() for name, value in outputs.items()}
+            copies = {name: torch.empty_like(value) for name, value in outputs.items()}
+            torch._foreach_copy_(list(copies.values()), list(outputs.values()))  # one launch
+            return copies
 
     @torch.no_grad()
     def _take(self, inputs: Tensors) -> None:
@@ -162,7 +164,8 @@ class Captured:
                     f"{name} is {_kind(inputs[name])}, captured was {_kind(own)}: a graph takes one form of "
                     "inputs only"
                 )
-        torch._foreach_copy_(list(self._inputs.values()), [inputs[name] for name in self._inputs])
+        if inputs:
+            torch._foreach_copy_(list(self._inputs.values()), [inputs[name] for name in self._inputs])
 
 
 def _kind(x: Tensor) -> str:

@@ -66,10 +66,18 @@ class MeanMetrics:
 
     def add(self, metrics: Mapping[str, Tensor]) -> None:
         """Adds one value per metric: a scalar, or the mean of a larger tensor."""
-        for name, value in metrics.items():
-            value = value.detach().float().mean()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        known: list[tuple[Tensor, Tensor]] = []
+        for name, given in metrics.items():
+            value = given.detach().float()
+            value = value.mean() if value.ndim else value
+            if name in self._sums:
+                known.append((self._sums[name], value))
+            else:
+                self._sums[name] = value.clone()
             self._counts[name] = self._counts.get(name, 0) + 1
+        if known:
+            sums, values = zip(*known, strict=True)
+            torch._foreach_add_(sums, values)  # one launch
 
     def read(self) -> dict[str, float]:
         """The means since the last read, in one transfer. Then counting starts again."""

@@ -6,6 +6,7 @@ import torch
 
 from .architectures import kernel_obstacle, warn_once
 from .buffer import ReplayBuffer
+from .buffer.sampling import Sampling
 from .config import TrainConfig
 from .envs import PixelEnvs
 from .errors import UserError
@@ -61,6 +62,17 @@ def new_buffer(config: TrainConfig, envs: PixelEnvs, device: str) -> ReplayBuffe
         device=device,
         seed=config.seed,
         extras={"prior": (action_dim,), "prior_mask": (), "prior_version": ((), torch.int64)},
+    )
+
+
+def new_batches(config: TrainConfig, buffer: ReplayBuffer) -> Sampling:
+    """The batches of policy updates."""
+    replay = config.replay
+    return buffer.sampling(
+        replay.batch_size,
+        augment=None if replay.augment == "none" else replay.augment,
+        pad=replay.pad,
+        memory_format=torch.channels_last,
     )
 
 

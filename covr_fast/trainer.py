@@ -23,7 +23,7 @@ from .evaluate import Evaluation, Evaluations
 from .files import write_whole
 from .labeller import PriorLabeller
 from .logger import Clock, MeanMetrics, RunLogger
-from .parts import compute_device, load_prior, new_buffer, replay_device
+from .parts import compute_device, load_prior, new_batches, new_buffer, replay_device
 from .report import plot_curves
 from .resume import open_resumed
 from .rounds import Rounds, vlm_images
@@ -92,6 +92,7 @@ class Trainer:
                 self.buffer = saved.buffer(frames_on)
             else:  # a run whose steps are done is resumed without one
                 self.buffer = new_buffer(config, self.envs, frames_on)
+            self._batches = new_batches(config, self.buffer)
             model = saved.vlm if saved else config.vlm.model
             with saved.opening(saved.vlm) if saved else nullcontext():
                 self.prior = load_prior(config, action_dim, self.device, model)
@@ -265,13 +266,7 @@ class Trainer:
 
     def sample(self) -> Batch[Tensor]:
         """The batch of an update, on the agent's device."""
-        replay = self.config.replay
-        batch: Batch[Tensor] = self.buffer.sample(
-            replay.batch_size,
-            augment=None if replay.augment == "none" else replay.augment,
-            pad=replay.pad,
-            memory_format=torch.channels_last,
-        )
+        batch: Batch[Tensor] = self._batches.sample()
         return batch if self.buffer.device.type == self.device.type else batch.to(self.device)
 
     def _update_policy(self) -> None:
@@ -279,14 +274,21 @@ class Trainer:
         config, counters = self.config, self.counters
         due = (counters.step - config.warmup) // config.steps_per_update
         while counters.updates < due:
-            with self.clock("replay"):
-                batch = self.sample()
-            with self.clock("policy update"):
-                metrics = self.agent.update(batch, guide=self.rounds.guiding)
-                if config.replay.sampler == "prioritized":
-                    self.buffer.update_priorities(batch.index, metrics["td_error"])
-            self._metrics.add(metrics)
+            self._metrics.add(self._update_once())
             counters.updates += 1
+
+    def _update_once(self) -> dict[str, Tensor]:
+        guide = self.rounds.guiding
+        if self.agent.draws_from(self._batches):
+            with self.clock("policy update"):
+                return self.agent.update_from(self._batches, guide=guide)
+        with self.clock("replay"):  # sampling and updating take turns, so that each has its own time
+            batch = self.sample()
+        with self.clock("policy update"):
+            metrics = self.agent.update(batch, guide=guide)
+            if self.config.replay.sampler == "prioritized":
+                self.buffer.update_priorities(batch.index, metrics["td_error"])
+        return metrics
 
     # ---- figures -----------------------------------------------------------------------------------
 

@@ -113,17 +113,17 @@ def test_a_gather_comes_after_uploads_and_after_gathers_on_other_streams(log, mo
         def record(self, stream: FakeStream) -> None:
             log.append((stream.name, "records", str(self)))
 
-    events = iter(("sent", "read"))
+    events = iter(("sent", "used"))
     monkeypatch.setattr(torch.cuda, "Event", lambda: Event(next(events)))
     monkeypatch.setattr(torch.cuda, "Stream", lambda _: FakeStream("upload", log))
-    gather = DeviceGather(torch.device("cuda"), None, pinned=False)
+    gather = DeviceGather(torch.device("cuda"), None, None, pinned=False)
     with gather.reading():
         log.append(("caller", "does", "the gather"))
     assert log == [
         ("caller", "waits for", "sent"),
-        ("caller", "waits for", "read"),
+        ("caller", "waits for", "used"),
         ("caller", "does", "the gather"),
-        ("caller", "records", "read"),
+        ("caller", "records", "used"),
     ]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..buffer.batch import Batch
+from ..buffer.batch import Batch, BatchSource
 from ..cuda_graph import Captured, CudaGraphs, Tensors
 
 FIELDS = ("obs", "action", "reward", "next_obs", "discount", "weight")
@@ -20,12 +20,11 @@ class CapturedUpdate:
     """An agent's update that is replayed as a CUDA graph. There is one graph for each value of `guide`, which
     changes once, at the end of the cold start.
 
-    Inside the graph: the whole update, from the encoder's forward pass to the target's. Outside, on the
-    caller's stream: sampling, the copy of the batch to the graph's static inputs, and the copy of the metrics
-    out of the graph. The copy of the batch reads and writes 8 B C H W bytes for float32 obs and next_obs (106
-    MB each for 256 stacks of 9x76x76), and little else; only a replay buffer that writes to the static inputs
-    itself would save it. Reading a metric waits for the device, and prioritized replay reads one at every
-    update.
+    Inside the graph: the whole update, from the encoder's forward pass to the target's; with `sampled`, also
+    the kernels that draw and gather the batch, before it, and those that set new priorities, after it.
+    Outside, on the caller's stream: the copy of the metrics out of the graph and, of a batch that the caller
+    sampled, its copy to the graph's static inputs. That copy reads and writes 8 B C H W bytes for float32 obs
+    and next_obs (106 MB each for 256 stacks of 9x76x76), and little else.
 
     What waits for what: each call is a turn of `graphs` on the caller's current stream. Weights are changed
     in place, so an eager call on that stream (acting, evaluating) sees them as the last update left them.
@@ -36,7 +35,7 @@ class CapturedUpdate:
     def __init__(self, update: Update, graphs: CudaGraphs) -> None:
         self._update = update
         self._graphs = graphs
-        self._captured: dict[bool, Captured] = {}
+        self._captured: dict[tuple[bool, BatchSource | None], Captured] = {}
 
     def __call__(self, batch: Batch[Tensor], guide: bool) -> dict[str, Tensor]:
         """The update's metrics, in new tensors.
@@ -44,9 +43,26 @@ class CapturedUpdate:
         Raises:
             ValueError: the batch has another size, dtype or device than earlier ones.
         """
-        if guide not in self._captured:
-            self._captured[guide] = Captured(partial(_run, self._update, guide), self._graphs)
-        return self._captured[guide](_inputs(batch, guide))
+        run = partial(_run, self._update, guide)
+        return self._graph(guide, None, run)(_inputs(batch, guide))
+
+    def sampled(self, source: BatchSource, guide: bool) -> dict[str, Tensor]:
+        """Draws the source's next batch, updates with it and sets its priorities, all in one graph. Returns
+        the update's metrics, in new tensors.
+
+        Raises:
+            IndexError: nothing can be sampled yet.
+        """
+        run = partial(_run_sampled, self._update, source, guide)
+        with source.turn():
+            return self._graph(guide, source, run)({})
+
+    def _graph(
+        self, guide: bool, source: BatchSource | None, run: Callable[[Tensors], dict[str, Tensor]]
+    ) -> Captured:
+        if (guide, source) not in self._captured:
+            self._captured[guide, source] = Captured(run, self._graphs)
+        return self._captured[guide, source]
 
     def forget(self) -> None:
         """Drops the graphs, for when tensors that they change in place (an optimizer's state) were
@@ -65,3 +81,12 @@ def _run(update: Update, guide: bool, inputs: Tensors) -> dict[str, Tensor]:
     extras = {name: inputs[name] for name in EXTRAS if guide}
     batch: Any = SimpleNamespace(**{name: inputs[name] for name in FIELDS}, extras=extras)
     return update(batch, guide)
+
+
+def _run_sampled(update: Update, source: BatchSource, guide: bool, inputs: Tensors) -> dict[str, Tensor]:
+    """Calls `update` with the source's next batch. There are no inputs: every launch draws another batch."""
+    source.launch()
+    metrics = update(source.batch, guide)
+    if source.prioritized:
+        source.launch_priorities(metrics["td_error"])
+    return metrics

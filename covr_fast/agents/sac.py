@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..buffer.batch import Batch
+from ..buffer.batch import Batch, BatchSource
 from ..cuda_graph import CudaGraphs
 from .captured import CapturedUpdate
 from .compiled import compiled
@@ -128,6 +128,30 @@ class SAC:
         """
         update = self._captured or self._update
         return update(batch, guide)
+
+    def update_from(self, source: BatchSource, *, guide: bool) -> dict[str, Tensor]:
+        """`update` with the source's next batch, and new priorities of a prioritized one: the TD errors.
+
+        With config.graph and a buffer on the agent's device, sampling and update are one CUDA graph, and the
+        host waits for nothing; see CapturedUpdate.
+
+        Args:
+            source: from `ReplayBuffer.sampling`, with batches as `update` takes them.
+
+        Raises:
+            IndexError: nothing can be sampled yet.
+        """
+        if self._captured is not None and self.draws_from(source):
+            return self._captured.sampled(source, guide)
+        batch = source.sample()
+        metrics = self.update(batch.to(self.device), guide=guide)
+        if source.update_priorities is not None:
+            source.update_priorities(batch.index, metrics["td_error"])
+        return metrics
+
+    def draws_from(self, source: BatchSource) -> bool:
+        """Whether `update_from` draws the source's batches within its CUDA graph."""
+        return self._captured is not None and source.device == self.log_alpha.device
 
     def _update(self, batch: Batch[Tensor], guide: bool) -> dict[str, Tensor]:
         latent, metrics = self.update_critic(batch)

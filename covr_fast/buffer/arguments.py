@@ -4,7 +4,8 @@ A value that its column's dtype cannot represent is an error that names the argu
 they are rounded to the column's precision. NaN is always an error; infinity is one, except in extras.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -19,6 +20,7 @@ ObservationRows = Rows | Mapping[str, Rows]
 
 _REWARD = ColumnSpec("reward", (), torch.float32, np.dtype(np.float32), "")
 _ID = ColumnSpec("id", (), torch.int64, np.dtype(np.int64), "")
+_INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _LARGEST = {n: float(np.finfo(f"f{n}").max) for n in (2, 4, 8)}  # by a float's bytes
 
 
@@ -88,12 +90,52 @@ def shaped(array: np.ndarray, shape: Shape, what: str) -> np.ndarray:
 
 def priorities(index: Rows, priority: Rows) -> tuple[np.ndarray, np.ndarray]:
     """(int64 [n], float64 [n]): ids and their priorities."""
-    at, values = ids(index).numpy(), as_array(priority)
+    at = ids(index).numpy()
+    return at, _priority_values(priority, len(at), index)
+
+
+def device_priorities(index: Rows, priority: Rows, send: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """(int64 [n], float32 [n]) on a device, to which `send` takes tensors of the CPU. Of tensors that are
+    there already only the form is checked: their values would have to be waited for."""
+    if isinstance(index, Tensor) and index.is_cuda:
+        if index.dtype != torch.int64:
+            raise ValueError(f"index has dtype {index.dtype}: it must be int64, as in a batch")
+        at = index.detach().reshape(-1).contiguous()
+    else:
+        at = send(ids(index))
+    if isinstance(priority, Tensor) and priority.is_cuda:
+        values = priority.detach()
+        if not (values.is_floating_point() or values.dtype in _INTEGERS):
+            raise ValueError(f"priority has dtype {values.dtype}: it must be floating")
+        _check_one_per_index(tuple(values.shape), len(at), index)
+        return at, values.to(torch.float32).reshape(-1).contiguous()
+    array = _priority_values(priority, len(at), index)
+    with np.errstate(over="ignore"):
+        rounded = array.astype(np.float32)
+    if (wrong := np.flatnonzero(~((rounded >= 0) & np.isfinite(rounded)))).size:
+        first = int(wrong[0])
+        raise ValueError(
+            f"priority[{first}] is {array[first]}: priority must be finite and not negative: pass absolute "
+            "TD errors"
+        )
+    return at, send(torch.from_numpy(rounded))
+
+
+def _priority_values(priority: Rows, n: int, index: Rows) -> np.ndarray:
+    """float64 [n]."""
+    values = as_array(priority)
     if values.dtype.kind not in "biuf":
         raise ValueError(f"priority has dtype {values.dtype}: it must be floating")
-    if values.ndim > 1 and values.shape not in ((len(at), 1), np.shape(index)):
-        raise ValueError(f"priority has shape {values.shape}: it must be {(len(at),)}, one per index")
-    return at, values.astype(np.float64, copy=False).reshape(-1)
+    _check_one_per_index(values.shape, n, index)
+    return values.astype(np.float64, copy=False).reshape(-1)
+
+
+def _check_one_per_index(shape: Shape, n: int, index: Rows) -> None:
+    given = tuple(index.shape) if isinstance(index, Tensor) else np.shape(index)
+    if len(shape) > 1 and shape not in ((n, 1), given):
+        raise ValueError(f"priority has shape {shape}: it must be {(n,)}, one per index")
+    if math.prod(shape) != n:
+        raise ValueError(f"priority has {math.prod(shape)} values for {n} transitions")
 
 
 def as_array(value: Rows) -> np.ndarray:

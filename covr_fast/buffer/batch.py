@@ -1,8 +1,9 @@
 """What `ReplayBuffer.sample` returns."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
-from typing import Any, Generic
+from typing import Any, Generic, Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ ObsT = TypeVar("ObsT", default=Any)
 class Batch(Generic[ObsT]):
     """B transitions. With n-step returns, `k` below is n, or less where the episode ended earlier.
 
-    The tensors own their memory: they stay valid and unchanged while anything refers to them.
+    The tensors own their memory: they stay valid and unchanged while anything refers to them, unless the
+    batch is given to `sample(out=...)`.
     """
 
     obs: ObsT
@@ -38,7 +40,8 @@ class Batch(Generic[ObsT]):
     truncated: Tensor
     """bool [B]: the last of the k steps truncated the episode."""
     index: Tensor
-    """int64 [B]: ids for `update_priorities`, `set_extras`, `observations`. Never reused."""
+    """int64 [B]: ids for `update_priorities`, `set_extras`, `observations`. Never reused. Of a GPU's buffer
+    it is on the GPU: there `update_priorities` takes it as it is, and the other methods wait for it."""
     weight: Tensor
     """float32 [B]: importance weights of the prioritized sampler, otherwise ones."""
     extras: dict[str, Tensor]
@@ -49,12 +52,29 @@ class Batch(Generic[ObsT]):
     """int64 [B, 2]: the same for next_obs."""
 
     def to(self, device: torch.device | str) -> "Batch[ObsT]":
-        """The batch on another device. `index` and the offsets stay on the CPU, where the buffer reads
-        them."""
+        """The batch on another device. `index` and the offsets stay where they are: on the buffer's."""
         staying = ("index", "obs_offset", "next_obs_offset")
         moving = [field.name for field in fields(self) if field.name not in staying]
         moved: dict[str, Any] = {name: _moved(getattr(self, name), device) for name in moving}
         return replace(self, **moved)
+
+
+class BatchSource(Protocol):
+    """Where an agent draws its batches from; see buffer.sampling.Sampling."""
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def prioritized(self) -> bool: ...
+    @property
+    def batch(self) -> Batch: ...
+    @property
+    def sample(self) -> Callable[[], Batch]: ...
+    @property
+    def update_priorities(self) -> Callable[[Tensor, Tensor], None] | None: ...
+    def turn(self) -> AbstractContextManager[None]: ...
+    def launch(self) -> None: ...
+    def launch_priorities(self, priority: Tensor) -> None: ...
 
 
 def _moved(value: Observation, device: torch.device | str) -> Observation:

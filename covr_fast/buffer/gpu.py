@@ -1,112 +1,107 @@
 """Buffers whose batches are made by a GPU.
 
-What waits for what: `add` sends new frames on its own stream, after all gathers have read what they replace.
-A gather runs on the caller's current stream, after the last frames were sent and after the gather before it,
-whichever stream that was on. The host waits in `add` only: until the frames of the add before have left host
-memory (device storage), or until the last gather has read what is being overwritten (pinned storage, where
-the CPU writes what the GPU reads).
+Frames, and a mirror of all bookkeeping (`mirror.Mirror`), are on the device. So a batch is drawn, planned and
+gathered by kernels of one stream, which need nothing from the host; a CUDA graph may contain them.
+
+What waits for what:
+
+- One lock covers bookkeeping and launches: whatever changes the host's tables, or launches something that
+  reads or changes the mirror, holds it until its launches are queued. So the order of calls is the order on
+  the device. It is acquired before the lock of the C++ core.
+- What changes on the host (`changing`: adding, cutting, corrections) is sent on a stream of the buffer's own,
+  after all batches that were started before have read what is being replaced.
+- What runs on a caller's stream (`reading`: batches, new priorities) comes after all that was sent before,
+  and after the work of earlier callers, whichever streams that was on.
+- The host waits in `changing` only: until the frames of the change before have left host memory (device
+  storage), or until the last batch has read what is being overwritten (pinned storage, where the CPU writes
+  what the GPU reads). And it waits where a caller asks for something of the device: when a batch's `index` is
+  given to a method that answers from the host's tables, and in loading and saving.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .. import _C
 from ..architectures import kernel_obstacle
-from .batch import Batch
+from .mirror import Mirror
 from .options import Shape
-from .output import Draw, Gather, OutputSpec
+from .output import Changed, Draw, Gather
 
 Placement = Literal["device", "pinned"]
 
 
 class DeviceGather(Gather):
-    """Plans on the CPU, gathers on the GPU."""
+    """Fills batches on the GPU."""
 
-    pin_memory = True
+    # Builds without CUDA have none.
+    batch_out = getattr(_C, "CudaBatchOut", None)
+    observations_out = getattr(_C, "CudaObservationsOut", None)
 
-    def __init__(self, device: torch.device, core: _C.Replay, pinned: bool) -> None:
+    def __init__(self, device: torch.device, core: _C.Replay, mirror: Mirror, pinned: bool) -> None:
         super().__init__()
-        self._device = device
+        self.device = device
+        self.mirror = mirror
         self._core = core
         self._pinned = pinned
         cuda: Any = torch.cuda  # these constructors have no annotations
         self._upload_stream = cuda.Stream(device)
-        self._sent, self._read = cuda.Event(), cuda.Event()
-        self.lock = threading.Lock()  # for kernel launches that belong together with a call of the core
+        self._sent, self._used = cuda.Event(), cuda.Event()
+        self.lock = threading.RLock()
 
     @contextmanager
-    def adding(self) -> Iterator[None]:
+    def changing(self) -> Iterator[Changed]:
+        changes: list[tuple[np.ndarray, Iterable[str] | None]] = []
         with self.lock:
-            (self._read if self._pinned else self._sent).synchronize()
-            yield
-            if not self._pinned:
-                self._upload_stream.wait_event(self._read)
-                self._core.upload_cuda(self._upload_stream.cuda_stream)
+            (self._used if self._pinned else self._sent).synchronize()
+            yield lambda rows, names=None: changes.append((rows, names))
+            with torch.cuda.stream(self._upload_stream):
+                self._upload_stream.wait_event(self._used)
+                if not self._pinned:
+                    self._core.upload_cuda(self._upload_stream.cuda_stream)
+                for rows, names in changes:
+                    self.mirror.sync_rows(rows, names)
+                self.mirror.sync_streams()
+                self.mirror.follow()
                 self._sent.record(self._upload_stream)
 
     def start_reading(self) -> None:
-        """The caller's current stream waits until all frames have arrived."""
-        current = torch.cuda.current_stream(self._device)
+        current = torch.cuda.current_stream(self.device)
         current.wait_event(self._sent)
-        current.wait_event(self._read)  # so that this one event stands for the reads on other streams too
+        current.wait_event(self._used)  # so that this one event stands for the work on other streams too
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """What the block reads on the caller's current stream is replaced only after it was read."""
-        self.start_reading()
-        yield
-        self._read.record(torch.cuda.current_stream(self._device))
+        with self.lock:
+            self.start_reading()
+            yield
+            self._used.record(torch.cuda.current_stream(self.device))
+
+    def replaced(self) -> None:
+        self.mirror.sync_all()
 
     def empty(self, shape: Shape, dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self._device)
+        return torch.empty(shape, dtype=dtype, device=self.device)
 
-    def fill(
-        self,
-        request: _C.ObservationsOut,
-        draw: Draw,
-        spec: OutputSpec,
-        obs: list[Tensor],
-        next_obs: list[Tensor],
-    ) -> None:
-        with self.lock:
-            draw(request, torch.get_num_threads())
-            with self.reading():
-                self._gather(request, spec, obs, next_obs)
+    def fill(self, request: Any, draw: Draw, n: int, with_next: bool) -> None:
+        with self.reading():
+            draw(request, self.how(n, with_next))
 
-    def _gather(
-        self, request: _C.ObservationsOut, spec: OutputSpec, obs: list[Tensor], next_obs: list[Tensor]
-    ) -> None:
-        n = len(obs[0])
-        current = torch.cuda.current_stream(self._device).cuda_stream
-        outputs = [spec.contiguous(out) for out in (obs, next_obs) if out]
-        for k, target in enumerate(spec.targets):
-            plans = torch.empty(
-                len(outputs), n, _C.stack_plan_bytes, dtype=torch.uint8, device="cpu", pin_memory=True
-            )
-            self._core.plan_cuda(k, request, plans)
-            on_device = plans.to(obs[0].device, non_blocking=True)
-            for plan, to in zip(on_device, outputs, strict=True):
-                self._core.gather_cuda(k, plan, target, to[k], current)
+    def how(self, n: int, with_next: bool) -> Tensor:
+        return self.mirror.plans(n, with_next)
+
+    def ids(self, index: Tensor) -> Tensor:
+        return self.mirror.send(index)
 
     def frames(self, ring: Tensor, streams: Tensor, slots: Tensor) -> Tensor:
         if ring.is_cuda:  # indices in ordinary memory would make the host wait for the stream
-            return ring[self._send(streams.pin_memory()), self._send(slots.pin_memory())]
-        return self._send(ring[streams, slots].pin_memory())
-
-    def deliver(self, batch: Batch) -> None:
-        batch.action = self._send(batch.action)
-        batch.extras = {name: self._send(values) for name, values in batch.extras.items()}
-        batch.reward, batch.discount = self._send(batch.reward), self._send(batch.discount)
-        batch.weight = self._send(batch.weight)
-        batch.terminated, batch.truncated = self._send(batch.terminated), self._send(batch.truncated)
-
-    def _send(self, values: Tensor) -> Tensor:
-        return values.to(self._device, non_blocking=True)
+            return ring[self.mirror.send(streams), self.mirror.send(slots)]
+        return self.mirror.send(ring[streams, slots])
 
 
 def check_device(device: torch.device, storage: Placement) -> None:

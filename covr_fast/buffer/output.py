@@ -1,8 +1,9 @@
 """What a batch is written into: its tensors, and the request by which C++ fills them."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
 from functools import cache, partial
 from typing import Any, Literal
 
@@ -14,8 +15,11 @@ from .batch import Batch, Observation
 from .options import KeySpec, Options, Shape
 
 Augment = Literal["shift", "crop"]
-Draw = Callable[[Any, int], None]
-"""draw(request, threads): puts ids into a request (of `_C`), or finds them there, and fills it."""
+Draw = Callable[[Any, Any], None]
+"""draw(request, how): puts ids into a request (of `_C`), or finds them there, and fills it. `how` is the
+number of threads on a CPU, and memory for plans on a GPU."""
+Changed = Callable[..., None]
+"""changed(rows, names=None): these rows int64 [n] changed of the storage's tensors, of all or those named."""
 
 CPU = torch.device("cpu")  # takes 0.2 us less in every call than "cpu"
 _IMAGE_DTYPES = (torch.uint8, torch.float32, torch.bfloat16, torch.float16)
@@ -82,26 +86,39 @@ class OutputSpec:
 
 class Gather:
     """Fills batches, here on the CPU, where nothing waits: the lock of the C++ core is enough. For a GPU,
-    `gpu.DeviceGather` overrides these methods."""
+    `gpu.DeviceGather` overrides these methods.
 
+    Attributes:
+        device: where batches arrive, `index` and offsets included.
+        batch_out, observations_out: the classes of requests.
+        lock: on a GPU, excludes `changing` and `reading` of other threads. Acquire it before the lock of the
+            core.
+    """
+
+    batch_out: Any = _C.BatchOut
+    observations_out: Any = _C.ObservationsOut
     lock: AbstractContextManager[Any] = nullcontext()
-    """On a GPU: excludes `adding` and `fill` of other threads. Acquire it before the lock of the core."""
-    pin_memory = False
-    """Whether what the CPU fills of a batch is pinned memory."""
+    _changing: AbstractContextManager[Changed] = nullcontext(lambda *_: None)
 
     def __init__(self) -> None:
+        self.device = CPU
         self._pool = _C.OutputPool()
 
-    def adding(self) -> AbstractContextManager[None]:
-        """For the block in which the core adds. It locks."""
-        return self.lock
+    def changing(self) -> AbstractContextManager[Changed]:
+        """For a block that changes the host's tables. It tells which rows; what it changes of streams need
+        not be told. It locks."""
+        return self._changing
 
     def start_reading(self) -> None:
-        """From here on the caller may read frames."""
+        """From here on the caller may read frames, and what else is stored on the device."""
 
     def reading(self) -> AbstractContextManager[None]:
-        """For a block that reads frames, which must not be replaced before they are read."""
+        """For a block that reads or changes what is stored on the device: frames are not replaced before they
+        are read. It locks."""
         return self.lock
+
+    def replaced(self) -> None:
+        """All of the host's tables were replaced. Call it while `reading`."""
 
     def empty(self, shape: Shape, dtype: torch.dtype) -> Tensor:
         """Memory for observations, where `fill` can write. What is large returns to a pool when no tensor
@@ -111,26 +128,21 @@ class Gather:
             return torch.empty(shape, dtype=dtype, device=CPU)
         return torch.from_numpy(self._pool.take(nbytes)).view(dtype).view(shape)
 
-    def fill(
-        self,
-        request: _C.ObservationsOut,
-        draw: Draw,
-        spec: OutputSpec,
-        obs: list[Tensor],
-        next_obs: list[Tensor],
-    ) -> None:
-        """Fills what `request` names, and obs and next_obs; next_obs may be []. It locks."""
-        to_next = spec.contiguous(next_obs) if next_obs else [None] * len(obs)
-        for key in zip(spec.targets, spec.contiguous(obs), to_next, strict=True):
-            request.add_key(*key)
+    def fill(self, request: Any, draw: Draw, n: int, with_next: bool) -> None:
+        """Fills what `request` names: n rows, with next_obs or without. It locks."""
         draw(request, torch.get_num_threads())
+
+    def how(self, n: int, with_next: bool) -> Any:
+        """The second argument of a `Draw` for n rows, with next_obs or without."""
+        return torch.get_num_threads()
+
+    def ids(self, index: Tensor) -> Tensor:
+        """These ids, int64 [n] in host memory, in memory of a new batch."""
+        return index.clone()
 
     def frames(self, ring: Tensor, streams: Tensor, slots: Tensor) -> Tensor:
         """The single frames ring[streams, slots], where batches arrive. Call it while `reading`."""
         return ring[streams, slots]
-
-    def deliver(self, batch: Batch) -> None:
-        """Sends what the CPU filled of a batch to where batches arrive."""
 
 
 class BatchWriter:
@@ -144,57 +156,85 @@ class BatchWriter:
 
         def maker(dtype: torch.dtype) -> Callable[..., Tensor]:
             """Makes tensors [*sizes]. Dtype and device are settled here, which saves time in every batch."""
-            new_empty = torch.empty(0, dtype=dtype, device="cpu").new_empty
-            return partial(new_empty, pin_memory=True) if gather.pin_memory else new_empty
+            return torch.empty(0, dtype=dtype, device=gather.device).new_empty
 
-        self._floats, self._bools = maker(torch.float32), maker(torch.bool)
+        self._floats, self._bools, self._ids = map(maker, (torch.float32, torch.bool, torch.int64))
         self._columns = [(c.name, maker(c.dtype), c.shape) for c in options.columns]
+        self._extras = [extra.name for extra in options.columns[1:]]
+        self._asked = cache(lambda n, spec: _forms(self.allocate(n, spec)))  # the forms of a batch's parts
 
-    def batch(self, index: Tensor, draw: Draw, n_step: int, spec: OutputSpec) -> Batch:
-        """The batch of the ids that `draw` puts into `index`, or finds there."""
-        n = len(index)
+    def allocate(self, n: int, spec: OutputSpec, index: Tensor | None = None) -> Batch:
+        """A batch of n rows that is not filled yet."""
         floats, bools = self._floats, self._bools
-        reward, discount, weight = floats(n), floats(n), floats(n)
-        terminated, truncated = bools(n), bools(n)
         columns = {name: make(n, *shape) for name, make, shape in self._columns}
-        offsets = index.new_empty(2, n, 2) if spec.offset_range else None
-        request = _C.BatchOut(  # keywords would take 1 us
-            index,
+        offsets = self._ids(2, n, 2).unbind() if spec.offset_range else (None, None)
+        empty = self._gather.empty
+        return Batch(
+            obs=self.join(spec.allocate(n, empty)),
+            action=columns.pop("action"),
+            reward=floats(n),
+            next_obs=self.join(spec.allocate(n, empty)),
+            discount=floats(n),
+            terminated=bools(n),
+            truncated=bools(n),
+            index=self._ids(n) if index is None else index,
+            weight=floats(n),
+            extras=columns,
+            obs_offset=offsets[0],
+            next_obs_offset=offsets[1],
+        )
+
+    def check(self, out: Batch, n: int, spec: OutputSpec) -> None:
+        """Raises ValueError unless `allocate` could have made `out`."""
+        ours, asked = _forms(out), self._asked(n, spec)
+        for name in {**asked, **ours}:
+            if ours.get(name) != asked.get(name):
+                raise ValueError(
+                    f"out.{name} is {_text(ours.get(name))}: it must be {_text(asked.get(name))}. A batch "
+                    "that sample() returned, with the same arguments, can be filled again"
+                )
+
+    def request(self, batch: Batch, n_step: int, spec: OutputSpec) -> Any:
+        """What C++ fills a batch by."""
+        request = self._gather.batch_out(  # keywords would take 1 us
+            batch.index,
             n_step,
-            reward,
-            discount,
-            terminated,
-            truncated,
-            weight,
-            list(columns.values()),
-            offsets,
+            batch.reward,
+            batch.discount,
+            batch.terminated,
+            batch.truncated,
+            batch.weight,
+            [batch.action, *map(batch.extras.__getitem__, self._extras)],
+            batch.obs_offset,
+            batch.next_obs_offset,
             spec.offset_range,
             spec.shift_origin,
         )
-        obs, next_obs = spec.allocate(n, self._gather.empty), spec.allocate(n, self._gather.empty)
-        self._gather.fill(request, draw, spec, obs, next_obs)
-        batch = Batch(
-            obs=self.join(obs),
-            action=columns.pop("action"),
-            reward=reward,
-            next_obs=self.join(next_obs),
-            discount=discount,
-            terminated=terminated,
-            truncated=truncated,
-            index=index,
-            weight=weight,
-            extras=columns,
-            obs_offset=None if offsets is None else offsets[0],
-            next_obs_offset=None if offsets is None else offsets[1],
-        )
-        self._gather.deliver(batch)
+        obs, next_obs = self._split(batch.obs), self._split(batch.next_obs)
+        for key in zip(spec.targets, spec.contiguous(obs), spec.contiguous(next_obs), strict=True):
+            request.add_key(*key)
+        return request
+
+    def batch(self, batch: Batch, draw: Draw, n_step: int, spec: OutputSpec) -> Batch:
+        """Fills the batch with the ids that `draw` puts into its index, or finds there."""
+        self._gather.fill(self.request(batch, n_step, spec), draw, len(batch.index), True)
         return batch
 
     def observations(self, index: Tensor, draw: Draw, spec: OutputSpec) -> Observation:
         """Only the observations of these ids."""
-        out = spec.allocate(len(index), self._gather.empty)
-        self._gather.fill(_C.ObservationsOut(index), draw, spec, out, [])
+        n = len(index)
+        out = spec.allocate(n, self._gather.empty)
+        request = self._gather.observations_out(index)
+        for target, obs in zip(spec.targets, spec.contiguous(out), strict=True):
+            request.add_key(target, obs, None)
+        self._gather.fill(request, draw, n, False)
         return self.join(out)
+
+    def _split(self, observations: Observation) -> list[Tensor]:
+        """One tensor per key, in the order of the buffer's."""
+        if isinstance(observations, Tensor):
+            return [observations]
+        return [observations[key.name] for key in self._keys]
 
     def join(self, observations: list[Tensor]) -> Observation:
         """A tensor, or a dict of them, of one tensor per key."""
@@ -213,3 +253,35 @@ def _check_augment(keys: Sequence[KeySpec], augment: str, pad: int) -> None:
         raise ValueError(f"pad is {pad}: it must lie in [0, 1024]")
     if augment == "crop" and any(2 * pad >= min(key.height, key.width) for key in images):
         raise ValueError(f"pad is {pad}: a crop by {2 * pad} pixels leaves nothing of the images")
+
+
+Form = tuple[torch.dtype, torch.Size, torch.device, tuple[int, ...]] | type
+
+
+def _forms(batch: Batch) -> dict[str, Form]:
+    """Of each part: what must be the same so that another batch can be written to its memory."""
+    forms: dict[str, Form] = {}
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, Mapping):
+            forms |= {f"{field.name}[{key!r}]": _form(part) for key, part in value.items()}
+        elif value is not None:
+            forms[field.name] = _form(value)
+    return forms
+
+
+def _form(value: Any) -> Form:
+    if not isinstance(value, Tensor):
+        return type(value)
+    # Strides of dimensions of one element mean nothing.
+    strides = tuple(stride for stride, size in zip(value.stride(), value.shape, strict=True) if size != 1)
+    return value.dtype, value.shape, value.device, strides
+
+
+def _text(form: Form | None) -> str:
+    if form is None:
+        return "missing"
+    if isinstance(form, type):
+        return f"a {form.__name__}"
+    dtype, shape, device, strides = form
+    return f"{str(dtype).removeprefix('torch.')}{list(shape)} on {device} with strides {list(strides)}"

@@ -3,7 +3,8 @@
 import copyreg
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -13,14 +14,18 @@ from torch import Tensor
 
 from ..streams import send
 from . import arguments
-from .arguments import ObservationRows, Rows, flags, ids, integers, priorities
+from .arguments import ObservationRows, Rows, device_priorities, flags, ids, integers, priorities
 from .batch import Batch, Observation
+from .draws import DeviceDraws, DrawSequence
 from .file import Reader, write
 from .gpu import DeviceGather, Placement, check_device
+from .mirror import Mirror
 from .options import Options, ShapeAndType, action_spec, constructor_arguments, extra_specs, key_specs
-from .output import CPU, Augment, BatchWriter, Gather, OutputSpec
+from .output import Augment, BatchWriter, Gather, OutputSpec
 from .prefetch import Prefetch
-from .samplers import DrawSequence, Prioritized, Sampler, as_sampler, as_seed
+from .priority_tree import PriorityTree
+from .samplers import Prioritized, Sampler, as_sampler, as_seed
+from .sampling import Sampling
 from .storage import Storage, size_text
 from .transitions import StoredTransitions, stored_rows
 
@@ -51,8 +56,8 @@ class ReplayBuffer(StoredTransitions):
             steps, or the end of its episode, were added.
         sampler: "uniform"; "prioritized"; or "recent", which prefers what was added last. For options of the
             latter two, pass `samplers.Prioritized(...)` or `samplers.Recent(...)` instead of the name.
-        device: where frames are stored and batches arrive ("cuda" needs a build with CUDA kernels). `index`
-            and the offsets of a batch are always on the CPU.
+        device: where frames are stored and batches arrive, `index` and offsets included ("cuda" needs a build
+            with CUDA kernels).
         seed: of all sampling. None draws one. Copies in forked processes and in the workers of a DataLoader
             mix it with numbers of their process, so that they draw different batches.
         extras: further values per transition, name -> shape, or name -> (shape, dtype); float32 unless given.
@@ -113,10 +118,20 @@ class ReplayBuffer(StoredTransitions):
         self.sampler = options.sampler
         self._placement: Placement = storage
         pinned, on_cpu = storage == "pinned", self.device.type == "cpu"
-        super().__init__(options, Storage(options, self.device, pinned))
-        self._gather = Gather() if on_cpu else DeviceGather(self.device, self._core, pinned)
+        store = Storage(options, self.device, pinned)
+        tree = None
+        if isinstance(self.sampler, Prioritized):
+            tree = PriorityTree(store.rows, options.num_envs, self.sampler.alpha, self.device)
+        self._mirror = None if on_cpu else Mirror(store, self.device)
+        if self._mirror is None:
+            super().__init__(options, store, Gather())
+            self._draws = DrawSequence(store.core, self.sampler, tree, seed)
+        else:
+            super().__init__(options, store, DeviceGather(self.device, store.core, self._mirror, pinned))
+            self._draws = DeviceDraws(store.core, self.sampler, tree, seed, self._mirror)
+        if tree is not None:
+            tree.connect(self._mirror or store.core)
         self._batches = BatchWriter(options, self._gather)
-        self._draws = DrawSequence(self._core, self.sampler, self._storage.rows, self.num_envs, seed)
         self._warned_of_jumps = False
 
     def __len__(self) -> int:
@@ -126,7 +141,8 @@ class ReplayBuffer(StoredTransitions):
     @property
     def nbytes(self) -> int:
         """Bytes allocated for storage, frames and bookkeeping together."""
-        return self._storage.nbytes + self._draws.nbytes
+        on_device = 0 if self._mirror is None else self._mirror.nbytes
+        return self._storage.nbytes + self._draws.nbytes + on_device
 
     @property
     def seed(self) -> int:
@@ -145,12 +161,13 @@ class ReplayBuffer(StoredTransitions):
     def __repr__(self) -> str:
         frames = self._storage.frame_bytes
         where = f"on {self.device}" if self._placement == "device" else f"pinned on cpu for {self.device}"
+        rest = "cpu" if self.device.type == "cpu" else f"cpu and {self.device}"
         keys = self._options.keys
         shapes = ", ".join(f"{key.name} {key.shape} {str(key.dtype)[6:]} x{key.stack}" for key in keys)
         return (
             f"ReplayBuffer({len(self)}/{self.capacity} transitions of {self.num_envs} environments; "
             f"{shapes}; {type(self.sampler).__name__.lower()}, n_step={self.n_step}; "
-            f"frames {size_text(frames)} {where}, the rest {size_text(self.nbytes - frames)} on cpu)"
+            f"frames {size_text(frames)} {where}, the rest {size_text(self.nbytes - frames)} on {rest})"
         )
 
     # ---- adding ----
@@ -200,8 +217,10 @@ class ReplayBuffer(StoredTransitions):
             arguments.columns(action, extras, self._options),
             None if env_ids is None else integers(env_ids, "env_ids"),
         )
-        with self._gather.adding():
+        with self._gather.changing() as changed:
             added = self._core.add(*rows)
+            if self._mirror is not None:
+                changed(self._written(added))
         if (jumps := self._core.jumps) and not self._warned_of_jumps:
             self._warn_if_often(jumps, self._core.rows_added)
         return torch.from_numpy(added)
@@ -225,13 +244,21 @@ class ReplayBuffer(StoredTransitions):
             stacklevel=3,
         )
 
+    def _written(self, added: np.ndarray) -> np.ndarray:
+        """The rows of transitions that were just added, and of those before them, which may have been cut."""
+        envs, t = added % self.num_envs, added // self.num_envs
+        return np.concatenate([self._storage.rows_of(envs, np.maximum(t - before, 0)) for before in (0, 1)])
+
     def cut(self, env_ids: Rows | None = None) -> None:
         """Declares that these environments (None: all) were reset outside, e.g. when a run is resumed.
 
         Their next row begins a new segment. The last one ends as a truncated episode would: n-step returns
         stop there and bootstrap.
         """
-        self._core.cut(None if env_ids is None else integers(env_ids, "env_ids"))
+        envs = np.arange(self.num_envs) if env_ids is None else integers(env_ids, "env_ids")
+        with self._gather.changing() as changed:
+            self._core.cut(envs)
+            changed(self._storage.rows_of(envs, np.maximum(self._storage.array("count")[envs] - 1, 0)))
 
     # ---- sampling ----
 
@@ -243,6 +270,7 @@ class ReplayBuffer(StoredTransitions):
         pad: int = 4,
         dtype: torch.dtype = torch.float32,
         memory_format: torch.memory_format = torch.contiguous_format,
+        out: Batch | None = None,
     ) -> Batch:
         """Draws a batch, with replacement, and rebuilds its observations in one pass.
 
@@ -255,12 +283,42 @@ class ReplayBuffer(StoredTransitions):
             dtype: of image observations: uint8 as stored; float32, bfloat16 and float16 divided by 255. Other
                 observations have the dtype in which they are stored.
             memory_format: torch.channels_last writes images as NHWC (the shape stays [B, C, H, W]).
+            out: an earlier batch of the same arguments (or one made like it), which is filled and returned:
+                nothing is allocated. Whoever still reads it sees the new values.
 
         Raises:
             IndexError: nothing can be sampled yet.
+            ValueError: `out` has another form; it is unchanged.
         """
         spec = self._batches.spec(augment, pad, dtype, memory_format)
-        return self._sample(batch_size, spec, self._draws.next_number())
+        if out is not None:
+            self._batches.check(out, batch_size, spec)
+        return self._sample(batch_size, spec, self._draws.next_number(), out)
+
+    def sampling(
+        self,
+        batch_size: int,
+        *,
+        augment: Augment | None = None,
+        pad: int = 4,
+        dtype: torch.dtype = torch.float32,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> Sampling:
+        """`sample` with its arguments settled, for whoever draws batches itself: `SAC.update_from` records
+        sampling and update as one CUDA graph. Arguments as in `sample`."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
+        spec = self._batches.spec(augment, pad, dtype, memory_format)
+        return Sampling(
+            self._batches,
+            self._draws,
+            self._gather,
+            spec,
+            batch_size=batch_size,
+            n_step=self.n_step,
+            sample=lambda: self._sample(batch_size, spec, self._draws.next_number()),
+            update_priorities=self.update_priorities if isinstance(self.sampler, Prioritized) else None,
+        )
 
     def prefetch(
         self,
@@ -286,12 +344,12 @@ class ReplayBuffer(StoredTransitions):
         spec = self._batches.spec(augment, pad, dtype, memory_format)
         return Prefetch(self._draws.next_number, partial(self._sample, batch_size, spec))
 
-    def _sample(self, batch_size: int, spec: OutputSpec, number: int) -> Batch:
+    def _sample(self, batch_size: int, spec: OutputSpec, number: int, out: Batch | None = None) -> Batch:
         """Batch `number` of the sequence that the seed determines."""
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
-        index = torch.empty(batch_size, dtype=torch.int64, device=CPU)
-        return self._batches.batch(index, partial(self._draws.draw, number), self.n_step, spec)
+        batch = self._batches.allocate(batch_size, spec) if out is None else out
+        return self._batches.batch(batch, partial(self._draws.draw, number), self.n_step, spec)
 
     def get(
         self,
@@ -315,15 +373,34 @@ class ReplayBuffer(StoredTransitions):
         if n_step < 1:
             raise ValueError(f"n_step is {n_step}: it must be at least 1")
         spec = self._batches.spec(augment, pad, dtype, memory_format)
+        at = ids(index)
         given = partial(self._draws.get, self._draws.next_number())
-        return self._batches.batch(ids(index).clone(), given, n_step, spec)
+        with self._finding(at):
+            batch = self._batches.allocate(len(at), spec, self._gather.ids(at))
+            return self._batches.batch(batch, given, n_step, spec)
 
     def update_priorities(self, index: Rows, priority: Rows) -> None:
         """Sets the priorities [n], e.g. absolute TD errors, of these transitions; overwritten ones are
-        skipped."""
+        skipped. On a GPU, tensors of the device are taken as they are, without waiting for them: there, a
+        priority that is negative, infinite or NaN is skipped, too, instead of raising an error."""
         if not isinstance(self.sampler, Prioritized):
             raise ValueError('update_priorities() needs sampler="prioritized"')
-        self._core.set_priorities(*priorities(index, priority))
+        if self._mirror is None:
+            self._core.set_priorities(*priorities(index, priority))
+            return
+        on_device = device_priorities(index, priority, self._mirror.send)
+        with self._gather.reading():
+            self._mirror.set_priorities(*on_device)
+
+    @contextmanager
+    def _finding(self, at: Tensor) -> Iterator[None]:
+        """For a block in which these transitions, ids int64 [n] on the CPU, are read by kernels, which cannot
+        raise IndexError. The CPU's own functions check ids themselves."""
+        with self._gather.lock:
+            if self._mirror is not None:
+                with self._core.reading() as locked:
+                    stored_rows(locked, at)
+            yield
 
     # ---- single transitions ----
 
@@ -334,7 +411,9 @@ class ReplayBuffer(StoredTransitions):
             IndexError: a transition was overwritten (or never added). `contains` tells beforehand.
         """
         spec = self._batches.spec(None, 0, dtype, torch.contiguous_format)
-        return self._batches.observations(ids(index), self._core.observe, spec)
+        at = ids(index)
+        with self._finding(at):
+            return self._batches.observations(self._gather.ids(at), self._draws.observe, spec)
 
     def frames(self, index: Rows) -> Observation:
         """The newest single frames, [n, C, H, W] in the stored dtype, of these transitions."""
@@ -375,16 +454,18 @@ class ReplayBuffer(StoredTransitions):
             differing = [name for name in config if saved.get(name) != config[name]]
             raise ValueError(f"the state is of a buffer that was built with other values of {differing}")
         # Frames that are being sent arrive before those of the state, and those of the next add after them.
-        with self._gather.reading():
+        with self._gather.reading():  # it locks
             parts = self._storage.parts_for({name: tensor.shape for name, tensor in tensors.items()})
             for name, own in parts.items():
                 own.copy_(tensors[name])
-        self._restore(tensors)
+            self._restore(tensors)
 
     def _restore(self, tensors: dict[str, Tensor]) -> None:
         """After the storage was loaded."""
-        self._draws.load_state_dict(tensors)
-        self._storage.restore_recent()
+        with self._gather.reading():
+            self._draws.load_state_dict(tensors)
+            self._storage.restore_recent()
+            self._gather.replaced()
 
     @classmethod
     def from_state_dict(

@@ -1,17 +1,10 @@
 """Which transitions a batch is drawn from."""
 
 import secrets
-import threading
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from .. import _C
 from ..scalars import as_float, as_int
-from . import processes
 
 
 @dataclass(frozen=True)
@@ -84,100 +77,3 @@ def as_seed(seed: int | None) -> int:
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed is {seed}: it must lie in [0, 2**63)")
     return seed
-
-
-class DrawSequence:
-    """The sequence of batches that a seed determines: batch `number` depends on no batch before it.
-
-    Attributes:
-        seed: of the sequence. It changes when the first batch is drawn in another process.
-        beta: of the importance weights; 0 without priorities.
-        process: where the seed was last valid, as `processes.here` says.
-    """
-
-    def __init__(self, core: _C.Replay, sampler: SamplerSpec, rows: int, num_envs: int, seed: int) -> None:
-        self.seed = seed
-        self.process = processes.here()
-        self._core = core
-        self._count = 0
-        self._lock = threading.Lock()
-        self._recency, self._floor = 1.0, 1
-        if isinstance(sampler, Recent):
-            self._recency, self._floor = sampler.eta**1000, sampler.floor
-        self.beta, self._priorities = 0.0, None
-        if isinstance(sampler, Prioritized):
-            self.beta = sampler.beta
-            self._priorities = PriorityTree(core, rows, num_envs, sampler.alpha)
-
-    def next_number(self) -> int:
-        """The number of the batch that comes next, which then counts as drawn."""
-        with self._lock:
-            if (here := processes.here()) != self.process:
-                self.process = here
-                mixed = np.random.SeedSequence([self.seed, *here]).generate_state(1, np.uint64)
-                self.seed = int(mixed[0]) >> 1
-            self._count += 1
-            return self._count - 1
-
-    def draw(self, number: int, request: _C.BatchOut, threads: int) -> None:
-        """Draws the ids of batch `number` into the request, and fills it."""
-        if self._priorities is None:
-            self._core.sample(request, self.seed, number, self._recency, self._floor, threads)
-        else:
-            self._core.sample_prioritized(request, self.seed, number, self.beta, threads)
-
-    def get(self, number: int, request: _C.BatchOut, threads: int) -> None:
-        """Fills a request whose ids are given, with the augmentation of batch `number`."""
-        self._core.get(request, self.seed, number, threads)
-
-    @property
-    def nbytes(self) -> int:
-        return 0 if self._priorities is None else self._priorities.nbytes
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The tensors share memory with this object."""
-        state = {
-            "sampling": torch.tensor([self.seed, self._count], dtype=torch.int64, device="cpu"),
-            "beta": torch.tensor([self.beta], dtype=torch.float64, device="cpu"),
-        }
-        if self._priorities is not None:
-            state |= self._priorities.state_dict()
-        return state
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """`state` may have other tensors, too."""
-        self.seed, self._count = state["sampling"].tolist()
-        self.beta = float(state["beta"])
-        if self._priorities is not None:
-            self._priorities.load_state_dict(state)
-
-
-class PriorityTree:
-    """The memory of the priorities, one per row of the buffer. csrc/replay/priorities.h works on it."""
-
-    def __init__(self, core: _C.Replay, rows: int, num_envs: int, alpha: float) -> None:
-        self._leaves = torch.zeros(rows, dtype=torch.float32, device="cpu")
-        self._sums = torch.zeros(_C.sum_tree_inner_nodes(rows), dtype=torch.float64, device="cpu")
-        self._largest = torch.ones(1, dtype=torch.float64, device="cpu")
-        self._bounds = torch.zeros(2, num_envs, dtype=torch.int64, device="cpu")
-        for tensor in (self._leaves, self._sums):
-            _C.prefer_huge_pages(tensor)
-        core.prioritize(self._leaves, self._sums, self._largest, self._bounds, alpha)
-
-    @property
-    def nbytes(self) -> int:
-        return self._leaves.nbytes + self._sums.nbytes
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {
-            "priority.priorities": self._leaves,
-            "priority.largest": self._largest,
-            "priority.bounds": self._bounds,
-        }
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self._largest.copy_(state["priority.largest"])
-        self._bounds.copy_(state["priority.bounds"])
-        rows = torch.arange(len(self._leaves), dtype=torch.int64, device="cpu")
-        priorities = state["priority.priorities"].to("cpu", torch.float32).contiguous()
-        _C.sum_tree_update(self._leaves, self._sums, rows, priorities)

@@ -19,23 +19,14 @@ from .options import Options
 from .pinned import pinned_empty
 
 # The memory of the C++ object: one entry per stream, or one per row of transitions.
-_CORE = {
-    "count": ("streams", torch.int64),
-    "first": ("streams", torch.int64),
-    "ended": ("streams", torch.int64),
-    "reward": ("rows", torch.float32),
-    "flags": ("rows", torch.uint8),
-    "time": ("rows", torch.int32),
-}
-_OF_KEY = {
-    "written": ("streams", torch.int64),
-    "newest": ("rows", torch.int64),
-    "depth": ("rows", torch.uint8),
-}
+_OF_STREAMS = ("count", "first", "ended")
+_OF_ROWS = {"reward": torch.float32, "flags": torch.uint8, "time": torch.int32}
+_OF_ROWS_AND_KEY = {"newest": torch.int64, "depth": torch.uint8}
 
 
 class Storage:
-    """Rings of frames (one per environment and key) and rows of transitions, as named tensors.
+    """Rings of frames (one per environment and key) and rows of transitions, as named tensors. Those with one
+    entry per stream are the rows of `streams`: count, first, ended and, of each key, written.
 
     `capacity` transitions over `num_envs` streams; stream e has `limits[e]` of them in rows
     e * rows_per_stream + t % limits[e]. See csrc/replay/replay.h for how they refer to frames.
@@ -50,21 +41,24 @@ class Storage:
         self.limits = capacity // num_envs + (np.arange(num_envs) < capacity % num_envs).astype(np.int64)
         rings = _frame_rings(options, self.rows_per_stream, device, pinned)
         self.frame_bytes = sum(ring.nbytes for ring in rings)
-        sizes = {"streams": num_envs, "rows": self.rows}
+        self.streams = torch.zeros(len(_OF_STREAMS) + len(rings), num_envs, dtype=torch.int64, device="cpu")
         self.tensors: dict[str, Tensor] = {
-            name: torch.zeros(sizes[size], dtype=dtype, device="cpu") for name, (size, dtype) in _CORE.items()
+            **dict(zip(_OF_STREAMS, self.streams, strict=False)),
+            **{name: torch.zeros(self.rows, dtype=dtype, device="cpu") for name, dtype in _OF_ROWS.items()},
         }
         for column in options.columns:
             values = torch.zeros((self.rows, *column.shape), dtype=column.dtype, device="cpu")
             self.tensors[f"column.{column.name}"] = values
         self._recent: dict[str, Tensor] = {}  # copies of the latest frames, which the CPU compares with
-        for key, frames in zip(self.keys, rings, strict=True):
+        written = self.streams[len(_OF_STREAMS) :]
+        for key, frames, of_key in zip(self.keys, rings, written, strict=True):
             self.tensors[f"frames.{key.name}"] = frames
             if frames.is_cuda:
                 shape = (num_envs, key.stack + 1, *key.frame_shape)
                 self._recent[key.name] = pinned_empty(shape, key.dtype, device)
-            for name, (size, dtype) in _OF_KEY.items():
-                self.tensors[f"{name}.{key.name}"] = torch.zeros(sizes[size], dtype=dtype, device="cpu")
+            self.tensors[f"written.{key.name}"] = of_key
+            for name, dtype in _OF_ROWS_AND_KEY.items():
+                self.tensors[f"{name}.{key.name}"] = torch.zeros(self.rows, dtype=dtype, device="cpu")
         for tensor in self.tensors.values():
             if tensor.is_cpu and not tensor.is_pinned():
                 # Before anything is written: random rows of large buffers are bound by address translation.
@@ -77,7 +71,7 @@ class Storage:
             num_envs=options.num_envs,
             n_step=options.n_step,
             gamma=options.gamma,
-            **{name: self.tensors[name] for name in _CORE},
+            **{name: self.tensors[name] for name in (*_OF_STREAMS, *_OF_ROWS)},
         )
         for key in self.keys:
             frames = self.tensors[f"frames.{key.name}"]
@@ -90,7 +84,7 @@ class Storage:
                 height=key.height,
                 width=key.width,
                 channels_last=key.channels_last,
-                **{name: self.tensors[f"{name}.{key.name}"] for name in _OF_KEY},
+                **{name: self.tensors[f"{name}.{key.name}"] for name in ("written", *_OF_ROWS_AND_KEY)},
             )
         for column in options.columns:
             core.add_column(column.name, self.tensors[f"column.{column.name}"])

@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import _C
 from .arguments import Rows, flags, ids, integers, shaped, some_extras
 from .options import Options
+from .output import Gather
 from .storage import Storage
 
 _TERMINATED, _TRUNCATED = np.uint8(1), np.uint8(2)  # flags of csrc/replay/replay.h
@@ -18,8 +19,9 @@ _END = _TERMINATED | _TRUNCATED  # not kCut, the flag of a stream that was cut
 class StoredTransitions:
     """The part of `ReplayBuffer` that finds transitions by their id, or by their place in a stream."""
 
-    def __init__(self, options: Options, storage: Storage) -> None:
+    def __init__(self, options: Options, storage: Storage, gather: Gather) -> None:
         self.num_envs = options.num_envs
+        self._gather = gather
         self._options = options
         self._storage = storage
         self._core = storage.core
@@ -49,10 +51,11 @@ class StoredTransitions:
         """Overwrites extras of these transitions, e.g. with a prior that arrives after its step."""
         at = ids(index)
         checked = some_extras(values, len(at), self._options)
-        with self._core.writing() as locked:
+        with self._gather.changing() as changed, self._core.writing() as locked:
             rows = stored_rows(locked, at).numpy()
             for name, value in checked.items():
                 self._storage.array(f"column.{name}")[rows] = value
+            changed(rows, [f"column.{name}" for name in checked])
 
     def set_terminated(self, index: Rows, terminated: Rows) -> None:
         """Corrects which of these transitions [n] ended their episode: True terminates those that did not
@@ -68,7 +71,7 @@ class StoredTransitions:
         at = ids(index)
         on = shaped(flags(given, what), (len(at),), what)
         stored = self._storage.array("flags")
-        with self._core.writing() as locked:
+        with self._gather.changing() as changed, self._core.writing() as locked:
             rows = stored_rows(locked, at).numpy()
             end = stored[rows] & _END
             if what == "terminated":
@@ -76,6 +79,7 @@ class StoredTransitions:
             else:
                 end = np.where(on, _TRUNCATED, np.where(end, _TERMINATED, 0))
             stored[rows] = end | stored[rows] & ~_END
+            changed(rows, ["flags"])
 
     def windows(self, index: Rows, n: int) -> tuple[np.ndarray, np.ndarray]:
         """(reward float32 [B, n], alive bool [B, n]): the n steps from each transition on, and which of them
@@ -125,8 +129,9 @@ class StoredTransitions:
         first = shaped(integers(t, "t"), (self.num_envs,), "t")
         if self.stream_bounds()[2].any() or (first < 0).any():
             raise ValueError("start_at() needs an empty buffer, and numbers of at least 0")
-        for name in ("count", "first", "ended"):
-            self._storage.array(name)[:] = first
+        with self._gather.changing():
+            for name in ("count", "first", "ended"):
+                self._storage.array(name)[:] = first
 
     def ids_at(self, env_ids: Rows, positions: Rows) -> np.ndarray:
         """int64 [n], the ids of the transitions at these positions of their environments' rings; -1 where
@@ -149,8 +154,9 @@ class StoredTransitions:
         """One value per place of the rings, [num_envs, m, ...], placed as in `ids_at`.
 
         "reward", "action" and the names of extras give the buffer's own memory: what is written into it is
-        stored, unchecked. "terminated" and "truncated" give a bool copy; `set_terminated` and `set_truncated`
-        change these. Places where nothing is stored have any value.
+        stored, unchecked. On a GPU, where batches are made from a copy of it, it is read-only. "terminated"
+        and "truncated" give a bool copy; `set_terminated` and `set_truncated` change these. Places where
+        nothing is stored have any value.
         """
         if name in ("terminated", "truncated"):
             flag = _TERMINATED if name == "terminated" else _TRUNCATED
@@ -158,6 +164,8 @@ class StoredTransitions:
         else:
             values = self._storage.array("reward" if name == "reward" else f"column.{name}")
         ring: np.ndarray = values.reshape(self.num_envs, -1, *values.shape[1:])
+        if self._gather.device.type != "cpu":
+            ring.flags.writeable = False
         return ring
 
 

@@ -44,6 +44,11 @@ class SumTree:
         return self._leaves.device
 
     @property
+    def memory(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(leaves, sums, claims), for C++ that works on this tree: see csrc/ops/sum_tree.h."""
+        return self._leaves, self._sums, self._claims
+
+    @property
     def priorities(self) -> Tensor:
         """float32 [capacity], a copy; `update(torch.arange(capacity), priorities)` restores it."""
         return self._leaves.clone()

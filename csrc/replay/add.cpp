@@ -21,7 +21,7 @@ constexpr const char* kContractRemedy =
 
 // The stack that the stream's next obs must show: that of the latest next_obs.
 StackPlan Replay::next_stack(size_t k, int64_t env) const {
-  return keys_[k].plan(row(env, count_[env] - 1), env * keys_[k].recent.slots, true);
+  return keys_[k].plan(tables_.row(env, tables_.count[env] - 1), env * keys_[k].recent.slots, true);
 }
 
 // Which part of older frames to compare: all of it if frames are small, and where a stream usually breaks off
@@ -31,7 +31,7 @@ int64_t Replay::probe_phase(const RowsIn& in, int64_t r, int64_t env, size_t k) 
   const bool small = frames.frame_bytes() <= kSmallFrame;
   const bool all = cut_at_jumps || small || frames.stack == 1 ||
                    next_stack(k, env).depth < frames.stack - 1 || in.terminated[r] || in.truncated[r];
-  return all ? kCompareAll : count_[env] % kProbeEvery;
+  return all ? kCompareAll : tables_.count[env] % kProbeEvery;
 }
 
 // The phase in which frame `position` of obs is compared, or of next_obs if `next`.
@@ -42,7 +42,7 @@ int64_t Replay::frame_phase(int64_t phase, int64_t position, bool next) {
 
 // Starts to load the memory that check() is about to compare.
 void Replay::prefetch_check(const RowsIn& in, int64_t r, int64_t env) const {
-  for (size_t k = 0; k < keys_.size() && count_[env] != ended_[env]; ++k) {
+  for (size_t k = 0; k < keys_.size() && tables_.count[env] != tables_.ended[env]; ++k) {
     const int64_t phase = probe_phase(in, r, env, k), bytes = keys_[k].frames.frame_bytes();
     if (phase < 0 || keys_[k].input_channels_last) continue;
     for (int64_t j = 0; j < keys_[k].frames.stack; ++j) {
@@ -94,7 +94,7 @@ Replay::Segment Replay::check(const RowsIn& in, int64_t r, int64_t env) const {
     throw FrameStackError("observation '" + keys_[k].name + "' of row " + std::to_string(r) +
                           " (environment " + std::to_string(env) + "): " + what + kContractRemedy);
   };
-  Segment segment{count_[env] == ended_[env], false};
+  Segment segment{tables_.count[env] == tables_.ended[env], false};
   // A single frame cannot contradict a stream: a jump is stored as the start of a new segment.
   for (size_t k = 0; k < keys_.size() && !segment.fresh; ++k)
     if ((cut_at_jumps || keys_[k].frames.stack == 1) && !continues(in, r, env, k)) segment = {true, true};
@@ -119,10 +119,10 @@ void Replay::write_frame(size_t k, int64_t env, const uint8_t* observation, int6
 }
 
 void Replay::append(const RowsIn& in, int64_t r, int64_t env, Segment segment) {
-  const int64_t t = count_[env], to = row(env, t);
+  const int64_t t = tables_.count[env], to = tables_.row(env, t);
   if (segment.cuts_previous) {
-    flags_[row(env, t - 1)] |= kCut;
-    ended_[env] = t;
+    tables_.flags[tables_.row(env, t - 1)] |= kCut;
+    tables_.ended[env] = t;
   }
   for (size_t k = 0; k < keys_.size(); ++k) {
     ObservationKey& key = keys_[k];
@@ -151,27 +151,26 @@ void Replay::append(const RowsIn& in, int64_t r, int64_t env, Segment segment) {
   for (size_t c = 0; c < columns_.size(); ++c)
     std::memcpy(columns_[c].values.data + to * columns_[c].bytes, in.columns[c][r],
                 static_cast<size_t>(columns_[c].bytes));
-  time_[to] = segment.fresh ? 0 : time_[row(env, t - 1)] + 1;
-  reward_[to] = in.reward[r];
-  flags_[to] =
+  tables_.time[to] = segment.fresh ? 0 : tables_.time[tables_.row(env, t - 1)] + 1;
+  tables_.reward[to] = in.reward[r];
+  tables_.flags[to] =
       static_cast<uint8_t>((in.terminated[r] ? kTerminated : 0) | (in.truncated[r] ? kTruncated : 0));
-  count_[env] = t + 1;
-  if (flags_[to]) ended_[env] = t + 1;
+  tables_.count[env] = t + 1;
+  if (tables_.flags[to]) tables_.ended[env] = t + 1;
   evict(env);
 }
 
 // Drops transitions whose row or whose oldest frame was overwritten.
 void Replay::evict(int64_t env) {
-  int64_t& first = first_[env];
-  first = std::max(first, count_[env] - limit(env));
+  int64_t& first = tables_.first[env];
+  first = std::max(first, tables_.count[env] - tables_.limit(env));
   const auto lost_a_frame = [&](int64_t t) {
-    const int64_t at = row(env, t);
-    return std::any_of(keys_.begin(), keys_.end(), [&](const ObservationKey& key) {
-      return key.newest[at] - (key.depth[at] & ~kZeroPadding) < key.written[env] - key.frames.slots;
-    });
+    const int64_t at = tables_.row(env, t);
+    return std::any_of(keys_.begin(), keys_.end(),
+                       [&](const ObservationKey& key) { return key.lost_a_frame(env, at); });
   };
-  while (first < count_[env] && lost_a_frame(first)) ++first;
-  ended_[env] = std::max(ended_[env], first);
+  while (first < tables_.count[env] && lost_a_frame(first)) ++first;
+  tables_.ended[env] = std::max(tables_.ended[env], first);
 }
 
 void Replay::add(const RowsIn& in, int64_t* ids) {
@@ -182,7 +181,7 @@ void Replay::add(const RowsIn& in, int64_t* ids) {
     segments_[r] = check(in, r, in.env_ids[r]);
   }
   for (int64_t r = 0; r < in.rows; ++r) {
-    ids[r] = count_[in.env_ids[r]] * num_envs_ + in.env_ids[r];
+    ids[r] = tables_.count[in.env_ids[r]] * num_envs() + in.env_ids[r];
     append(in, r, in.env_ids[r], segments_[r]);
     jumps_ += segments_[r].cuts_previous;
   }
@@ -192,9 +191,9 @@ void Replay::add(const RowsIn& in, int64_t* ids) {
 
 void Replay::cut(const std::vector<int64_t>& env_ids) {
   for (int64_t env : env_ids) {
-    if (count_[env] == ended_[env]) continue;
-    flags_[row(env, count_[env] - 1)] |= kCut;
-    ended_[env] = count_[env];
+    if (tables_.count[env] == tables_.ended[env]) continue;
+    tables_.flags[tables_.row(env, tables_.count[env] - 1)] |= kCut;
+    tables_.ended[env] = tables_.count[env];
   }
 }
 

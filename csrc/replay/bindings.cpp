@@ -5,6 +5,8 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cmath>
+#include <iterator>
 #include <memory>
 #include <mutex>
 #include <numeric>
@@ -16,6 +18,7 @@
 #include "ops/sum_tree.h"
 #include "replay/priorities.h"
 #include "replay/replay.h"
+#include "replay/requests.h"
 
 namespace py = pybind11;
 
@@ -62,8 +65,17 @@ class PyReplay : public Replay {
     require_shape("written", written.shape, {num_envs()});
     require_shape("newest", newest.shape, {rows()});
     require_shape("depth", depth.shape, {rows()});
-    Replay::add_key({std::move(name), frames.dtype, channels_last, frames.device, layout("frames", frames),
-                     layout("recent", recent), written, newest, depth});
+    ObservationKey key;
+    key.frames = layout("frames", frames);
+    key.written = written.data;
+    key.newest = newest.data;
+    key.depth = depth.data;
+    key.name = std::move(name);
+    key.dtype = frames.dtype;
+    key.input_channels_last = channels_last;
+    key.device = frames.device;
+    key.recent = layout("recent", recent);
+    Replay::add_key(std::move(key));
   }
 
   // values: [rows, ...].
@@ -125,7 +137,8 @@ class PyReplay : public Replay {
     require_shape("sums", sums.shape, {SumTreeLayout(rows()).inner_nodes()});
     require_shape("largest", largest.shape, {1});
     require_shape("bounds", bounds.shape, {2, num_envs()});
-    priorities_ = std::make_unique<Priorities>(leaves, sums, largest, bounds, alpha);
+    priorities_ = std::make_unique<Priorities>(
+        PriorityTables{leaves.data, sums.data, largest.data, bounds.data, bounds.data + num_envs(), alpha});
   }
 
   void set_priorities(const Ids& ids, const py::array_t<double, py::array::c_style>& priority) {
@@ -140,17 +153,16 @@ class PyReplay : public Replay {
     priorities_->set(*this, at_ids, values, n);
   }
 
-  void sample(const BatchOut& out, uint64_t seed, uint64_t batch, double recency, int64_t recency_floor,
-              int threads) {
-    check_columns(out);
+  void sample(const BatchOut& out, uint64_t seed, uint64_t batch, const Recency& recency, int threads) {
+    check_request(out);
     std::shared_lock guard(lock);
-    draw(seed, batch, recency, recency_floor, out.ids.data, out.rows());
+    draw(seed, batch, recency, out.ids.data, out.rows());
     std::fill_n(out.weight.data, out.rows(), 1.0f);
     fill(out, seed, batch, threads);
   }
 
   void sample_prioritized(const BatchOut& out, uint64_t seed, uint64_t batch, double beta, int threads) {
-    check_columns(out);
+    check_request(out);
     if (!priorities_) throw std::invalid_argument("sample_prioritized needs prioritize first");
     std::shared_lock guard(lock);
     priorities_->draw(*this, seed, batch, beta, out.ids.data, out.weight.data, out.rows());
@@ -158,7 +170,7 @@ class PyReplay : public Replay {
   }
 
   void get(const BatchOut& out, uint64_t seed, uint64_t batch, int threads) {
-    check_columns(out);
+    check_request(out);
     std::shared_lock guard(lock);
     check_stored(out.ids);
     std::fill_n(out.weight.data, out.rows(), 1.0f);
@@ -166,32 +178,13 @@ class PyReplay : public Replay {
   }
 
   void observe(const ObservationsOut& out, int threads) {
+    check_observations(*this, out);
     std::shared_lock guard(lock);
     check_stored(out.ids);
     gather_keys(out, threads);
   }
 
 #ifdef COVR_WITH_CUDA
-  // The plans of a batch whose ids are drawn: [1, rows, stack_plan_bytes] of obs, or [2, ...] with next_obs.
-  void plan_cuda(size_t key, ObservationsOut& out, View<uint8_t, 3> plans) {
-    const bool with_next = plans.shape[0] == 2;
-    require_shape("plans", plans.shape, {with_next ? 2 : 1, out.rows(), sizeof(StackPlan)});
-    keys().at(key);
-    auto* obs = reinterpret_cast<StackPlan*>(plans.data);
-    plan(key, out, obs, with_next ? obs + out.rows() : nullptr);
-  }
-
-  // plans: [rows, stack_plan_bytes].
-  void gather_cuda(size_t key, CudaView<uint8_t, 2> plans, GatherTarget target, AnyView out,
-                   uintptr_t stream) {
-    const int64_t rows = plans.shape[0];
-    require_shape("plans", plans.shape, {rows, sizeof(StackPlan)});
-    target.dtype = out.dtype;
-    check_target(key, target, out, rows, Device::kCuda);
-    covr::gather_cuda(keys()[key].frames, reinterpret_cast<StackPlan*>(plans.data), rows, target, out.data,
-                      stream);
-  }
-
   // Sends the frames that add() wrote since the last call to the device.
   void upload_cuda(uintptr_t stream) {
     for (const FrameWrite& write : take_writes()) {
@@ -203,35 +196,11 @@ class PyReplay : public Replay {
 #endif
 
  private:
-  // Throws TypeError unless frames of key number k can be written into `out` in the form of `target`.
-  void check_target(size_t k, const GatherTarget& target, const AnyView& out, int64_t rows,
-                    Device device) const {
-    const ObservationKey& key = keys().at(k);
-    const bool cast = key.dtype == DType::kUInt8 && is_floating(out.dtype) && out.dtype != DType::kFloat64;
-    const bool whole = target.out_height == key.frames.height && target.out_width == key.frames.width;
-    if ((out.dtype != key.dtype && !cast) || (!whole && !target.shifted) || out.device != device ||
-        (device == Device::kCpu && key.device != device) || out.shape.empty() || out.shape[0] != rows ||
-        out.bytes() != rows * target.row_bytes(key.frames))
-      throw py::type_error("the tensor for observations '" + key.name +
-                           "' has another dtype, device or shape than its target says");
-  }
-
   void check_stored(View<int64_t, 1> ids) const {
     for (int64_t i = 0; i < ids.size(); ++i)
-      if (find(ids[i]) < 0)
+      if (tables().find(ids[i]) < 0)
         throw std::out_of_range("transition " + std::to_string(ids[i]) +
                                 " is not in the buffer: it was overwritten or never added");
-  }
-
-  void check_columns(const BatchOut& out) const {
-    if (out.columns.size() != columns().size())
-      throw py::type_error("a batch must have " + std::to_string(columns().size()) + " columns, not " +
-                           std::to_string(out.columns.size()));
-    for (size_t c = 0; c < columns().size(); ++c) {
-      std::vector<int64_t> shape = columns()[c].values.shape;
-      shape[0] = out.rows();
-      require(columns()[c].name.c_str(), out.columns[c], columns()[c].values.dtype, Device::kCpu, shape);
-    }
   }
 
   void fill(const BatchOut& out, uint64_t seed, uint64_t batch, int threads) const {
@@ -240,12 +209,12 @@ class PyReplay : public Replay {
   }
 
   void gather_keys(const ObservationsOut& out, int threads) const {
-    for (size_t k = 0; k < out.keys.size(); ++k) {
-      const auto& [target, obs, next_obs] = out.keys[k];
-      check_target(k, target, obs, out.rows(), Device::kCpu);
-      if (next_obs) require("next_obs", *next_obs, obs.dtype, Device::kCpu, obs.shape);
-      gather_key(k, out, threads);
-    }
+    for (size_t k = 0; k < out.keys.size(); ++k) gather_key(k, out, threads);
+  }
+
+  void check_request(const BatchOut& out) const {
+    check_columns(*this, out.columns, out.rows(), Device::kCpu);
+    check_observations(*this, out);
   }
 
   static void check_row_shape(const py::array& array, const Column& column) {
@@ -297,10 +266,10 @@ struct Lock {
   void release() { exclusive ? replay.lock.unlock() : replay.lock.unlock_shared(); }
 
   Ids rows(const Ids& ids) const {
-    return mapped(ids, [&](int64_t id) { return replay.find(id); });
+    return mapped(ids, [&](int64_t id) { return replay.tables().find(id); });
   }
   Ids ids_in_rows(const Ids& rows) const {
-    return mapped(rows, [&](int64_t row) { return replay.id_in_row(row); });
+    return mapped(rows, [&](int64_t row) { return replay.tables().id_in_row(row); });
   }
 
  private:
@@ -312,6 +281,21 @@ struct Lock {
   }
 };
 
+// The part recency^u of every stream; see tables.h.
+Recency recency_of(double recency, int64_t floor) {
+  Recency made{.uniform = false, .floor = floor};
+  for (auto& powers : made.powers) {  // one digit of u: its bits stand for square roots of square roots
+    double roots[Recency::kDigitBits];
+    for (double& root : roots) root = recency = std::sqrt(recency);
+    for (uint32_t digit = 0; digit < std::size(powers); ++digit) {
+      powers[digit] = 1;
+      for (int bit = 0; bit < Recency::kDigitBits; ++bit)
+        if (digit >> (Recency::kDigitBits - 1 - bit) & 1u) powers[digit] *= roots[bit];
+    }
+  }
+  return made;
+}
+
 std::unique_ptr<PyReplay> make_replay(int64_t capacity, int64_t num_envs, int64_t n_step, double gamma,
                                       View<int64_t, 1> count, View<int64_t, 1> first, View<int64_t, 1> ended,
                                       View<float, 1> reward, View<uint8_t, 1> flags, View<int32_t, 1> time) {
@@ -319,43 +303,25 @@ std::unique_ptr<PyReplay> make_replay(int64_t capacity, int64_t num_envs, int64_
                                     time);
 }
 
-BatchOut make_batch_out(View<int64_t, 1> ids, int64_t n_step, View<float, 1> reward, View<float, 1> discount,
-                        View<bool, 1> terminated, View<bool, 1> truncated, View<float, 1> weight,
-                        std::vector<AnyView> columns, std::optional<View<int64_t, 3>> offsets,
-                        int64_t offset_range, int64_t shift_origin) {
-  require_shape("reward", reward.shape, ids.shape);
-  require_shape("discount", discount.shape, ids.shape);
-  require_shape("terminated", terminated.shape, ids.shape);
-  require_shape("truncated", truncated.shape, ids.shape);
-  require_shape("weight", weight.shape, ids.shape);
-  if (offsets) require_shape("offsets", offsets->shape, {2, ids.size(), 2});
-  return {{ids, n_step, {}, offsets, offset_range, shift_origin},
-          reward,
-          discount,
-          terminated,
-          truncated,
-          weight,
-          std::move(columns)};
-}
-
 }  // namespace
+
+void bind_mirror(py::module_& m);
 
 void bind_replay(py::module_& m) {
   const auto kWithoutGil = py::call_guard<py::gil_scoped_release>();
   m.attr("stack_plan_bytes") = sizeof(StackPlan);
+  m.attr("nothing_to_sample") = kNothingToSample;
   py::register_exception<FrameStackError>(m, "FrameStackError", PyExc_ValueError);
+  py::class_<Recency>(m, "Recency")
+      .def(py::init<>())
+      .def(py::init(&recency_of), py::arg("recency"), py::arg("floor"));
   py::class_<GatherTarget>(m, "GatherTarget")
       .def(py::init([](bool channels_last, bool shifted, int64_t height, int64_t width) {
              return GatherTarget{{}, channels_last, shifted, height, width};
            }),
            py::arg("channels_last"), py::arg("shifted"), py::arg("height"), py::arg("width"));
 
-  py::class_<ObservationsOut> observations_out(m, "ObservationsOut");
-  define_constructor(observations_out, +[](View<int64_t, 1> ids) { return ObservationsOut{ids}; }, "ids");
-  define_method(observations_out, "add_key", &ObservationsOut::add_key, "target", "obs", "next_obs");
-  py::class_<BatchOut, ObservationsOut> batch_out(m, "BatchOut");
-  define_constructor(batch_out, &make_batch_out, "ids", "n_step", "reward", "discount", "terminated",
-                     "truncated", "weight", "columns", "offsets", "offset_range", "shift_origin");
+  bind_requests<Device::kCpu>(m, "ObservationsOut", "BatchOut");
 
   // `with replay.reading() as locked: ...` keeps writers out, `writing()` everyone. Methods that acquire the
   // lock themselves must not be called inside.
@@ -373,7 +339,8 @@ void bind_replay(py::module_& m) {
       .def("rows", &Lock::rows, py::arg("ids"))
       .def("ids_in_rows", &Lock::ids_in_rows, py::arg("rows"));
 
-  py::class_<PyReplay> replay(m, "Replay");
+  py::class_<Replay>(m, "_Replay");  // as which a mirror takes it
+  py::class_<PyReplay, Replay> replay(m, "Replay");
   define_constructor(replay, &make_replay, "capacity", "num_envs", "n_step", "gamma", "count", "first",
                      "ended", "reward", "flags", "time");
   define_method(replay, "add_key", &PyReplay::add_key, "name", "frames", "recent", "stack", "channels",
@@ -381,8 +348,6 @@ void bind_replay(py::module_& m) {
   define_method(replay, "add_column", &PyReplay::add_column, "name", "values");
   define_method(replay, "prioritize", &PyReplay::prioritize, "leaves", "sums", "largest", "bounds", "alpha");
 #ifdef COVR_WITH_CUDA
-  define_method(replay, "plan_cuda", &PyReplay::plan_cuda, "key", "out", "plans");
-  define_method(replay, "gather_cuda", &PyReplay::gather_cuda, "key", "plans", "target", "out", "stream");
   define_method(replay, "upload_cuda", &PyReplay::upload_cuda, "stream");
 #endif
   replay
@@ -401,12 +366,15 @@ void bind_replay(py::module_& m) {
       .def("set_priorities", &PyReplay::set_priorities, py::arg("ids"), py::arg("priority"))
       // Each makes a whole batch under one lock. `get` takes the ids that are in `out`, the others draw them.
       .def("sample", &PyReplay::sample, py::arg("out"), py::arg("seed"), py::arg("batch"), py::arg("recency"),
-           py::arg("recency_floor"), py::arg("threads"), kWithoutGil)
+           py::arg("threads"), kWithoutGil)
       .def("sample_prioritized", &PyReplay::sample_prioritized, py::arg("out"), py::arg("seed"),
            py::arg("batch"), py::arg("beta"), py::arg("threads"), kWithoutGil)
       .def("get", &PyReplay::get, py::arg("out"), py::arg("seed"), py::arg("batch"), py::arg("threads"),
            kWithoutGil)
       .def("observe", &PyReplay::observe, py::arg("out"), py::arg("threads"), kWithoutGil);
+#ifdef COVR_WITH_CUDA
+  bind_mirror(m);
+#endif
 }
 
 }  // namespace covr

@@ -14,6 +14,12 @@ struct StackPlan {
   int16_t depth;             // how many older frames of the stack were stored; those before are padding
   int16_t zero_padding;      // padding is black instead of the oldest stored frame
   int16_t shift_y, shift_x;  // output pixel (y, x) reads input (y + shift_y, x + shift_x), edge-clamped
+
+  // By offsets, of which `origin` leaves the image where it is.
+  COVR_HD void shift(int64_t y, int64_t x, int64_t origin) {
+    shift_y = static_cast<int16_t>(y - origin);
+    shift_x = static_cast<int16_t>(x - origin);
+  }
 };
 
 constexpr int64_t kBlankFrame = -1;

@@ -10,46 +10,38 @@
 
 namespace covr {
 
-constexpr double kEpsilon = 1e-6;  // so that a priority of zero can still be drawn
-
 void Priorities::follow(const Replay& replay) {
+  const Tables& tables = replay.tables();
   touched_.clear();
   values_.clear();
   const auto mark = [&](int64_t env, int64_t begin, int64_t end, float value) {
     for (int64_t t = begin; t < end; ++t) {
-      touched_.push_back(replay.row(env, t));
+      touched_.push_back(tables.row(env, t));
       values_.push_back(value);
     }
   };
-  for (int64_t env = 0; env < replay.num_envs(); ++env) {
-    int64_t& first = bounds_.data[env];
-    int64_t& ready = bounds_.data[replay.num_envs() + env];
-    const int64_t new_first = replay.first(env), new_ready = replay.ready_end(env);
-    // In this order: a new transition may lie where an old one was.
-    mark(env, first, std::min(new_first, ready), 0.0f);
-    mark(env, std::max(new_first, ready), new_ready, static_cast<float>(largest_[0]));
-    first = new_first;
-    ready = new_ready;
+  for (int64_t env = 0; env < tables.num_envs; ++env) {
+    const PriorityTables::Change change = priorities_.change(tables, env);
+    mark(env, change.gone, change.gone_end, 0.0f);
+    mark(env, change.fresh, change.fresh_end, static_cast<float>(*priorities_.largest));
+    priorities_.follow(tables, env);
   }
-  sum_tree_set(leaves_.data, sums_.data, leaves_.size(), touched_.data(), values_.data(),
+  sum_tree_set(priorities_.leaves, priorities_.sums, tables.rows(), touched_.data(), values_.data(),
                static_cast<int64_t>(touched_.size()));
 }
 
 void Priorities::draw(const Replay& replay, uint64_t seed, uint64_t batch, double beta, int64_t* ids,
                       float* weight, int64_t n) const {
-  const int64_t samplable = replay.samplable();
-  if (samplable == 0) throw std::out_of_range(kNothingToSample);
+  const Tables& tables = replay.tables();
+  if (replay.samplable() == 0) throw std::out_of_range(kNothingToSample);
   std::vector<double> jitter(static_cast<size_t>(n)), probability(static_cast<size_t>(n));
-  for (int64_t i = 0; i < n; ++i) {
-    const Random128 random = philox(seed, batch, static_cast<uint32_t>(i), kDrawIndex);
-    jitter[i] = unit(random.word[0], random.word[1]);
-  }
-  sum_tree_draw(leaves_.data, sums_.data, leaves_.size(), jitter.data(), n, ids, probability.data());
+  for (int64_t i = 0; i < n; ++i) jitter[i] = draw_jitter(seed, batch, i);
+  sum_tree_draw(priorities_.leaves, priorities_.sums, tables.rows(), jitter.data(), n, ids,
+                probability.data());
   const double rarest = *std::min_element(probability.begin(), probability.end());
   for (int64_t i = 0; i < n; ++i) {
-    ids[i] = replay.id_in_row(ids[i]);
-    // The factor N cancels: the rarest draw of the batch has the largest weight.
-    weight[i] = static_cast<float>(std::pow(rarest / probability[i], beta));
+    ids[i] = tables.id_in_row(ids[i]);
+    weight[i] = importance_weight(rarest, probability[i], beta);
   }
 }
 
@@ -62,19 +54,20 @@ void Priorities::set(const Replay& replay, const int64_t* ids, const double* pri
                                 ": priority must be finite and not negative: pass absolute TD errors");
   touched_.clear();
   values_.clear();
-  double largest = largest_[0];
+  const Tables& tables = replay.tables();
+  double largest = *priorities_.largest;
   for (int64_t i = 0; i < n; ++i) {
-    const int64_t row = replay.find_ready(ids[i]);
+    const int64_t row = tables.find_ready(ids[i]);
     if (row < 0) continue;
-    const auto leaf = static_cast<float>(std::pow(priority[i] + kEpsilon, alpha_));
+    const float leaf = priorities_.leaf(priority[i]);
     if (!std::isfinite(leaf))
       throw std::invalid_argument("priority is too large: to the power of alpha it must fit into float32");
     touched_.push_back(row);
     values_.push_back(leaf);
     largest = std::max(largest, static_cast<double>(leaf));
   }
-  largest_[0] = largest;
-  sum_tree_set(leaves_.data, sums_.data, leaves_.size(), touched_.data(), values_.data(),
+  *priorities_.largest = largest;
+  sum_tree_set(priorities_.leaves, priorities_.sums, tables.rows(), touched_.data(), values_.data(),
                static_cast<int64_t>(touched_.size()));
 }
 

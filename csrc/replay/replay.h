@@ -1,10 +1,8 @@
 // Bookkeeping of the replay buffer: which transition lives where, which of them may be sampled, and which
 // frames rebuild its observations. All memory belongs to the caller (torch tensors); this class has views.
 //
-// Every environment is a stream. A stream numbers its transitions 0, 1, 2, ...; transition t lies in row
-// `env * rows_per_stream + t % limit`. Its public id, `t * num_envs + env`, is never reused, so an id whose
-// transition was overwritten is recognised. Observations are stacks of single frames from a second,
-// slightly longer ring per stream: an episode of n transitions has n + 1 frames.
+// tables.h says where transitions lie. Observations are stacks of single frames from a second, slightly
+// longer ring per stream: an episode of n transitions has n + 1 frames.
 #pragma once
 
 #include <algorithm>
@@ -16,37 +14,21 @@
 
 #include "replay/gather.h"
 #include "replay/shared_lock.h"
+#include "replay/tables.h"
 
 namespace covr {
 
-// Transition flags.
-constexpr uint8_t kTerminated = 1, kTruncated = 2, kCut = 4;  // kCut: the stream broke off after this one
-constexpr uint8_t kEnd = kTerminated | kTruncated | kCut;
-
-constexpr uint8_t kZeroPadding = 0x80;  // of a depth: see ObservationKey
-
 // One observation key.
-struct ObservationKey {
+struct ObservationKey : KeyTable {
   std::string name;
-  DType dtype;  // floats are compared as numbers, all others as bytes
-  bool input_channels_last;
-  Device device;             // of frames
-  FrameLayout frames;        // the ring that samples are read from
-  FrameLayout recent;        // the same frames where the CPU can read the latest `stack` of each stream
-  View<int64_t, 1> written;  // [num_envs] frames written so far
-  View<int64_t, 1> newest;   // [rows] number of the newest frame of obs
-  View<uint8_t, 1> depth;    // [rows] older frames stored for obs; kZeroPadding is added to it
+  DType dtype{};  // floats are compared as numbers, all others as bytes
+  bool input_channels_last = false;
+  Device device{};     // of frames
+  FrameLayout recent;  // the same frames where the CPU can read the latest `stack` of each stream
 
   int64_t input_bytes() const { return frames.stack * frames.frame_bytes(); }  // of an observation
-
-  // How obs of the transition in `row` is rebuilt from the ring that begins at stream_slot, or its next_obs,
-  // which has one newer frame.
-  StackPlan plan(int64_t row, int64_t stream_slot, bool next) const {
-    const int64_t older = std::min<int64_t>((depth[row] & ~kZeroPadding) + next, frames.stack - 1);
-    const bool zero_padding = depth[row] & kZeroPadding;
-    return {stream_slot, newest[row] + next, static_cast<int16_t>(older), zero_padding, 0, 0};
-  }
 };
+
 // An observation contradicts its stream.
 class FrameStackError : public std::invalid_argument {
  public:
@@ -60,6 +42,8 @@ struct Column {
   std::string name;
   AnyView values;  // [rows, ...]
   int64_t bytes;   // per transition
+
+  ColumnTable table() const { return {values.data, bytes}; }
 };
 
 struct Rows {
@@ -78,19 +62,20 @@ struct RowsIn {
   const bool *terminated, *truncated;
 };
 
-// Where the observations of some transitions are written.
-struct ObservationsOut {
+// Where the observations of some transitions are written. All tensors are on device kOn.
+template <Device kOn>
+struct ObservationsOutOn {
   struct Key {
     GatherTarget target;
     AnyView obs;
     std::optional<AnyView> next_obs;
   };
-  View<int64_t, 1> ids;
+  View<int64_t, 1, kOn> ids;
   int64_t n_step = 1;  // next_obs is that of so many steps later
   std::vector<Key> keys{};
-  std::optional<View<int64_t, 3>> offsets{};  // [2, rows, 2] of obs and next_obs, y before x
-  int64_t offset_range = 0;                   // offsets are drawn from [0, offset_range)
-  int64_t shift_origin = 0;                   // the offset that leaves the image where it is
+  std::optional<View<int64_t, 2, kOn>> obs_offset{}, next_obs_offset{};  // [rows, 2], y before x; or neither
+  int64_t offset_range = 0;  // offsets are drawn from [0, offset_range)
+  int64_t shift_origin = 0;  // the offset that leaves the image where it is
 
   int64_t rows() const { return ids.size(); }
   // One key after the other, in their order in the buffer.
@@ -101,12 +86,16 @@ struct ObservationsOut {
 };
 
 // Where a whole batch is written.
-struct BatchOut : ObservationsOut {
-  View<float, 1> reward, discount;
-  View<bool, 1> terminated, truncated;
-  View<float, 1> weight;
+template <Device kOn>
+struct BatchOutOn : ObservationsOutOn<kOn> {
+  View<float, 1, kOn> reward, discount;
+  View<bool, 1, kOn> terminated, truncated;
+  View<float, 1, kOn> weight;
   std::vector<AnyView> columns;
 };
+
+using ObservationsOut = ObservationsOutOn<Device::kCpu>;
+using BatchOut = BatchOutOn<Device::kCpu>;
 
 // One frame that was written to where the CPU reads, and its slot of the ring that samples are read from.
 struct FrameWrite {
@@ -135,21 +124,12 @@ class Replay {
   // The frames written since the last call, for storage that the CPU cannot write itself.
   std::vector<FrameWrite> take_writes() { return std::exchange(writes_, {}); }
 
-  int64_t rows() const { return num_envs_ * rows_per_stream_; }
-  int64_t rows_per_stream() const { return rows_per_stream_; }
-  int64_t limit(int64_t env) const { return limit_ + (env < longer_streams_); }
+  const Tables& tables() const { return tables_; }
+  int64_t num_envs() const { return tables_.num_envs; }
+  int64_t rows() const { return tables_.rows(); }
   int64_t size() const;       // transitions stored
   int64_t samplable() const;  // transitions whose n steps are complete
-  int64_t row(int64_t env, int64_t t) const { return env * rows_per_stream_ + t % limit(env); }
-  // The row of an id, or -1 if that transition is not stored.
-  int64_t find(int64_t id) const;
-  int64_t find_ready(int64_t id) const;  // the same, or -1 if its n steps are not complete
-  int64_t id_in_row(int64_t row) const;  // the id of the transition in a row, or -1
-
-  // Draws ids: uniform for recency >= 1, else each row from the most recent part of every stream, the part's
-  // size being max(recency_floor, samplable * recency^u), u uniform in [0, 1).
-  void draw(uint64_t seed, uint64_t batch, double recency, int64_t recency_floor, int64_t* ids,
-            int64_t n) const;
+  void draw(uint64_t seed, uint64_t batch, const Recency& recency, int64_t* ids, int64_t n) const;
   // Fills everything but the observations.
   void gather_rows(const BatchOut& out, uint64_t seed, uint64_t batch) const;
   // The observation plans of one key: obs and next_obs of each id (next_obs after n steps).
@@ -162,16 +142,10 @@ class Replay {
   int64_t rows_added() const { return rows_added_; }
   int64_t jumps() const { return jumps_; }  // rows added that began a new segment because of their obs
 
-  // The transitions of a stream that may be sampled are those from first(env) up to ready_end(env).
-  int64_t first(int64_t env) const { return first_[env]; }
-  int64_t ready_end(int64_t env) const;
-  int64_t num_envs() const { return num_envs_; }
-
  private:
   struct Segment {  // what add() decided about a row before writing anything
     bool fresh, cuts_previous;
   };
-  int64_t steps(int64_t env, int64_t t, int64_t n_step) const;
   StackPlan next_stack(size_t key, int64_t env) const;
   Segment check(const RowsIn& in, int64_t row, int64_t env) const;
   int64_t probe_phase(const RowsIn& in, int64_t row, int64_t env, size_t key) const;
@@ -184,13 +158,7 @@ class Replay {
   void write_frame(size_t key, int64_t env, const uint8_t* observation, int64_t position);
   void evict(int64_t env);
 
-  const int64_t num_envs_, n_step_, rows_per_stream_;
-  const int64_t limit_, longer_streams_;  // these first streams have room for one transition more
-  const double gamma_;
-  const View<int64_t, 1> count_, first_, ended_;
-  const View<float, 1> reward_;
-  const View<uint8_t, 1> flags_;
-  const View<int32_t, 1> time_;
+  Tables tables_;
   std::vector<ObservationKey> keys_;
   std::vector<Column> columns_;
   std::vector<FrameWrite> writes_;

@@ -52,8 +52,12 @@ def assert_same(a, b):
 
 
 def prioritized_buffer():
+    return small_buffer("prioritized")
+
+
+def small_buffer(sampler, device="cpu"):
     buffer = ReplayBuffer(
-        64, num_envs=2, obs_shape=SHAPE, action_shape=(2,), sampler="prioritized", seed=0,
+        64, num_envs=2, obs_shape=SHAPE, action_shape=(2,), sampler=sampler, seed=0, device=device,
         extras={"prior": (2,), "prior_mask": ()},
     )  # fmt: skip
     rng = np.random.default_rng(0)

@@ -14,11 +14,13 @@ from small_agents import (
     eager_agent,
     make_batch,
     prioritized_buffer,
+    small_buffer,
 )  # fmt: skip
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from covr_fast import ReplayBuffer
 from covr_fast.agents import SAC
 from covr_fast.logger import MeanMetrics
 
@@ -110,6 +112,33 @@ def test_prioritized_replay_and_logged_means_see_the_same_numbers():
         means.append(logged.read())
     assert torch.equal(*drawn)
     assert means[0] == means[1]
+
+
+@pytest.mark.parametrize("sampler", ["uniform", "prioritized"])
+def test_drawing_inside_the_graph_changes_no_number(sampler):
+    """Eager draws and updates in between take their places in the sequence."""
+    agents, buffers = (eager_agent(), captured_agent()), [small_buffer(sampler) for _ in range(2)]
+    eager, captured = sources = [buffer.sampling(8, augment="shift") for buffer in buffers]
+    assert not agents[0].draws_from(eager)
+    assert agents[1].draws_from(captured)
+    for step in range(30):
+        got = [a.update_from(s, guide=step >= 12) for a, s in zip(agents, sources, strict=True)]
+        assert all(torch.equal(got[0][name], got[1][name]) for name in got[0])
+        if step % 7 == 0:
+            drawn = [buffer.sample(3).index for buffer in buffers]
+            assert torch.equal(*drawn)
+    assert_same(*agents)
+    assert asked(agents[1]) == (["aside"] * 3 + ["capture"] + ["replay"] * 9) + (
+        ["aside"] * 3 + ["capture"] + ["replay"] * 15
+    )
+
+
+def test_drawing_from_an_empty_buffer_is_an_error_and_changes_nothing():
+    agent, other = captured_agent(), eager_agent()
+    buffer = ReplayBuffer(8, num_envs=1, obs_shape=SHAPE, action_shape=(2,))
+    with pytest.raises(IndexError, match="nothing to sample"):
+        agent.update_from(buffer.sampling(4), guide=False)
+    assert_same(agent, other)
 
 
 READS = {
@@ -222,6 +251,42 @@ def test_cuda_graph_replays_draw_new_noise():
 def test_cuda_graph_in_steady_state_neither_synchronises_nor_allocates():
     _, agent = cuda_agents()
     assert_steady(agent)
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("sampler", ["uniform", "prioritized"])
+def test_cuda_graph_draws_the_batches_that_the_cpu_draws(sampler, deterministic_convolutions):
+    eager, captured = cuda_agents()
+    on_cpu, on_gpu = small_buffer(sampler), small_buffer(sampler, device="cuda")
+    source = on_gpu.sampling(8, augment="shift")
+    for step in range(20):
+        batch, guide = on_cpu.sample(8, augment="shift"), step >= 10
+        expected, got = eager.update(batch.to("cuda"), guide=guide), captured.update_from(source, guide=guide)
+        assert_close(got, expected, rtol=1e-3, atol=1e-4)
+        if sampler == "prioritized":
+            on_cpu.update_priorities(batch.index, got["td_error"])
+        else:
+            assert torch.equal(source.batch.index.cpu(), batch.index)
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("sampler", ["uniform", "prioritized"])
+def test_cuda_sampling_and_updating_in_one_graph_neither_synchronises_nor_allocates(sampler):
+    _, agent = cuda_agents()
+    source = small_buffer(sampler, device="cuda").sampling(8, augment="shift")
+    for step in range(16):
+        agent.update_from(source, guide=step >= 8)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(1000):
+            agent.update_from(source, guide=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    after = torch.cuda.memory_stats()
+    assert before["allocated_bytes.all.current"] == after["allocated_bytes.all.current"]
+    assert before["num_device_alloc"] == after["num_device_alloc"]
 
 
 @pytest.mark.needs_cuda
