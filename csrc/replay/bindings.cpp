@@ -183,17 +183,6 @@ class PyReplay : public Replay {
     gather_keys(out, threads);
   }
 
-#ifdef COVR_WITH_CUDA
-  // Sends the frames that add() wrote since the last call to the device.
-  void upload_cuda(uintptr_t stream) {
-    for (const FrameWrite& write : take_writes()) {
-      const FrameLayout& frames = keys()[write.key].frames;
-      upload_frame(write.source, frames.data + write.slot * frames.frame_bytes(), frames.frame_bytes(),
-                   stream);
-    }
-  }
-#endif
-
  private:
   void check_stored(View<int64_t, 1> ids) const {
     for (int64_t i = 0; i < ids.size(); ++i)
@@ -338,9 +327,6 @@ void bind_replay(py::module_& m) {
                 "height", "width", "channels_last", "written", "newest", "depth");
   define_method(replay, "add_column", &PyReplay::add_column, "name", "values");
   define_method(replay, "prioritize", &PyReplay::prioritize, "leaves", "sums", "largest", "bounds", "alpha");
-#ifdef COVR_WITH_CUDA
-  define_method(replay, "upload_cuda", &PyReplay::upload_cuda, "stream");
-#endif
   replay
       .def("add", &PyReplay::add_rows, py::arg("obs"), py::arg("next_obs"), py::arg("reward"),
            py::arg("terminated"), py::arg("truncated"), py::arg("columns"), py::arg("env_ids"))
