@@ -6,7 +6,7 @@ they are rounded to the column's precision. NaN is always an error; infinity is 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -15,7 +15,16 @@ from torch import Tensor
 from .. import _C
 from .options import ColumnSpec, KeySpec, Options, Shape, Spec
 
-Rows = np.ndarray | Tensor | Sequence[Any]
+
+class DLPack(Protocol):
+    """An array of any library that exports its memory: JAX, CuPy, Warp, ..."""
+
+    def __dlpack__(self, **options: Any) -> Any: ...
+
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+
+
+Rows = np.ndarray | Tensor | DLPack | Sequence[Any]
 ObservationRows = Rows | Mapping[str, Rows]
 
 _REWARD = ColumnSpec("reward", (), torch.float32, np.dtype(np.float32), "")
@@ -60,7 +69,7 @@ def rewards(value: Rows) -> np.ndarray:
 
 def flags(value: Rows, what: str) -> np.ndarray:
     """A bool array; other dtypes are an error."""
-    array = as_array(value)
+    array = as_array(value, what)
     if array.dtype != np.bool_:
         raise ValueError(f"{what} has dtype {array.dtype}: it must be bool")
     return array
@@ -68,7 +77,7 @@ def flags(value: Rows, what: str) -> np.ndarray:
 
 def integers(value: Rows, what: str) -> np.ndarray:
     """An int64 array. A bool array is an error: it may be a mask, and would become the numbers 0 and 1."""
-    array = as_array(value)
+    array = as_array(value, what)
     if array.dtype.kind not in "iu" and array.size:
         raise ValueError(
             f"{what} has dtype {array.dtype}: it must be integers; of a mask take np.flatnonzero"
@@ -123,7 +132,7 @@ def device_priorities(index: Rows, priority: Rows, send: Callable[[Tensor], Tens
 
 def _priority_values(priority: Rows, n: int, index: Rows) -> np.ndarray:
     """float64 [n]."""
-    values = as_array(priority)
+    values = as_array(priority, "priority")
     if values.dtype.kind not in "biuf":
         raise ValueError(f"priority has dtype {values.dtype}: it must be floating")
     _check_one_per_index(values.shape, n, index)
@@ -138,23 +147,37 @@ def _check_one_per_index(shape: Shape, n: int, index: Rows) -> None:
         raise ValueError(f"priority has {math.prod(shape)} values for {n} transitions")
 
 
-def as_array(value: Rows) -> np.ndarray:
+def as_array(value: Rows, what: str) -> np.ndarray:
+    """The same memory, if it is the host's; else a copy."""
     if type(value) is np.ndarray:
         return value
-    if isinstance(value, Tensor):
+    if isinstance(value := imported(value, what), Tensor):
         value = value.detach().cpu()
         # numpy has no bfloat16, which networks under autocast return. float32 represents all of its values.
         return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
     return np.asarray(value)
 
 
+def imported(value: Rows, what: str) -> Rows:
+    """A tensor on the memory of an object of another library that speaks dlpack; else the value itself."""
+    if isinstance(value, Tensor | np.ndarray) or not hasattr(value, "__dlpack__"):
+        return value
+    try:
+        return torch.from_dlpack(value)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{what} is a {type(value).__name__} that torch.from_dlpack cannot read ({error}): pass a tensor "
+            "or an array"
+        ) from error
+
+
 def as_column(value: Rows, spec: ColumnSpec, what: str) -> np.ndarray:
     """The same values as a contiguous array of the column's dtype; not a copy if it is one already."""
-    return np.asarray(_cast(as_array(value), spec, what), order="C")
+    return np.asarray(_cast(as_array(value, what), spec, what), order="C")
 
 
 def _frames(value: Rows, key: KeySpec, what: str) -> np.ndarray:
-    array = as_array(value)
+    array = as_array(value, what)
     if array.shape[1:] != key.shape:
         expected = ", ".join(map(str, ("rows", *key.shape)))
         raise ValueError(f"{what} has shape {array.shape}: it must be [{expected}]")

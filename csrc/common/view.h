@@ -73,12 +73,15 @@ struct View {
 template <typename T, int kDimensions>
 using CudaView = View<T, kDimensions, Device::kCuda>;
 
+constexpr int kNoGpu = -1;
+
 // A tensor whose dtype, device and number of dimensions are known only at run time.
 struct AnyView {
   uint8_t* data = nullptr;
   DType dtype{};
   Device device{};
-  std::vector<int64_t> shape;
+  std::vector<int64_t> shape{};
+  int gpu = kNoGpu;  // the index of its CUDA device
 
   int64_t bytes() const {
     int64_t bytes = item_bytes(dtype);
