@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from .device_add import DeviceAdd
 from .storage import Storage
 
 _NEXT, _BETA = 1, 3  # in the sequence: see csrc/replay/mirror.h
@@ -24,6 +25,7 @@ class Mirror:
         tensors: per row of transitions, by the names of `storage.tensors`.
         streams: int64 [3 + keys, num_envs]: count, first, ended and, of each key, written.
         core: the C++ object that works on them.
+        adding: what adds rows to them.
     """
 
     def __init__(self, storage: Storage, device: torch.device) -> None:
@@ -54,6 +56,7 @@ class Mirror:
             columns=[self.tensors[name] for name in columns],
             sequence=self._sequence,
         )
+        self.adding = DeviceAdd(storage, self.core, device)
 
     @property
     def nbytes(self) -> int:

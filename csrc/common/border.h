@@ -134,14 +134,12 @@ void define(pybind11::module_& module, const char* name, R (*function)(A...), Na
   module.def(name, call, pybind11::arg(names)...);
 }
 
-// class.NAME = method, with one name for each argument. It keeps the GIL. If objects have a member gpu(),
-// that is the GPU that tensors must be on.
+// class.NAME = method, with one name for each argument. It keeps the GIL.
 template <typename Class, typename Owner, typename... A, typename... Names>
 void define_method(Class& type, const char* name, void (Owner::*method)(A...), Names... names) {
   static_assert(sizeof...(A) == sizeof...(Names), "one name for each argument");
   const auto call = [=](Owner& self, typename Argument<A>::Raw... raw) {
     OneGpu gpu;
-    if constexpr (requires { self.gpu(); }) gpu = self.gpu();
     std::tuple<A...> arguments{Argument<A>::from(raw, names, gpu)...};
     std::apply([&](A&... values) { (self.*method)(std::forward<A>(values)...); }, arguments);
   };

@@ -42,6 +42,7 @@ constexpr int64_t item_bytes(DType dtype) {
 constexpr DType dtype_of(const bool*) { return DType::kBool; }
 constexpr DType dtype_of(const uint8_t*) { return DType::kUInt8; }
 constexpr DType dtype_of(const int32_t*) { return DType::kInt32; }
+constexpr DType dtype_of(const uint32_t*) { return DType::kUInt32; }
 constexpr DType dtype_of(const int64_t*) { return DType::kInt64; }
 constexpr DType dtype_of(const Float16*) { return DType::kFloat16; }
 constexpr DType dtype_of(const BFloat16*) { return DType::kBFloat16; }

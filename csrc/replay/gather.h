@@ -48,11 +48,10 @@ void copy_streaming(const uint8_t* in, uint8_t* out, int64_t bytes);
 void finish_streaming();
 
 #ifdef COVR_WITH_CUDA
-// In kernels/cuda/gather.cu; neither waits for the device.
+// In kernels/cuda/gather.cu; it does not wait for the device.
 // Observations [rows] of one key. `plans` and `out` are in device memory.
 void gather_cuda(const FrameLayout& frames, const StackPlan* plans, int64_t rows, const GatherTarget& target,
                  void* out, uintptr_t stream);
-void upload_frame(const uint8_t* host, uint8_t* device, int64_t bytes, uintptr_t stream);
 #endif
 
 }  // namespace covr
