@@ -26,10 +26,11 @@ package: | system
 sanitize: $(VENV)/dev.stamp
 	PYTHON=$(PY) tests/sanitize.sh
 
-# On a machine with a CUDA device: build, tests, benchmarks and sanitizers, reported as JSON and Markdown. WHEELS=DIR
-# without internet.
+# On a machine with a CUDA device: build, figures, a run, tests and sanitizers, in less than ten minutes. WHEELS=DIR
+# without internet, OUT=DIR for the results, MINUTES=N and STAGES="NAME ..." for less of it.
 gpu-check:
-	$(PYTHON) benchmarks/gpu_check.py $(if $(WHEELS),--wheels $(WHEELS))
+	$(PYTHON) benchmarks/gpu_check.py $(if $(WHEELS),--wheels $(WHEELS)) $(if $(OUT),--out $(OUT)) \
+	  $(if $(MINUTES),--minutes $(MINUTES)) $(foreach stage,$(STAGES),--stage $(stage))
 
 lint: $(VENV)/dev.stamp
 	$(VENV)/bin/ruff check .

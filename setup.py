@@ -66,7 +66,7 @@ def _tools(configure: list[str]) -> str:
     paths = {name: shutil.which(name) for name in ("ninja", "c++", "nvcc")}
     chosen = {
         name: os.environ.get(name)
-        for name in ("CC", "CXX", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDAHOSTCXX", "CUDAFLAGS")
+        for name in ("CC", "CXX", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDAHOSTCXX", "CUDAFLAGS", "CUDAARCHS")
     }
     return json.dumps([configure, paths, chosen], indent=1)
 

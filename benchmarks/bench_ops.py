@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from race import Function, check_same, main, peer, race, steady
+from race import Function, check_same, main, on_device, peer, race, sized, steady
 
 from covr_fast import ops
 from covr_fast.ops import reference
@@ -33,7 +33,7 @@ PRODUCTS = "its matrix products alone"  # a contestant that nobody can beat
 @cache
 def bandwidth(device: str) -> float:
     """Bytes per second of a large copy, read and write counted."""
-    source = torch.ones(2**26, device=device)
+    source = torch.ones(sized(2**26, 2**20), device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / min(steady(lambda: target.copy_(source), device) for _ in range(7))
 
@@ -51,7 +51,9 @@ def compare(
     """Checks (if `same` says how), then races. `moved` are the bytes that a perfect implementation moves."""
     if same:
         check_same(functions, same)
-    result = race(functions, rounds, partial(steady, device=device), benchmark=benchmark)
+    result = race(functions, sized(rounds, 1), partial(steady, device=device), benchmark=benchmark)
+    if device == "cuda":
+        result["on_device"] = on_device(functions["ours"])
     limit = result["seconds"].get(PRODUCTS, moved and moved / bandwidth(device))
     benchmark.extra_info.update(result, limit=limit, **notes)
 
@@ -75,7 +77,7 @@ def filter_by_torch(returns: torch.Tensor) -> torch.Tensor:
     return (z > median + (high - low) / (1 + math.exp(ENTROPY))).nonzero().squeeze(1)
 
 
-@pytest.mark.parametrize("count", [5_000, 1_000_000])
+@pytest.mark.parametrize("count", sized([5_000, 1_000_000], [500]))
 @pytest.mark.parametrize("device", DEVICES)
 def test_filter(benchmark, device, count):
     returns = torch.randn(count, generator=torch.Generator().manual_seed(0)).to(device)
@@ -104,7 +106,7 @@ def reward_to_go(rewards: torch.Tensor, ends: torch.Tensor) -> Function:
     return lambda: reward2go(rows, done, 0.99).squeeze(-1).T
 
 
-@pytest.mark.parametrize("steps, columns", [(1000, 1000), (125_000, 8), (1_000_000, 100)])
+@pytest.mark.parametrize("steps, columns", sized([(1000, 1000), (125_000, 8), (1_000_000, 100)], [(50, 10)]))
 @pytest.mark.parametrize("device", DEVICES)
 def test_returns(benchmark, device, steps, columns):
     if device == "cpu" and steps * columns > 10**6:
@@ -122,7 +124,8 @@ def test_returns(benchmark, device, steps, columns):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_return_weights(benchmark, device):
-    returns = torch.randn(1_000_000, generator=torch.Generator().manual_seed(0)).to(device)
+    count = sized(1_000_000, 1000)
+    returns = torch.randn(count, generator=torch.Generator().manual_seed(0)).to(device)
 
     def by_torch():
         low, high = returns.aminmax()
@@ -156,13 +159,17 @@ def same_loss_and_gradient(dtype: torch.dtype) -> Callable[[Any, Any], bool]:
     return same
 
 
+VOCABULARY = sized(151_936, 1000)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_cross_entropy(benchmark, device):
     rows, dtype = (128, torch.float32) if device == "cpu" else (4096, torch.bfloat16)
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(8, rows // 8, 151_936, generator=generator).to(device, dtype).requires_grad_()
-    labels = torch.randint(0, 151_936, logits.shape[:2], generator=generator).to(device)
-    weights = torch.rand(8, generator=generator).add(0.1).to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (8, sized(rows, 16) // 8)
+    logits = torch.randn(*shape, VOCABULARY, generator=generator, device=device, dtype=dtype).requires_grad_()
+    labels = torch.randint(0, VOCABULARY, shape, generator=generator, device=device)
+    weights = torch.rand(8, generator=generator, device=device).add(0.1)
 
     def torch_loss():
         nll = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
@@ -210,14 +217,14 @@ def liger(hidden, head, labels) -> Function:
 @pytest.mark.parametrize("device", DEVICES)
 def test_linear_cross_entropy(benchmark, device, frozen, share):
     rows, dim, dtype = (512, 512, torch.float32) if device == "cpu" else (4096, 2048, torch.bfloat16)
-    vocabulary, samples = 151_936, 8
-    generator = torch.Generator().manual_seed(0)
+    rows, dim, samples = sized(rows, 64), sized(dim, 32), 8
+    on = {"generator": torch.Generator(device).manual_seed(0), "device": device}
     shape = (samples, rows // samples)
-    hidden = torch.randn(*shape, dim, generator=generator).to(device, dtype).requires_grad_()
-    head = (torch.randn(vocabulary, dim, generator=generator) / dim**0.5).to(device, dtype)
+    hidden = torch.randn(*shape, dim, **on).to(dtype).requires_grad_()
+    head = (torch.randn(VOCABULARY, dim, **on) / dim**0.5).to(dtype)
     head.requires_grad_(not frozen)
-    labels = torch.randint(0, vocabulary, shape, generator=generator).to(device)
-    all_rows = torch.rand(samples, generator=generator).add(0.1).to(device)
+    labels = torch.randint(0, VOCABULARY, shape, **on)
+    all_rows = torch.rand(samples, **on).add(0.1)
     weights = all_rows.clone()
     if share == "half the rows":
         weights[::2] = 0
@@ -254,7 +261,7 @@ def test_linear_cross_entropy(benchmark, device, frozen, share):
         peers["liger"] = peer(liger, hidden, head, labels)
 
     inputs, matrix = hidden.detach().flatten(0, 1)[kept], head.detach()
-    logits, input_gradient = inputs.new_empty(kept.numel(), vocabulary), torch.empty_like(inputs)
+    logits, input_gradient = inputs.new_empty(kept.numel(), VOCABULARY), torch.empty_like(inputs)
     matrix_gradient = torch.empty_like(matrix)
 
     def products():
@@ -271,7 +278,7 @@ def test_linear_cross_entropy(benchmark, device, frozen, share):
         device,
         {"ours": ours, **peers, PRODUCTS: products},
         rounds=5 if device == "cpu" else 10,
-        operations=(4 if frozen else 6) * kept.numel() * dim * vocabulary,
+        operations=(4 if frozen else 6) * kept.numel() * dim * VOCABULARY,
         extra_bytes=extra_bytes,
     )
 
@@ -294,8 +301,9 @@ def shift_of_drq(frames: torch.Tensor, offsets: torch.Tensor, pad: int = 4) -> t
 @pytest.mark.parametrize("device", DEVICES)
 def test_random_shift(benchmark, device):
     generator = torch.Generator().manual_seed(0)
-    frames = torch.randint(0, 256, (256, 9, 84, 84), dtype=torch.uint8, generator=generator).to(device)
-    offsets = torch.randint(0, 9, (256, 2), generator=generator).to(device)
+    shape = (sized(256, 2), 9, 84, 84)
+    frames = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device)
+    offsets = torch.randint(0, 9, (len(frames), 2), generator=generator).to(device)
     shifts = {"ours": ops.random_shift, "DrQ-v2 pad + grid_sample": shift_of_drq}
     functions = {name: partial(shift, frames, offsets) for name, shift in shifts.items()}
     moved = frames.nbytes + 4 * frames.nbytes
@@ -326,11 +334,12 @@ def torchrl_tree(priorities: torch.Tensor, indices: torch.Tensor, values: torch.
 def test_sum_tree(benchmark, device):
     """Draws are random, so only the sums are compared."""
     generator = torch.Generator().manual_seed(0)
-    priorities = torch.rand(1_000_000, generator=generator).add(0.01).to(device)
-    indices = torch.randint(0, 1_000_000, (256,), generator=generator).to(device)
+    count = sized(1_000_000, 1000)
+    priorities = torch.rand(count, generator=generator).add(0.01).to(device)
+    indices = torch.randint(0, count, (256,), generator=generator).to(device)
     values = torch.rand(256, generator=generator).to(device)
-    tree = ops.SumTree(1_000_000, device)
-    tree.update(torch.arange(1_000_000, device=device), priorities)
+    tree = ops.SumTree(count, device)
+    tree.update(torch.arange(count, device=device), priorities)
     assert tree.total == pytest.approx(priorities.double().sum().item(), rel=1e-12)
 
     def ours():

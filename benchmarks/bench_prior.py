@@ -1,33 +1,32 @@
 """The prior's throughput against `generate`, and the tuner's.
 
-    python benchmarks/bench_prior.py [--threads 1] [--rounds 11] [--device cuda] [--batch 64] [--model DIR]
+    python benchmarks/bench_prior.py [--threads 1] [--rounds 11] [--device cuda] [--batch 64] \\
+        [--model MODEL] [--json FILE]
 
-On a GPU the decode is timed both replayed as a graph and launched kernel by kernel.
+On a GPU the decode is timed both replayed as a graph and launched kernel by kernel. Without a checkpoint,
+`--model qwen-3b-random` has the shape of Qwen2.5-VL-3B.
 """
 
 import argparse
+from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
-from race import Function, check_same, heading, race, table, wall
+from race import Function, check_same, heading, on_device, race, sized, table, wall, write_rows
+from random_qwen import TASK, open_prior
 
-from covr_fast.vlm import ActionPrior, TunerConfig, VLMTuner
+from covr_fast.vlm import TunerConfig, VLMTuner
 
-TASK = (
-    "You drive a race car on a track that is seen from above. The grey band is the road, green is grass, and "
-    "red and white corners mark sharp turns. The car is the small red shape near the bottom of the image. "
-    "Keep it in the middle of the road, slow down before sharp turns, speed up on straight parts. The first "
-    "number steers, from -1 (left) to 1 (right); the second is the pedal, from -1 (brake) to 1 (gas). "
-    "Answer in this format: Action: [0.40, -0.30]"
-)
+Row = tuple[str, dict[str, Any]]
 
 
-def answers(model: str, batch: int, rounds: int, device: str) -> str:
+def answers(model: str, batch: int, rounds: int, device: str) -> Iterator[Row]:
     """Answers per second to frames of 84x84, with a short and a long prompt, one by one and in batches."""
     frames = torch.randint(0, 256, (batch, 3, 84, 84), dtype=torch.uint8).to(device)
-    rows = {}
     for name, prompt in (("default prompt", None), ("a task in words", TASK)):
-        load = partial(ActionPrior.from_pretrained, model, action_dim=2, prompt=prompt, device=device)
+        load = partial(open_prior, model, action_dim=2, prompt=prompt, device=device)
         prior, plain = load(graph=True), load() if device == "cuda" else None
         layout = prior.layout((84, 84))
         prompts = f"{name} ({len(layout.prefix)} shared + {len(layout.body)} own tokens)"
@@ -38,8 +37,11 @@ def answers(model: str, batch: int, rounds: int, device: str) -> str:
                 functions["ours, kernel by kernel"] = partial(plain, images)
             check(functions, prior.backbone.dtype)
             result = race(functions, rounds, partial(wall, device=device))
-            rows[f"{prompts}, batch {count}"] = {**result, "items": count}
-    return table(rows)
+            if device == "cuda":
+                result["on_device"] = on_device(
+                    functions["ours"], 3, record=False
+                )  # it has streams of its own
+            yield f"{model}, {prompts}, batch {count}", {**result, "items": count}
 
 
 def check(functions: dict[str, Function], dtype: torch.dtype) -> None:
@@ -59,19 +61,22 @@ def check(functions: dict[str, Function], dtype: torch.dtype) -> None:
     check_same({name: partial(tokens, run) for name, run in functions.items()}, same)
 
 
-def training(device: str, samples: int = 256) -> None:
-    """Samples per second of a round, backward passes and held-out evaluations included."""
+def training(model: str, device: str) -> Iterator[Row]:
+    """Rounds of the tuner, backward passes and held-out evaluations included; the items are samples."""
+    samples = sized(256, 8)
     frames = torch.randint(0, 256, (samples, 3, 84, 84), dtype=torch.uint8)
     actions = torch.rand(samples, 2) * 2 - 1
-    for mode in ("lora", "full"):
-        prior = ActionPrior.from_pretrained("nano", action_dim=2, device=device)
+    # All weights are an option for nano only: 3 B weights with Adam's moments take 50 GB.
+    for mode in ("lora", "full") if model == "nano" else ("lora",):
+        prior = open_prior(model, action_dim=2, device=device)
         config = TunerConfig(mode=mode, lora_rank=32, epochs=2, micro_batch=64)
         tuner = VLMTuner(prior, config)
         for _ in range(2):  # the first round warms up
             tuner.start(frames, actions, torch.ones(samples))
             report = tuner.poll()
-        rate = report.trained * config.epochs / report.seconds
-        print(f"- {mode}: {tuner.parameters / 1e6:.2f} M weights trained, {rate:.0f} samples/s")
+        name = f"a round of {model} ({tuner.parameters / 1e6:.2f} M weights trained)"
+        timed = {"seconds": {mode: report.seconds}, "ratio": {}, "unavailable": {}}
+        yield name, {**timed, "items": report.trained * config.epochs}
 
 
 def main() -> None:
@@ -80,13 +85,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11, help="repetitions of each timing")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--batch", type=int, default=16, help="frames per call")
-    parser.add_argument("--model", default="nano", help="asked for answers: nano, a directory or a hub id")
+    parser.add_argument("--model", default="nano", help="nano, qwen-3b-random, a directory or a hub id")
+    parser.add_argument("--json", type=Path, help="also write the figures there, after every row")
     arguments = parser.parse_args()
+    model, device = arguments.model, arguments.device
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    print(heading(arguments.device))
-    print(answers(arguments.model, arguments.batch, arguments.rounds, arguments.device), end="\n\n")
-    training(arguments.device)
+    rows: dict[str, dict[str, Any]] = {}
+    for measured in (answers(model, arguments.batch, arguments.rounds, device), training(model, device)):
+        for name, row in measured:
+            rows[name] = row
+            write_rows(arguments.json, rows)
+    print(f"{heading(device)}\n{table(rows)}")
 
 
 if __name__ == "__main__":

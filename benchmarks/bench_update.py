@@ -1,24 +1,29 @@
 """What it gains to launch a policy update as one CUDA graph, to compile it, or both.
 
-    python benchmarks/bench_update.py [--device cuda] [--preset NAME] [--threads N] [> FILE.md]
+    python benchmarks/bench_update.py [--device cuda] [--preset NAME] [--augment shift] [--threads N] \\
+        [--json FILE] [> FILE.md]
 
 Every kind of agent makes guided updates on one batch. None is timed whose Q differs from the eager agent's
-after ten updates. Compiled code stays in a cache on disk, and in the process for the next agent: for the
-seconds of a first time, set TORCHINDUCTOR_CACHE_DIR to an empty folder.
+after ten updates. Then updates on batches that are sampled for each. Compiled code stays in a cache on
+disk, and in the process for the next agent: for the seconds of a first time, set TORCHINDUCTOR_CACHE_DIR to
+an empty folder.
 """
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from race import check_same, heading, race, table, wall
+from race import check_same, heading, on_device, race, sized, table, wall, write_rows
 
 from covr_fast import ReplayBuffer, TrainConfig
 from covr_fast.agents import SAC
 from covr_fast.buffer import Batch
+from covr_fast.buffer.sampling import Sampling
 from covr_fast.view import agent_obs_shape
 
 KINDS = {
@@ -30,6 +35,12 @@ KINDS = {
 
 
 def policy(config: TrainConfig, device: str) -> tuple[SAC, Callable[[], Batch]]:
+    """The preset's agent, and batches of its size from a replay buffer of noise."""
+    agent, sampling = drawing_policy(config, device)
+    return agent, sampling.sample
+
+
+def drawing_policy(config: TrainConfig, device: str) -> tuple[SAC, Sampling]:
     """The preset's agent, and batches of its size from a replay buffer of noise."""
     replay, shape = config.replay, config.env.obs_shape
     extras = {"prior": (2,), "prior_mask": ()}
@@ -44,53 +55,113 @@ def policy(config: TrainConfig, device: str) -> tuple[SAC, Callable[[], Batch]]:
         ended = np.ones(8, bool)
         buffer.add(obs, action, ended, after, ended, ~ended, prior=action, prior_mask=np.ones(8))
     agent = SAC(agent_obs_shape(config), (2,), config.agent, device=device)
-    crop = {"augment": "crop", "pad": replay.pad, "memory_format": torch.channels_last}
-    return agent, partial(buffer.sample, replay.batch_size, **crop)
+    options = {"augment": replay.augment, "pad": replay.pad, "memory_format": torch.channels_last}
+    return agent, buffer.sampling(sized(replay.batch_size, 8), **options)
 
 
-def compare_updates(preset: str, device: str, repeats: int) -> str:
-    """Milliseconds per update by kind of agent, and seconds of its first ten (compiling and recording)."""
-    count = 100 if device == "cuda" else 40
+def settings(preset: str, augment: str, kind: str = "eager") -> TrainConfig:
+    config = TrainConfig.preset(preset)
+    config.replay.augment = augment
+    vars(config.agent).update(KINDS[kind])
+    return config
+
+
+def compare_updates(
+    preset: str, augment: str, device: str, repeats: int, kinds: Iterable[str]
+) -> dict[str, Any]:
+    """Seconds per update by kind of agent, and of its first ten updates (compiling and recording)."""
+    count = sized(100 if device == "cuda" else 40, 2)
     updates: dict[str, Callable[[int], float]] = {}
     first: dict[str, float] = {}
-    for name, options in KINDS.items():
-        if "graph" in options and device != "cuda":
-            continue
-        config = TrainConfig.preset(preset)
-        vars(config.agent).update(options)
-        agent, sample = policy(config, device)
+    for kind in kinds:
+        agent, sample = policy(settings(preset, augment, kind), device)
 
         def update(times: int, agent: SAC = agent, batch: Batch = sample()) -> float:  # noqa: B008
             for _ in range(times):
                 q = agent.update(batch, guide=True)["q"]
             return q.item()  # waits until a GPU is done
 
-        updates[name] = update
+        updates[kind] = update
 
-    def first_ten(name: str) -> float:
+    def first_ten(kind: str) -> float:
         result: list[float] = []
-        first[name] = wall(lambda: result.append(updates[name](10)))
+        first[kind] = wall(lambda: result.append(updates[kind](10)))
         return result[0]
 
     same = partial(math.isclose, rel_tol=1e-2, abs_tol=1e-3)
-    check_same({name: partial(first_ten, name) for name in updates}, same)
-    runs = {name: partial(update, count) for name, update in updates.items()}
+    check_same({kind: partial(first_ten, kind) for kind in updates}, same)
+    runs = {kind: partial(update, count) for kind, update in updates.items()}
     result = race(runs, repeats, lambda run: wall(run) / count, warmups=0)
-    took = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in first.items())
-    return f"{table({f'update of {preset}': result})}\n\nThe first ten updates take {took}."
+    if device == "cuda":
+        result["on_device"] = on_device(partial(next(iter(updates.values())), 1), record=False)
+    return {**result, "items": 1, "first_ten": first}
+
+
+def sampled_updates(
+    preset: str, augment: str, device: str, repeats: int, kinds: Iterable[str]
+) -> dict[str, Any]:
+    """Seconds of sampling a batch and updating on it, as a run does in turn.
+
+    Contestants are named by what the host launches; "one graph" is sampling and update recorded together.
+    """
+    count = sized(100 if device == "cuda" else 40, 2)
+
+    def steps(kind: str) -> Callable[[], float]:
+        agent, sample = policy(settings(preset, augment, kind), device)
+
+        def run(times: int = count) -> float:
+            for _ in range(times):
+                q = agent.update(sample(), guide=True)["q"]
+            return q.item()
+
+        run(10)  # compiles and records
+        return run
+
+    def one_graph() -> Callable[[], float]:
+        agent, sampling = drawing_policy(settings(preset, augment, "graph"), device)
+
+        def run(times: int = count) -> float:
+            for _ in range(times):
+                q = agent.update_from(sampling, guide=True)["q"]
+            return q.item()
+
+        run(10)
+        return run
+
+    runs = {f"sample, then update ({kind})": steps(kind) for kind in kinds}
+    if "graph" in kinds:
+        runs["sample + update as one graph"] = one_graph()
+    result = race(runs, repeats, lambda run: wall(run) / count, warmups=0)
+    return {**result, "items": 1}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--preset", help="carracing on a CPU and carracing-gpu on a GPU if not given")
+    parser.add_argument("--augment", choices=("crop", "shift"), default="crop", help="shift keeps 84x84")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, help="of agents; all if not given")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="also write the figures there, after every row")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    preset = arguments.preset or ("carracing-gpu" if arguments.device == "cuda" else "carracing")
-    print(heading(arguments.device))
-    print(compare_updates(preset, arguments.device, arguments.repeats))
+    device, augment, repeats = arguments.device, arguments.augment, arguments.repeats
+    preset = arguments.preset or ("carracing-gpu" if device == "cuda" else "carracing")
+    kinds = [
+        kind
+        for kind in arguments.kinds or KINDS
+        if device == "cuda" or "graph" not in KINDS[kind]  # a CPU has no graphs
+    ]
+    rows = {}
+    for name, measure in (("update", compare_updates), ("sample + update", sampled_updates)):
+        rows[f"{name}, {preset}, {augment}"] = measure(preset, augment, device, repeats, kinds)
+        write_rows(arguments.json, rows)
+    print(f"{heading(device)}\n{table(rows)}")
+    for name, row in rows.items():
+        if "first_ten" in row:
+            took = ", ".join(f"{kind} {seconds:.1f} s" for kind, seconds in row["first_ten"].items())
+            print(f"\nThe first ten of {name} take {took}.")
 
 
 if __name__ == "__main__":

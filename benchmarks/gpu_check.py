@@ -1,123 +1,73 @@
-"""Everything that needs a GPU, in one command and eight minutes: build, tests, benchmarks, sanitizers.
+"""Everything that needs a GPU, in one command of ten minutes: build, figures, a run, tests, sanitizers.
 
-    python benchmarks/gpu_check.py [--wheels DIR] [--out benchmarks/results/gpu.json]
+    python benchmarks/gpu_check.py [--out DIR] [--minutes 9.5] [--stage NAME]... [--wheels DIR]
+    python benchmarks/gpu_check.py --device cpu          # rehearses it: does every stage run at all?
 
-Builds the extension in place for the device at hand, runs every `needs_cuda` test with skipping forbidden,
-measures the ceilings (copy bandwidth, bfloat16 matrix products) and the CUDA rows of the benchmarks, and puts
-compute-sanitizer's memcheck and racecheck over small tests of every kernel. A JSON file (--out) with device,
-versions, outcomes, figures and ceilings is written after every step, whatever fails, and at the end the same
-as Markdown beside it, to be committed. Exits with 1 if anything failed. No benchmark runs on red tests.
+The stages (benchmarks/gpu/stages.py; benchmarks/GPU.md says what each shows) go in order of worth, each in
+a process of its own with its own limit. None waits for the success of another, except that all need the
+build. Stages at the end are left out if they would not fit into --minutes. --out gets, after every stage,
+gpu.json with device, versions, outcomes and figures, and gpu.md with the same to be read and committed;
+besides log.txt, and tests.xml with the tests' outcomes. Prints the stages and targets at the end; exits
+with 1 if a stage failed. A missed target is no failure.
 
 The machine brings a CUDA build of torch with Triton, nvcc and a C++ compiler. For one without internet,
-collect the rest elsewhere (with the machine's Python version) and pass the folder:
+collect the rest elsewhere (for the machine's Python version), without what it has, and pass the folder, all
+of which is put before the machine's own packages:
 
-    pip download -d DIR --only-binary=:all: --python-version 3.12 setuptools pybind11 cmake ninja numpy \\
-        pytest pytest-timeout pytest-benchmark hypothesis
-
-The tests of the VLM's streams and graphs want transformers, tokenizers, peft and safetensors too.
+    pip download -d DIR --no-deps --only-binary=:all: --python-version 3.12 tyro typeguard docstring-parser \\
+        shtab transformers pytest-benchmark hypothesis liger-kernel
 """
 
 import argparse
-import json
+import importlib.metadata
+import importlib.util
 import os
 import platform
-import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from race import heading, rows_of, steady, table, version
+from gpu.execution import Check
+from gpu.report import stage_table, target_table
+from gpu.stages import ROOT, Stage, fitting, stages
+from race import device_name, version
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ROOT / "build" / "gpu-packages"  # what --wheels adds: the machine's own Python stays as it is
-BUDGET = 8 * 60.0
-NEEDED = [
-    *("setuptools", "pybind11", "cmake", "ninja", "numpy"),
-    *("pytest", "pytest-timeout", "pytest-benchmark", "hypothesis"),
-]
-KERNELS = ["tests/ops", "tests/buffer/test_buffer_cuda.py"]
-TESTS = [
-    *KERNELS,
-    "tests/buffer/test_buffer.py",
-    "tests/test_cuda_graph.py",
-    "tests/agents/test_sac_graph.py",
-]
-VLM_TESTS = ["tests/test_streams.py", "tests/vlm/test_graphed.py"]
-VLM_NEEDS = ["transformers", "tokenizers", "peft", "safetensors"]
-# Small inputs that still take every kernel and branch: a sanitizer slows kernels down a hundredfold. Matrix
-# products are other people's kernels.
-SMALL = " and ".join(
-    [
-        "cuda",
-        "not graph",
-        "not error_is_not_larger",
-        "(not test_returns or 0.01 or leak)",
-        "not 9999-4000",
-        "(not 40000 or test_cuda_draws)",
-        "(not test_batches_equal or shift-device)",
+SIMULATOR = ROOT / "benchmarks" / "gpu" / "simulator"
+SHOWN = ("torch", "triton", "transformers", "liger-kernel", "torchrl", "envpool", "pytest-xdist")
+
+
+def install(wheels: Path) -> None:
+    """Puts all wheels of the folder before the machine's packages."""
+    files = sorted(map(str, wheels.resolve().glob("*.whl")))
+    if not files:
+        raise SystemExit(f"gpu-check: no wheels in --wheels {wheels}")
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-index",
+        "--no-deps",
+        "--no-compile",
+        "--upgrade",
     ]
-)
-
-
-class Check:
-    """Runs steps against the time budget and keeps what they said, in the file, too."""
-
-    def __init__(self, out: Path) -> None:
-        self.begin = time.monotonic()
-        self.out = out
-        self.steps: dict[str, dict[str, object]] = {}
-        self.result: dict[str, object] = {"ok": False, "steps": self.steps}
-
-    def write(self) -> None:
-        self.out.write_text(json.dumps(self.result, indent=2) + "\n")
-
-    def run(self, name: str, command: list[str], limit: float, **environment: str) -> bool:
-        limit = min(limit, BUDGET - (time.monotonic() - self.begin))
-        begin = time.monotonic()
-        if limit <= 0:
-            ok, tail = False, "not run: out of time"
-        else:
-            ok, tail = execute(command, limit, environment)
-        seconds = round(time.monotonic() - begin, 1)
-        said = tail.strip().splitlines()[-1:] if ok else tail[-4000:].splitlines()
-        self.steps[name] = {"ok": ok, "seconds": seconds, "said": said}
-        self.write()
-        print(f"{name}: {'ok' if ok else 'FAILED'} ({seconds:.0f} s)", flush=True)
-        if not ok:
-            print(tail[-4000:], flush=True)
-        return ok
-
-
-def execute(command: list[str], limit: float, environment: dict[str, str]) -> tuple[bool, str]:
-    """Whether the command succeeded within `limit` seconds, and what it printed."""
-    try:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **search_paths(), "COVR_REQUIRE_CUDA": "1", **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-    except OSError as error:
-        return False, str(error)
-    try:
-        output, _ = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # with what a sanitizer has started, or it keeps the device
-        output, _ = process.communicate()
-        return False, f"{output}\ntimed out after {limit:.0f} s"
-    return process.returncode == 0, output
+    if subprocess.run([*pip, "--target", str(PACKAGES), *files], check=False).returncode:
+        raise SystemExit(f"gpu-check: pip cannot install the wheels in {wheels}")
+    sys.path.insert(0, str(PACKAGES))
+    importlib.invalidate_caches()
 
 
 def search_paths() -> dict[str, str]:
     """The checkout before what --wheels installed before what was set; nvcc is often not on PATH."""
     python = [str(ROOT), str(PACKAGES), os.environ.get("PYTHONPATH", "")]
+    if importlib.util.find_spec("envpool") is None:
+        python.append(str(SIMULATOR))
     programs = [str(PACKAGES / "bin"), str(Path(sys.executable).parent), os.environ.get("PATH", "")]
     return {
         "PYTHONPATH": os.pathsep.join(filter(None, python)),
@@ -125,108 +75,78 @@ def search_paths() -> dict[str, str]:
     }
 
 
-def device_facts() -> dict[str, object]:
-    if not torch.cuda.is_available():
-        raise SystemExit("gpu-check: torch sees no CUDA device (a CPU build of torch, or no driver)")
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "device": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
-        "memory_gib": round(properties.total_memory / 2**30, 1),
-        "multiprocessors": properties.multi_processor_count,
-        "versions": {
-            "torch": torch.__version__,
-            "cuda of torch": torch.version.cuda,
-            "triton": version("triton"),
-            "nvcc": last_line(["nvcc", "--version"]),
-            "driver": last_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
-            "liger-kernel": version("liger-kernel"),
-            "torchrl": version("torchrl"),
-            "python": platform.python_version(),
-        },
-    }
+def facts(device: str, environment: Mapping[str, str]) -> dict[str, object]:
+    """The machine: what a figure means nothing without."""
+    versions = {name: version(name) for name in SHOWN}
+    found: dict[str, object] = {"device": device_name(device), "begun": time.strftime("%Y-%m-%d %H:%M")}
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        found |= {
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "multiprocessors": properties.multi_processor_count,
+        }
+        versions |= {
+            "CUDA of torch": torch.version.cuda,
+            "nvcc": last_line(["nvcc", "--version"], environment),
+            "driver": last_line(
+                ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], environment
+            ),
+        }
+    return found | {"versions": {"Python": platform.python_version(), **versions}}
 
 
-def last_line(command: list[str]) -> str | None:
-    ok, output = execute(command, 20, {})
-    return output.strip().splitlines()[-1] if ok and output.strip() else None
+def last_line(command: list[str], environment: Mapping[str, str]) -> str | None:
+    try:
+        done = subprocess.run(
+            command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return next(iter(done.stdout.strip().splitlines()[-1:]), None)
 
 
-def ceilings() -> dict[str, float]:
-    """What this device can do: bytes per second of a copy, floating-point operations of a bf16 product."""
-
-    def best(function) -> float:
-        return min(steady(function, "cuda") for _ in range(5))
-
-    source = torch.ones(2**28, device="cuda")
-    target = torch.empty_like(source)
-    copy = 2 * source.nbytes / best(lambda: target.copy_(source))
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    product = 2 * 8192**3 / best(lambda: a @ b)
-    return {"copy_bytes_per_second": copy, "bf16_product_flops": product}
-
-
-def report(result: dict) -> str:
-    """The outcome as Markdown."""
-    lines = [heading("cuda"), "| step | outcome | seconds |", "| --- | --- | --- |"]
-    for name, step in result["steps"].items():
-        lines.append(f"| {name} | {'ok' if step['ok'] else 'FAILED'} | {step['seconds']} |")
-    if "ceilings" in result:
-        copy, product = (value / 1e12 for value in result["ceilings"].values())
-        lines.append(f"\nCeilings: copy {copy:.2f} TB/s, bfloat16 product {product:.0f} TFLOP/s.")
-    if "benchmarks" in result:
-        lines += ["", table(result["benchmarks"])]
-    return "\n".join(lines) + "\n"
+def chosen(every: list[Stage], names: list[str]) -> list[Stage]:
+    """The stages of these names, in their order, after the build (a second if nothing changed)."""
+    known = [stage.name for stage in every]
+    for name in names:
+        if name not in known:
+            raise SystemExit(f"gpu-check: no stage {name!r}; there are {', '.join(known)}")
+    return [stage for stage in every if not names or stage.name in names or stage.name == "build"]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--wheels", type=Path, help="folder of wheels for a machine without internet")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
-    arguments = parser.parse_args()
-    out = arguments.out.resolve()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    facts = device_facts()
-    check = Check(out)
-    check.result.update(facts)
-
-    python = sys.executable
-    missing = [name for name in NEEDED if version(name) is None]
-    if arguments.wheels and missing:
-        source = ["--no-index", "--find-links", str(arguments.wheels.resolve()), "--target", str(PACKAGES)]
-        check.run("wheels", [python, "-m", "pip", "install", "-q", "--upgrade", *source, *missing], 120)
-    built = check.run(
-        "build",
-        [python, "setup.py", "-q", "build_ext", "--inplace"],
-        180,
-        COVR_CUDA="ON",
-        COVR_CUDA_ARCHITECTURES=str(facts["capability"]).replace(".", "") + "-real",
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-check", help="folder for results")
+    parser.add_argument("--minutes", type=float, default=9.5, help="all that may be used")
+    parser.add_argument(
+        "--stage", action="append", default=[], metavar="NAME", help="only this one; repeatable"
     )
-    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "needs_cuda"]
-    tested = built and check.run("tests", [*pytest, *TESTS], 180)
-    if tested:
-        if absent := [name for name in VLM_NEEDS if version(name) is None]:
-            said = [f"not run: {', '.join(absent)} missing"]
-            check.steps["VLM tests"] = {"ok": False, "seconds": 0.0, "said": said}
-        else:
-            check.run("VLM tests", [*pytest, *VLM_TESTS], 120)
-        check.run("compiled update", [*pytest, "tests/agents/test_sac_compile.py"], 120)
-        check.result["ceilings"] = ceilings()
-        raw = out.with_name(out.stem + "_benchmarks.json")
-        if check.run("benchmarks", [*pytest, "benchmarks/bench_ops.py", f"--benchmark-json={raw}"], 180):
-            check.result["benchmarks"] = rows_of(raw)
-    if built:
-        sanitizer = shutil.which("compute-sanitizer", path=search_paths()["PATH"]) or "compute-sanitizer"
-        for tool in ("memcheck", "racecheck"):
-            command = [sanitizer, "--tool", tool, "--error-exitcode", "1", "--target-processes", "all"]
-            # The caching allocator would hide reads past the end of a tensor.
-            check.run(
-                tool, [*command, *pytest, "-x", "-k", SMALL, *KERNELS], 90, PYTORCH_NO_CUDA_MEMORY_CACHING="1"
-            )
-    check.result["ok"] = tested and all(step["ok"] for step in check.steps.values())
-    check.write()
-    out.with_suffix(".md").write_text(report(check.result))
-    print(f"written to {out} and, as Markdown, beside it")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels for a machine without internet")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu rehearses")
+    arguments = parser.parse_args()
+    deadline = time.monotonic() + 60 * arguments.minutes
+    device = arguments.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("gpu-check: torch sees no CUDA device (a CPU build of torch, or no driver)")
+    if arguments.wheels:
+        install(arguments.wheels)
+    out = arguments.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    paths = search_paths()
+    os.environ |= paths  # for programs that are looked up here, too
+    capability = "{}{}".format(*torch.cuda.get_device_capability()) if device == "cuda" else ""
+    wanted = chosen(stages(device, capability, out / "tests.xml"), arguments.stage)
+    fit = fitting(wanted, deadline - time.monotonic())
+    workers = 4 if device == "cuda" else os.cpu_count() or 1
+    check = Check(out, deadline, {"COVR_REQUIRE_CUDA": "1", "PYTHONUNBUFFERED": "1"}, workers)
+    check.result |= facts(device, paths)
+    check.result["left out"] = [stage.name for stage in wanted if stage not in fit]
+    if left := check.result["left out"]:
+        print(f"left out, for {arguments.minutes:g} minutes are too few: {', '.join(left)}", flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: check.stop())
+    check.run(fit)
+    print("\n".join(["", *stage_table(check.result), "", *target_table(check.result), ""]))
+    print(f"written to {out}")
     return 0 if check.result["ok"] else 1
 
 

@@ -5,6 +5,11 @@
 - A ratio is taken within each round. The tables give its median over the rounds and, in brackets, its
   quartiles.
 - A table names the device, the versions and the date (`heading`).
+- On a GPU a time is that of calls from Python, one after the other, so a short kernel shows Python's
+  launches. What the device alone needs for a call (`on_device`) is given beside it.
+
+COVR_BENCH_TINY=1 shrinks every size (`sized`), to see in seconds whether a benchmark runs at all. Such
+figures mean nothing.
 """
 
 import importlib.metadata
@@ -20,7 +25,13 @@ from typing import Any
 import torch
 
 Function = Callable[[], Any]
+TINY = os.environ.get("COVR_BENCH_TINY") == "1"
 PACKAGES = ("torch", "triton", "liger-kernel", "torchrl", "stable_baselines3", "tianshou", "cpprb")
+
+
+def sized(full: Any, tiny: Any) -> Any:
+    """The size of a benchmark, or of its rehearsal."""
+    return tiny if TINY else full
 
 
 def check_same(functions: Mapping[str, Function | str], same: Callable[[Any, Any], object]) -> None:
@@ -64,6 +75,55 @@ def steady(function: Function, device: str = "cpu") -> float:
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1e4
+
+
+def on_device(function: Function, calls: int = 10, *, record: bool = True) -> tuple[float, str]:
+    """Seconds that the device needs for one call, and how they were measured.
+
+    "graph": `calls` of them recorded as one CUDA graph, the best of six replays. The gaps between the
+    kernels of a call are in it, launches from Python are not. "kernels": the sum of the kernels and copies
+    of a call in a profile, for functions that wait for the device, or with `record=False`.
+    """
+    if record:
+        try:
+            return _replayed(function, calls), "graph"
+        except RuntimeError:
+            torch.cuda.synchronize()
+    return _profiled(function, calls), "kernels"
+
+
+def _replayed(function: Function, calls: int) -> float:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # what is made once only is made before the recording
+            function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        for _ in range(calls):
+            function()
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def replay() -> float:
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / calls
+
+    return min(replay() for _ in range(6))
+
+
+def _profiled(function: Function, calls: int) -> float:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(calls):
+            function()
+        torch.cuda.synchronize()
+    kernels = (
+        event for event in profile.key_averages() if event.device_type != torch.autograd.DeviceType.CPU
+    )
+    return sum(event.self_device_time_total for event in kernels) / 1e6 / calls
 
 
 def race(
@@ -136,18 +196,22 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
     Args:
         rows: by name, what `race` returns and, if known, of a call of the first contestant: "limit", the
-            seconds that the hardware allows; "items"; "operations"; "extra_bytes", the peak of memory beyond
-            the gradients that it returns.
+            seconds that the hardware allows; "on_device", what `on_device` returns; "items"; "operations";
+            "extra_bytes", the peak of memory beyond the gradients that it returns.
     """
     lines = ["| row | contestant | time | ratio to the first |", "| --- | --- | --- | --- |"]
     for row, info in rows.items():
         for name, seconds in info["seconds"].items():
-            took = f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
+            took = _time(seconds)
             rate = f", {info['items'] / seconds:,.0f}/s" if info.get("items") else ""
             last = _ratio(*info["ratio"][name]) if name in info["ratio"] else _notes(info, seconds)
             lines.append(f"| {row} | {name} | {took}{rate} | {last} |")
         lines += [f"| {row} | {name} | not measured: {why} | |" for name, why in info["unavailable"].items()]
     return "\n".join(lines)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
 
 
 def _ratio(low: float, median: float, high: float) -> str:
@@ -158,6 +222,10 @@ def _notes(info: Mapping[str, Any], seconds: float) -> str:
     notes = []
     if info.get("limit"):
         notes.append(f"{info['limit'] / seconds:.0%} of the limit")
+    if info.get("on_device"):
+        alone, how = info["on_device"]
+        share = f", {info['limit'] / alone:.0%} of the limit" if info.get("limit") else ""
+        notes.append(f"{_time(alone)} on the device ({how}){share}")
     if info.get("operations"):
         notes.append(f"{info['operations'] / seconds / 1e12:.3g} TFLOP/s")
     if info.get("extra_bytes"):
@@ -166,9 +234,17 @@ def _notes(info: Mapping[str, Any], seconds: float) -> str:
 
 
 def rows_of(file: Path) -> dict[str, dict[str, Any]]:
-    """The races in a JSON file of pytest-benchmark, by row."""
-    entries = json.loads(file.read_text())["benchmarks"]
-    return {entry["name"].removeprefix("test_"): entry["extra_info"] for entry in entries}
+    """The races in a JSON file of pytest-benchmark or of `write_rows`, by row."""
+    content: dict[str, Any] = json.loads(file.read_text())
+    if "benchmarks" not in content:
+        return content
+    return {entry["name"].removeprefix("test_"): entry["extra_info"] for entry in content["benchmarks"]}
+
+
+def write_rows(file: Path | None, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes races, if there is a file to write them to. `rows_of` reads them."""
+    if file:
+        file.write_text(json.dumps(rows))
 
 
 def main(suite: str, file: Path) -> int:

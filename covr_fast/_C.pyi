@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 with_cuda: bool
+cuda_architectures: str
+"""What the CUDA kernels were compiled for, in CMake's syntax: "80-real,90". Empty without CUDA."""
 
 # ---- operations ----
 
@@ -33,6 +35,9 @@ def cross_entropy_gradient(
     threads: int,
 ) -> None: ...
 def discounted_returns(out: Tensor, rewards: Tensor, ends: Tensor, gamma: float, threads: int) -> None: ...
+def horizon_returns(
+    out: Tensor, rewards: Tensor, ends: Tensor, gamma: float, horizon: int, threads: int
+) -> None: ...
 def exploration_threshold(returns: Tensor, scale: float, statistics: Tensor, threads: int) -> int: ...
 def indices_above(returns: Tensor, cutoff: float, indices: Tensor, threads: int) -> None: ...
 def return_weights(out: Tensor, returns: Tensor) -> None: ...
@@ -49,10 +54,13 @@ def discounted_returns_workspace(steps: int, columns: int) -> int: ...
 def discounted_returns_cuda(
     out: Tensor, rewards: Tensor, ends: Tensor, gamma: float, workspace: Tensor, stream: int
 ) -> None: ...
+def horizon_returns_cuda(
+    out: Tensor, rewards: Tensor, ends: Tensor, gamma: float, horizon: int, stream: int
+) -> None: ...
 def exploration_filter_workspace(n: int) -> int: ...
 def exploration_filter_cuda(
     returns: Tensor,
-    scale: float,
+    scale: Tensor,
     indices: Tensor,
     kept: Tensor,
     statistics: Tensor,

@@ -88,16 +88,31 @@ def _problem_with(kind: str) -> str | None:
     return problem if problem is None or "install " in problem else f"{problem}: {remedy}"
 
 
+def _kernel_obstacles() -> list[str]:
+    """Why the kernels of this build do not run on some of the CUDA devices."""
+    from .architectures import kernel_obstacle
+
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    reasons = [kernel_obstacle(device) for device in devices]
+    return sorted({reason for reason in reasons if reason is not None})
+
+
 def diagnose() -> dict[str, Any]:
     """The diagnosis as plain types.
 
     "ready_to_train" says whether `covr-fast train carracing` can run. "environments" gives for "CarRacing"
     and for "DMControl", which also needs OpenGL, why there is no frame of it here; None if there is one.
+    "extension" has what its CUDA kernels were built for and why they do not run on some of the devices.
     """
     try:
         from . import _C
 
-        extension: dict[str, Any] = {"built": True, "with_cuda": bool(_C.with_cuda)}
+        extension = {
+            "built": True,
+            "with_cuda": _C.with_cuda,
+            "cuda_architectures": _C.cuda_architectures,
+            "obstacles": _kernel_obstacles(),
+        }
     except ImportError as error:
         extension = {"built": False, "with_cuda": False, "error": str(error)}
     required = {name: _version(name) for name in REQUIRED}
@@ -132,9 +147,12 @@ def print_diagnosis(d: dict[str, Any]) -> None:
     if not extension["built"]:
         native = f"missing ({extension['error']}): pip install -e ."
     elif extension["with_cuda"]:
-        native = "with CUDA kernels"
+        kernels = f"with CUDA kernels for {extension['cuda_architectures']}"
+        native = "; but ".join([kernels, *extension["obstacles"]])
     else:
-        native = "CPU only" + ("; nvcc is here: reinstall to build the CUDA kernels" if d["nvcc"] else "")
+        # AUTO left them out for a reason that pip does not show.
+        advice = "; nvcc is here: reinstall with COVR_CUDA=ON, which builds the CUDA kernels or says why not"
+        native = "CPU only" + (advice if d["nvcc"] else "")
     missing = "missing: pip install 'covr-fast[{}]'"
     rows = [
         ("covr-fast", str(d["covr-fast"])),

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from . import _C
+from .architectures import kernel_obstacle, warn_once
 from .buffer import ReplayBuffer
 from .buffer.sampling import Sampling
 from .config import TrainConfig
@@ -28,13 +28,20 @@ def replay_device(name: str, compute: torch.device) -> torch.device:
     """Where the replay buffer stores its frames; "auto" is where the agent computes, if it can be there.
 
     Raises:
-        UserError: as for `compute_device`.
+        UserError: as for `compute_device`; or there are no kernels for the GPU.
     """
-    if name == "auto":  # without CUDA kernels the frames stay on the host, and each batch is copied over
-        return compute if compute.type == "cuda" and _C.with_cuda else torch.device("cpu")
-    if name == "cuda" and compute.type == "cuda":
+    if name == "auto":
+        if compute.type == "cuda" and (obstacle := kernel_obstacle(compute)) is not None:
+            warn_once(f"frames stay in host memory, and each batch is copied to {compute}: {obstacle}")
+            return torch.device("cpu")
         return compute
-    return _device(name, "replay.device", "--replay.device auto")
+    if name == "cuda" and compute.type == "cuda":
+        device = compute
+    else:
+        device = _device(name, "replay.device", "--replay.device auto")
+    if device.type == "cuda" and (obstacle := kernel_obstacle(device)) is not None:
+        raise UserError(f"replay.device={name!r}, but {obstacle}: use --replay.device auto")
+    return device
 
 
 def _device(name: str, option: str, remedy: str) -> torch.device:

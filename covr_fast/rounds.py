@@ -1,13 +1,12 @@
 """How the agent teaches the VLM: EDDF selects samples, the tuner trains on them, publish hands the weights
 over (Xia et al. 2026, "RL-tuned VLM")."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import ops
 from .agents import SAC
 from .buffer import FineTuneView, ReplayBuffer
 from .buffer.batch import pixels
@@ -15,6 +14,7 @@ from .config import TrainConfig
 from .labeller import PriorLabeller
 from .logger import RunLogger
 from .schedule import FineTuneSchedule
+from .selection import Selection
 from .view import agent_view, vlm_view
 from .vlm import VLMTuner
 
@@ -25,11 +25,18 @@ class _Round:
 
     step: int
     """Environment steps at its start."""
-    figures: dict[str, float]
-    """What is logged of it at its end."""
     before: dict[str, Any]
     """The part of `Rounds.state_dict` that its start changes, as it was: a run that is saved before the round
     ends does it again."""
+    selection: Selection | None
+    """Its samples, until the tuner has them."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """What is logged of it at its end."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether its samples may still have to be waited for."""
+        return self.selection is not None and self.selection.waits
 
 
 class Rounds:
@@ -39,6 +46,10 @@ class Rounds:
     (EDDF, Eq. 5). The tuner trains on those that it keeps, weighted by their returns (RALW, Eq. 6), and
     publishes the weights to the prior. The agent gives the entropy for the filter and, with covr.bootstrap,
     the values after truncated episodes. With vlm.refresh_priors the labeller then labels transitions again.
+
+    On a GPU the filter's work is queued when the round is due, and the tuner begins in the next call: the
+    host waits for no work that was queued in between. Samples that the ring overwrote in between are left
+    out.
     """
 
     def __init__(
@@ -74,10 +85,13 @@ class Rounds:
 
     def advance(self, step: int, log: RunLogger) -> None:
         """Begins a round that is due, and publishes one that is done. Without tuner.overlap both happen in
-        one call."""
+        one call, and on a GPU in the next one."""
         if self._running is None and self.schedule.due(step):
-            self._begin(step, log)
+            self._running = self._begin(step, log)
+            if self._running is not None and self._running.waits:
+                return
         if self._running is not None:
+            self._tune(self._running, log)
             after = self._config.covr.publish_after
             done = not self._tuner.running if after is None else step >= self._running.step + after
             if done:
@@ -88,49 +102,50 @@ class Rounds:
     def finish(self, step: int, log: RunLogger) -> None:
         """Waits for a running round, if there is one, and publishes it."""
         if self._running is not None:
+            self._tune(self._running, log)
             self._end(self._running, step, log)
 
-    def _begin(self, step: int, log: RunLogger) -> None:
-        """EDDF on D_f, then fine-tuning on what it keeps. Does nothing while D_f has too few samples."""
-        covr, number = self._config.covr, self.schedule.rounds + 1
+    def _begin(self, step: int, log: RunLogger) -> _Round | None:
+        """EDDF on D_f. Does nothing while D_f has too few samples."""
+        covr = self._config.covr
         if len(self.finished) < covr.min_samples:
             if not self._said_waiting:
                 log.say(
-                    f"round {number} waits: D_f holds {len(self.finished)} samples of "
+                    f"round {self.schedule.rounds + 1} waits: D_f holds {len(self.finished)} samples of "
                     f"finished episodes, it needs covr.min_samples={covr.min_samples}"
                 )
             self._said_waiting = True
-            return
+            return None
         self._said_waiting = False
         with log.clock("fine-tuning"):
-            indices, returns = self.finished.indices, self.finished.returns
-            entropy = self._policy_entropy(indices)
-            kept = ops.exploration_filter(returns, entropy, threshold=covr.threshold)
-            overwritten = self.finished.overwritten
-            figures = {
-                "round": number,
-                "samples": len(returns),
-                "entropy": entropy,
-                "tau": kept.tau,
-                "cutoff": kept.cutoff,
-                "kept": len(kept.indices),
-                "overwritten": overwritten,
-                **self._kept_by_time(kept.indices),
-            }
-            if overwritten:
+            selection = Selection(self.finished, self._policy_entropy, covr.threshold)
+            before = self._resumable_state()
+            self.finished.clear()
+            return _Round(step, before, selection)
+
+    def _tune(self, round: _Round, log: RunLogger) -> None:
+        """Begins the fine-tuning on what EDDF has kept, unless it has begun."""
+        if round.selection is None:
+            return
+        number = self.schedule.rounds + 1
+        with log.clock("fine-tuning"):
+            selection, round.selection = round.selection, None
+            kept, figures = selection.read()
+            stored = self._buffer.contains(selection.samples(kept)[0])
+            round.figures = {"round": number, **figures}
+            round.figures["overwritten"] += len(kept) - int(stored.sum())
+            if lost := round.figures["overwritten"]:
                 log.say(
-                    f"round {number}: {overwritten} steps were overwritten in the replay buffer before D_f "
+                    f"round {number}: {lost} steps were overwritten in the replay buffer before D_f "
                     f"was read: raise replay.capacity={self._config.replay.capacity}"
                 )
-            self._running = _Round(step, figures, self._resumable_state())
-            self.finished.clear()
-            if len(kept.indices) < 2:
-                log.say(f"the filter kept {len(kept.indices)} samples: nothing to fine-tune on in this round")
+            ids, returns = selection.samples(kept[stored])
+            if len(ids) < 2:
+                log.say(f"the filter kept {len(ids)} samples: nothing to fine-tune on in this round")
                 return
-            ids = indices[kept.indices]
             # The images are copies: the buffer may overwrite its frames while the round runs.
             images = vlm_images(self._config, self._buffer, ids)
-            self._tuner.start(images, self._buffer.actions(ids), returns[kept.indices])
+            self._tuner.start(images, self._buffer.actions(ids), returns)
 
     def _end(self, round: _Round, step: int, log: RunLogger) -> None:
         """Waits for the round, publishes its weights and logs it."""
@@ -157,18 +172,9 @@ class Rounds:
         obs = self._buffer.get(ids, n_step=1, dtype=torch.uint8).next_obs
         return self._agent.value(agent_view(self._config, obs))
 
-    def _policy_entropy(self, indices: Tensor) -> float:
-        """e_t: minus the mean log-probability of actions on the newest samples of D_f, in nats."""
-        # Ids grow with time in every environment, so the largest are the newest of all environments.
-        newest = indices.topk(min(256, len(indices))).values
-        return self._agent.entropy(agent_view(self._config, pixels(self._buffer.observations(newest))))
-
-    def _kept_by_time(self, kept: Tensor) -> dict[str, float]:
-        """Share of each quarter of the episodes that EDDF kept: late steps have smaller returns-to-go."""
-        time = self.finished.time_in_episode
-        quarter = (4 * time / (time.max() + 1)).long()
-        all_, kept_ = torch.bincount(quarter, minlength=4), torch.bincount(quarter[kept], minlength=4)
-        return {f"kept_share_quarter_{i + 1}": float(kept_[i] / max(int(all_[i]), 1)) for i in range(4)}
+    def _policy_entropy(self, ids: Tensor) -> Tensor:
+        """e_t, a scalar: minus the mean log-probability of actions on these samples, in nats."""
+        return self._agent.entropy(agent_view(self._config, pixels(self._buffer.observations(ids))))
 
     def _resumable_state(self) -> dict[str, Any]:
         return {"tuner_rounds": self._tuner.rounds, "finished": self.finished.state_dict()}

@@ -77,6 +77,29 @@ def follow(event: "torch.cuda.Event | None", device: torch.device) -> None:
         torch.cuda.current_stream(device).wait_event(event)
 
 
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor of host memory on `device`. Its way there is queued on the caller's stream, by way of pinned
+    memory, so that the host does not wait."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+
+
+class Fetch:
+    """Tensors of the caller's stream on their way to the host. What is on the host already is not copied."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        on_device = [tensor.device for tensor in tensors if tensor.is_cuda]
+        self._copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]  # into pinned memory
+        self._arrival = mark(on_device[0]) if on_device else None
+        self.waits = self._arrival is not None
+        """Whether reading may have to wait for a device."""
+
+    def read(self) -> list[Tensor]:
+        """The tensors on the host, which waits until they have arrived, but not for later work."""
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        return self._copies
+
+
 def receive(*tensors: Tensor) -> None:
     """Records that the caller's stream reads these tensors of a lane, so that their memory waits for it."""
     for tensor in tensors:

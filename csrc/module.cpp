@@ -19,8 +19,10 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ and CUDA kernels of covr_fast; call them through covr_fast.ops and covr_fast.ReplayBuffer.";
 #ifdef COVR_WITH_CUDA
   m.attr("with_cuda") = true;
+  m.attr("cuda_architectures") = COVR_CUDA_ARCHITECTURES;
 #else
   m.attr("with_cuda") = false;
+  m.attr("cuda_architectures") = "";
 #endif
   covr::bind_filter(m);
   covr::bind_finite(m);

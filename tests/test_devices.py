@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_runs import small_config
 
-from covr_fast import _C
+from covr_fast import _C, parts
 from covr_fast.cuda_graph import CudaGraphs
 from covr_fast.errors import UserError
 from covr_fast.ops import _backend, _logit_rows
@@ -31,6 +31,7 @@ def two_gpus(monkeypatch) -> list[torch.device]:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1].index)
     monkeypatch.setattr(torch.cuda, "device", enter)
+    monkeypatch.setattr(parts, "kernel_obstacle", lambda device: None)
     return current
 
 
@@ -58,8 +59,7 @@ def test_a_run_is_on_the_gpu_that_is_named(two_gpus, name, expected):
     assert replay_device(name, CPU) == (CPU if name == "auto" else torch.device("cuda", expected))
 
 
-def test_frames_are_where_the_agent_computes(two_gpus, monkeypatch):
-    monkeypatch.setattr(_C, "with_cuda", True)
+def test_frames_are_where_the_agent_computes(two_gpus):
     assert replay_device("auto", SECOND) == SECOND
     assert replay_device("cuda", SECOND) == SECOND
     assert replay_device("cuda:0", SECOND) == FIRST

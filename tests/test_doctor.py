@@ -54,6 +54,26 @@ def test_the_verdict_names_what_cannot_be_drawn(capsys):
         assert capsys.readouterr().out.splitlines()[-1].removeprefix("covr-fast train").strip() == verdict
 
 
+DIAGNOSIS = {
+    "covr-fast": "0.1.0", "python": "3.11.7", "cores": 2, "torch": "2.13.0", "cuda_devices": ["Tesla T4"],
+    "nvcc": "/usr/bin/nvcc", "required": {}, "optional": {}, "environments": {}, "ready_to_train": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "extension, said",
+    [
+        ({"with_cuda": True, "cuda_architectures": "80-real,90", "obstacles": []}, "for 80-real,90"),
+        ({"with_cuda": True, "cuda_architectures": "90", "obstacles": ["T4 is 75"]}, "for 90; but T4 is 75"),
+        ({"with_cuda": False}, "reinstall with COVR_CUDA=ON, which builds the CUDA kernels or says why not"),
+    ],
+)
+def test_what_the_kernels_were_built_for(extension, said, capsys):
+    print_diagnosis(DIAGNOSIS | {"extension": {"built": True} | extension})
+    (line,) = (row for row in capsys.readouterr().out.splitlines() if row.startswith("C++ extension"))
+    assert line.endswith(said)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="how Linux loads OpenGL")
 @pytest.mark.parametrize("library", ["one that cannot be loaded", "one without OpenGL in it"])
 def test_car_racing_trains_where_dm_control_would_end_the_process(library, tmp_path):

@@ -83,7 +83,7 @@ def test_the_source_archive_holds_what_a_build_needs_and_no_tests(source, unpack
     folders = ("covr_fast", "csrc", "kernels", "docs", "examples")
     kept = {name for name in files(source) if name.split("/")[0] in folders}
     kept |= {"README.md", "LICENSE", "CHANGELOG.md", "constraints.txt"}
-    kept |= {"setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in"}
+    kept |= {"setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "cmake/cuda.cmake"}
     written = {name for name in files(unpacked) if ".egg-info/" in name} | {"PKG-INFO", "setup.cfg"}
     assert files(unpacked) == kept | written
 
@@ -148,17 +148,127 @@ def test_a_second_build_in_place_compiles_only_what_changed(small_source):
     assert "other.cpp.o" not in second.stdout
 
 
+# ---- CUDA ----
+
+OLD = "sm_50 sm_52 sm_53 sm_60 sm_61 sm_62 sm_70 sm_72 sm_75 sm_80 sm_86 sm_87 sm_89 sm_90"
+KNOWN = {
+    "11.8": f"sm_35 sm_37 {OLD}",
+    "12.0": f"{OLD} sm_90a",
+    "12.4": f"{OLD} sm_90a",
+    "12.8": f"{OLD} sm_100 sm_101 sm_120",
+    "13.0": "sm_75 sm_80 sm_86 sm_87 sm_88 sm_89 sm_90 sm_100 sm_103 sm_110 sm_120 sm_121",
+    "99.0": "sm_300 sm_310",
+}
+"""What `nvcc --list-gpu-code` of a release prints."""
+REFUSES = "echo 'host_config.h:143:2: error: #error -- unsupported GNU version!' >&2; exit 1"
+
+
+def stand_in(path: Path, release: str, otherwise: str = REFUSES) -> str:
+    """An nvcc that says of itself what this release says, and does `otherwise` when it is to compile."""
+    path.write_text(
+        "#!/bin/sh\n"
+        'case " $* " in\n'
+        f"*' --version '*) echo 'Cuda compilation tools, release {release}, V{release}.99' ;;\n"
+        f"*' --list-gpu-code '*) printf '%s\\n' {KNOWN[release]} ;;\n"
+        f"*) {otherwise} ;;\n"
+        "esac\n"
+    )
+    path.chmod(0o755)
+    return str(path)
+
+
+def configure(build: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """CMake as setup.py calls it; messages are on one line."""
+    options = [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"]
+    options.append(f"-DCOVR_CUDA={environment.pop('COVR_CUDA', 'AUTO')}")
+    done = run(["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *options], ROOT, **environment)
+    done.stdout = " ".join((done.stdout + done.stderr).split())
+    return done
+
+
+@pytest.mark.parametrize(
+    "release, expected",
+    [
+        ("11.8", "is of CUDA 11.8, and 12.0 is the oldest supported: set CUDACXX to a newer nvcc"),
+        ("12.0", "architectures: 80-real;90"),
+        ("12.4", "architectures: 80-real;90"),
+        ("12.8", "architectures: 80-real;90-real;100-real;120"),
+        ("13.0", "architectures: 80-real;90-real;100-real;120"),
+        ("99.0", "compiles for none of 80, 90, 100, 120: name others with COVR_CUDA_ARCHITECTURES"),
+    ],
+)
+def test_an_nvcc_compiles_for_the_architectures_it_knows(release, expected, tmp_path):
+    (tmp_path / "choose.cmake").write_text(f"""
+        cmake_minimum_required(VERSION 3.26)
+        include({ROOT}/cmake/cuda.cmake)
+        covr_find_nvcc(nvcc obstacle)
+        if(NOT obstacle)
+          covr_check_release("${{nvcc}}" obstacle)
+        endif()
+        if(NOT obstacle)
+          covr_choose_architectures("${{nvcc}}" architectures obstacle)
+        endif()
+        message("architectures: ${{architectures}} ${{obstacle}}")
+    """)
+    nvcc = stand_in(tmp_path / "nvcc", release)
+    for environment in ({"CUDACXX": nvcc}, {"CUDACXX": "", "PATH": f"{tmp_path}{os.pathsep}{PATH}"}):
+        done = run(["cmake", "-P", "choose.cmake"], tmp_path, **environment)
+        assert done.returncode == 0
+        assert expected in done.stderr
+
+
+NOWHERE = "/nowhere/nvcc"
+
+
+@pytest.mark.parametrize(
+    "release, reason",
+    [
+        (None, "no CUDA compiler was found: put nvcc on PATH (or set CUDACXX)"),
+        ("11.8", "nvcc is of CUDA 11.8, and 12.0 is the oldest supported"),
+        ("12.4", "cannot compile here (host_config.h:143:2: error: #error -- unsupported GNU version!)"),
+    ],
+)
+def test_an_nvcc_that_cannot_be_used_is_left_out_with_the_reason(release, reason, tmp_path):
+    nvcc = NOWHERE if release is None else stand_in(tmp_path / "nvcc", release)
+    done = configure(tmp_path / "auto", CUDACXX=nvcc)
+    assert done.returncode == 0, done.stdout
+    assert reason in done.stdout
+    assert "CUDA kernels OFF" in done.stdout
+    done = configure(tmp_path / "on", CUDACXX=nvcc, COVR_CUDA="ON")
+    assert done.returncode != 0
+    assert f"COVR_CUDA=ON but {'' if release is None else nvcc}" in done.stdout
+    assert reason in done.stdout
+    assert "build the CPU library with COVR_CUDA=OFF" in done.stdout
+
+
 def test_a_compiler_that_was_missing_is_looked_for_again(small_source, tmp_path):
-    for folder in ("nowhere", "installed since"):
-        done = run(IN_PLACE, small_source, CUDACXX=str(tmp_path / folder / "nvcc"))
-        assert "Looking for a CUDA compiler" in done.stdout
+    for nvcc, reason in (
+        (NOWHERE, "no CUDA compiler was found"),
+        (stand_in(tmp_path / "nvcc", "11.8"), "is of CUDA 11.8"),
+    ):
+        done = run(IN_PLACE, small_source, CUDACXX=nvcc)
+        assert reason in done.stdout
         assert "CUDA kernels OFF" in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.slow
+def test_a_compiler_that_refused_is_tried_again_and_takes_what_the_user_names(tmp_path):
+    refusing = stand_in(tmp_path / "nvcc", "12.4")
+    assert "CUDA kernels OFF" in configure(tmp_path / "build", CUDACXX=refusing).stdout
+    mended = stand_in(tmp_path / "nvcc", "12.4", otherwise=f'exec {shutil.which("nvcc")} "$@"')
+    assert "for CUDA architectures 80-real;90 " in configure(tmp_path / "build", CUDACXX=mended).stdout
+    rules = (tmp_path / "build/build.ninja").read_text()
+    assert r"COVR_CUDA_ARCHITECTURES=\"80-real,90\"" in rules
+    assert "code=[compute_90,sm_90]" in rules
+    named = configure(tmp_path / "named", CUDACXX=mended, CUDAARCHS="75")
+    assert "for CUDA architectures 75 " in named.stdout
 
 
 @pytest.mark.parametrize(
     "environment, message",
     [
-        ({"COVR_CUDA": "ON", "CUDACXX": "/nowhere/nvcc"}, "COVR_CUDA=ON but no CUDA compiler was found"),
+        ({"COVR_CUDA": "ON", "CUDACXX": NOWHERE}, "COVR_CUDA=ON but no CUDA compiler was found"),
         ({"COVR_CUDA": "MAYBE"}, "COVR_CUDA='MAYBE' is not one of OFF, ON, AUTO"),
     ],
 )
@@ -166,13 +276,3 @@ def test_cuda_that_is_not_available_is_a_clear_error(environment, message, sourc
     done = wheel(source, tmp_path / "out", **environment)
     assert done.returncode != 0
     assert message in " ".join((done.stdout + done.stderr).split())
-
-
-def test_auto_builds_without_cuda_quietly(source, tmp_path):
-    cmake = shutil.which("cmake", path=PATH)
-    assert cmake
-    options = [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"]
-    configure = [cmake, "-S", str(source), "-B", str(tmp_path / "build"), "-G", "Ninja", *options]
-    done = run([*configure, "-DCOVR_CUDA=AUTO"], tmp_path, CUDACXX="/nowhere/nvcc")
-    assert done.returncode == 0, done.stderr
-    assert "CUDA kernels OFF" in done.stdout

@@ -100,11 +100,12 @@ class SAC:
         return sample.action if explore else sample.mean
 
     @torch.no_grad()
-    def entropy(self, obs: Tensor) -> float:
-        """e_t of Eq. 5 estimated on uint8[B, C, H, W]: minus the mean log-probability of actions, in nats."""
+    def entropy(self, obs: Tensor) -> Tensor:
+        """e_t of Eq. 5 estimated on uint8[B, C, H, W]: minus the mean log-probability of actions, in nats; a
+        float32 scalar, which stays on the device."""
         latent = self.encoder(obs.to(self.device).float() / 255)
         sample: ActorSample = self.actor(latent, self._noise(len(obs)))
-        return -sample.log_prob.mean().item()
+        return -sample.log_prob.mean()
 
     @torch.no_grad()
     def value(self, obs: Tensor) -> Tensor:

@@ -6,18 +6,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..scalars import as_float, as_int
+from ..streams import send
 from .replay import ReplayBuffer
+from .transitions import spans
 
 
 class FineTuneView:
     """The transitions of trajectories that finished since the last `clear`, with their returns.
 
     Nothing is copied: the view remembers how far each environment's stream was consumed, and reads indices
-    and rewards from the buffer when they are asked for. A trajectory is finished when it terminated, was
-    truncated or was cut; without a `bootstrap`, a truncated trajectory counts as complete. Steps of an
-    unfinished trajectory stay pending, also over a `clear`, until it ends. Transitions that the ring
-    overwrote are no longer in the view; `overwritten` counts them.
+    and rewards from the buffer when they are asked for. Ids are on the host, and one call of
+    `ops.discounted_returns` makes all returns where the buffer is. A trajectory is finished when it
+    terminated, was truncated or was cut; without a `bootstrap`, a truncated trajectory counts as complete.
+    Steps of an unfinished trajectory stay pending, also over a `clear`, until it ends. Transitions that the
+    ring overwrote are no longer in the view; `overwritten` counts them.
 
     Args:
         buffer: the buffer to view, from its oldest transition on. Query the view in the thread that adds.
@@ -26,9 +30,9 @@ class FineTuneView:
             number h sums over at most h steps instead. Then a transition enters the view h steps after it was
             added (or at the end of its trajectory): with many parallel environments, no trajectory may have
             ended when the first round is due.
-        bootstrap: the values V(s_{t+1}), float[n], of the states after the transitions with these ids,
-            int64[n]. gamma * V is added to the last reward of a trajectory that was truncated or cut. None
-            adds nothing, as in the paper.
+        bootstrap: the values V(s_{t+1}), float[n] on any device, of the states after the transitions with
+            these ids, int64[n]. gamma * V is added to the last reward of a trajectory that was truncated or
+            cut. None adds nothing, as in the paper.
     """
 
     def __init__(
@@ -62,18 +66,40 @@ class FineTuneView:
 
     @property
     def indices(self) -> Tensor:
-        """int64 [M], ids of the view's transitions: environment by environment, each in order of time."""
-        return torch.from_numpy(self._collect(self._ids))
+        """int64 [M] on the CPU, ids of the view's transitions: environment by environment, each in order of
+        time."""
+        return torch.from_numpy(self._rows()["ids"])
 
     @property
     def returns(self) -> Tensor:
-        """float32 [M], the discounted returns-to-go of `indices`."""
-        return torch.from_numpy(self._collect(self._returns))
+        """float32 [M] on the buffer's device, the discounted returns-to-go of `indices`."""
+        _, start, stop = self._bounds()
+        reach = self._reach(start, stop)
+        reward, end = self._buffer.finished_rows(start, reach)
+        if not len(reward):
+            return reward
+        # All environments are one column: where the part of one is over, nothing of the next may count.
+        length = reach - start
+        over = torch.from_numpy(np.cumsum(length[length > 0]) - 1)
+        end.index_fill_(0, send(over, end.device), True)
+        values = None if self.bootstrap is None else self._values_after(self.bootstrap, start, reach)
+        returns = ops.discounted_returns(
+            reward[:, None],
+            end[:, None],
+            self.gamma,
+            horizon=self.horizon,
+            bootstrap=None if values is None else values[:, None],
+        )[:, 0]
+        if self.horizon is None:
+            return returns
+        begin = np.cumsum(length) - length
+        _, asked = spans(begin, begin + stop - start)
+        return returns[send(torch.from_numpy(asked), returns.device)]
 
     @property
     def time_in_episode(self) -> Tensor:
-        """int32 [M], how many steps into its episode each of `indices` is."""
-        return torch.from_numpy(self._collect(lambda env, a, b: self._buffer.stream_rows(env, a, b)["time"]))
+        """int32 [M] on the CPU, how many steps into its episode each of `indices` is."""
+        return torch.from_numpy(self._rows()["time"])
 
     def clear(self) -> None:
         """Empties the view. Steps of trajectories that have not finished stay pending."""
@@ -99,47 +125,26 @@ class FineTuneView:
         stop = np.maximum(stop, self._consumed)
         return self._consumed, np.clip(first, self._consumed, stop), stop
 
-    def _collect(self, part: Callable[[int, int, int], np.ndarray]) -> np.ndarray:
+    def _rows(self) -> dict[str, np.ndarray]:
         _, start, stop = self._bounds()
-        return np.concatenate([part(env, a, b) for env, (a, b) in enumerate(zip(start, stop, strict=True))])
+        return self._buffer.span_rows(start, stop)
 
-    def _ids(self, env: int, start: int, stop: int) -> np.ndarray:
-        return np.arange(start, stop, dtype=np.int64) * self._buffer.num_envs + env
-
-    def _returns(self, env: int, start: int, stop: int) -> np.ndarray:
+    def _reach(self, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
+        """The returns of start .. stop - 1 are sums of the rewards of start .. reach - 1."""
         if self.horizon is None:
-            reward, end = self._rewards(env, start, stop)
-            return _returns_to_go(reward, end, self.gamma)
-        count = int(self._buffer.stream_bounds()[2][env])
-        reward, end = self._rewards(env, start, min(stop + self.horizon - 1, count))
-        return _horizon_returns(reward, end, self.gamma, self.horizon)[: stop - start]
+            return stop
+        _, _, count = self._buffer.stream_bounds()
+        return np.where(stop > start, np.minimum(stop + self.horizon - 1, count), stop)
 
-    def _rewards(self, env: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rewards and ends of transitions start .. stop - 1, bootstrapped if asked for."""
-        rows = self._buffer.stream_rows(env, start, stop)
-        reward = rows["reward"]
-        last = np.flatnonzero(rows["end"] & ~rows["terminated"])
-        if self.bootstrap is not None and len(last):
-            value = self.bootstrap(torch.from_numpy(self._ids(env, start, stop)[last]))
-            reward[last] += self.gamma * value.detach().cpu().numpy()
-        return reward, rows["end"]
-
-
-def _returns_to_go(reward: np.ndarray, end: np.ndarray, gamma: float) -> np.ndarray:
-    from ..ops import discounted_returns
-
-    if not len(reward):
-        return reward
-    rewards, ends = torch.from_numpy(reward)[:, None], torch.from_numpy(end)[:, None]
-    return discounted_returns(rewards, ends, gamma)[:, 0].numpy()
-
-
-def _horizon_returns(reward: np.ndarray, end: np.ndarray, gamma: float, horizon: int) -> np.ndarray:
-    """sum_{k=0..h-1} gamma^k r_{t+k}, which stops at the trajectory's end."""
-    total = np.zeros(len(reward), np.float64)
-    alive = np.ones(len(reward), bool)
-    for k in range(min(horizon, len(reward))):
-        n = len(reward) - k
-        total[:n] += np.where(alive[:n], gamma**k * reward[k:], 0.0)
-        alive[:n] &= ~end[k:]
-    return total.astype(np.float32)
+    def _values_after(
+        self, bootstrap: Callable[[Tensor], Tensor], start: np.ndarray, stop: np.ndarray
+    ) -> Tensor:
+        """float32 on the buffer's device: V after those of these transitions that were truncated or cut, and
+        zero after the others."""
+        rows, device = self._buffer.span_rows(start, stop), self._buffer.device
+        cut = np.flatnonzero(rows["end"] & ~rows["terminated"])
+        values = torch.zeros(len(rows["end"]), dtype=torch.float32, device=device)
+        if len(cut):
+            value = bootstrap(torch.from_numpy(rows["ids"][cut])).detach()
+            values[send(torch.from_numpy(cut), device)] = value.to(values)
+        return values

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from ..architectures import kernel_obstacle
 from ..streams import current_on
 from .device_arguments import DeviceRows
 from .mirror import Mirror
@@ -150,4 +151,7 @@ def checked_device(device: torch.device, storage: Placement) -> torch.device:
     index = torch.cuda.current_device() if device.index is None else device.index
     if index >= torch.cuda.device_count():
         raise RuntimeError(f"device is {device}, and torch finds {torch.cuda.device_count()} CUDA devices")
-    return torch.device("cuda", index)
+    device = torch.device("cuda", index)
+    if (obstacle := kernel_obstacle(device)) is not None:
+        raise RuntimeError(f"device {device}: {obstacle}, or use device='cpu'")
+    return device

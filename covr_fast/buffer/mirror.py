@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from ..streams import send
 from .device_add import DeviceAdd
 from .storage import Storage
 
@@ -83,7 +84,7 @@ class Mirror:
 
     def send(self, values: Tensor) -> Tensor:
         """Values from host memory."""
-        return values.pin_memory().to(self._device, non_blocking=True)
+        return send(values, self._device)
 
     def follow(self) -> None:
         """After the tables changed: new transitions get the largest priority."""

@@ -144,7 +144,7 @@ class Gather:
 
     def fill(self, request: Any, draw: Draw, n: int, with_next: bool) -> None:
         """Fills what `request` names: n rows, with next_obs or without. It locks."""
-        draw(request, self.how(n, with_next))
+        draw(request, torch.get_num_threads())
 
     def how(self, n: int, with_next: bool) -> Any:
         """The second argument of a `Draw` for n rows, with next_obs or without."""
@@ -174,6 +174,7 @@ class BatchWriter:
 
         self._floats, self._bools, self._ids = map(maker, (torch.float32, torch.bool, torch.int64))
         self._columns = [(c.name, maker(c.dtype), c.shape) for c in options.columns]
+        self._extras = [extra.name for extra in options.columns[1:]]
         self._asked = cache(lambda n, spec: _forms(self.allocate(n, spec)))  # the forms of a batch's parts
 
     def allocate(self, n: int, spec: OutputSpec, index: Tensor | None = None) -> Batch:
@@ -217,14 +218,14 @@ class BatchWriter:
             batch.terminated,
             batch.truncated,
             batch.weight,
-            [batch.action, *(batch.extras[name] for name, _, _ in self._columns[1:])],
+            [batch.action, *map(batch.extras.__getitem__, self._extras)],
             batch.obs_offset,
             batch.next_obs_offset,
             spec.offset_range,
             spec.shift_origin,
         )
-        observations = (spec.contiguous(self._split(values)) for values in (batch.obs, batch.next_obs))
-        for key in zip(spec.targets, *observations, strict=True):
+        obs, next_obs = self._split(batch.obs), self._split(batch.next_obs)
+        for key in zip(spec.targets, spec.contiguous(obs), spec.contiguous(next_obs), strict=True):
             request.add_key(*key)
         return request
 

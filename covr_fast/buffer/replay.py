@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..streams import send
 from . import arguments
 from .arguments import ObservationRows, Rows, device_priorities, flags, ids, integers, priorities
 from .batch import Batch, Observation
@@ -443,6 +444,14 @@ class ReplayBuffer(StoredTransitions):
             with self._gather.reading():
                 found = [self._gather.frames(*where) for where in self._storage.newest_frames(rows)]
         return self._batches.join(found)
+
+    def finished_rows(self, start: np.ndarray, stop: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Reward float32 [M] and end bool [M] (the episode ended, or was cut, with this step) of transitions
+        start[e] .. stop[e] - 1 of every environment e, which must be stored, environment by environment; new
+        tensors on the buffer's device. The host does not wait."""
+        rows = self.span_rows(start, stop)
+        reward, end = (send(torch.from_numpy(rows[name]), self.device) for name in ("reward", "end"))
+        return reward, end
 
     # ---- saving ----
 

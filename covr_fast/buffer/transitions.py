@@ -119,6 +119,17 @@ class StoredTransitions:
         reward, ends, time = (self._storage.array(name)[rows] for name in ("reward", "flags", "time"))
         return {"reward": reward, "end": ends != 0, "terminated": (ends & _TERMINATED) != 0, "time": time}
 
+    def span_rows(self, start: np.ndarray, stop: np.ndarray) -> dict[str, np.ndarray]:
+        """Transitions start[e] .. stop[e] - 1 of every environment e, which must be stored, environment by
+        environment: their ids int64, and otherwise as `stream_rows`."""
+        stream, t = spans(start, stop)
+        rows = self._storage.rows_of(stream, t)
+        with self._core.reading():
+            reward, ends, time = (self._storage.array(name)[rows] for name in ("reward", "flags", "time"))
+        terminated = (ends & _TERMINATED) != 0
+        ids = t * self.num_envs + stream
+        return {"ids": ids, "reward": reward, "end": ends != 0, "terminated": terminated, "time": time}
+
     def start_at(self, t: Rows) -> None:
         """The first transition that is added of environment e will be number t[e], int64 [num_envs], of its
         stream instead of number 0. The buffer must be empty."""
@@ -164,6 +175,14 @@ class StoredTransitions:
         if self._gather.device.type != "cpu":
             ring.flags.writeable = False
         return ring
+
+
+def spans(start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(e, t), each int64 [M]: the numbers start[e] .. stop[e] - 1 of every e, one e after another."""
+    length = stop - start
+    begin = np.cumsum(length) - length  # where each e's part begins
+    numbers = np.arange(length.sum()) + np.repeat(start - begin, length)
+    return np.repeat(np.arange(len(length)), length), numbers
 
 
 def stored_rows(locked: _C.Lock, at: Tensor) -> Tensor:

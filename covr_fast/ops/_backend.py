@@ -15,7 +15,7 @@ except ImportError as error:  # a checkout that was never built
         "the extension module covr_fast._C is not built: run `pip install .`, or in a checkout "
         "`python setup.py build_ext --inplace`"
     ) from error
-
+from ..architectures import kernel_obstacle, warn_once
 from ..streams import current_on
 
 Backend = Literal["auto", "reference", "cpp", "cuda", "triton"]
@@ -56,9 +56,9 @@ def _obstacle(backend: str, device: torch.device) -> str | None:
     if backend == "cpp":
         return None if device.type == "cpu" else f"it runs on CPU tensors, and these are on {device}"
     if backend == "cuda":
-        if not _C.with_cuda:
-            return "this build has no CUDA kernels (rebuild with nvcc on PATH and COVR_CUDA=ON)"
-        return None if device.type == "cuda" else f"it runs on CUDA tensors, and these are on {device}"
+        if device.type == "cuda" or not _C.with_cuda:
+            return kernel_obstacle(device)
+        return f"it runs on CUDA tensors, and these are on {device}"
     if not _HAS_TRITON:
         return "Triton is not installed (pip install 'covr-fast[triton]')"
     if device.type == "cpu" and not _INTERPRETED:
@@ -72,7 +72,8 @@ def select(
     """The backend to run: `backend` itself, or for "auto" the first of `kernels` that can.
 
     `kernels` are the operation's implementations besides the reference, fastest first, and `dtypes` what
-    they take. "auto" falls back to the reference; a backend asked for by name that cannot run raises.
+    they take. "auto" falls back to the reference, and warns where a kernel of another build could run; a
+    backend asked for by name that cannot run raises.
     """
     if backend not in _BACKENDS:
         raise ValueError(f"{operation}: backend must be one of {', '.join(_BACKENDS)}, not {backend!r}")
@@ -84,6 +85,8 @@ def select(
                 # The interpreter is for tests: never picked, only asked for.
                 if _obstacle(kernel, tensor.device) is None and not (kernel == "triton" and _INTERPRETED):
                     return kernel
+            if tensor.is_cuda and "cuda" in kernels and (obstacle := kernel_obstacle(tensor.device)):
+                warn_once(f"backend='auto' runs the reference on {tensor.device}: {obstacle}")
         return "reference"
     if backend not in kernels:
         raise ValueError(f"{operation}: there is no {backend} backend, only reference, {', '.join(kernels)}")

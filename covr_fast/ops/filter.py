@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import _C
 from . import reference
-from ._backend import Backend, check_floating, fake, launch, operator, select
+from ._backend import Backend, check_floating, check_same_device, fake, launch, operator, select
 from ._memory import empty
 
 _DTYPES = (torch.float32,)
@@ -37,7 +37,7 @@ class PaddedExplorationFilter(NamedTuple):
 
 def exploration_filter(
     returns: Tensor,
-    entropy: float,
+    entropy: float | Tensor,
     *,
     threshold: Literal["described", "equation"] = "described",
     backend: Backend = "auto",
@@ -49,7 +49,7 @@ def exploration_filter(
 
     Args:
         returns: floating [M], M >= 1, finite. float64 runs the reference.
-        entropy: the policy's entropy e_t in nats.
+        entropy: the policy's entropy e_t in nats; a number, or a floating scalar on the returns' device.
         threshold: "described" is what the paper's text says, sigmoid(-entropy): a high entropy lowers the
             threshold, and the filter gets stricter as the policy settles. "equation" is Eq. 5 as printed,
             sigmoid(+entropy), which does the opposite.
@@ -61,7 +61,8 @@ def exploration_filter(
     The numbers in the result are Python floats, so on a CUDA device this waits for the kernel; see
     `exploration_filter_padded` for the form that does not.
     """
-    flat, scale, chosen = _prepare("exploration_filter", returns, entropy, threshold, backend)
+    flat, chosen = _prepare("exploration_filter", returns, entropy, threshold, backend)
+    scale = _scale("exploration_filter", float(entropy), threshold)
     if chosen == "reference":
         if not torch.isfinite(flat).all():
             raise ValueError(_NOT_FINITE)
@@ -75,17 +76,19 @@ def exploration_filter(
 
 def exploration_filter_padded(
     returns: Tensor,
-    entropy: float,
+    entropy: float | Tensor,
     *,
     threshold: Literal["described", "equation"] = "described",
     backend: Backend = "auto",
 ) -> PaddedExplorationFilter:
     """`exploration_filter` with the count left on the device: no host synchronisation, and CUDA graph safe.
 
-    Arguments as in `exploration_filter`. A NaN or infinite return cannot raise here without waiting for the
-    device: it gives kept -1, indices all -1 and NaN statistics instead.
+    Arguments as in `exploration_filter`. A NaN or infinite return, or such an entropy on a GPU, cannot raise
+    here without waiting for the device: it gives kept -1, indices all -1 and NaN statistics instead.
     """
-    flat, scale, chosen = _prepare("exploration_filter_padded", returns, entropy, threshold, backend)
+    name = "exploration_filter_padded"
+    flat, chosen = _prepare(name, returns, entropy, threshold, backend)
+    scale = _scale_tensor(name, entropy, threshold, flat.device)
     if chosen == "reference":
         indices, count, statistics = _padded_reference(flat, scale)
     else:
@@ -97,20 +100,41 @@ _NOT_FINITE = "exploration_filter: returns hold a NaN or infinite value; drop or
 
 
 def _prepare(
-    name: str, returns: Tensor, entropy: float, threshold: str, backend: str
-) -> tuple[Tensor, float, str]:
+    name: str, returns: Tensor, entropy: float | Tensor, threshold: str, backend: str
+) -> tuple[Tensor, str]:
+    """The returns as the kernels take them, and the backend to run."""
     check_floating(name, "returns", returns, "[M]")
     if returns.numel() == 0:
         raise ValueError(f"{name}: returns are empty; there is nothing to take quartiles of")
-    if not math.isfinite(entropy):
-        raise ValueError(f"{name}: entropy must be finite, not {entropy}")
+    if isinstance(entropy, Tensor):
+        if entropy.ndim or not entropy.is_floating_point():
+            raise ValueError(
+                f"{name}: entropy must be a number or a floating scalar, "
+                f"not {entropy.dtype} {list(entropy.shape)}"
+            )
+        check_same_device(name, returns=returns, entropy=entropy)
     if threshold not in ("described", "equation"):
         raise ValueError(f"{name}: threshold must be 'described' or 'equation', not {threshold!r}")
     flat = returns.detach()
     if flat.dtype not in (torch.float32, torch.float64):
         flat = flat.float()
-    chosen = select(name, backend, flat, ("cpp", "cuda"), _DTYPES)
-    return flat.contiguous(), _sigmoid(entropy if threshold == "equation" else -entropy), chosen
+    return flat.contiguous(), select(name, backend, flat, ("cpp", "cuda"), _DTYPES)
+
+
+def _scale(name: str, entropy: float, threshold: str) -> float:
+    """The sigmoid of Eq. 5."""
+    if not math.isfinite(entropy):
+        raise ValueError(f"{name}: entropy must be finite, not {entropy}")
+    return _sigmoid(entropy if threshold == "equation" else -entropy)
+
+
+def _scale_tensor(name: str, entropy: float | Tensor, threshold: str, device: torch.device) -> Tensor:
+    """The same as a float64 scalar on `device`, for which nothing waits; NaN if the entropy is infinite."""
+    if isinstance(entropy, Tensor) and (entropy.device.type != "cpu" or torch.compiler.is_compiling()):
+        wide = entropy.detach().double()
+        # A sigmoid would hide an infinity.
+        return torch.sigmoid(wide if threshold == "equation" else -wide) + 0 * wide
+    return torch.full((), _scale(name, float(entropy), threshold), dtype=torch.float64, device=device)
 
 
 def _sigmoid(x: float) -> float:
@@ -118,8 +142,8 @@ def _sigmoid(x: float) -> float:
     return 1.0 / (1.0 + math.exp(-x)) if x >= 0 else math.exp(x) / (1.0 + math.exp(x))
 
 
-def _padded_reference(returns: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    finite = bool(torch.isfinite(returns).all())
+def _padded_reference(returns: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    finite = bool(torch.isfinite(returns).all() & torch.isfinite(scale))
     return _pad(returns, reference.exploration_filter(returns, scale) if finite else None)
 
 
@@ -148,13 +172,13 @@ def _cpp(returns: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
 
 
 @operator(
-    "exploration_filter_padded(Tensor returns, float scale) "
+    "exploration_filter_padded(Tensor returns, Tensor scale) "
     "-> (Tensor indices, Tensor count, Tensor statistics)"
 )
-def _run_padded(returns: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _run_padded(returns: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     returns = returns.contiguous()
     if not returns.is_cuda:
-        return _pad(returns, _cpp(returns, scale))
+        return _pad(returns, _cpp(returns, float(scale)) if scale.isfinite() else None)
     indices = torch.empty_like(returns, dtype=torch.int64)
     kept = indices.new_empty(())
     statistics = returns.new_empty(4, dtype=torch.float64)
@@ -166,7 +190,8 @@ def _run_padded(returns: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
 @operator("exploration_filter(Tensor returns, float scale) -> (Tensor indices, Tensor statistics)")
 def _run(returns: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     if returns.is_cuda:
-        indices, kept, statistics = _run_padded(returns, scale)
+        on_device = returns.new_full((), scale, dtype=torch.float64)
+        indices, kept, statistics = _run_padded(returns, on_device)
         count = int(kept)  # the one wait: the result's shape depends on it
         if count >= 0:
             return indices[:count], statistics
@@ -182,6 +207,6 @@ def _fake(returns: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 
 
 @fake("exploration_filter_padded")
-def _fake_padded(returns: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_padded(returns: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     indices = returns.new_empty(returns.shape, dtype=torch.int64)
     return indices, indices.new_empty(()), returns.new_empty(4, dtype=torch.float64)

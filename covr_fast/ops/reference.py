@@ -11,17 +11,39 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def discounted_returns(rewards: Tensor, ends: Tensor, gamma: float) -> Tensor:
-    """`g[t] = r[t] + gamma * g[t + 1] * (not ends[t])`, with `g[T] = 0`, for rewards and ends of [T, N]."""
+def discounted_returns(
+    rewards: Tensor, ends: Tensor, gamma: float, horizon: int | None = None, bootstrap: Tensor | None = None
+) -> Tensor:
+    """`g[t] = r[t] + gamma * (bootstrap[t] if last[t] else g[t + 1])`, everything [T, N]; the last steps are
+    the ends and T - 1. With a `horizon`, the sum of at most so many steps."""
+    after = torch.zeros_like(rewards) if bootstrap is None else bootstrap
+    last = ends.clone()
+    last[-1:] = True
+    if horizon is not None:
+        return _horizon_returns(torch.where(last, rewards + gamma * after, rewards), last, gamma, horizon)
     result = torch.empty_like(rewards)
-    carry = rewards.new_zeros(rewards.shape[1])
+    following = rewards.new_zeros(rewards.shape[1])
     for t in reversed(range(rewards.shape[0])):
-        carry = torch.where(ends[t], rewards[t], rewards[t] + gamma * carry)
-        result[t] = carry
+        following = rewards[t] + gamma * torch.where(last[t], after[t], following)
+        result[t] = following
     return result
 
 
-def exploration_filter(returns: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _horizon_returns(rewards: Tensor, last: Tensor, gamma: float, horizon: int) -> Tensor:
+    """`g[t] = sum over k < horizon of gamma^k * r[t + k]`, up to the last step of the episode. The sum is of
+    doubles, its products are of the rewards' dtype."""
+    total = torch.zeros_like(rewards, dtype=torch.float64)
+    alive = torch.ones_like(last)
+    power = 1.0
+    for k in range(min(horizon, rewards.shape[0])):
+        steps = rewards.shape[0] - k
+        total[:steps] += torch.where(alive, power * rewards[k:], 0.0)
+        alive = (alive & ~last[k:])[:-1]
+        power *= gamma
+    return total.to(rewards.dtype)
+
+
+def exploration_filter(returns: Tensor, scale: float | Tensor) -> tuple[Tensor, Tensor]:
     """Indices kept, and float64 [tau, cutoff, mean, std]; `scale` is the sigmoid of Eq. 5.
 
     z-scores are never formed: `z > tau` is `returns > mean + std * tau`, and since quantiles commute with

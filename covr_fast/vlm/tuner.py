@@ -80,11 +80,13 @@ class VLMTuner:
             frames: uint8[N, 3, H, W], what the agent saw. They are not copied: leave them as they are until
                 the round ends.
             actions: float[N, A] in [-1, 1], what it did.
-            returns: float[N], the returns that followed.
+            returns: float[N], the returns that followed. Of those on a GPU the weights (RALW) are computed
+                there, and the round, not its caller, waits for them.
 
         Raises:
             RuntimeError: a round is still running.
-            ValueError, TypeError: no samples, or arguments that do not match each other or the prior.
+            ValueError, TypeError: no samples, or arguments that do not match each other or the prior. NaN or
+                infinity among returns on a GPU fails the round instead.
         """
         if self.running:
             raise RuntimeError("a round is still running; wait until poll() returns its report")
@@ -217,5 +219,5 @@ def _check_samples(prior: ActionPrior, frames: Tensor, actions: Tensor, returns:
         raise ValueError(f"actions must have shape [{count}, {prior.action_dim}], not {tuple(actions.shape)}")
     if returns.shape != (count,):
         raise ValueError(f"returns must have shape [{count}], not {tuple(returns.shape)}")
-    if not torch.isfinite(returns).all() or not torch.isfinite(actions).all():
+    if not torch.isfinite(actions).all() or (returns.is_cpu and not torch.isfinite(returns).all()):
         raise ValueError("actions and returns must be finite")

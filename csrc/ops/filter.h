@@ -70,10 +70,11 @@ COVR_HD float float_at_or_below(double cutoff) {
 namespace cuda {
 // How many zeroed bytes the workspace must have for n returns.
 int64_t exploration_filter_workspace(int64_t n);
-// indices: [n], the first `kept` of them ascending and the rest -1; statistics: [4].
-void exploration_filter(CudaView<const float, 1> returns, double scale, CudaView<int64_t, 1> indices,
-                        CudaView<int64_t, 0> kept, CudaView<double, 1> statistics,
-                        CudaView<uint8_t, 1> workspace, uintptr_t stream);
+// scale: the sigmoid of Eq. 5, which may be the result of earlier work on the stream. indices: [n], the first
+// `kept` of them ascending and the rest -1; statistics: [4].
+void exploration_filter(CudaView<const float, 1> returns, CudaView<const double, 0> scale,
+                        CudaView<int64_t, 1> indices, CudaView<int64_t, 0> kept,
+                        CudaView<double, 1> statistics, CudaView<uint8_t, 1> workspace, uintptr_t stream);
 }  // namespace cuda
 #endif
 

@@ -2,6 +2,7 @@
 #include "ops/frames.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "common/border.h"
 #include "common/parallel.h"
@@ -10,40 +11,26 @@ namespace covr {
 namespace {
 
 template <typename T>
-COVR_HD void convert_to(T* out, const uint8_t* pixels, int n) {
-  for (int i = 0; i < n; ++i) out[i] = pixel_to<T>(pixels[i]);
-}
-
-// Clones cannot be templates.
-COVR_CLONES void convert(float* out, const uint8_t* pixels, int n) { convert_to(out, pixels, n); }
-COVR_CLONES void convert(BFloat16* out, const uint8_t* pixels, int n) { convert_to(out, pixels, n); }
-COVR_CLONES void convert(Float16* out, const uint8_t* pixels, int n) { convert_to(out, pixels, n); }
-void convert(uint8_t* out, const uint8_t* pixels, int n) { std::copy(pixels, pixels + n, out); }
-
-// One output row: repeated first pixel, converted run, repeated last pixel.
-template <typename T>
-void window_row(T* out, const uint8_t* source, int width, int out_width, int64_t shift) {
-  const int left = static_cast<int>(std::clamp<int64_t>(-shift, 0, out_width));
-  const int right = static_cast<int>(std::clamp<int64_t>(width - shift, left, out_width));
-  std::fill(out, out + left, pixel_to<T>(source[0]));
-  convert(out + left, source + left + shift, right - left);
-  std::fill(out + right, out + out_width, pixel_to<T>(source[width - 1]));
-}
-
-template <typename T>
 void window_images(T* out, const uint8_t* frames, const int64_t* offsets, const WindowShape& s, int pad,
                    int threads) {
   constexpr int64_t kGrainPixels = 1 << 15;
-  const int64_t pixels = s.channels * s.out_height * s.out_width;
+  const int64_t image_plane = int64_t{s.image.height} * s.image.width;
+  const int64_t plane = int64_t{s.window.height} * s.window.width, pixels = s.channels * plane;
   const int64_t grain = std::max<int64_t>(1, kGrainPixels / std::max<int64_t>(pixels, 1));
   parallel_for_each(s.batch, grain, threads, [&](int64_t image) {
-    const int64_t dy = offsets[2 * image] - pad, dx = offsets[2 * image + 1] - pad;
-    T* row = out + image * pixels;
-    for (int64_t plane = image * s.channels; plane < (image + 1) * s.channels; ++plane)
-      for (int y = 0; y < s.out_height; ++y, row += s.out_width) {
-        const int64_t source_row = plane * s.height + clamp_to_image(y + dy, s.height);
-        window_row(row, frames + source_row * s.width, s.width, s.out_width, dx);
+    const ImageShift shift{shift_of(offsets[2 * image], pad, s.image.height, s.window.height),
+                           shift_of(offsets[2 * image + 1], pad, s.image.width, s.window.width)};
+    const uint8_t* from = frames + image * s.channels * image_plane;
+    T* to = out + image * pixels;
+    for (int64_t c = 0; c < s.channels; ++c, from += image_plane, to += plane) {
+      if constexpr (std::is_same_v<T, uint8_t>) {
+        cut_plane(from, s.image, shift, s.window, to);
+      } else {
+        uint8_t* cut = pixel_scratch(plane);
+        cut_plane(from, s.image, shift, s.window, cut);
+        convert_pixels(cut, to, plane, false);
       }
+    }
   });
 }
 

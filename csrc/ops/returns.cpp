@@ -1,4 +1,5 @@
-// Discounted returns within episodes: a segmented scan over time, last step first.
+// Discounted returns within episodes: a segmented scan over time, last step first; over a horizon, direct
+// sums.
 #include "ops/returns.h"
 
 #include <algorithm>
@@ -101,6 +102,46 @@ void scan(T* out, const T* rewards, const uint8_t* ends, int64_t steps, int64_t 
   }
 }
 
+// Elements [begin, end) of the flat arrays side by side, whatever the number of columns: the reward k steps
+// after an element lies k * columns further on.
+template <typename T>
+COVR_HD void sum_horizons_of(T* out, const T* rewards, const uint8_t* ends, int64_t size, int64_t columns,
+                             int64_t begin, int64_t end, double gamma, int64_t horizon) {
+  double sum[kBlock];
+  int32_t alive[kBlock];  // whether the episode goes on
+  for (int64_t first = begin; first < end; first += kBlock) {
+    const int64_t width = std::min(kBlock, end - first);
+    std::fill(sum, sum + width, 0.0);
+    std::fill(alive, alive + width, 1);
+    double power = 1;
+    int32_t any = 1;
+    for (int64_t k = 0; k < horizon && any; ++k, power *= gamma) {
+      const T* __restrict__ reward = rewards + first + k * columns;
+      const uint8_t* __restrict__ ended = ends + first + k * columns;
+      const int64_t inside =
+          std::min(width, size - first - k * columns);  // of the others the last step is past
+      any = 0;
+      for (int64_t j = 0; j < inside; ++j) {
+        const double term = horizon_term(reward[j], power);
+        sum[j] += alive[j] ? term : 0.0;
+        alive[j] = ended[j] ? 0 : alive[j];
+        any |= alive[j];
+      }
+    }
+    for (int64_t j = 0; j < width; ++j) out[first + j] = static_cast<T>(sum[j]);
+  }
+}
+
+COVR_CLONES void sum_horizons(double* out, const double* rewards, const uint8_t* ends, int64_t size,
+                              int64_t columns, int64_t begin, int64_t end, double gamma, int64_t horizon) {
+  sum_horizons_of(out, rewards, ends, size, columns, begin, end, gamma, horizon);
+}
+
+COVR_CLONES void sum_horizons(float* out, const float* rewards, const uint8_t* ends, int64_t size,
+                              int64_t columns, int64_t begin, int64_t end, double gamma, int64_t horizon) {
+  sum_horizons_of(out, rewards, ends, size, columns, begin, end, gamma, horizon);
+}
+
 // float32 or float64 [T, N].
 template <Device kOn>
 using Out = std::variant<View<float, 2, kOn>, View<double, 2, kOn>>;
@@ -116,6 +157,23 @@ void discounted_returns(Out<Device::kCpu> outs, Rewards<Device::kCpu> rewards_, 
         require_shape("ends", ends.shape, rewards.shape);
         scan(out.data, rewards.data, bytes(ends.data), rewards.shape[0], rewards.shape[1],
              static_cast<T>(gamma), threads);
+      },
+      rewards_);
+}
+
+void horizon_returns(Out<Device::kCpu> outs, Rewards<Device::kCpu> rewards_, View<const bool, 2> ends,
+                     double gamma, int64_t horizon, int threads) {
+  std::visit(
+      [&]<typename T>(View<const T, 2> rewards) {
+        const auto out = same_dtype<View<T, 2>>(outs, "out", "rewards");
+        require_shape("out", out.shape, rewards.shape);
+        require_shape("ends", ends.shape, rewards.shape);
+        horizon = std::clamp<int64_t>(horizon, 1, std::max<int64_t>(rewards.shape[0], 1));
+        parallel_for(rewards.size(), std::max(kBlock, kGrain / horizon), threads,
+                     [&](int64_t begin, int64_t end) {
+                       sum_horizons(out.data, rewards.data, bytes(ends.data), rewards.size(),
+                                    rewards.shape[1], begin, end, gamma, horizon);
+                     });
       },
       rewards_);
 }
@@ -138,16 +196,31 @@ void discounted_returns_cuda(Out<Device::kCuda> outs, Rewards<Device::kCuda> rew
       },
       rewards_);
 }
+
+void horizon_returns_cuda(Out<Device::kCuda> outs, Rewards<Device::kCuda> rewards_,
+                          CudaView<const bool, 2> ends, double gamma, int64_t horizon, uintptr_t stream) {
+  std::visit(
+      [&]<typename T>(CudaView<const T, 2> rewards) {
+        const auto out = same_dtype<CudaView<T, 2>>(outs, "out", "rewards");
+        require_shape("out", out.shape, rewards.shape);
+        require_shape("ends", ends.shape, rewards.shape);
+        cuda::horizon_returns<T>(out, rewards, ends, gamma, horizon, stream);
+      },
+      rewards_);
+}
 #endif
 
 }  // namespace
 
 void bind_returns(pybind11::module_& m) {
   define(m, "discounted_returns", &discounted_returns, "out", "rewards", "ends", "gamma", "threads");
+  define(m, "horizon_returns", &horizon_returns, "out", "rewards", "ends", "gamma", "horizon", "threads");
 #ifdef COVR_WITH_CUDA
   define(m, "discounted_returns_workspace", &cuda::discounted_returns_workspace, "steps", "columns");
   define(m, "discounted_returns_cuda", &discounted_returns_cuda, "out", "rewards", "ends", "gamma",
          "workspace", "stream");
+  define(m, "horizon_returns_cuda", &horizon_returns_cuda, "out", "rewards", "ends", "gamma", "horizon",
+         "stream");
 #endif
 }
 

@@ -13,6 +13,13 @@ COVR_HD T return_step(T reward, uint8_t end, T gamma, T next) {
   return reward + gamma * following;
 }
 
+// What a reward `power` = gamma^k adds to a return over a horizon. The product is rounded to T and the sum is
+// of doubles: in float32 no order of fusing changes a bit, so CPU and GPU agree exactly.
+template <typename T>
+COVR_HD double horizon_term(T reward, double power) {
+  return static_cast<T>(power) * reward;
+}
+
 // Flags as bytes: GCC does not vectorise a loop that selects by bool.
 inline const uint8_t* bytes(const bool* flags) { return reinterpret_cast<const uint8_t*>(flags); }
 
@@ -24,6 +31,10 @@ int64_t discounted_returns_workspace(int64_t steps, int64_t columns);
 template <typename T>
 void discounted_returns(CudaView<T, 2> out, CudaView<const T, 2> rewards, CudaView<const bool, 2> ends,
                         T gamma, CudaView<T, 1> workspace, uintptr_t stream);
+// The same over at most `horizon` steps, at least 1.
+template <typename T>
+void horizon_returns(CudaView<T, 2> out, CudaView<const T, 2> rewards, CudaView<const bool, 2> ends,
+                     double gamma, int64_t horizon, uintptr_t stream);
 }  // namespace cuda
 #endif
 

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <string>
 
+#include "common/streaming.h"
 #include "replay/frame_view.h"
 #include "replay/replay.h"
 

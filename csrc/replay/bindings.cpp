@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <memory>
 #include <mutex>
 #include <numeric>
@@ -296,7 +297,15 @@ struct Lock {
 // The part recency^u of every stream; see tables.h.
 Recency recency_of(double recency, int64_t floor) {
   Recency made{.uniform = false, .floor = floor};
-  for (double& root : made.roots) root = recency = std::sqrt(recency);
+  for (auto& powers : made.powers) {  // one digit of u: its bits stand for square roots of square roots
+    double roots[Recency::kDigitBits];
+    for (double& root : roots) root = recency = std::sqrt(recency);
+    for (uint32_t digit = 0; digit < std::size(powers); ++digit) {
+      powers[digit] = 1;
+      for (int bit = 0; bit < Recency::kDigitBits; ++bit)
+        if (digit >> (Recency::kDigitBits - 1 - bit) & 1u) powers[digit] *= roots[bit];
+    }
+  }
   return made;
 }
 

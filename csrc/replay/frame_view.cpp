@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "common/streaming.h"
 #include "replay/closeness.h"
 
 namespace covr {

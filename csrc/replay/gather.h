@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/view.h"
-#include "ops/frames.h"
+#include "ops/pixels.h"
 #include "replay/gather_index.h"
 
 namespace covr {
@@ -14,6 +14,7 @@ struct FrameLayout {
   int64_t stack = 1;
   int64_t channels = 1, height = 1, width = 1, item_bytes = 1;
 
+  ImageSize size() const { return {static_cast<int>(height), static_cast<int>(width)}; }
   COVR_HD int64_t plane_items() const { return height * width; }
   COVR_HD int64_t frame_items() const { return channels * plane_items(); }
   COVR_HD int64_t frame_bytes() const { return frame_items() * item_bytes; }
@@ -27,25 +28,16 @@ struct GatherTarget {
   bool shifted = false;        // by the plans' shifts; otherwise whole frames
   int64_t out_height = 1, out_width = 1;
 
-  // Where channel c of pixel i of the stack's j-th frame lies in its row, counted in items.
-  COVR_HD int64_t position(const FrameLayout& frames, int64_t j, int64_t c, int64_t i) const {
-    return channels_last ? (i * frames.stack + j) * frames.channels + c
-                         : (j * frames.channels + c) * out_height * out_width + i;
-  }
+  ImageSize out_size() const { return {static_cast<int>(out_height), static_cast<int>(out_width)}; }
+  int64_t out_plane() const { return out_height * out_width; }
   int64_t row_bytes(const FrameLayout& frames) const {
-    return frames.stack * frames.channels * out_height * out_width * item_bytes(dtype);
+    return frames.stack * frames.channels * out_plane() * item_bytes(dtype);
   }
 };
 
 // One observation into `out`. `streaming`: bypass the cache, for batches larger than it.
 void gather_observation(const FrameLayout& frames, const StackPlan& plan, const GatherTarget& target,
                         void* out, bool streaming);
-
-// A copy whose writes bypass the cache: for memory that is not read again soon.
-void copy_streaming(const uint8_t* in, uint8_t* out, int64_t bytes);
-
-// Makes the `streaming` writes of this thread visible to other threads.
-void finish_streaming();
 
 #ifdef COVR_WITH_CUDA
 // In kernels/cuda/gather.cu; it does not wait for the device.

@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "common/parallel.h"
+#include "common/streaming.h"
 #include "replay/replay.h"
 
 namespace covr {

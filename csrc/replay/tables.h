@@ -127,18 +127,18 @@ struct ColumnTable {
 };
 
 // Where "recent" draws come from: the part recency^u of every stream, u uniform in [0, 1), but at least
-// `floor` transitions in all. The power is a product of roots, which every machine rounds alike.
+// `floor` transitions in all. The power is a product, which every machine rounds alike.
 struct Recency {
-  static constexpr int kBits = 24;  // of u
-  bool uniform = true;              // draw from everything instead
+  static constexpr int kDigits = 6, kDigitBits = 4;  // of u, in base 16
+  bool uniform = true;                               // draw from everything instead
   int64_t floor = 1;
-  double roots[kBits] = {};  // recency^(1/2), recency^(1/4), ...
+  double powers[kDigits][1 << kDigitBits] = {};  // [k][d]: recency^(d / 16^(k + 1))
 
   COVR_HD double part(uint32_t random, int64_t total) const {
     if (uniform) return 1.0;
     double power = 1;
-    for (int bit = 0; bit < kBits; ++bit)
-      if (random >> (31 - bit) & 1u) power = product(power, roots[bit]);
+    for (int k = 0; k < kDigits; ++k)
+      power = product(power, powers[k][random >> (32 - kDigitBits * (k + 1)) & ((1u << kDigitBits) - 1)]);
     const double least = static_cast<double>(floor) / static_cast<double>(total);
     return power > least ? power : least < 1.0 ? least : 1.0;
   }

@@ -90,13 +90,14 @@ __device__ double block_sum(double value) {
   return value;  // in thread 0
 }
 
-// Thread 0: statistics, and the threshold that the values are compared with. Returns whether all were finite.
+// Thread 0: statistics, and the threshold that the values are compared with. Returns whether all numbers were
+// finite.
 __device__ bool finish(int64_t n, const Selection& selection, double shift, double sum, double squares,
                        double scale, FilterStatistics* statistics, float* threshold) {
   double ranked[kRanks];
   for (int i = 0; i < kRanks; ++i) ranked[i] = value_of_key(selection.prefix[i]);
   FilterStatistics s = filter_statistics(n, ranked, shift, sum, squares, scale);
-  const bool finite = isfinite(squares);
+  const bool finite = isfinite(squares) && isfinite(scale);
   if (!finite) s = {nan(""), nan(""), nan(""), nan("")};
   *statistics = s;
   *threshold = s.std > 0 ? float_at_or_below(s.cutoff) : INFINITY;  // no finite value is above infinity
@@ -117,7 +118,7 @@ __device__ uint32_t compact(int64_t* out, uint32_t base, const float* values, in
 }
 
 __global__ void __launch_bounds__(kThreads)
-    few_kernel(const float* __restrict__ values, int n, double scale, int64_t* indices, int64_t* kept,
+    few_kernel(const float* __restrict__ values, int n, const double* scale, int64_t* indices, int64_t* kept,
                FilterStatistics* statistics) {
   __shared__ uint32_t keys[kFew];
   __shared__ uint32_t histogram[kRanks * kFewBins];
@@ -155,7 +156,7 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     narrow<kFewBits>(histogram, &selection);
   }
-  if (threadIdx.x == 0) finite = finish(n, selection, shift, sum, squares, scale, statistics, &threshold);
+  if (threadIdx.x == 0) finite = finish(n, selection, shift, sum, squares, *scale, statistics, &threshold);
   __syncthreads();
   const uint32_t count = compact(indices, 0, values, 0, n, threshold, scratch);
   for (int i = count + threadIdx.x; i < n; i += kThreads) indices[i] = -1;
@@ -202,8 +203,8 @@ __global__ void __launch_bounds__(kThreads)
 // kLevel 0: the middle bits; kLevel 1: the last bits, after which the ranks are known.
 template <int kLevel>
 __global__ void __launch_bounds__(kThreads)
-    next_kernel(const float* __restrict__ values, int64_t n, double scale, FilterStatistics* statistics,
-                Workspace* w) {
+    next_kernel(const float* __restrict__ values, int64_t n, const double* scale,
+                FilterStatistics* statistics, Workspace* w) {
   constexpr int kShift = kLevel == 0 ? kBits : 0;
   __shared__ uint32_t histogram[kRanks * kBins];
   __shared__ uint32_t prefix[kRanks];
@@ -229,7 +230,7 @@ __global__ void __launch_bounds__(kThreads)
       sum += w->sum[block];
       squares += w->squares[block];
     }
-    w->finite = finish(n, w->selection, values[0], sum, squares, scale, statistics, &w->threshold);
+    w->finite = finish(n, w->selection, values[0], sum, squares, *scale, statistics, &w->threshold);
   }
 }
 
@@ -264,9 +265,9 @@ __global__ void __launch_bounds__(kThreads)
 
 int64_t exploration_filter_workspace(int64_t n) { return n <= kFew ? 0 : sizeof(Workspace); }
 
-void exploration_filter(CudaView<const float, 1> returns, double scale, CudaView<int64_t, 1> indices,
-                        CudaView<int64_t, 0> kept, CudaView<double, 1> statistics_,
-                        CudaView<uint8_t, 1> workspace, uintptr_t stream_) {
+void exploration_filter(CudaView<const float, 1> returns, CudaView<const double, 0> scale,
+                        CudaView<int64_t, 1> indices, CudaView<int64_t, 0> kept,
+                        CudaView<double, 1> statistics_, CudaView<uint8_t, 1> workspace, uintptr_t stream_) {
   const int64_t n = returns.size();
   require_shape("indices", indices.shape, {n});
   require_shape("statistics", statistics_.shape, {4});
@@ -275,15 +276,15 @@ void exploration_filter(CudaView<const float, 1> returns, double scale, CudaView
   auto* statistics = reinterpret_cast<FilterStatistics*>(statistics_.data);
   const cudaStream_t stream = as_stream(stream_);
   if (n <= kFew) {
-    few_kernel<<<1, kThreads, 0, stream>>>(returns.data, static_cast<int>(n), scale, indices.data, kept.data,
-                                           statistics);
+    few_kernel<<<1, kThreads, 0, stream>>>(returns.data, static_cast<int>(n), scale.data, indices.data,
+                                           kept.data, statistics);
   } else {
     auto* w = reinterpret_cast<Workspace*>(workspace.data);
     const auto blocks = static_cast<unsigned>(
         std::min<int64_t>({ceil_div(n, 4 * kThreads), 2 * multiprocessors(), kMaxBlocks}));
     first_kernel<<<blocks, kThreads, 0, stream>>>(returns.data, n, w);
-    next_kernel<0><<<blocks, kThreads, 0, stream>>>(returns.data, n, scale, statistics, w);
-    next_kernel<1><<<blocks, kThreads, 0, stream>>>(returns.data, n, scale, statistics, w);
+    next_kernel<0><<<blocks, kThreads, 0, stream>>>(returns.data, n, scale.data, statistics, w);
+    next_kernel<1><<<blocks, kThreads, 0, stream>>>(returns.data, n, scale.data, statistics, w);
     count_kernel<<<blocks, kThreads, 0, stream>>>(returns.data, n, kept.data, w);
     compact_kernel<<<blocks, kThreads, 0, stream>>>(returns.data, n, indices.data, kept.data, w);
   }

@@ -143,6 +143,26 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Over a horizon each thread adds up its own steps. Threads lie along columns, so a row is read at once, and
+// its repeated reads by the threads of earlier steps are hits in L1.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    horizon_kernel(T* __restrict__ out, const T* __restrict__ rewards, const uint8_t* __restrict__ ends,
+                   int64_t steps, int64_t columns, int width, int64_t column_tiles, double gamma,
+                   int64_t horizon) {
+  const int part = threadIdx.x / width, parts = kThreads / width;
+  const int64_t first = blockIdx.x / column_tiles * parts + part;
+  const int64_t column = blockIdx.x % column_tiles * width + threadIdx.x % width;
+  if (part >= parts || first >= steps || column >= columns) return;
+  const int64_t stop = min(first + horizon, steps);
+  double sum = 0, power = 1;
+  for (int64_t t = first; t < stop; ++t, power *= gamma) {
+    sum += horizon_term(rewards[t * columns + column], power);
+    if (ends[t * columns + column]) break;
+  }
+  out[first * columns + column] = static_cast<T>(sum);
+}
+
 template <typename T>
 void scan(T* out, const T* rewards, const uint8_t* ends, int64_t steps, int64_t columns, T gamma,
           T* workspace, cudaStream_t stream) {
@@ -183,9 +203,27 @@ void discounted_returns(CudaView<T, 2> out, CudaView<const T, 2> rewards, CudaVi
   scan(out.data, rewards.data, bytes(ends.data), rewards.shape[0], rewards.shape[1], gamma, workspace.data,
        as_stream(stream));
 }
+
+template <typename T>
+void horizon_returns(CudaView<T, 2> out, CudaView<const T, 2> rewards, CudaView<const bool, 2> ends,
+                     double gamma, int64_t horizon, uintptr_t stream) {
+  const int64_t steps = rewards.shape[0], columns = rewards.shape[1];
+  if (rewards.size() == 0) return;
+  const int width = static_cast<int>(std::min<int64_t>(columns, kWidest));
+  const int64_t column_tiles = ceil_div(columns, width), step_tiles = ceil_div(steps, kThreads / width);
+  horizon_kernel<<<static_cast<unsigned>(column_tiles * step_tiles), kThreads, 0, as_stream(stream)>>>(
+      out.data, rewards.data, bytes(ends.data), steps, columns, width, column_tiles, gamma,
+      std::clamp<int64_t>(horizon, 1, steps));
+  check(cudaGetLastError(), "discounted_returns over a horizon");
+}
+
 template void discounted_returns(CudaView<float, 2>, CudaView<const float, 2>, CudaView<const bool, 2>, float,
                                  CudaView<float, 1>, uintptr_t);
 template void discounted_returns(CudaView<double, 2>, CudaView<const double, 2>, CudaView<const bool, 2>,
                                  double, CudaView<double, 1>, uintptr_t);
+template void horizon_returns(CudaView<float, 2>, CudaView<const float, 2>, CudaView<const bool, 2>, double,
+                              int64_t, uintptr_t);
+template void horizon_returns(CudaView<double, 2>, CudaView<const double, 2>, CudaView<const bool, 2>, double,
+                              int64_t, uintptr_t);
 
 }  // namespace covr::cuda

@@ -1,5 +1,7 @@
 """FineTuneView: the finished trajectories of a buffer, as indices."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -126,6 +128,63 @@ def test_random_scripts_against_loops(horizon):
         if rng.random() < 0.05:
             cleared |= expected.keys() | lost
             view.clear()
+
+
+@pytest.mark.parametrize("horizon", [None, 2])
+def test_values_follow_what_was_truncated_or_cut(horizon):
+    buffer = make(num_envs=3)
+    asked = []
+
+    def values(ids: torch.Tensor) -> torch.Tensor:
+        asked.append(ids.tolist())
+        return (100.0 * ids).requires_grad_()
+
+    view, script = FineTuneView(buffer, 0.5, horizon, values), Script(buffer)
+    script.add([1, 1, 1], "---")
+    script.add([2, 2, 2], "Tt-")
+    script.add([4, 4, 4], "---")
+    buffer.cut([2])
+    returns = view.returns
+    assert asked == [[4, 8]]  # the truncated one and the cut one, in one call
+    assert not returns.requires_grad
+    # Environment 0 terminated; 1 was truncated with its step 1 (id 4), and 2 was cut after its step 2 (id 8).
+    cut = [1 + 1 + 1 + 100, 2 + 2 + 200, 4 + 400] if horizon is None else [1 + 1, 2 + 2 + 200, 4 + 400]
+    assert view.indices.tolist() == [0, 3, 1, 4, 2, 5, 8]
+    assert returns.tolist() == [2, 2, 1 + 1 + 100, 2 + 200, *cut]
+
+
+def test_no_environment_sees_the_rewards_of_the_next():
+    """All are one column of the operation, also where the last step is not the end of an episode."""
+    buffer = make(num_envs=2)
+    view, script = FineTuneView(buffer, gamma=1.0, horizon=2), Script(buffer)
+    for _ in range(3):
+        script.add([1, 1000], "--")
+    assert view.indices.tolist() == [0, 2, 1, 3]
+    assert view.returns.tolist() == [2, 2, 2000, 2000]
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("horizon", [None, 7])
+@pytest.mark.parametrize("bootstrap", [False, True])
+def test_on_a_gpu_the_returns_are_there_and_the_host_does_not_wait(horizon, bootstrap):
+    returns = {}
+    for device in ("cpu", "cuda"):
+        buffer = ReplayBuffer(999, num_envs=3, obs_shape=(1,), action_shape=(), seed=0, device=device)
+        rng, script = np.random.default_rng(0), Script(buffer)
+        for _ in range(200):
+            script.add(rng.standard_normal(3).astype(np.float32), rng.choice(list("-----------Tt"), 3))
+        values = partial(torch.narrow, torch.arange(1000.0, device=device), 0, 0)
+        view = FineTuneView(buffer, 0.9, horizon, (lambda ids, f=values: f(len(ids))) if bootstrap else None)
+        if device == "cuda":
+            view.returns  # noqa: B018 - the first call allocates
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            returns[device] = view.returns
+        finally:
+            if device == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+    assert returns["cuda"].is_cuda
+    torch.testing.assert_close(returns["cuda"].cpu(), returns["cpu"])
 
 
 def test_state_survives():

@@ -140,6 +140,16 @@ def test_padded_form_holds_the_same(name, backend):
     assert [float(x) for x in padded[2:]] == list(plain[1:])
 
 
+@pytest.mark.parametrize("threshold", ["described", "equation"])
+def test_an_entropy_in_a_tensor_is_the_number(threshold, backend):
+    returns, entropy = cases()["normal"], torch.tensor(ENTROPY)
+    options = {"threshold": threshold, "backend": backend}
+    for function in (exploration_filter, exploration_filter_padded):
+        number, tensor = (function(returns, e, **options) for e in (float(entropy), entropy))
+        assert torch.equal(number.indices, tensor.indices)
+        assert number[1:] == tensor[1:]
+
+
 def test_threads_do_not_change_a_bit():
     returns = cases()["large"]
     results = []
@@ -170,18 +180,28 @@ def test_other_dtypes_and_strides():
         (torch.ones(2, 2), {}, r"returns must be floating \[M\]"),
         (torch.ones(3, dtype=torch.int64), {}, "returns must be floating"),
         (torch.ones(3), {"entropy": math.nan}, "entropy must be finite"),
+        (torch.ones(3), {"entropy": torch.tensor(math.nan)}, "entropy must be finite"),
+        (
+            torch.ones(3),
+            {"entropy": torch.ones(1)},
+            r"entropy must be a number or .*32 \[1\]",
+        ),
+        (torch.ones(3), {"entropy": torch.tensor(1)}, "entropy must be a number or a floating scalar"),
+        (torch.ones(3), {"entropy": torch.ones((), device="meta")}, "entropy is on meta but returns is on"),
         (torch.ones(3), {"threshold": "printed"}, "threshold must be"),
     ],
 )
 def test_errors_name_the_argument(returns, keywords, message):
-    with pytest.raises(ValueError, match=message):
-        exploration_filter(returns, **{"entropy": ENTROPY, **keywords})
+    for function in (exploration_filter, exploration_filter_padded):
+        with pytest.raises(ValueError, match=message):
+            function(returns, **{"entropy": ENTROPY, **keywords})
 
 
 def test_operator_checks():
     returns = torch.randn(100)
     torch.library.opcheck(torch.ops.covr_fast.exploration_filter.default, (returns, 0.3))
-    torch.library.opcheck(torch.ops.covr_fast.exploration_filter_padded.default, (returns, 0.3))
+    scale = torch.tensor(0.3, dtype=torch.float64)
+    torch.library.opcheck(torch.ops.covr_fast.exploration_filter_padded.default, (returns, scale))
 
 
 def test_padded_form_compiles_into_one_graph():
@@ -191,6 +211,17 @@ def test_padded_form_compiles_into_one_graph():
     )
     result, expected = compiled(returns), exploration_filter_padded(returns * 2, ENTROPY)
     torch.testing.assert_close(tuple(result), tuple(expected), rtol=0, atol=0)
+
+
+def test_an_entropy_in_a_tensor_is_traced_and_not_read():
+    returns, entropy = torch.randn(100), torch.tensor(ENTROPY)
+    compiled = torch.compile(
+        lambda x, e: exploration_filter_padded(x, e * 2), fullgraph=True, backend="aot_eager"
+    )
+    result, expected = compiled(returns, entropy), exploration_filter_padded(returns, entropy * 2)
+    torch.testing.assert_close(tuple(result), tuple(expected))
+    for infinite in (math.nan, math.inf, -math.inf):
+        assert compiled(returns, torch.tensor(infinite)).kept == -1
 
 
 @torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True)
@@ -220,6 +251,27 @@ def test_cuda_non_finite(bad):
     with pytest.raises(ValueError, match="NaN or infinite"):
         exploration_filter(returns, ENTROPY, backend="cuda")
     assert exploration_filter_padded(returns, ENTROPY, backend="cuda").kept == -1
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("count", [5000, 50_000])  # one kernel, and several
+def test_cuda_entropy_stays_on_the_device(count):
+    returns = torch.randn(count)
+    values, entropy = returns.cuda(), torch.tensor(ENTROPY, device="cuda")
+    infinite = torch.tensor(math.inf, device="cuda")
+    exploration_filter_padded(values, entropy, backend="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        result = exploration_filter_padded(values, entropy, backend="cuda")
+        bad = exploration_filter_padded(values, infinite, backend="cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = exploration_filter(returns, float(entropy), backend="cpp")
+    assert result.indices[: int(result.kept)].tolist() == expected.indices.tolist()
+    assert float(result.cutoff) == pytest.approx(expected.cutoff, rel=1e-12)
+    assert bad.kept == -1
+    assert (bad.indices == -1).all()
+    assert bad.tau.isnan()
 
 
 @pytest.mark.needs_cuda

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import ops
+from ...streams import Fetch
 from ..answer.grammar import ActionGrammar
 from ..decode.decoder import Layout
 from ..model.backbones import Backbone, ImageFeatures
@@ -20,7 +22,8 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Samples:
-    """The `N` samples of a round, tokenised. Labels and weights stay on the host."""
+    """The `N` samples of a round, tokenised. Labels and weights stay on the host. The weights are computed
+    where the returns are; whoever reads them first waits for their arrival."""
 
     frames: Tensor
     """uint8[N, 3, H, W]."""
@@ -28,16 +31,28 @@ class Samples:
     """int64[N, L]: the answer to each frame, padded."""
     labels: Tensor
     """int64[N, L]: the same with -100 where padded. Only answers are learned: the prompt has no labels."""
-    weights: Tensor
-    """float32[N]: RALW weights, in [0, 1]."""
+    weighed: Fetch
+    """`weights`, and whether all returns were finite, on their way from the device of the returns."""
 
     @classmethod
     def build(cls, grammar: ActionGrammar, frames: Tensor, actions: Tensor, returns: Tensor) -> "Samples":
         answers = grammar.encode(actions.detach().cpu())
         last = (answers == grammar.eos_token_id).int().argmax(1, keepdim=True)
         padding = torch.arange(answers.shape[1]) > last
-        weights = ops.return_weights(returns.detach().cpu().float())
-        return cls(frames, answers, answers.masked_fill(padding, IGNORE), weights)
+        weighed = Fetch(ops.return_weights(returns.detach().float()), torch.isfinite(returns).all())
+        return cls(frames, answers, answers.masked_fill(padding, IGNORE), weighed)
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """float32[N] on the host: RALW weights, in [0, 1]. They decide which rows are computed at all.
+
+        Raises:
+            ValueError: a return is NaN or infinite.
+        """
+        weights, finite = self.weighed.read()
+        if not finite:
+            raise ValueError("returns must be finite")
+        return weights
 
     def lengths(self, rows: Tensor) -> Tensor:
         """Tokens in each answer, int64[M], for `rows` int64[M]."""
