@@ -1,7 +1,7 @@
 # The C++ and CUDA kernels. A tensor that a function cannot read is a TypeError: see csrc/common/border.h.
 # Objects do not keep the tensors alive that they were given: the caller does.
 # tests/test_border.py compares the names here with those of the extension.
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import overload
 
@@ -178,7 +178,9 @@ class Replay:
         truncated: NDArray[np.bool_],
         columns: Sequence[NDArray[np.generic]],
         env_ids: NDArray[np.int64] | None,
+        take_block: Callable[[int], Tensor] | None = None,
     ) -> NDArray[np.int64]: ...
+    def follow(self, block: Tensor, rows: int) -> None: ...
     def cut(self, env_ids: NDArray[np.int64] | None) -> None: ...
     @property
     def rows_added(self) -> int: ...
@@ -192,8 +194,6 @@ class Replay:
     def sample_prioritized(self, out: BatchOut, seed: int, batch: int, beta: float, threads: int) -> None: ...
     def get(self, out: BatchOut, seed: int, batch: int, threads: int) -> None: ...
     def observe(self, out: ObservationsOut, threads: int) -> None: ...
-    # ---- in builds with CUDA ----
-    def upload_cuda(self, stream: int) -> None: ...
 
 class CudaObservationsOut:
     def __init__(self, ids: Tensor) -> None: ...
@@ -240,4 +240,33 @@ class CudaMirror:
     def follow(self, stream: int) -> None: ...
     def set_priorities(
         self, ids: Tensor, priority: Tensor, rows: Tensor, leaves: Tensor, stream: int
+    ) -> None: ...
+
+class CudaAdd:
+    """See csrc/replay/device_add.h."""
+
+    max_keys: int
+    max_columns: int
+    def __init__(self, host: Replay, mirror: CudaMirror, descriptors: Tensor, claims: Tensor) -> None: ...
+    @staticmethod
+    def descriptor_bytes(host: Replay) -> int: ...
+    @staticmethod
+    def inspections(host: Replay) -> int: ...
+    def block_bytes(self, rows: int) -> int: ...
+    def describe(self, stream: int) -> None: ...
+    def apply(self, block: Tensor, on_device: Tensor, rows: int, bytes: int, stream: int) -> None: ...
+    def add(
+        self,
+        obs: list[Tensor],
+        next_obs: list[Tensor],
+        reward: Tensor,
+        terminated: Tensor,
+        truncated: Tensor,
+        columns: list[Tensor],
+        env_ids: Tensor | None,
+        findings: Tensor,
+        on_device: Tensor,
+        block: Tensor,
+        ids: Tensor,
+        stream: int,
     ) -> None: ...

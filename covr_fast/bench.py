@@ -148,6 +148,6 @@ def _times(trainer: Trainer, seconds: float, call: Callable[[], object]) -> np.n
         start = time.perf_counter()
         call()
         if trainer.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(trainer.device)
         took.append(time.perf_counter() - start)
     return np.array(took[1:])

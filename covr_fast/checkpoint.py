@@ -146,7 +146,7 @@ class Checkpoint:
     def has_replay(self) -> bool:
         return (self.folder / "replay").is_file()
 
-    def buffer(self, device: str) -> ReplayBuffer:
+    def buffer(self, device: torch.device) -> ReplayBuffer:
         with self.opening(self.folder / "replay"):
             return ReplayBuffer.load(self.folder / "replay", device=device)
 

@@ -1,6 +1,7 @@
 """All settings of a run."""
 
 import os
+import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -41,8 +42,8 @@ class ReplayConfig:
     """Random crop (RAD), random shift (DrQ), or neither."""
     pad: int = 4
     """Pixels that a crop removes, or a shift adds, on each side."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where frames are stored: auto (where the agent computes), cpu or cuda."""
+    device: str = "auto"
+    """Where frames are stored: auto (where the agent computes), cpu, cuda, or a GPU by number: cuda:1."""
 
 
 @dataclass
@@ -134,8 +135,8 @@ class TrainConfig:
     seed: int = 0
     """Seed of everything. The same seed gives the same run, bit for bit, unless parts run in the
     background."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the agent and the VLM compute."""
+    device: str = "auto"
+    """Where the agent and the VLM compute: auto, cpu, cuda (the first GPU), or one by number: cuda:1."""
     threads: int = 0
     """Threads of the policy update on a CPU. 0: all cores that the simulator leaves free."""
     log_every: int = 1000
@@ -196,6 +197,9 @@ class TrainConfig:
         for name, low in least.items():
             if not values[name] >= low:  # also for NaN
                 raise UserError(f"{name}={values[name]} must be at least {low}")
+        for option, device in ("device", self.device), ("replay.device", self.replay.device):
+            if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+                raise UserError(f"{option}={device!r} must be auto, cpu, cuda or a GPU by number: cuda:1")
         if self.vlm.decimals > 4:
             raise UserError(f"vlm.decimals={self.vlm.decimals} must be at most 4")
         if not self.vlm.temperature >= 0:

@@ -9,6 +9,8 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
+from .streams import current_on
+
 Tensors = Mapping[str, Tensor]
 
 # torch allows one capture at a time in a process. (Each begins by waiting for the device, which CUDA forbids
@@ -78,6 +80,7 @@ class CudaGraphs:
             self._pool = torch.cuda.graph_pool_handle()
         with (
             _capturing,
+            current_on(self._device),  # whose work torch waits for before it records
             torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"),
         ):
             outputs = run()

@@ -14,40 +14,50 @@ from .vlm import ActionPrior
 
 
 def compute_device(name: str) -> torch.device:
-    """Where the agent and the VLM compute; "auto" is CUDA where there is a device.
+    """Where the agent and the VLM compute; "auto" is CUDA where there is a device. A GPU has its number.
 
     Raises:
-        UserError: "cuda" without a CUDA device.
+        UserError: not a device, or one that torch does not see.
     """
-    found = torch.cuda.is_available()
     if name == "auto":
-        name = "cuda" if found else "cpu"
-    if name == "cuda" and not found:
-        raise UserError(
-            "device='cuda' but torch sees no CUDA device: use --device cpu, or check `covr-fast doctor`"
-        )
-    return torch.device(name)
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return _device(name, "device", "--device cpu, or check `covr-fast doctor`")
 
 
-def replay_device(name: str, compute: torch.device) -> str:
+def replay_device(name: str, compute: torch.device) -> torch.device:
     """Where the replay buffer stores its frames; "auto" is where the agent computes, if it can be there.
 
     Raises:
-        UserError: "cuda" without a CUDA device, or without kernels for it.
+        UserError: as for `compute_device`; or there are no kernels for the GPU.
     """
     if name == "auto":
         if compute.type == "cuda" and (obstacle := kernel_obstacle(compute)) is not None:
             warn_once(f"frames stay in host memory, and each batch is copied to {compute}: {obstacle}")
-            return "cpu"
-        return compute.type
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("replay.device='cuda' but torch sees no CUDA device: use --replay.device auto")
-    if name == "cuda" and (obstacle := kernel_obstacle(torch.device("cuda"))) is not None:
-        raise UserError(f"replay.device='cuda', but {obstacle}: use --replay.device auto")
-    return name
+            return torch.device("cpu")
+        return compute
+    if name == "cuda" and compute.type == "cuda":
+        device = compute
+    else:
+        device = _device(name, "replay.device", "--replay.device auto")
+    if device.type == "cuda" and (obstacle := kernel_obstacle(device)) is not None:
+        raise UserError(f"replay.device={name!r}, but {obstacle}: use --replay.device auto")
+    return device
 
 
-def new_buffer(config: TrainConfig, envs: PixelEnvs, device: str) -> ReplayBuffer:
+def _device(name: str, option: str, remedy: str) -> torch.device:
+    device = torch.device(name)
+    if device.type == "cpu":
+        return device
+    if not torch.cuda.is_available():
+        raise UserError(f"{option}={name!r} but torch sees no CUDA device: use {remedy}")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise UserError(f"{option}={name!r} but torch sees cuda:0 to cuda:{last} only: use {remedy}")
+    return torch.device("cuda", index)
+
+
+def new_buffer(config: TrainConfig, envs: PixelEnvs, device: torch.device) -> ReplayBuffer:
     """The empty replay buffer D. Each transition has the VLM's prior, its mask and its version as extras."""
     (action_dim,) = envs.action_shape
     return ReplayBuffer(

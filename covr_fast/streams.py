@@ -15,10 +15,16 @@ stream, so its memory is not reused before the read.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
+
+
+def current_on(device: torch.device) -> AbstractContextManager[object]:
+    """For a block in which `device` is the current CUDA device: kernels are launched on that one, wherever
+    their tensors lie. Does nothing for a CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class Lane:

@@ -267,7 +267,7 @@ class Trainer:
     def sample(self) -> Batch[Tensor]:
         """The batch of an update, on the agent's device."""
         batch: Batch[Tensor] = self._batches.sample()
-        return batch if self.buffer.device.type == self.device.type else batch.to(self.device)
+        return batch if self.buffer.device == self.device else batch.to(self.device)
 
     def _update_policy(self) -> None:
         """As many updates as are due for the steps since the warm-up."""

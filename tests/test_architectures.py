@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from covr_fast import _C, architectures
 from covr_fast.architectures import kernel_obstacle, runs_on, warn_once
-from covr_fast.buffer.gpu import check_device
+from covr_fast.buffer.gpu import checked_device
 from covr_fast.errors import UserError
 from covr_fast.ops import _backend
 from covr_fast.parts import replay_device
@@ -99,10 +99,12 @@ def test_auto_runs_the_kernel_on_a_gpu_that_fits(t4, monkeypatch):
 
 def test_buffers_are_not_made_where_no_kernel_runs(t4, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(RuntimeError, match=r"^device cuda: .* is 75 .*=75.*, or use device='cpu'"):
-        check_device(torch.device("cuda"), "device")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with pytest.raises(RuntimeError, match=r"^device cuda:0: .* is 75 .*=75.*, or use device='cpu'"):
+        checked_device(torch.device("cuda"), "device")
     with pytest.warns(RuntimeWarning, match="frames stay in host memory.* " + REASON):
-        assert replay_device("auto", t4) == "cpu"
+        assert replay_device("auto", t4) == torch.device("cpu")
     with pytest.raises(UserError, match=r"^replay\.device='cuda', but .* is 75 "):
         replay_device("cuda", t4)
 

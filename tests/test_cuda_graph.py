@@ -110,6 +110,7 @@ def recorded(monkeypatch) -> list[tuple[str, object]]:
         "Event": Stream,
         "CUDAGraph": Graph,
         "Stream": lambda *_, priority: Stream(),
+        "device": lambda _: nullcontext(),
         "current_stream": lambda _: Stream(),
         "graph": record,
         "graph_pool_handle": lambda: next(handles),

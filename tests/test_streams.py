@@ -1,6 +1,6 @@
 """Hand-overs between CUDA streams: their order, and the same results when every producer is late."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
@@ -116,10 +116,12 @@ def test_a_gather_comes_after_uploads_and_after_gathers_on_other_streams(log, mo
     events = iter(("sent", "used"))
     monkeypatch.setattr(torch.cuda, "Event", lambda: Event(next(events)))
     monkeypatch.setattr(torch.cuda, "Stream", lambda _: FakeStream("upload", log))
-    gather = DeviceGather(torch.device("cuda"), None, None, pinned=False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    gather = DeviceGather(torch.device("cuda"), None, pinned=False)
     with gather.reading():
         log.append(("caller", "does", "the gather"))
     assert log == [
+        ("caller", "records", "used"),
         ("caller", "waits for", "sent"),
         ("caller", "waits for", "used"),
         ("caller", "does", "the gather"),

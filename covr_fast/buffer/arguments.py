@@ -6,20 +6,31 @@ they are rounded to the column's precision. NaN is always an error; infinity is 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from .. import _C
 from .options import ColumnSpec, KeySpec, Options, Shape, Spec
 
-Rows = np.ndarray | Tensor | Sequence[Any]
+
+class DLPack(Protocol):
+    """An array of any library that exports its memory: JAX, CuPy, Warp, ..."""
+
+    def __dlpack__(self, **options: Any) -> Any: ...
+
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+
+
+Rows = np.ndarray | Tensor | DLPack | Sequence[Any]
 ObservationRows = Rows | Mapping[str, Rows]
 
-_REWARD = ColumnSpec("reward", (), torch.float32, np.dtype(np.float32), "")
-_ID = ColumnSpec("id", (), torch.int64, np.dtype(np.int64), "")
+REWARD = ColumnSpec("reward", (), torch.float32, np.dtype(np.float32), "")
+ID = ColumnSpec("id", (), torch.int64, np.dtype(np.int64), "")
+FLAG = ColumnSpec("flag", (), torch.bool, np.dtype(np.bool_), "")
 _INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _LARGEST = {n: float(np.finfo(f"f{n}").max) for n in (2, 4, 8)}  # by a float's bytes
 
@@ -55,12 +66,12 @@ def some_extras(values: Mapping[str, Rows], n: int, options: Options) -> dict[st
 
 
 def rewards(value: Rows) -> np.ndarray:
-    return as_column(value, _REWARD, "reward")
+    return as_column(value, REWARD, "reward")
 
 
 def flags(value: Rows, what: str) -> np.ndarray:
     """A bool array; other dtypes are an error."""
-    array = as_array(value)
+    array = as_array(value, what)
     if array.dtype != np.bool_:
         raise ValueError(f"{what} has dtype {array.dtype}: it must be bool")
     return array
@@ -68,12 +79,12 @@ def flags(value: Rows, what: str) -> np.ndarray:
 
 def integers(value: Rows, what: str) -> np.ndarray:
     """An int64 array. A bool array is an error: it may be a mask, and would become the numbers 0 and 1."""
-    array = as_array(value)
+    array = as_array(value, what)
     if array.dtype.kind not in "iu" and array.size:
         raise ValueError(
             f"{what} has dtype {array.dtype}: it must be integers; of a mask take np.flatnonzero"
         )
-    return as_column(array, _ID, what)
+    return as_column(array, ID, what)
 
 
 def ids(index: Rows) -> Tensor:
@@ -123,7 +134,7 @@ def device_priorities(index: Rows, priority: Rows, send: Callable[[Tensor], Tens
 
 def _priority_values(priority: Rows, n: int, index: Rows) -> np.ndarray:
     """float64 [n]."""
-    values = as_array(priority)
+    values = as_array(priority, "priority")
     if values.dtype.kind not in "biuf":
         raise ValueError(f"priority has dtype {values.dtype}: it must be floating")
     _check_one_per_index(values.shape, n, index)
@@ -131,30 +142,44 @@ def _priority_values(priority: Rows, n: int, index: Rows) -> np.ndarray:
 
 
 def _check_one_per_index(shape: Shape, n: int, index: Rows) -> None:
-    given = tuple(index.shape) if isinstance(index, Tensor) else np.shape(index)
+    given = tuple(index.shape) if isinstance(index, Tensor) else as_array(index, "index").shape
     if len(shape) > 1 and shape not in ((n, 1), given):
         raise ValueError(f"priority has shape {shape}: it must be {(n,)}, one per index")
     if math.prod(shape) != n:
         raise ValueError(f"priority has {math.prod(shape)} values for {n} transitions")
 
 
-def as_array(value: Rows) -> np.ndarray:
+def as_array(value: Rows, what: str) -> np.ndarray:
+    """The same memory, if it is the host's; else a copy."""
     if type(value) is np.ndarray:
         return value
-    if isinstance(value, Tensor):
+    if isinstance(value := imported(value, what), Tensor):
         value = value.detach().cpu()
         # numpy has no bfloat16, which networks under autocast return. float32 represents all of its values.
         return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
     return np.asarray(value)
 
 
-def as_column(value: Rows, spec: ColumnSpec, what: str) -> np.ndarray:
+def imported(value: Rows, what: str) -> Rows:
+    """A tensor on the memory of an object of another library that speaks dlpack; else the value itself."""
+    if isinstance(value, Tensor | np.ndarray) or not hasattr(value, "__dlpack__"):
+        return value
+    try:
+        return from_dlpack(value)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{what} is a {type(value).__name__} that torch.from_dlpack cannot read ({error}): pass a tensor "
+            "or an array"
+        ) from error
+
+
+def as_column(value: Rows, spec: Spec, what: str) -> np.ndarray:
     """The same values as a contiguous array of the column's dtype; not a copy if it is one already."""
-    return np.asarray(_cast(as_array(value), spec, what), order="C")
+    return np.asarray(_cast(as_array(value, what), spec, what), order="C")
 
 
 def _frames(value: Rows, key: KeySpec, what: str) -> np.ndarray:
-    array = as_array(value)
+    array = as_array(value, what)
     if array.shape[1:] != key.shape:
         expected = ", ".join(map(str, ("rows", *key.shape)))
         raise ValueError(f"{what} has shape {array.shape}: it must be [{expected}]")
@@ -172,7 +197,7 @@ def _cast(array: np.ndarray, spec: Spec, what: str) -> np.ndarray:
     if array.size == 0 and array.dtype.kind in "biuf":
         return array.astype(dtype)
     if array.dtype.kind not in ("biuf" if dtype.kind == "f" else "biu"):
-        raise ValueError(f"{what} has dtype {array.dtype}: it must be {dtype}; cast it{_or_declare(spec)}")
+        raise ValueError(f"{what} has dtype {array.dtype}: it must be {dtype}; cast it{or_declare(spec)}")
     if array.dtype.kind == "f":
         _check_floats(array, spec, what)
     elif (wrong := _not_exact(array, dtype)).any():
@@ -222,9 +247,10 @@ def _refuse(array: np.ndarray, wrong: np.ndarray, spec: Spec, what: str, remedy:
     value = np.atleast_1d(array)[tuple(at)]
     raise ValueError(
         f"{what}{at.tolist()} is {value!s}, which {spec.numpy_dtype} cannot hold: "
-        f"{remedy}{_or_declare(spec)}; nothing was stored"
+        f"{remedy}{or_declare(spec)}; nothing was stored"
     )
 
 
-def _or_declare(spec: Spec) -> str:
+def or_declare(spec: Spec) -> str:
+    """The end of an error's remedy: the constructor's argument that may be changed instead."""
     return f", or build the buffer with another {spec.declared_by}" if spec.declared_by else ""

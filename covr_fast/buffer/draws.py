@@ -137,6 +137,8 @@ class DeviceDraws(DrawSequence):
     @contextmanager
     def drawing(self, number: int) -> Iterator[None]:
         if not self._core.samplable():
+            self._mirror.adding.drain()  # the host's tables may not know it yet
+        if not self._core.samplable():
             raise IndexError(_C.nothing_to_sample)
         with self._counting(number):
             yield

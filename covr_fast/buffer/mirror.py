@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _C
 from ..streams import send
+from .device_add import DeviceAdd
 from .storage import Storage
 
 _NEXT, _BETA = 1, 3  # in the sequence: see csrc/replay/mirror.h
@@ -25,6 +26,7 @@ class Mirror:
         tensors: per row of transitions, by the names of `storage.tensors`.
         streams: int64 [3 + keys, num_envs]: count, first, ended and, of each key, written.
         core: the C++ object that works on them.
+        adding: what adds rows to them.
     """
 
     def __init__(self, storage: Storage, device: torch.device) -> None:
@@ -55,6 +57,7 @@ class Mirror:
             columns=[self.tensors[name] for name in columns],
             sequence=self._sequence,
         )
+        self.adding = DeviceAdd(storage, self.core, device)
 
     @property
     def nbytes(self) -> int:

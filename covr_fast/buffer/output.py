@@ -21,6 +21,9 @@ number of threads on a CPU, and memory for plans on a GPU."""
 Changed = Callable[..., None]
 """changed(rows, names=None): these rows int64 [n] changed of the storage's tensors, of all or those named."""
 
+HostRows = tuple[Any, Any, Any, Any, Any, Any, Any]
+"""The arguments of `_C.Replay.add`: arrays of host memory."""
+
 CPU = torch.device("cpu")  # takes 0.2 us less in every call than "cpu"
 _IMAGE_DTYPES = (torch.uint8, torch.float32, torch.bfloat16, torch.float16)
 _POOLED = 1 << 17  # bytes; from about here on malloc asks for fresh pages, which cost more than used ones
@@ -103,6 +106,17 @@ class Gather:
     def __init__(self) -> None:
         self.device = CPU
         self._pool = _C.OutputPool()
+
+    def add(self, core: _C.Replay, rows: HostRows) -> Any:
+        """Adds rows of host memory. Returns their ids, an array int64 [rows]. It locks."""
+        return core.add(*rows)
+
+    def drain(self) -> None:
+        """Everything that was added is in the host's tables: rows of device memory arrive late. It locks.
+
+        Raises:
+            FrameStackError, ValueError: rows of device memory were refused.
+        """
 
     def changing(self) -> AbstractContextManager[Changed]:
         """For a block that changes the host's tables. It tells which rows; what it changes of streams need

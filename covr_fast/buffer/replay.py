@@ -16,9 +16,10 @@ from ..streams import send
 from . import arguments
 from .arguments import ObservationRows, Rows, device_priorities, flags, ids, integers, priorities
 from .batch import Batch, Observation
+from .device_arguments import device_rows, lie_on_gpu
 from .draws import DeviceDraws, DrawSequence
 from .file import Reader, write
-from .gpu import DeviceGather, Placement, check_device
+from .gpu import DeviceGather, Placement, checked_device
 from .mirror import Mirror
 from .options import Options, ShapeAndType, action_spec, constructor_arguments, extra_specs, key_specs
 from .output import Augment, BatchWriter, Gather, OutputSpec
@@ -110,8 +111,7 @@ class ReplayBuffer(StoredTransitions):
             extras=extra_specs(extras),
         )
         seed = as_seed(seed)
-        self.device = torch.device(device)
-        check_device(self.device, storage)
+        self.device = checked_device(torch.device(device), storage)
         self.capacity = options.capacity
         self.n_step = options.n_step
         self.gamma = options.gamma
@@ -127,7 +127,7 @@ class ReplayBuffer(StoredTransitions):
             super().__init__(options, store, Gather())
             self._draws = DrawSequence(store.core, self.sampler, tree, seed)
         else:
-            super().__init__(options, store, DeviceGather(self.device, store.core, self._mirror, pinned))
+            super().__init__(options, store, DeviceGather(self.device, self._mirror, pinned))
             self._draws = DeviceDraws(store.core, self.sampler, tree, seed, self._mirror)
         if tree is not None:
             tree.connect(self._mirror or store.core)
@@ -188,15 +188,23 @@ class ReplayBuffer(StoredTransitions):
 
         At the end of an episode `next_obs` is its final observation, not the first of the next episode.
 
+        Rows are numpy arrays, tensors on any device, arrays of other libraries that speak dlpack, or
+        sequences. On a GPU, observations that lie there already go straight into the ring: everything is
+        decided by kernels on the caller's current stream, the host does not wait, and whatever the caller
+        queues after may overwrite what was given. Other arguments are then best on that GPU, too; those in
+        host memory are sent. Rows on a GPU go through the host, with one copy that it waits for, if the
+        buffer is on the CPU, or has more than 8 observation keys or 24 columns.
+
         Args:
             obs, next_obs: the stacked observations, in the dtype and layout that the buffer was built for.
             env_ids: which environment each row belongs to, each at most once. None: all of them, in order.
             **extras: the values declared as `extras`, all of them.
 
         Integers must be exact in their column's dtype. Floats are rounded to it, but do not become integers.
+        Tensors on a GPU must have it already, or be floats that become other floats.
 
         Returns:
-            int64 [E], the ids of the new transitions.
+            int64 [E], the ids of the new transitions. On the GPU for rows that lie there.
 
         Raises:
             FrameStackError: a ValueError for an observation that contradicts its stream. Stacks are compared
@@ -207,7 +215,28 @@ class ReplayBuffer(StoredTransitions):
                 infinity, except in extras.
 
             After an error, nothing was added.
+
+            What kernels find in rows on a GPU (FrameStackError, for which they compare whole frames, NaN,
+            infinity, and `env_ids` that do not exist or appear twice) is raised by a later call: by the next
+            one that the host answers (such as `len`) or that changes the host's tables, or by an `add`, which
+            then adds nothing. Nothing of the refused call was added; its ids are -1.
         """
+        if isinstance(self._gather, DeviceGather) and lie_on_gpu(obs, self._options):
+            on_device = device_rows(
+                obs,
+                action,
+                reward,
+                next_obs,
+                terminated,
+                truncated,
+                env_ids,
+                extras,
+                self._options,
+                self.device,
+            )
+            added_there = self._gather.add_tensors(on_device)
+            self._warn_if_often()
+            return added_there
         rows = (
             arguments.observation(obs, self._options, "obs"),
             arguments.observation(next_obs, self._options, "next_obs"),
@@ -217,12 +246,8 @@ class ReplayBuffer(StoredTransitions):
             arguments.columns(action, extras, self._options),
             None if env_ids is None else integers(env_ids, "env_ids"),
         )
-        with self._gather.changing() as changed:
-            added = self._core.add(*rows)
-            if self._mirror is not None:
-                changed(self._written(added))
-        if (jumps := self._core.jumps) and not self._warned_of_jumps:
-            self._warn_if_often(jumps, self._core.rows_added)
+        added = self._gather.add(self._storage.core, rows)
+        self._warn_if_often()
         return torch.from_numpy(added)
 
     @property
@@ -231,8 +256,9 @@ class ReplayBuffer(StoredTransitions):
         after an episode's end or after `cut` do not count."""
         return int(self._core.jumps)
 
-    def _warn_if_often(self, jumps: int, rows: int) -> None:
-        if rows < _ROWS_BEFORE_WARNING or jumps <= _JUMPS_TO_WARN * rows:
+    def _warn_if_often(self) -> None:
+        jumps, rows = self._storage.core.jumps, self._storage.core.rows_added
+        if self._warned_of_jumps or rows < _ROWS_BEFORE_WARNING or jumps <= _JUMPS_TO_WARN * rows:
             return
         self._warned_of_jumps = True
         warnings.warn(
@@ -243,11 +269,6 @@ class ReplayBuffer(StoredTransitions):
             "such rows",
             stacklevel=3,
         )
-
-    def _written(self, added: np.ndarray) -> np.ndarray:
-        """The rows of transitions that were just added, and of those before them, which may have been cut."""
-        envs, t = added % self.num_envs, added // self.num_envs
-        return np.concatenate([self._storage.rows_of(envs, np.maximum(t - before, 0)) for before in (0, 1)])
 
     def cut(self, env_ids: Rows | None = None) -> None:
         """Declares that these environments (None: all) were reset outside, e.g. when a run is resumed.
@@ -439,6 +460,7 @@ class ReplayBuffer(StoredTransitions):
 
         The tensors share the buffer's memory: copy them, or serialize them, before adding more.
         """
+        self._gather.drain()
         self._gather.start_reading()
         return self._state()
 
@@ -454,6 +476,7 @@ class ReplayBuffer(StoredTransitions):
             differing = [name for name in config if saved.get(name) != config[name]]
             raise ValueError(f"the state is of a buffer that was built with other values of {differing}")
         # Frames that are being sent arrive before those of the state, and those of the next add after them.
+        self._gather.drain()
         with self._gather.reading():  # it locks
             parts = self._storage.parts_for({name: tensor.shape for name, tensor in tensors.items()})
             for name, own in parts.items():

@@ -115,10 +115,14 @@ class Storage:
     def restore_recent(self) -> None:
         """After frames were loaded: copies the latest of every stream to where the CPU compares them."""
         for name, recent in self._recent.items():
-            frames, written = self.tensors[f"frames.{name}"], self.tensors[f"written.{name}"]
-            for env, count in enumerate(written.tolist()):
-                for number in range(max(0, count - recent.shape[1]), count):
-                    recent[env, number % recent.shape[1]].copy_(frames[env, number % frames.shape[1]])
+            frames = _as_bytes(self.tensors[f"frames.{name}"])
+            latest = self.tensors[f"written.{name}"][:, None] - torch.arange(
+                1, recent.shape[1] + 1, dtype=torch.int64, device="cpu"
+            )
+            env, place = torch.nonzero(latest >= 0, as_tuple=True)
+            number = latest[env, place]
+            found = frames[env.to(frames.device), (number % frames.shape[1]).to(frames.device)]
+            _as_bytes(recent)[env, number % recent.shape[1]] = found.cpu()
 
     # ---- saving ----
 
@@ -136,6 +140,11 @@ class Storage:
             name: tensor[:, : shapes[name][1]] if name.startswith("frames.") else tensor
             for name, tensor in self.tensors.items()
         }
+
+
+def _as_bytes(ring: Tensor) -> Tensor:
+    """Frames [num_envs, slots, ...] as uint8 [num_envs, slots, bytes]: torch cannot index all dtypes."""
+    return ring.view(*ring.shape[:2], -1).view(torch.uint8)
 
 
 def size_text(nbytes: float) -> str:

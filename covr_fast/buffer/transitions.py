@@ -24,7 +24,12 @@ class StoredTransitions:
         self._gather = gather
         self._options = options
         self._storage = storage
-        self._core = storage.core
+
+    @property
+    def _core(self) -> _C.Replay:
+        """The host's tables, when they have everything that was added."""
+        self._gather.drain()
+        return self._storage.core
 
     # ---- by id ----
 
@@ -101,6 +106,7 @@ class StoredTransitions:
         """(first, ended, count), each int64 [num_envs]: transitions first .. count - 1 of a stream are
         stored, and those before `ended` belong to episodes that have ended. Transition t of environment e has
         the id t * num_envs + e."""
+        self._gather.drain()
         first, ended, count = (self._storage.array(name).copy() for name in ("first", "ended", "count"))
         return first, ended, count
 
@@ -108,6 +114,7 @@ class StoredTransitions:
         """Transitions start .. stop - 1 of an environment, which must be stored: reward float32, end bool
         (the episode ended, or was cut, with this step), terminated bool and time int32 (steps since the
         episode began)."""
+        self._gather.drain()
         rows = self._storage.rows_of(env, np.arange(start, stop))
         reward, ends, time = (self._storage.array(name)[rows] for name in ("reward", "flags", "time"))
         return {"reward": reward, "end": ends != 0, "terminated": (ends & _TERMINATED) != 0, "time": time}
@@ -158,6 +165,7 @@ class StoredTransitions:
         and "truncated" give a bool copy; `set_terminated` and `set_truncated` change these. Places where
         nothing is stored have any value.
         """
+        self._gather.drain()
         if name in ("terminated", "truncated"):
             flag = _TERMINATED if name == "terminated" else _TRUNCATED
             values = (self._storage.array("flags") & flag) != 0

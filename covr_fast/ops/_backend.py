@@ -16,6 +16,7 @@ except ImportError as error:  # a checkout that was never built
         "`python setup.py build_ext --inplace`"
     ) from error
 from ..architectures import kernel_obstacle, warn_once
+from ..streams import current_on
 
 Backend = Literal["auto", "reference", "cpp", "cuda", "triton"]
 
@@ -116,7 +117,7 @@ def launch(kernel: str, first: Tensor, *others: Any) -> None:
     for other in others:
         if isinstance(other, Tensor) and other.device != first.device:
             raise TypeError(f"{kernel}: one tensor is on {first.device}, another one on {other.device}")
-    with torch.cuda.device(first.device):
+    with current_on(first.device):
         getattr(_C, f"{kernel}_cuda")(first, *others, stream(first))
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from ..streams import current_on
 from ._backend import fake, library, operator
 from ._memory import empty
 
@@ -20,7 +21,8 @@ def reduce_rows(
     if backend == "triton":
         from ..kernels.triton import loss as kernels
 
-        reduced: tuple[Tensor, Tensor] = kernels.reduce_rows(logits, labels, scale, smoothing)
+        with current_on(logits.device):  # Triton launches there
+            reduced: tuple[Tensor, Tensor] = kernels.reduce_rows(logits, labels, scale, smoothing)
         return reduced
     losses, normaliser = torch.empty_like(scale), scale.new_empty(2, scale.numel())
     threads = torch.get_num_threads()
@@ -42,7 +44,8 @@ def write_gradient(
     if backend == "triton":
         from ..kernels.triton import loss as kernels
 
-        kernels.write_gradient(out, logits, labels, scale, smoothing, normaliser, upstream)
+        with current_on(logits.device):
+            kernels.write_gradient(out, logits, labels, scale, smoothing, normaliser, upstream)
     else:
         threads = torch.get_num_threads()
         _C.cross_entropy_gradient(out, normaliser, float(upstream), logits, labels, scale, smoothing, threads)

@@ -16,7 +16,7 @@ constexpr std::array kNames{"bool",  "uint8",  "int8",    "int16",    "uint16", 
 struct Torch {
   py::handle tensor_type;
   std::array<py::handle, kNames.size()> dtypes;  // in the order of DType
-  PyObject *dtype, *shape, *is_cpu, *is_cuda, *is_contiguous, *data_ptr;
+  PyObject *dtype, *shape, *is_cpu, *is_cuda, *is_contiguous, *data_ptr, *get_device;
 
   Torch() {
     const py::module_ torch = py::module_::import("torch");
@@ -25,7 +25,7 @@ struct Torch {
     for (size_t i = 0; i < kNames.size(); ++i) dtypes[i] = get(kNames[i]);
     const auto intern = [](const char* name) { return PyUnicode_InternFromString(name); };
     dtype = intern("dtype"), shape = intern("shape"), is_cpu = intern("is_cpu"), is_cuda = intern("is_cuda");
-    is_contiguous = intern("is_contiguous"), data_ptr = intern("data_ptr");
+    is_contiguous = intern("is_contiguous"), data_ptr = intern("data_ptr"), get_device = intern("get_device");
   }
 
   static const Torch& get() {
@@ -72,15 +72,26 @@ std::string text_of(std::span<const int64_t> shape) {
   return "[" + text + "]";
 }
 
-AnyView read_tensor(py::handle tensor, const Expected& expected) {
+void OneGpu::require(int gpu, const char* name) {
+  if (gpu == kNoGpu) return;
+  if (index == kNoGpu) {
+    index = gpu;
+    argument = name;
+  }
+  if (gpu != index)
+    throw py::type_error(std::string(name) + " is on cuda:" + std::to_string(gpu) + ", but " + argument +
+                         " is on cuda:" + std::to_string(index) + ": move one of them");
+}
+
+AnyView read_tensor(py::handle tensor, const Expected& expected, OneGpu& gpu) {
   const Torch& torch = Torch::get();
   if (!py::isinstance(tensor, torch.tensor_type)) refuse(tensor, expected);
   const auto is_true = [&](PyObject* name) { return attribute(tensor, name).ptr() == Py_True; };
   const auto dtype = std::find_if(torch.dtypes.begin(), torch.dtypes.end(),
                                   [own = attribute(tensor, torch.dtype)](py::handle d) { return own.is(d); });
   const bool on_cpu = is_true(torch.is_cpu);
-  AnyView view{
-      nullptr, static_cast<DType>(dtype - torch.dtypes.begin()), on_cpu ? Device::kCpu : Device::kCuda, {}};
+  AnyView view{nullptr, static_cast<DType>(dtype - torch.dtypes.begin()),
+               on_cpu ? Device::kCpu : Device::kCuda};
   const py::tuple shape = attribute(tensor, torch.shape);
   const auto& dtypes = expected.dtypes;
   if (dtype == torch.dtypes.end() ||
@@ -89,9 +100,11 @@ AnyView read_tensor(py::handle tensor, const Expected& expected) {
       (expected.device && *expected.device != view.device) || (!on_cpu && !is_true(torch.is_cuda)) ||
       attribute(tensor, torch.is_contiguous)().ptr() != Py_True)
     refuse(tensor, expected);
+  if (!on_cpu) view.gpu = static_cast<int>(PyLong_AsLong(attribute(tensor, torch.get_device)().ptr()));
   view.data = static_cast<uint8_t*>(PyLong_AsVoidPtr(attribute(tensor, torch.data_ptr)().ptr()));
   for (py::handle length : shape) view.shape.push_back(PyLong_AsLongLong(length.ptr()));
   if (PyErr_Occurred()) throw py::error_already_set();
+  gpu.require(view.gpu, expected.argument);
   return view;
 }
 

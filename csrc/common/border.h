@@ -1,8 +1,8 @@
 // The border between Python and C++: functions on views become Python functions on torch tensors.
 //
 // A tensor of another dtype, device or number of dimensions, or one that is not contiguous, is a TypeError
-// that names the argument. Tensors are read through their Python attributes, so no torch header is needed and
-// any version of torch will do.
+// that names the argument; so is one on another GPU than the tensors before it in the same call. Tensors are
+// read through their Python attributes, so no torch header is needed and any version of torch will do.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -28,8 +28,18 @@ struct Expected {
   std::optional<Device> device;   // any if not given
 };
 
-// Throws TypeError unless `tensor` is a contiguous tensor as expected.
-AnyView read_tensor(pybind11::handle tensor, const Expected& expected);
+// The GPU that all tensors of one call must be on: that of the first one that is on a GPU.
+struct OneGpu {
+  int index = kNoGpu;
+  const char* argument = nullptr;  // which of them that was
+
+  // Throws TypeError if the tensor given as `name` is on another GPU.
+  void require(int gpu, const char* name);
+};
+
+// Throws TypeError unless `tensor` is a contiguous tensor as expected, on the GPU of the call if it is on
+// any.
+AnyView read_tensor(pybind11::handle tensor, const Expected& expected, OneGpu& gpu);
 
 // Throws TypeError unless the tensor is as it must be.
 void require(const char* argument, const AnyView& tensor, DType dtype, Device device,
@@ -42,7 +52,7 @@ std::string text_of(std::span<const int64_t> shape);
 template <typename A>
 struct Argument {
   using Raw = A;
-  static A from(A& value, const char*) { return std::forward<A>(value); }
+  static A from(A& value, const char*, OneGpu&) { return std::forward<A>(value); }
 };
 
 // Views of several element types, where a function takes any of them.
@@ -52,9 +62,9 @@ struct Argument<std::variant<First, Others...>> {
   using Variant = std::variant<First, Others...>;
   static_assert(((First::dimensions == Others::dimensions && First::device == Others::device) && ...));
 
-  static Variant from(Raw tensor, const char* name) {
+  static Variant from(Raw tensor, const char* name, OneGpu& gpu) {
     static constexpr std::array kDTypes{First::dtype, Others::dtype...};
-    const AnyView any = read_tensor(tensor, {name, kDTypes, First::dimensions, First::device});
+    const AnyView any = read_tensor(tensor, {name, kDTypes, First::dimensions, First::device}, gpu);
     Variant variant;
     const auto choose = [&]<typename V>(V view) {
       if (any.dtype != V::dtype) return;
@@ -71,24 +81,26 @@ struct Argument<std::variant<First, Others...>> {
 template <typename T, int kDimensions, Device kOn>
 struct Argument<View<T, kDimensions, kOn>> {
   using Raw = pybind11::handle;
-  static View<T, kDimensions, kOn> from(Raw tensor, const char* name) {
-    return std::get<0>(Argument<std::variant<View<T, kDimensions, kOn>>>::from(tensor, name));
+  static View<T, kDimensions, kOn> from(Raw tensor, const char* name, OneGpu& gpu) {
+    return std::get<0>(Argument<std::variant<View<T, kDimensions, kOn>>>::from(tensor, name, gpu));
   }
 };
 
 template <>
 struct Argument<AnyView> {
   using Raw = pybind11::handle;
-  static AnyView from(Raw tensor, const char* name) { return read_tensor(tensor, {name, {}, {}, {}}); }
+  static AnyView from(Raw tensor, const char* name, OneGpu& gpu) {
+    return read_tensor(tensor, {name, {}, {}, {}}, gpu);
+  }
 };
 
 template <typename V>
 struct Argument<std::vector<V>> {
   using Raw = pybind11::list;
-  static std::vector<V> from(const Raw& tensors, const char* name) {
+  static std::vector<V> from(const Raw& tensors, const char* name, OneGpu& gpu) {
     std::vector<V> views;
     views.reserve(tensors.size());
-    for (pybind11::handle tensor : tensors) views.push_back(Argument<V>::from(tensor, name));
+    for (pybind11::handle tensor : tensors) views.push_back(Argument<V>::from(tensor, name, gpu));
     return views;
   }
 };
@@ -96,9 +108,9 @@ struct Argument<std::vector<V>> {
 template <typename V>
 struct Argument<std::optional<V>> {
   using Raw = pybind11::handle;
-  static std::optional<V> from(Raw tensor, const char* name) {
+  static std::optional<V> from(Raw tensor, const char* name, OneGpu& gpu) {
     if (tensor.is_none()) return std::nullopt;
-    return Argument<V>::from(tensor, name);
+    return Argument<V>::from(tensor, name, gpu);
   }
 };
 
@@ -114,7 +126,8 @@ template <typename R, typename... A, typename... Names>
 void define(pybind11::module_& module, const char* name, R (*function)(A...), Names... names) {
   static_assert(sizeof...(A) == sizeof...(Names), "one name for each argument");
   const auto call = [=](typename Argument<A>::Raw... raw) -> R {
-    std::tuple<A...> arguments{Argument<A>::from(raw, names)...};
+    OneGpu gpu;
+    std::tuple<A...> arguments{Argument<A>::from(raw, names, gpu)...};
     pybind11::gil_scoped_release release;
     return std::apply(function, std::move(arguments));
   };
@@ -126,7 +139,9 @@ template <typename Class, typename Owner, typename... A, typename... Names>
 void define_method(Class& type, const char* name, void (Owner::*method)(A...), Names... names) {
   static_assert(sizeof...(A) == sizeof...(Names), "one name for each argument");
   const auto call = [=](Owner& self, typename Argument<A>::Raw... raw) {
-    (self.*method)(Argument<A>::from(raw, names)...);
+    OneGpu gpu;
+    std::tuple<A...> arguments{Argument<A>::from(raw, names, gpu)...};
+    std::apply([&](A&... values) { (self.*method)(std::forward<A>(values)...); }, arguments);
   };
   type.def(name, call, pybind11::arg(names)...);
 }
@@ -136,7 +151,9 @@ template <typename Class, typename R, typename... A, typename... Names>
 void define_constructor(Class& type, R (*function)(A...), Names... names) {
   static_assert(sizeof...(A) == sizeof...(Names), "one name for each argument");
   const auto call = [=](typename Argument<A>::Raw... raw) {
-    return function(Argument<A>::from(raw, names)...);
+    OneGpu gpu;
+    std::tuple<A...> arguments{Argument<A>::from(raw, names, gpu)...};
+    return std::apply(function, std::move(arguments));
   };
   type.def(pybind11::init(call), pybind11::arg(names)...);
 }

@@ -42,6 +42,7 @@ constexpr int64_t item_bytes(DType dtype) {
 constexpr DType dtype_of(const bool*) { return DType::kBool; }
 constexpr DType dtype_of(const uint8_t*) { return DType::kUInt8; }
 constexpr DType dtype_of(const int32_t*) { return DType::kInt32; }
+constexpr DType dtype_of(const uint32_t*) { return DType::kUInt32; }
 constexpr DType dtype_of(const int64_t*) { return DType::kInt64; }
 constexpr DType dtype_of(const Float16*) { return DType::kFloat16; }
 constexpr DType dtype_of(const BFloat16*) { return DType::kBFloat16; }
@@ -73,12 +74,15 @@ struct View {
 template <typename T, int kDimensions>
 using CudaView = View<T, kDimensions, Device::kCuda>;
 
+constexpr int kNoGpu = -1;
+
 // A tensor whose dtype, device and number of dimensions are known only at run time.
 struct AnyView {
   uint8_t* data = nullptr;
   DType dtype{};
   Device device{};
-  std::vector<int64_t> shape;
+  std::vector<int64_t> shape{};
+  int gpu = kNoGpu;  // the index of its CUDA device
 
   int64_t bytes() const {
     int64_t bytes = item_bytes(dtype);

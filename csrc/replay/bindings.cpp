@@ -89,7 +89,7 @@ class PyReplay : public Replay {
   Ids add_rows(const std::vector<py::array>& obs, const std::vector<py::array>& next_obs,
                const py::array_t<float, py::array::c_style>& reward, const Flags& terminated,
                const Flags& truncated, const std::vector<py::array>& columns,
-               const std::optional<Ids>& env_ids) {
+               const std::optional<Ids>& env_ids, const std::optional<py::function>& take_block) {
     RowsIn in{};
     in.rows = reward.ndim() == 1 ? reward.shape(0) : -1;
     if (in.rows < 0) throw std::invalid_argument("reward must have one dimension, [rows]");
@@ -118,9 +118,23 @@ class PyReplay : public Replay {
     int64_t* to = ids.mutable_data();
     py::gil_scoped_release release;
     std::lock_guard guard(lock);
-    add(in, to);
+    if (take_block)
+      add(in, to, [&](int64_t bytes) { return block_from(*take_block, bytes); });
+    else
+      add(in, to);
     if (priorities_) priorities_->follow(*this);
     return ids;
+  }
+
+  // block: as CudaAdd.add sends it, with this many rows.
+  void follow_block(View<uint8_t, 1> bytes, int64_t rows) {
+    const Block block{bytes.data, {rows, static_cast<int64_t>(keys().size())}};
+    if (bytes.size() < block.layout.column(columns(), static_cast<int64_t>(columns().size())))
+      throw py::type_error("block must hold the records of its rows");
+    py::gil_scoped_release release;
+    std::lock_guard guard(lock);
+    follow(block);
+    if (priorities_) priorities_->follow(*this);
   }
 
   void cut_streams(const std::optional<Ids>& env_ids) {
@@ -184,17 +198,6 @@ class PyReplay : public Replay {
     gather_keys(out, threads);
   }
 
-#ifdef COVR_WITH_CUDA
-  // Sends the frames that add() wrote since the last call to the device.
-  void upload_cuda(uintptr_t stream) {
-    for (const FrameWrite& write : take_writes()) {
-      const FrameLayout& frames = keys()[write.key].frames;
-      upload_frame(write.source, frames.data + write.slot * frames.frame_bytes(), frames.frame_bytes(),
-                   stream);
-    }
-  }
-#endif
-
  private:
   void check_stored(View<int64_t, 1> ids) const {
     for (int64_t i = 0; i < ids.size(); ++i)
@@ -215,6 +218,16 @@ class PyReplay : public Replay {
   void check_request(const BatchOut& out) const {
     check_columns(*this, out.columns, out.rows(), Device::kCpu);
     check_observations(*this, out);
+  }
+
+  // The memory of the tensor that `take_block` gives.
+  static uint8_t* block_from(const py::function& take_block, int64_t bytes) {
+    py::gil_scoped_acquire acquire;
+    const py::object tensor = take_block(bytes);  // which keeps it
+    OneGpu gpu;
+    const auto block = Argument<View<uint8_t, 1>>::from(tensor, "block", gpu);
+    if (block.size() < bytes) throw py::type_error("block has fewer bytes than were asked for");
+    return block.data;
   }
 
   static void check_row_shape(const py::array& array, const Column& column) {
@@ -306,6 +319,7 @@ std::unique_ptr<PyReplay> make_replay(int64_t capacity, int64_t num_envs, int64_
 }  // namespace
 
 void bind_mirror(py::module_& m);
+void bind_device_add(py::module_& m);
 
 void bind_replay(py::module_& m) {
   const auto kWithoutGil = py::call_guard<py::gil_scoped_release>();
@@ -345,14 +359,13 @@ void bind_replay(py::module_& m) {
                      "ended", "reward", "flags", "time");
   define_method(replay, "add_key", &PyReplay::add_key, "name", "frames", "recent", "stack", "channels",
                 "height", "width", "channels_last", "written", "newest", "depth");
+  define_method(replay, "follow", &PyReplay::follow_block, "block", "rows");
   define_method(replay, "add_column", &PyReplay::add_column, "name", "values");
   define_method(replay, "prioritize", &PyReplay::prioritize, "leaves", "sums", "largest", "bounds", "alpha");
-#ifdef COVR_WITH_CUDA
-  define_method(replay, "upload_cuda", &PyReplay::upload_cuda, "stream");
-#endif
   replay
       .def("add", &PyReplay::add_rows, py::arg("obs"), py::arg("next_obs"), py::arg("reward"),
-           py::arg("terminated"), py::arg("truncated"), py::arg("columns"), py::arg("env_ids"))
+           py::arg("terminated"), py::arg("truncated"), py::arg("columns"), py::arg("env_ids"),
+           py::arg("take_block") = py::none())
       .def("cut", &PyReplay::cut_streams, py::arg("env_ids"))
       .def_readwrite("cut_at_jumps", &PyReplay::cut_at_jumps)
       .def_property_readonly("rows_added", &PyReplay::rows_added)
@@ -374,6 +387,7 @@ void bind_replay(py::module_& m) {
       .def("observe", &PyReplay::observe, py::arg("out"), py::arg("threads"), kWithoutGil);
 #ifdef COVR_WITH_CUDA
   bind_mirror(m);
+  bind_device_add(m);
 #endif
 }
 

@@ -1,11 +1,10 @@
 #include "replay/frame_view.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
-#include "common/half.h"
 #include "common/streaming.h"
+#include "replay/closeness.h"
 
 namespace covr {
 
@@ -42,41 +41,21 @@ bool equal_bytes(const uint8_t* a, const uint8_t* b, int64_t n, int64_t phase) {
   return true;
 }
 
-double number(const uint8_t* item, int64_t bytes) {
-  double wide;
-  float narrow;
-  Float16 half;
-  switch (bytes) {
-    case 8:
-      return std::memcpy(&wide, item, sizeof wide), wide;
-    case 4:
-      return std::memcpy(&narrow, item, sizeof narrow), static_cast<double>(narrow);
-    default:
-      return std::memcpy(&half, item, sizeof half), static_cast<double>(to_float(half));
-  }
-}
-
 // Item i of a frame, counted as it lies in the input.
 double input_number(const ObservationKey& key, const FrameView& in, int64_t i) {
   const int64_t bytes = key.frames.item_bytes, per_run = in.bytes / bytes;
-  return number(in.data + i / per_run * in.stride + i % per_run * bytes, bytes);
+  return number(in.data + i / per_run * in.stride + i % per_run * bytes, static_cast<int>(bytes));
 }
 
-// Whether frames of floats with items a(i) and b(i) are the same. What is computed twice, or rounded on the
-// way, differs in its last bits: they may differ by r (max(|a|, |b|) + 0.1 min(1, m)), where r = 1e-5
-// (float16: 2e-3) and m is the largest magnitude in the frames.
+// Whether frames of floats with items a(i) and b(i) are the same.
 template <typename A, typename B>
-bool close_numbers(const ObservationKey& key, const A& a, const B& b) {
+bool close_frames(const ObservationKey& key, const A& a, const B& b) {
   if (!is_floating(key.dtype)) return false;
   const int64_t n = key.frames.frame_items();
-  const double tolerance = key.frames.item_bytes == 2 ? 2e-3 : 1e-5;
   double largest = 0;
-  for (int64_t i = 0; i < n; ++i) largest = std::max({largest, std::fabs(a(i)), std::fabs(b(i))});
-  for (int64_t i = 0; i < n; ++i) {
-    const double x = a(i), y = b(i);
-    const double allowed = tolerance * (std::max(std::fabs(x), std::fabs(y)) + 0.1 * std::min(1.0, largest));
-    if (!(std::fabs(x - y) <= allowed)) return false;
-  }
+  for (int64_t i = 0; i < n; ++i) largest = larger_magnitude(largest, a(i), b(i));
+  for (int64_t i = 0; i < n; ++i)
+    if (!close_numbers(a(i), b(i), tolerance(key.frames.item_bytes), largest)) return false;
   return true;
 }
 
@@ -98,7 +77,7 @@ bool equal_stored(const ObservationKey& key, const FrameView& in, const uint8_t*
 bool same_frames(const ObservationKey& key, const FrameView& a, const FrameView& b) {
   const auto in_a = [&](int64_t i) { return input_number(key, a, i); };
   const auto in_b = [&](int64_t i) { return input_number(key, b, i); };
-  return equal_frames(a, b) || close_numbers(key, in_a, in_b);
+  return equal_frames(a, b) || close_frames(key, in_a, in_b);
 }
 
 bool same_as_stored(const ObservationKey& key, const FrameView& in, const uint8_t* stored, int64_t phase) {
@@ -106,9 +85,10 @@ bool same_as_stored(const ObservationKey& key, const FrameView& in, const uint8_
   const int64_t bytes = key.frames.item_bytes, per_run = in.bytes / bytes;
   const auto in_input = [&](int64_t i) { return input_number(key, in, i); };
   const auto in_stored = [&](int64_t i) {
-    return stored ? number(stored + (i % per_run * in.runs + i / per_run) * bytes, bytes) : 0.0;
+    return stored ? number(stored + (i % per_run * in.runs + i / per_run) * bytes, static_cast<int>(bytes))
+                  : 0.0;
   };
-  return close_numbers(key, in_input, in_stored);
+  return close_frames(key, in_input, in_stored);
 }
 
 void prefetch_probes(const uint8_t* data, int64_t n, int64_t phase) {

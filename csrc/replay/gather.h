@@ -40,11 +40,10 @@ void gather_observation(const FrameLayout& frames, const StackPlan& plan, const 
                         void* out, bool streaming);
 
 #ifdef COVR_WITH_CUDA
-// In kernels/cuda/gather.cu; neither waits for the device.
+// In kernels/cuda/gather.cu; it does not wait for the device.
 // Observations [rows] of one key. `plans` and `out` are in device memory.
 void gather_cuda(const FrameLayout& frames, const StackPlan* plans, int64_t rows, const GatherTarget& target,
                  void* out, uintptr_t stream);
-void upload_frame(const uint8_t* host, uint8_t* device, int64_t bytes, uintptr_t stream);
 #endif
 
 }  // namespace covr

@@ -77,6 +77,9 @@ class Mirror {
                       float* leaves, uintptr_t stream) const;
 
   const Replay& host() const { return host_; }
+  const Tables& tables() const { return tables_; }
+  const std::vector<KeyTable>& keys() const { return keys_; }
+  const std::vector<ColumnTable>& columns() const { return columns_; }
   bool prioritized() const { return priorities_.has_value(); }
 
  private:

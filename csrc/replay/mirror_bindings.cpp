@@ -108,7 +108,8 @@ std::unique_ptr<PyMirror> make_mirror(const Replay& host, CudaView<int64_t, 2> s
 
 void bind_mirror(py::module_& m) {
   bind_requests<Device::kCuda>(m, "CudaObservationsOut", "CudaBatchOut");
-  py::class_<PyMirror> mirror(m, "CudaMirror");
+  py::class_<Mirror>(m, "_CudaMirror");  // as which CudaAdd takes it
+  py::class_<PyMirror, Mirror> mirror(m, "CudaMirror");
   define_constructor(mirror, &make_mirror, "host", "streams", "reward", "flags", "time", "newest", "depth",
                      "columns", "sequence");
   define_method(mirror, "prioritize", &PyMirror::prioritize, "leaves", "sums", "claims", "largest", "bounds",

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <functional>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -13,6 +14,7 @@
 #include <vector>
 
 #include "replay/gather.h"
+#include "replay/record.h"
 #include "replay/shared_lock.h"
 #include "replay/tables.h"
 
@@ -97,12 +99,8 @@ struct BatchOutOn : ObservationsOutOn<kOn> {
 using ObservationsOut = ObservationsOutOn<Device::kCpu>;
 using BatchOut = BatchOutOn<Device::kCpu>;
 
-// One frame that was written to where the CPU reads, and its slot of the ring that samples are read from.
-struct FrameWrite {
-  size_t key;
-  int64_t slot;
-  const uint8_t* source;
-};
+// Gives memory for the block of so many bytes that one call of add() fills: see record.h.
+using TakeBlock = std::function<uint8_t*(int64_t)>;
 
 class Replay {
  public:
@@ -117,12 +115,12 @@ class Replay {
   const std::vector<Column>& columns() const { return columns_; }
 
   // Appends the rows; their ids go to `ids`. Throws FrameStackError, with nothing written, where an
-  // observation contradicts its stream.
-  void add(const RowsIn& in, int64_t* ids);
+  // observation contradicts its stream. A buffer with a mirror on a GPU takes a block, and sends it there.
+  void add(const RowsIn& in, int64_t* ids, const TakeBlock& take_block = {});
+  // Follows rows that a kernel has added to the mirror. Throws what add() would have if they were refused.
+  void follow(const Block& block);
   // The next row of these streams begins a new segment.
   void cut(const std::vector<int64_t>& env_ids);
-  // The frames written since the last call, for storage that the CPU cannot write itself.
-  std::vector<FrameWrite> take_writes() { return std::exchange(writes_, {}); }
 
   const Tables& tables() const { return tables_; }
   int64_t num_envs() const { return tables_.num_envs; }
@@ -143,26 +141,26 @@ class Replay {
   int64_t jumps() const { return jumps_; }  // rows added that began a new segment because of their obs
 
  private:
-  struct Segment {  // what add() decided about a row before writing anything
-    bool fresh, cuts_previous;
-  };
   StackPlan next_stack(size_t key, int64_t env) const;
-  Segment check(const RowsIn& in, int64_t row, int64_t env) const;
+  RowRecord check(const RowsIn& in, int64_t row, int64_t env) const;
   int64_t probe_phase(const RowsIn& in, int64_t row, int64_t env, size_t key) const;
   static int64_t frame_phase(int64_t phase, int64_t position, bool next);
   void prefetch_check(const RowsIn& in, int64_t row, int64_t env) const;
   const uint8_t* expected_frame(size_t key, int64_t env, int64_t position) const;
   bool continues(const RowsIn& in, int64_t row, int64_t env, size_t key) const;
   bool slides(const RowsIn& in, int64_t row, int64_t env, size_t key, bool fresh) const;
-  void append(const RowsIn& in, int64_t row, int64_t env, Segment segment);
-  void write_frame(size_t key, int64_t env, const uint8_t* observation, int64_t position);
-  void evict(int64_t env);
+  KeyRecord new_frames(const RowsIn& in, int64_t r, const RowRecord& row, size_t key) const;
+  void write_frames(const RowsIn& in, int64_t r, const RowRecord& row, size_t key, const KeyRecord& record,
+                    uint8_t* block);
+  std::string contradiction(size_t key, int64_t row, int64_t env, const char* what) const;
+  std::string argument_name(int64_t argument) const;
+  [[noreturn]] void refuse(int64_t code, const Block& block) const;
 
   Tables tables_;
   std::vector<ObservationKey> keys_;
   std::vector<Column> columns_;
-  std::vector<FrameWrite> writes_;
-  std::vector<Segment> segments_;
+  std::vector<RowRecord> records_;      // of add(), kept for their memory
+  std::vector<KeyRecord> key_records_;  // [rows, keys]
   int64_t rows_added_ = 0, jumps_ = 0;
 };
 

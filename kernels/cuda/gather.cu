@@ -95,10 +95,4 @@ void gather_cuda(const FrameLayout& frames, const StackPlan* plans, int64_t rows
   cuda::write_pixels(source, rows, pixels, cuda::as_stream(stream));
 }
 
-void upload_frame(const uint8_t* host, uint8_t* device, int64_t bytes, uintptr_t stream) {
-  cuda::check(cudaMemcpyAsync(device, host, static_cast<size_t>(bytes), cudaMemcpyHostToDevice,
-                              cuda::as_stream(stream)),
-              "frame upload");
-}
-
 }  // namespace covr

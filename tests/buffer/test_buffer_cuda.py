@@ -5,7 +5,7 @@ import torch
 from test_buffer import Driver, make
 
 from covr_fast import _C
-from covr_fast.buffer.gpu import check_device
+from covr_fast.buffer.gpu import checked_device
 
 
 @pytest.mark.needs_cuda
@@ -35,7 +35,7 @@ def test_batches_equal(storage, augment, dtype, tmp_path):
 
 def test_errors_say_why():
     with pytest.raises(ValueError, match="pinned storage is for device='cuda'"):
-        check_device(torch.device("cpu"), "pinned")
+        checked_device(torch.device("cpu"), "pinned")
     if not _C.with_cuda:
         with pytest.raises(RuntimeError, match="no CUDA kernels"):
             make(device="cuda")

@@ -29,3 +29,9 @@ def test_sb3_sac_carracing():
 def test_torchrl_replay():
     pytest.importorskip("torchrl")
     assert "prioritized" in run("torchrl_replay.py", "600")
+
+
+def test_gpu_simulator():
+    said = run("gpu_simulator.py", "4", "20")
+    assert "steps/s" in said
+    assert "ReplayBuffer(80/100000 transitions of 4 environments" in said
