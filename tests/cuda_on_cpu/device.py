@@ -57,6 +57,9 @@ class DeviceTensor(torch.Tensor):
     def tolist(self) -> Any:
         return self.detach().host.tolist()
 
+    def __repr__(self, **_: Any) -> str:
+        return f"{self.detach().host!r} on {self.device}"
+
     def record_stream(self, stream: Any) -> None:
         """Memory is never reused while a tensor lives, and work is done when its call returns."""
 
@@ -86,6 +89,9 @@ class _Device(TorchDispatchMode):
             host_kwargs["pin_memory"] = False
         if func is torch.ops.aten._pin_memory.default:
             return args[0].clone()
+        to_cpu = func is torch.ops.aten._to_copy.default and asked == CPU and not kwargs.get("non_blocking")
+        if on_device and (func in _WAITING or to_cpu):
+            runtime.waits(str(func))
         result = func(*host_args, **host_kwargs)
         if not (asked.type == "cuda" if asked is not None else on_device):
             return result
@@ -96,6 +102,15 @@ class _Device(TorchDispatchMode):
             return on_device[id(value)] if id(value) in on_device else DeviceTensor(value)
 
         return tree_map(to_device, result)
+
+
+# They give the host what the device has computed.
+_WAITING = {
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.equal.default,
+    torch.ops.aten.is_nonzero.default,
+    torch.ops.aten.nonzero.default,
+}
 
 
 def install(extension: Path) -> None:

@@ -66,6 +66,21 @@ def _stream(stream: Stream | None) -> Iterator[None]:
         _thread.current = before
 
 
+_modes = ("default", "warn", "error")
+_sync_debug_mode = 0
+
+
+def _set_sync_debug_mode(mode: int | str) -> None:
+    global _sync_debug_mode
+    _sync_debug_mode = mode if isinstance(mode, int) else _modes.index(mode)
+
+
+def waits(operation: str) -> None:
+    """Called where a GPU would make the host wait; an error while torch's debug mode forbids it."""
+    if _modes[_sync_debug_mode] == "error":
+        raise RuntimeError(f"{operation} called a synchronizing CUDA operation")
+
+
 class Generator(torch._C.Generator):
     """One on "cuda" draws as one on the CPU."""
 
@@ -103,8 +118,9 @@ def install() -> None:
         "get_device_capability": lambda device=None: (9, 0),
         "mem_get_info": lambda device=None: (8 << 30, 8 << 30),
         "is_current_stream_capturing": lambda: False,
-        "synchronize": lambda device=None: None,
-        "set_sync_debug_mode": lambda mode: None,  # nothing waits here
+        "synchronize": lambda device=None: waits("synchronize"),
+        "set_sync_debug_mode": _set_sync_debug_mode,
+        "get_sync_debug_mode": lambda: _sync_debug_mode,
         "empty_cache": lambda: None,
         "device": _Context,
         "Stream": Stream,
