@@ -188,7 +188,7 @@ def _frame_rings(options: Options, rows_per_stream: int, device: torch.device, p
 def _shortage(nbytes: int, capacity: int, device: torch.device, pinned: bool) -> str | None:
     """None if the frames of `capacity` transitions, nbytes in all, fit in memory; else what would fit."""
     on_gpu = device.type == "cuda" and not pinned
-    memory = torch.cuda.mem_get_info(device) if on_gpu else _host_memory()
+    memory = _gpu_memory(device) if on_gpu else _host_memory()
     if memory is None or nbytes <= memory[0]:
         return None
     free, total = memory
@@ -199,6 +199,13 @@ def _shortage(nbytes: int, capacity: int, device: torch.device, pinned: bool) ->
         f"{size_text(free)} of {size_text(total)} free: lower the capacity to about "
         f"{int(capacity * free / nbytes)}{remedy}"
     )
+
+
+def _gpu_memory(device: torch.device) -> tuple[int, int]:
+    """(free, total) bytes. What torch keeps of tensors that are gone, such as an earlier buffer, is free."""
+    free, total = torch.cuda.mem_get_info(device)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + kept, total
 
 
 def _host_memory() -> tuple[int, int] | None:

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from contextlib import nullcontext
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -260,3 +261,15 @@ def test_a_block_that_raises_may_have_queued_work(monkeypatch):
     with pytest.raises(KeyError), gather.reading():
         raise KeyError
     assert len(marked) == 1
+
+
+def test_memory_that_torch_keeps_of_an_earlier_buffer_is_free(monkeypatch):
+    options = {"num_envs": 2, "obs_shape": (3, 64, 64), "action_shape": (1,), "device": "cuda"}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 20, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1 << 20)
+    for kept, enough in ((2 << 20, False), (5 << 20, True)):  # of 3.5 MiB
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device, kept=kept: kept)
+        with (
+            nullcontext() if enough else pytest.raises(MemoryError, match=r"cuda:0 has 2\.0 MiB of 80\.0 GiB")
+        ):
+            ReplayBuffer(250, **options)
