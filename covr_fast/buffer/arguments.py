@@ -37,21 +37,41 @@ _LARGEST = {n: float(np.finfo(f"f{n}").max) for n in (2, 4, 8)}  # by a float's 
 
 def observation(value: ObservationRows, options: Options, what: str) -> list[np.ndarray]:
     """One array [rows, *key.shape] per key, of which each row is contiguous."""
+    return [_frames(*given) for given in by_key(value, options, what)]
+
+
+def by_key(value: ObservationRows, options: Options, what: str) -> list[tuple[Rows, KeySpec, str]]:
+    """The rows of each observation key, and how errors name them.
+
+    Raises:
+        ValueError: a key has none.
+    """
     if options.single:
-        return [_frames(value, options.keys[0], what)]  # type: ignore[arg-type]
+        return [(value, options.keys[0], what)]  # type: ignore[list-item]
     if not isinstance(value, Mapping):
         raise ValueError(f"{what} must be a dict with the keys {[key.name for key in options.keys]}")
     if missing := [key.name for key in options.keys if key.name not in value]:
         raise ValueError(f"{what} lacks the keys {missing}")
-    return [_frames(value[key.name], key, f"{what}[{key.name!r}]") for key in options.keys]
+    return [(value[key.name], key, f"{what}[{key.name!r}]") for key in options.keys]
 
 
 def columns(action: Rows, extras: Mapping[str, Rows], options: Options) -> list[np.ndarray]:
     """The action and all extras."""
+    return [as_column(*given) for given in by_column(action, extras, options)]
+
+
+def by_column(
+    action: Rows, extras: Mapping[str, Rows], options: Options
+) -> list[tuple[Rows, ColumnSpec, str]]:
+    """The rows of each column, and how errors name them: the action and all extras.
+
+    Raises:
+        ValueError: other extras than those declared.
+    """
     if extras.keys() != options.extras.keys():
         raise ValueError(f"add() got the extras {sorted(extras)}, declared are {sorted(options.extras)}")
-    given = (as_column(extras[name], extra, name) for name, extra in options.extras.items())
-    return [as_column(action, options.action, "action"), *given]
+    given = ((extras[name], extra, name) for name, extra in options.extras.items())
+    return [(action, options.action, "action"), *given]
 
 
 def some_extras(values: Mapping[str, Rows], n: int, options: Options) -> dict[str, np.ndarray]:

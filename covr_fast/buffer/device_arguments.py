@@ -18,6 +18,8 @@ from .arguments import (
     ObservationRows,
     Rows,
     as_column,
+    by_column,
+    by_key,
     flags,
     imported,
     integers,
@@ -69,8 +71,6 @@ def device_rows(
     Raises:
         ValueError: a tensor is on another GPU, or has another shape or dtype.
     """
-    if extras.keys() != options.extras.keys():
-        raise ValueError(f"add() got the extras {sorted(extras)}, declared are {sorted(options.extras)}")
     rewards = _column(reward, REWARD, "reward", device)
     if rewards.ndim != 1:
         raise ValueError("reward must have one dimension, [rows]")
@@ -80,14 +80,16 @@ def device_rows(
             f"reward has {n} rows for {options.num_envs} environments: pass env_ids to add rows of some of "
             "them"
         )
-    given = [(action, options.action)] + [(extras[name], spec) for name, spec in options.extras.items()]
     return DeviceRows(
         _observation(obs, n, options, "obs", device),
         _observation(next_obs, n, options, "next_obs", device),
         rewards,
         _rows(_column(terminated, FLAG, "terminated", device), n, FLAG, "terminated"),
         _rows(_column(truncated, FLAG, "truncated", device), n, FLAG, "truncated"),
-        [_rows(_column(value, spec, spec.name, device), n, spec, spec.name) for value, spec in given],
+        [
+            _rows(_column(value, spec, name, device), n, spec, name)
+            for value, spec, name in by_column(action, extras, options)
+        ],
         None if env_ids is None else _rows(_column(env_ids, ID, "env_ids", device), n, ID, "env_ids"),
     )
 
@@ -95,15 +97,10 @@ def device_rows(
 def _observation(
     value: ObservationRows, n: int, options: Options, what: str, device: torch.device
 ) -> list[Tensor]:
-    if options.single:
-        named = [(value, options.keys[0], what)]
-    else:
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{what} must be a dict with the keys {[key.name for key in options.keys]}")
-        if missing := [key.name for key in options.keys if key.name not in value]:
-            raise ValueError(f"{what} lacks the keys {missing}")
-        named = [(value[key.name], key, f"{what}[{key.name!r}]") for key in options.keys]
-    return [_rows(_column(rows, key, name, device), n, key, name) for rows, key, name in named]  # type: ignore[arg-type]
+    return [
+        _rows(_column(rows, key, name, device), n, key, name)
+        for rows, key, name in by_key(value, options, what)
+    ]
 
 
 def _column(value: Rows, spec: Spec, what: str, device: torch.device) -> Tensor:
