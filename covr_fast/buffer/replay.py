@@ -190,10 +190,11 @@ class ReplayBuffer(StoredTransitions):
 
         Rows are numpy arrays, tensors on any device, arrays of other libraries that speak dlpack, or
         sequences. On a GPU, observations that lie there already go straight into the ring: everything is
-        decided by kernels on the caller's current stream, the host does not wait, and whatever the caller
-        queues after may overwrite what was given. Other arguments are then best on that GPU, too; those in
-        host memory are sent. Rows on a GPU go through the host, with one copy that it waits for, if the
-        buffer is on the CPU, or has more than 8 observation keys or 24 columns.
+        decided by kernels on the caller's current stream, the host does not wait (unless the device is 16
+        calls behind), and whatever the caller queues after may overwrite what was given. Other arguments are
+        then best on that GPU, too; those in host memory are sent. Rows on a GPU go through the host, with one
+        copy that it waits for, if the buffer is on the CPU, or has more than 8 observation keys or 24
+        columns.
 
         Args:
             obs, next_obs: the stacked observations, in the dtype and layout that the buffer was built for.
@@ -448,7 +449,8 @@ class ReplayBuffer(StoredTransitions):
     def finished_rows(self, start: np.ndarray, stop: np.ndarray) -> tuple[Tensor, Tensor]:
         """Reward float32 [M] and end bool [M] (the episode ended, or was cut, with this step) of transitions
         start[e] .. stop[e] - 1 of every environment e, which must be stored, environment by environment; new
-        tensors on the buffer's device. The host does not wait."""
+        tensors on the buffer's device. The host waits only if rows of device memory were added just before:
+        it reads them from its own tables."""
         rows = self.span_rows(start, stop)
         reward, end = (send(torch.from_numpy(rows[name]), self.device) for name in ("reward", "end"))
         return reward, end

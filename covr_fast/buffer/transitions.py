@@ -17,7 +17,11 @@ _END = _TERMINATED | _TRUNCATED  # not kCut, the flag of a stream that was cut
 
 
 class StoredTransitions:
-    """The part of `ReplayBuffer` that finds transitions by their id, or by their place in a stream."""
+    """The part of `ReplayBuffer` that finds transitions by their id, or by their place in a stream.
+
+    All of it answers from the host's tables. If rows of device memory were added, the host waits until they
+    have arrived there, and raises what was found wrong with them (see `ReplayBuffer.add`).
+    """
 
     def __init__(self, options: Options, storage: Storage, gather: Gather) -> None:
         self.num_envs = options.num_envs
@@ -34,16 +38,16 @@ class StoredTransitions:
     # ---- by id ----
 
     def contains(self, index: Rows) -> Tensor:
-        """bool [n]: which of these transitions are stored now."""
+        """bool [n] on the CPU: which of these transitions are stored now."""
         with self._core.reading() as locked:
             return torch.from_numpy(locked.rows(ids(index).numpy())) >= 0
 
     def actions(self, index: Rows) -> Tensor:
-        """The actions [n, *action_shape] of these transitions."""
+        """The actions [n, *action_shape] of these transitions, on the CPU."""
         return self._columns(["action"], index)["action"]
 
     def extras(self, index: Rows) -> dict[str, Tensor]:
-        """The extras, each [n, *shape], of these transitions."""
+        """The extras, each [n, *shape], of these transitions, on the CPU."""
         return self._columns(self._options.extras, index)
 
     def _columns(self, names: Iterable[str], index: Rows) -> dict[str, Tensor]:

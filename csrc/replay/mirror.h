@@ -1,9 +1,9 @@
 // The mirror of a buffer's tables in device memory, from which kernels draw, plan and gather whole batches:
 // the host is asked nothing. Only in builds with CUDA. All memory belongs to the caller (torch tensors).
 //
-// The host's tables stay the truth for what the host is asked; whoever changes them brings the mirror up to
-// date (covr_fast/buffer/mirror.py). Nothing here waits for the device or locks: covr_fast/buffer/gpu.py says
-// what waits for what.
+// Whoever changes the host's tables brings the mirror up to date (covr_fast/buffer/mirror.py); rows that a
+// kernel adds to the mirror reach the host's tables later (device_add.h). Nothing here waits for the device
+// or locks: covr_fast/buffer/gpu.py says what waits for what.
 #pragma once
 
 #include <optional>
