@@ -111,7 +111,7 @@ def load_prior(config: TrainConfig, action_dim: int, device: torch.device, model
             device=device,
             seed=config.seed,
             quantization=None if config.vlm.quantization == "auto" else config.vlm.quantization,
-            graph=config.vlm.graph,
+            graph=None if config.vlm.graph else False,
         )
     except (OSError, ValueError, RuntimeError, MemoryError):
         raise

@@ -45,9 +45,9 @@ class SACConfig:
     """lambda of Eq. 4 (the paper: 2.0 on CARLA, 1.0 on DMControl)."""
     reward_scale: float = 1.0
     """Factor on rewards inside the Bellman target; reported returns are never scaled."""
-    graph: bool = False
-    """On a GPU, launch the whole update as one CUDA graph. Off because it has not run on one yet
-    (benchmarks/GPU.md). A CPU ignores it."""
+    graph: bool = True
+    """On a GPU, launch the whole update as one CUDA graph, sampling included (3.2 times as fast as kernel by
+    kernel: benchmarks/GPU.md). Then all batches must have one size. A CPU ignores it."""
     compile: bool = False
     """Compile losses and gradients with torch.compile, which delays the first updates. Off because it gains
     nothing on a CPU (docs/carracing.md) and has not run on a GPU. With `graph`, the graph records the
