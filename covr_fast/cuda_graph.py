@@ -1,5 +1,6 @@
 """CUDA graphs: a function of tensors is recorded once, then launched as a whole."""
 
+import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,19 @@ Tensors = Mapping[str, Tensor]
 # during another capture.) Before torch 2.13 a replay also fails while another thread captures: all graphs
 # share the state of the device's default generator, whether they draw from it or not.
 _capturing = threading.Lock()
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Garbage may be an old graph, or pinned pages whose release waits for the device: either would make a
+    recording fail."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 class CudaGraphs:
@@ -80,6 +94,7 @@ class CudaGraphs:
             self._pool = torch.cuda.graph_pool_handle()
         with (
             _capturing,
+            _no_collection(),
             current_on(self._device),  # whose work torch waits for before it records
             torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"),
         ):

@@ -129,6 +129,14 @@ def test_graphs_share_a_pool_until_the_last_of_them_is_gone(recorded):
     assert [pool for _, pool in recorded] == [0, 0, 0, 1]
 
 
+def test_no_garbage_is_collected_while_a_graph_is_recorded(recorded):
+    graphs = CudaGraphs(torch.device("cuda"))
+    assert not graphs.capture(lambda: {"x": torch.tensor(gc.isenabled())})()["x"]
+    with pytest.raises(KeyError):
+        graphs.capture(lambda: {}["x"])
+    assert gc.isenabled()
+
+
 def test_a_replay_waits_while_another_thread_records(recorded):
     replay = CudaGraphs(torch.device("cuda")).capture(dict)
     thread = threading.Thread(target=replay)

@@ -190,6 +190,17 @@ def test_memory_that_a_lane_reads_is_not_given_away():
 
 
 @pytest.mark.needs_cuda
+@pytest.mark.parametrize("pinned", [False, True])
+def test_what_is_sent_may_change_afterwards(pinned):
+    values = torch.arange(1000)
+    values = values.pin_memory() if pinned else values
+    torch.cuda._sleep(LATE)
+    sent = streams.send(values, torch.device("cuda"))
+    values.zero_()
+    assert torch.equal(sent.cpu(), torch.arange(1000))
+
+
+@pytest.mark.needs_cuda
 def test_a_fetch_waits_for_what_it_copies_and_for_nothing_later():
     def sent_and_fetched() -> streams.Fetch:
         return streams.Fetch(streams.send(torch.arange(1000), torch.device("cuda")) * 2)

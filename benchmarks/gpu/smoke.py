@@ -129,7 +129,7 @@ def linear_cross_entropy(device: str) -> None:
         same_loss(call, hidden, head)
 
 
-def replay(device: str, **options) -> ReplayBuffer:
+def replay(device: str, rows_on_device: bool = False, **options) -> ReplayBuffer:
     """Four streams of short episodes."""
     buffer = ReplayBuffer(
         200, num_envs=4, obs_shape=(9, 21, 18), action_shape=(2,), frame_stack=3, n_step=2, seed=0,
@@ -140,7 +140,8 @@ def replay(device: str, **options) -> ReplayBuffer:
     for t in range(70):
         stacks = [np.concatenate(images[t + k : t + k + 3], axis=1) for k in (0, 1)]
         action, ended = rng.uniform(-1, 1, (4, 2)).astype(np.float32), np.full(4, t % 7 == 6)
-        buffer.add(stacks[0], action, np.full(4, t, np.float32), stacks[1], ended & (t % 2 == 0), ended)
+        rows = (stacks[0], action, np.full(4, t, np.float32), stacks[1], ended & (t % 2 == 0), ended)
+        buffer.add(*(torch.as_tensor(row, device=device) for row in rows) if rows_on_device else rows)
     return buffer
 
 
@@ -159,6 +160,25 @@ def gather(device: str) -> None:
                         assert torch.equal(given, wanted), f"{storage}, {options}: {name} differ"
 
 
+@check("draws")
+def draws(device: str) -> None:
+    """Also after new priorities, and of rows that were added in device memory: those of the CPU."""
+    for sampler in ("uniform", "recent", "prioritized"):
+        for rows_on_device in (False, True):
+            ours, truth = replay(device, rows_on_device, sampler=sampler), replay("cpu", sampler=sampler)
+            for step in range(5):
+                found, expected = (buffer.sample(64, augment="shift") for buffer in (ours, truth))
+                for name in ("index", "obs", "next_obs", "reward"):
+                    given, wanted = getattr(found, name).cpu(), getattr(expected, name)
+                    assert torch.equal(given, wanted), f"{sampler}, {rows_on_device=}: {name} differ"
+                torch.testing.assert_close(found.weight.cpu(), expected.weight)
+                if sampler == "prioritized":
+                    priority = torch.rand(64, generator=random("cpu", step))
+                    ours.update_priorities(found.index, priority.to(device))
+                    truth.update_priorities(expected.index, priority)
+            assert len(ours) == len(truth)
+
+
 @check("update")
 def update(device: str) -> None:
     """Eager and, on a GPU, as a graph: the same Q."""
@@ -172,6 +192,28 @@ def update(device: str) -> None:
             metrics = agent.update(batch, guide=False)
         values.append(metrics["q"].item())
     assert np.allclose(values, values[0], rtol=1e-2, atol=1e-3), f"Q of eager and graph: {values}"
+
+
+@check("sampling and update")
+def sampled_update(device: str) -> None:
+    """Eager and, on a GPU, as one graph: the same batches, the same Q."""
+    kinds = [{}, {"graph": True}] if device == "cuda" else [{}]
+    for sampler in ("uniform", "prioritized"):
+        values, index = [], []
+        for options in kinds:
+            config = SACConfig(channels=(8, 8), strides=(2, 2), hidden=32, latent=16, **options)
+            agent = SAC((9, 21, 18), (2,), config, device=device)
+            buffer = replay(device, sampler=sampler)
+            source = buffer.sampling(16, augment="shift")
+            for _ in range(10):
+                metrics = agent.update_from(source, guide=False)
+            values.append(metrics["q"].item())
+            index.append(buffer.sample(16).index)  # number 11 of the sequence
+        assert np.allclose(values, values[0], rtol=1e-2, atol=1e-3), (
+            f"{sampler}: Q of eager and graph: {values}"
+        )
+        if sampler == "uniform":
+            assert all(torch.equal(of_kind, index[0]) for of_kind in index), "the graph counts otherwise"
 
 
 @check("prior")

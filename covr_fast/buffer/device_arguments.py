@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from ..streams import send
 from .arguments import (
     FLAG,
     ID,
@@ -113,7 +114,7 @@ def _column(value: Rows, spec: Spec, what: str, device: torch.device) -> Tensor:
             on_host = flags(found, what)
         else:
             on_host = integers(found, what) if spec is ID else as_column(found, spec, what)
-        return torch.from_numpy(on_host).pin_memory().to(device, non_blocking=True)
+        return send(torch.from_numpy(on_host), device)
     if found.device != device:
         raise ValueError(
             f"{what} is on {found.device}, the buffer on {device}: pass {what}.to({str(device)!r})"

@@ -104,8 +104,10 @@ class DeviceGather(Gather):
     def reading(self) -> Iterator[None]:
         with self.lock, current_on(self.device):
             self.start_reading()
-            yield
-            self._used.record(torch.cuda.current_stream(self.device))
+            try:
+                yield
+            finally:  # a block that raises may have queued something before
+                self._used.record(torch.cuda.current_stream(self.device))
 
     def replaced(self) -> None:
         self.mirror.sync_all()

@@ -175,7 +175,9 @@ class BatchWriter:
         self._floats, self._bools, self._ids = map(maker, (torch.float32, torch.bool, torch.int64))
         self._columns = [(c.name, maker(c.dtype), c.shape) for c in options.columns]
         self._extras = [extra.name for extra in options.columns[1:]]
-        self._asked = cache(lambda n, spec: _forms(self.allocate(n, spec)))  # the forms of a batch's parts
+        # The forms of a batch's parts. (A cached function of `self` would be a cycle: the memory of a buffer
+        # that nobody refers to, and its pinned pages, would wait for the garbage collector.)
+        self._asked: dict[tuple[int, OutputSpec], dict[str, Form]] = {}
 
     def allocate(self, n: int, spec: OutputSpec, index: Tensor | None = None) -> Batch:
         """A batch of n rows that is not filled yet."""
@@ -200,7 +202,9 @@ class BatchWriter:
 
     def check(self, out: Batch, n: int, spec: OutputSpec) -> None:
         """Raises ValueError unless `allocate` could have made `out`."""
-        ours, asked = _forms(out), self._asked(n, spec)
+        if (n, spec) not in self._asked:
+            self._asked[n, spec] = _forms(self.allocate(n, spec))
+        ours, asked = _forms(out), self._asked[n, spec]
         for name in {**asked, **ours}:
             if ours.get(name) != asked.get(name):
                 raise ValueError(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ class Sampling:
     def _launch(self) -> Callable[[], None]:
         request = self._batches.request(self.batch, self._n_step, self._spec)
         how = self._gather.how(self._batch_size, True)
-        return lambda: self._draws.launch(request, how)
+        return partial(self._draws.launch, request, how)  # without `self`, which would be a cycle
 
     @contextmanager
     def turn(self) -> Iterator[None]:

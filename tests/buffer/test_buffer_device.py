@@ -1,6 +1,9 @@
 """A GPU's buffer, whose bookkeeping is mirrored on the device: the same calls give the rows of the CPU's."""
 
+import gc
+import weakref
 from dataclasses import fields
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -228,3 +231,32 @@ def test_a_sampling_without_a_graph_draws_the_same_sequence():
                 source.launch()
                 source.launch_priorities(torch.linspace(0.1, 1, 6).to(source.device))
         assert_same(a.batch, b.batch)
+
+
+def test_memory_is_freed_without_the_garbage_collector():
+    """Or the next large buffer finds no room."""
+    pair = Pair(sampler="prioritized")
+    pair.add(8)
+    source = pair.on_gpu.sampling(4)
+    with source.turn():
+        source.launch()
+    pair.on_gpu.sample(4, out=pair.on_gpu.sample(4))
+    ring = weakref.ref(pair.on_gpu._storage.tensors["frames.image"])
+    gc.disable()
+    try:
+        del source, pair
+        assert ring() is None
+    finally:
+        gc.enable()
+
+
+def test_a_block_that_raises_may_have_queued_work(monkeypatch):
+    """What is added next waits for it all the same."""
+    pair = Pair()
+    pair.add(8)
+    gather, marked = pair.on_gpu._gather, []
+    monkeypatch.setattr(gather, "_used", SimpleNamespace(record=marked.append))
+    monkeypatch.setattr(gather, "start_reading", lambda: None)
+    with pytest.raises(KeyError), gather.reading():
+        raise KeyError
+    assert len(marked) == 1
