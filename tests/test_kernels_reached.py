@@ -1,8 +1,8 @@
 """Every kernel does some work of training, or the documentation says whose work it does.
 
-Small training runs count the calls of functions that launch kernels: once on the CPU, where the same operations
-take the C++, and once with what a GPU runs. Under tests/cuda_on_cpu, which has no GPU, the launches themselves
-are compared with the table of kernels in docs/kernels.md.
+Small training runs count the calls of functions that launch kernels: once on the CPU, where the same
+operations take the C++, and once with what a GPU runs. Under tests/cuda_on_cpu, which has no GPU, the
+launches themselves are compared with the table of kernels in docs/kernels.md.
 """
 
 import ctypes
@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,8 @@ CALLED: dict[str, dict[str, str]] = {
         "loss.write_gradient": "cross_entropy_gradient",
     },
 }
-"""For each file whose kernels training launches: the functions that do, and those that do the same on a CPU. A
-name without an owner is of the extension."""
+"""For each file whose kernels training launches: the functions that do, and those that do the same on a CPU.
+A name without an owner is of the extension."""
 
 OTHERS = {
     "CudaAdd.add",  # rows of device memory
@@ -66,14 +66,17 @@ BY_POINTER = {"pixel_kernel": "kernel"}
 # ---- the lists are complete ----
 
 
+_CUDA = r"__global__ void(?:\s+__launch_bounds__\([^)]*\))?\s+(\w+)\("
+_TRITON = r"@triton\.jit\ndef _(\w+)\("
+
+
 def kernels() -> dict[str, str]:
     """The file of each kernel, under kernels/."""
     found = {}
-    for pattern, folder in ((r"\b(\w+_kernel)\(", "cuda/*.cu"), (r"@triton\.jit\ndef _(\w+)\(", "triton/*.py")):
-        for path in (ROOT / "kernels").glob(folder):
-            text = path.read_text()
-            if "__global__" in text or path.suffix == ".py":
-                found |= {name: f"{path.parent.name}/{path.name}" for name in re.findall(pattern, text)}
+    for pattern, files in (_CUDA, "cuda/*.cu"), (_TRITON, "triton/*.py"):
+        for path in (ROOT / "kernels").glob(files):
+            names = re.findall(pattern, path.read_text())
+            found |= dict.fromkeys(names, f"{path.parent.name}/{path.name}")
     return found
 
 
@@ -151,16 +154,13 @@ def cpu_calls(tmp_path_factory) -> Counter[str]:
 
 
 @pytest.fixture(scope="module")
-def gpu_calls(tmp_path_factory) -> Iterator[Counter[str]]:
-    """Of functions, and under tests/cuda_on_cpu of launches by kernel. There the networks stay on the CPU: only
-    the buffer moves, and what is made of it."""
+def gpu_calls(tmp_path_factory) -> Counter[str]:
+    """Of functions, and under tests/cuda_on_cpu of launches by kernel. There the networks stay on the CPU:
+    only the buffer moves, and what is made of it."""
     folder, names = tmp_path_factory.mktemp("gpu"), launching("cuda/" if ON_CPU else "")
-    with pytest.MonkeyPatch.context() as patch:
-        if ON_CPU:  # bitsandbytes, which peft imports, takes it for a GPU
-            patch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
-        before = launches()
-        count = calls(folder, names, device="cpu" if ON_CPU else "cuda", replay__device="cuda")
-        yield count + launches() - before
+    before = launches()
+    count = calls(folder, names, device="cpu" if ON_CPU else "cuda", replay__device="cuda")
+    return count + launches() - before
 
 
 @pytest.mark.parametrize("file", CALLED)
@@ -217,8 +217,8 @@ def test_device_rows_launch_what_the_documentation_says(monkeypatch):
         buffer.add(obs, action, reward, next_obs, terminated, truncated)
         obs = simulator.restart(terminated | truncated)
     assert len(buffer) == 12
-    now = launches() - before
-    assert {kernel for kernel in now if now[kernel]} == launched_by("device rows") | {"apply_kernel"}
+    now = set(launches() - before)  # without those that there were none of
+    assert now == launched_by("device rows") | {"apply_kernel"}
 
 
 @needs_launches
@@ -228,5 +228,5 @@ def test_vectors_launch_what_the_documentation_says():
     buffer.add([[1.0, 2, 3]], [0.0], [1.0], [[4.0, 5, 6]], [True], [False])
     before = launches()
     assert buffer.sample(2).next_obs.cpu().tolist() == [[4, 5, 6]] * 2
-    now = launches() - before
-    assert {kernel for kernel in now if now[kernel]} == launched_by("vectors") | {"draw_kernel", "rows_kernel"}
+    now = set(launches() - before)  # without those that there were none of
+    assert now == launched_by("vectors") | {"draw_kernel", "rows_kernel"}

@@ -303,7 +303,8 @@ uint64_t random_bits() { return Device::get().random(); }
 
 }  // namespace emulator
 
-// How many launches of this process were written `kernel<<<...>>>` or `kernel<T><<<...>>>` so far. For ctypes.
+// How many launches of this process were written `kernel<<<...>>>` or `kernel<T><<<...>>>` so far. For
+// ctypes.
 extern "C" __attribute__((visibility("default"))) int64_t emulator_launches(const char* kernel) {
   emulator::Device& device = emulator::Device::get();
   std::lock_guard guard(device.mutex);

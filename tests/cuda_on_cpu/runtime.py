@@ -132,6 +132,8 @@ def install() -> None:
         "set_sync_debug_mode": _set_sync_debug_mode,
         "get_sync_debug_mode": lambda: _sync_debug_mode,
         "empty_cache": lambda: None,
+        "get_rng_state": lambda device=None: torch.get_rng_state(),  # of the generator that "cuda" draws from
+        "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
         "device": _Context,
         "Stream": Stream,
         "Event": Event,
@@ -143,6 +145,7 @@ def install() -> None:
     }
     for name, value in stand_ins.items():
         setattr(torch.cuda, name, value)
+    torch._C._cuda_getCurrentRawStream = lambda device: 0  # bitsandbytes asks for it where there is a device
     torch.nn.Module.to = _to  # type: ignore[method-assign,assignment]
     torch.Generator = Generator  # type: ignore[misc]
     torch.Tensor.cuda = lambda self, device=None, non_blocking=False, **_: self.to("cuda")  # type: ignore[method-assign]
