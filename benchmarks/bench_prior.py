@@ -27,7 +27,7 @@ def answers(model: str, batch: int, rounds: int, device: str) -> Iterator[Row]:
     frames = torch.randint(0, 256, (batch, 3, 84, 84), dtype=torch.uint8).to(device)
     for name, prompt in (("default prompt", None), ("a task in words", TASK)):
         load = partial(open_prior, model, action_dim=2, prompt=prompt, device=device)
-        prior, plain = load(graph=True), load() if device == "cuda" else None
+        prior, plain = load(graph=True), load(graph=False) if device == "cuda" else None
         layout = prior.layout((84, 84))
         prompts = f"{name} ({len(layout.prefix)} shared + {len(layout.body)} own tokens)"
         for count in dict.fromkeys((batch, 1)):

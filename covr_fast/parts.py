@@ -57,6 +57,13 @@ def _device(name: str, option: str, remedy: str) -> torch.device:
     return torch.device("cuda", index)
 
 
+def use_tensor_cores(device: torch.device) -> None:
+    """On a GPU, products of float32 matrices take TF32, as its convolutions do without being told. For the
+    whole process."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+
+
 def new_buffer(config: TrainConfig, envs: PixelEnvs, device: torch.device) -> ReplayBuffer:
     """The empty replay buffer D. Each transition has the VLM's prior, its mask and its version as extras."""
     (action_dim,) = envs.action_shape
@@ -82,6 +89,7 @@ def new_batches(config: TrainConfig, buffer: ReplayBuffer) -> Sampling:
         replay.batch_size,
         augment=None if replay.augment == "none" else replay.augment,
         pad=replay.pad,
+        dtype=getattr(torch, config.agent.encoder_dtype),
         memory_format=torch.channels_last,
     )
 
@@ -103,7 +111,7 @@ def load_prior(config: TrainConfig, action_dim: int, device: torch.device, model
             device=device,
             seed=config.seed,
             quantization=None if config.vlm.quantization == "auto" else config.vlm.quantization,
-            graph=config.vlm.graph,
+            graph=None if config.vlm.graph else False,
         )
     except (OSError, ValueError, RuntimeError, MemoryError):
         raise

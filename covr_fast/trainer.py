@@ -23,7 +23,14 @@ from .evaluate import Evaluation, Evaluations
 from .files import write_whole
 from .labeller import PriorLabeller
 from .logger import Clock, MeanMetrics, RunLogger
-from .parts import compute_device, load_prior, new_batches, new_buffer, replay_device
+from .parts import (
+    compute_device,
+    load_prior,
+    new_batches,
+    new_buffer,
+    replay_device,
+    use_tensor_cores,
+)
 from .report import plot_curves
 from .resume import open_resumed
 from .rounds import Rounds, vlm_images
@@ -74,6 +81,7 @@ class Trainer:
     def _build(self, saved: Checkpoint | None) -> None:
         config = self.config
         self.device = compute_device(config.device)
+        use_tensor_cores(self.device)
         # The simulator keeps a core for itself: two thread pools on the same cores slow each other down.
         self.threads = config.threads or max(1, (os.cpu_count() or 2) - config.env.num_threads)
         # Before anything is computed: the order of sums, and so even the initial weights, depends on it.

@@ -63,7 +63,11 @@ def stages(device: str, capability: str, report: Path) -> list[Stage]:
         Stage("build", [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], 25, 150, "", build),
         Stage("smoke", script("gpu/smoke.py", "--device", "cuda"), 20, 90),
         gather("needs_cuda", 16, 60),
-        Stage("update", script("bench_update.py", *update, "--kinds", "eager", "graph"), 25, 90, "--json"),
+        Stage(
+            "update",
+            script("bench_update.py", *update, "--kinds", "eager", "graph", "bfloat16 graph"),
+            30, 90, "--json",
+        ),
         *operations("needs_cuda"),
         Stage(
             "prior",

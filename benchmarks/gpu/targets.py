@@ -89,7 +89,15 @@ TARGETS = [
     ),
     Target("update", "update as one graph", rate("graph", "update, "), 1500, True, "/s"),
     Target(
+        "update", "update as one graph, bfloat16 convolutions",
+        rate("bfloat16 graph", "update, "), 1500, True, "/s",
+    ),
+    Target(
         "update", "sample + update as one graph", rate("one graph", "sample + update"), 1500, True, "/s"
+    ),
+    Target(
+        "update", "sample + update as one graph, bfloat16 convolutions",
+        rate("one graph, bfloat16", "sample + update"), 1500, True, "/s",
     ),
     Target("filter", "1e6 returns", on_device("1000000"), 30e-6, False, "us"),
     Target("returns", "1e8 steps, of copy bandwidth", share_of_limit("1000000-100"), 0.5, True, "%"),

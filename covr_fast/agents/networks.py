@@ -34,15 +34,22 @@ def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 
 
 class Encoder(nn.Module):
-    """Pixels [B, C, H, W] in [0, 1] -> latent [B, latent_dim] in (-1, 1).
+    """Pixels [B, C, H, W] in [0, 1], of any floating dtype -> latent float32[B, latent_dim] in (-1, 1).
 
-    The first convolution is 5x5, the others 3x3.
+    The first convolution is 5x5, the others 3x3. They compute in `dtype` (their weights are float32 all the
+    same); what follows, in float32.
     """
 
     def __init__(
-        self, obs_shape: tuple[int, ...], channels: tuple[int, ...], strides: tuple[int, ...], latent: int
+        self,
+        obs_shape: tuple[int, ...],
+        channels: tuple[int, ...],
+        strides: tuple[int, ...],
+        latent: int,
+        dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
+        self.dtype = dtype
         if len(channels) != len(strides):
             raise UserError(
                 f"agent.channels={channels} and agent.strides={strides} must have the same length"
@@ -69,8 +76,10 @@ class Encoder(nn.Module):
         self.convolutions.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, pixels: Tensor) -> Tensor:
-        x = self.convolutions(pixels.contiguous(memory_format=torch.channels_last))
-        return torch.tanh(self.norm(self.project(x.flatten(1))))
+        pixels = pixels.to(self.dtype, memory_format=torch.channels_last)
+        with torch.autocast(pixels.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            x = self.convolutions(pixels)
+        return torch.tanh(self.norm(self.project(x.flatten(1).float())))
 
 
 class ActorSample(NamedTuple):

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,8 @@ class SACConfig:
     """Learning rate of the temperature (Adam on its logarithm)."""
     init_alpha: float = 0.1
     """Temperature at the start; later it adapts to the target entropy."""
+    encoder_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the convolutions compute in, most of an update's arithmetic. bfloat16 is for GPUs."""
     target_entropy: float | None = None
     """Entropy that the temperature adapts to, in nats. None: minus the number of action dimensions."""
     tau: float = 0.01
@@ -43,9 +45,9 @@ class SACConfig:
     """lambda of Eq. 4 (the paper: 2.0 on CARLA, 1.0 on DMControl)."""
     reward_scale: float = 1.0
     """Factor on rewards inside the Bellman target; reported returns are never scaled."""
-    graph: bool = False
-    """On a GPU, launch the whole update as one CUDA graph. Off because it has not run on one yet
-    (benchmarks/GPU.md). A CPU ignores it."""
+    graph: bool = True
+    """On a GPU, launch the whole update as one CUDA graph, sampling included (3.2 times as fast as kernel by
+    kernel: benchmarks/GPU.md). Then all batches must have one size. A CPU ignores it."""
     compile: bool = False
     """Compile losses and gradients with torch.compile, which delays the first updates. Off because it gains
     nothing on a CPU (docs/carracing.md) and has not run on a GPU. With `graph`, the graph records the
@@ -74,7 +76,9 @@ class SAC:
         self.generator = torch.Generator(self.device).manual_seed(seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.encoder = Encoder(obs_shape, c.channels, c.strides, c.latent).to(self.device)
+            self.encoder = Encoder(
+                obs_shape, c.channels, c.strides, c.latent, getattr(torch, c.encoder_dtype)
+            ).to(self.device)
             self.actor = Actor(c.latent, c.hidden, self.action_dim).to(self.device)
             self.critic = TwinQ(c.latent, c.hidden, self.action_dim).to(self.device)
         self.critic_target = deepcopy(self.critic).requires_grad_(False)

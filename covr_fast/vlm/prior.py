@@ -93,7 +93,7 @@ class ActionPrior:
         device: str | torch.device | None = None,
         seed: int = 0,
         quantization: Any = None,
-        graph: bool = False,
+        graph: bool | None = None,
     ) -> "ActionPrior":
         """Opens a VLM as an action prior.
 
@@ -111,7 +111,8 @@ class ActionPrior:
                 frozen base of LoRA; "none" does not; a `transformers.BitsAndBytesConfig` sets details. None:
                 that of a saved adapter's base, else that of the checkpoint.
             graph: on CUDA, replay the decode as CUDA graphs (`decode.graph.GraphedDecoder`) instead of
-                launching it kernel by kernel. Not for quantized models.
+                launching it kernel by kernel. None does so unless layers are quantized, which cannot be
+                recorded.
 
         Raises:
             FileNotFoundError: the model's directory, or that of an adapter's base, does not exist.
@@ -149,7 +150,7 @@ class ActionPrior:
                 dtype=str(backbone.dtype).removeprefix("torch."),
                 quantization=asked,
             )
-            return cls(backbone, settings, graph=graph)
+            return cls(backbone, settings, graph=not backbone.quantized if graph is None else graph)
 
     @property
     def device(self) -> torch.device:

@@ -141,6 +141,24 @@ def test_frames_too_small_for_the_network():
         SAC((3, 8, 8), (2,), SACConfig(channels=(8, 8, 8), strides=(2, 2, 2)))
 
 
+def test_convolutions_in_bfloat16_give_nearly_the_same_update():
+    """Only they: latents, losses and all weights are float32, and frames may come in either dtype."""
+    exact, rounded = (
+        SAC(SHAPE, (2,), replace(SMALL, encoder_dtype=dtype), seed=0) for dtype in ("float32", "bfloat16")
+    )
+    batch, half = make_batch(), make_batch()
+    half.obs, half.next_obs = half.obs.bfloat16(), half.next_obs.bfloat16()
+    latent, latent_half = exact.encoder(batch.obs), rounded.encoder(half.obs)
+    assert latent_half.dtype == torch.float32
+    assert 0 < (latent - latent_half).abs().max() < 0.05
+    one, other = exact.update(batch, guide=True), rounded.update(half, guide=True)
+    for name in ("critic_loss", "actor_loss", "entropy"):
+        assert other[name].item() == pytest.approx(one[name].item(), rel=0.05, abs=0.02), name
+    assert all(weight.dtype == torch.float32 for weight in rounded.encoder.parameters())
+    gradient, rounded_gradient = (a.encoder.convolutions[0].weight.grad for a in (exact, rounded))
+    assert torch.cosine_similarity(gradient.flatten(), rounded_gradient.flatten(), dim=0) > 0.98
+
+
 def test_learns_a_task_that_needs_its_eyes():
     """Pointing at a bright column: whoever is blind gets 0.5 a step at best, on average.
 

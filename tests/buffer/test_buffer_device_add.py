@@ -218,7 +218,6 @@ def test_a_simulator_may_overwrite_its_frames_after_add():
     assert torch.equal(twins.on_cpu.observations(expected), twins.on_gpu.observations(expected).cpu())
 
 
-@pytest.mark.skipif(not hasattr(torch._C, "_cuda_set_sync_debug_mode"), reason="needs torch for CUDA")
 def test_adding_does_not_wait_for_the_device():
     images = Images()
     twins = Twins(**images.options)

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <exception>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -64,6 +65,7 @@ class Device {
   std::mutex mutex;  // one kernel at a time, whatever the streams
   uint64_t seed, random_state;
   uint64_t blocks_begun = 0;
+  std::map<std::string, int64_t> launches;  // by the kernel's name
 
   uint64_t random() {  // splitmix64
     uint64_t z = random_state += 0x9E3779B97F4A7C15u;
@@ -265,6 +267,8 @@ void run(const char* kernel, const Launch& launch, const std::function<void()>& 
   }
   Device& device = Device::get();
   std::lock_guard guard(device.mutex);
+  const std::string name(kernel);
+  ++device.launches[name.substr(0, name.find('<'))];
   device.run(kernel, launch, thread);
 }
 
@@ -298,3 +302,12 @@ int lane() { return Device::get().lane(); }
 uint64_t random_bits() { return Device::get().random(); }
 
 }  // namespace emulator
+
+// How many launches of this process were written `kernel<<<...>>>` or `kernel<T><<<...>>>` so far. For
+// ctypes.
+extern "C" __attribute__((visibility("default"))) int64_t emulator_launches(const char* kernel) {
+  emulator::Device& device = emulator::Device::get();
+  std::lock_guard guard(device.mutex);
+  const auto found = device.launches.find(kernel);
+  return found == device.launches.end() ? 0 : found->second;
+}

@@ -41,15 +41,15 @@ FAULTS = [
     Fault(
         "filter_reads_a_histogram_before_all_have_counted",
         "filter.cu",
-        "    __syncthreads();\n    narrow<kFewBits>",
-        "    narrow<kFewBits>",
+        "  __syncthreads();  // histogram and selection are complete\n",
+        "",
         ("tests/ops/test_filter.py", "-k", "test_cuda and ties"),
     ),
     Fault(
-        "filter_appends_before_the_block_knows_its_place",
+        "filter_appends_over_the_part_before",
         "filter.cu",
-        "compact(indices, w->count[blockIdx.x], values",
-        "compact(indices, blockIdx.x ? w->count[blockIdx.x - 1] : 0, values",
+        "block_exclusive_sum(threadIdx.x < part ?",
+        "block_exclusive_sum(threadIdx.x + 1 < part ?",
         ("tests/ops/test_filter.py", "-k", "test_cuda and large"),
     ),
     Fault(
@@ -69,8 +69,8 @@ FAULTS = [
     Fault(
         "sum_tree_writes_before_all_have_claimed",
         "sum_tree.cu",
-        "  if (active) update.claim(layout, i);\n  __syncthreads();\n",
-        "  if (active) update.claim(layout, i);\n",
+        "  entry.claim(update);\n  __syncthreads();\n",
+        "  entry.claim(update);\n",
         ("tests/ops/test_sum_tree.py", "-k", "cuda_draws"),
     ),
     Fault(
@@ -93,6 +93,48 @@ FAULTS = [
         "stack_slot(plans[row], frames.slots, stack - 1 - j)",
         "stack_slot(plans[row], frames.slots, stack - j)",
         ("tests/buffer/test_buffer.py", "-k", "other_types"),
+    ),
+    Fault(
+        "sample_counts_the_batch_before_all_have_its_number",
+        "sample.cu",
+        "__device__ void count_batch(Sequence* sequence) {\n  __syncthreads();\n",
+        "__device__ void count_batch(Sequence* sequence) {\n",
+        ("tests/buffer/test_buffer_device.py", "-k", "batches_are_those"),
+    ),
+    Fault(
+        "sample_plans_the_transition_after_the_last_step",
+        "sample.cu",
+        "tables.row(env, t + steps.steps - 1)",
+        "tables.row(env, t + steps.steps)",
+        ("tests/buffer/test_buffer_device.py", "-k", "batches_are_those"),
+    ),
+    Fault(
+        "priorities_are_compared_before_all_are_known",
+        "priorities.cu",
+        "    __syncthreads();\n    if (threadIdx.x < distance)",
+        "    if (threadIdx.x < distance)",
+        ("tests/buffer/test_buffer_device.py", "-k", "batches_are_those and prioritized"),
+    ),
+    Fault(
+        "priorities_of_the_latest_transition_that_is_gone_stay",
+        "priorities.cu",
+        "t < change.gone_end",
+        "t + 1 < change.gone_end",
+        ("tests/buffer/test_buffer_device.py", "-k", "batches_are_those and prioritized"),
+    ),
+    Fault(
+        "add_knows_what_was_found_before_all_have_looked",
+        "add.cu",
+        "  if (own) atomicOr(&any, 1u);\n  __syncthreads();\n",
+        "  if (own) atomicOr(&any, 1u);\n",
+        ("tests/buffer/test_buffer_device_add.py", "-k", "no_number"),
+    ),
+    Fault(
+        "add_skips_the_bytes_after_whole_vectors",
+        "add.cu",
+        "for (int32_t i = vectors * kVector + start; i < bytes; i += step) to[i]",
+        "for (int32_t i = vectors * kVector + step + start; i < bytes; i += step) to[i]",
+        ("tests/buffer/test_buffer_device_add.py", "-k", "images_are_stored"),
     ),
 ]
 

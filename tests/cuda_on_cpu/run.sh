@@ -13,4 +13,6 @@ operations=(tests/ops --ignore=tests/ops/test_loss.py -k "not -4000-")
 COVR_CUDA_ON_CPU_SEED=1 check "${operations[@]}" # with 132 multiprocessors
 COVR_CUDA_ON_CPU_SEED=2 check "${operations[@]}" # with one
 COVR_CUDA_ON_CPU_SEED=1 check tests/buffer
+mapfile -t others < <(grep -rl --include='test_*.py' needs_cuda tests | grep -v '^tests/\(ops\|buffer\|cuda_on_cpu\)/')
+COVR_CUDA_ON_CPU_SEED=2 check "${others[@]}" # and in any new file
 "$python" -m pytest -q tests/cuda_on_cpu

@@ -102,6 +102,16 @@ class CUDAGraph:
         pytest.skip("a CUDA graph cannot be tried without a GPU")
 
 
+_module_to = torch.nn.Module.to
+
+
+def _to(module: torch.nn.Module, *arguments: Any, **keywords: Any) -> torch.nn.Module:
+    device, *_ = torch._C._nn._parse_to(*arguments, **keywords)
+    if device is not None and device.type == "cuda":
+        pytest.skip("a network cannot be tried on a GPU that is not there")
+    return _module_to(module, *arguments, **keywords)
+
+
 def _sleep(cycles: int) -> None:
     pytest.skip("work that comes late cannot be tried without a GPU")
 
@@ -122,6 +132,8 @@ def install() -> None:
         "set_sync_debug_mode": _set_sync_debug_mode,
         "get_sync_debug_mode": lambda: _sync_debug_mode,
         "empty_cache": lambda: None,
+        "get_rng_state": lambda device=None: torch.get_rng_state(),  # of the generator that "cuda" draws from
+        "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
         "device": _Context,
         "Stream": Stream,
         "Event": Event,
@@ -133,5 +145,7 @@ def install() -> None:
     }
     for name, value in stand_ins.items():
         setattr(torch.cuda, name, value)
+    torch._C._cuda_getCurrentRawStream = lambda device: 0  # bitsandbytes asks for it where there is a device
+    torch.nn.Module.to = _to  # type: ignore[method-assign,assignment]
     torch.Generator = Generator  # type: ignore[misc]
     torch.Tensor.cuda = lambda self, device=None, non_blocking=False, **_: self.to("cuda")  # type: ignore[method-assign]
