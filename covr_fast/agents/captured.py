@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakMethod
 
 from torch import Tensor
 
@@ -29,11 +30,12 @@ class CapturedUpdate:
     What waits for what: each call is a turn of `graphs` on the caller's current stream. Weights are changed
     in place, so an eager call on that stream (acting, evaluating) sees them as the last update left them.
 
-    `update` changes weights and optimizer state in place; `graphs` has the generators that it draws from.
+    `update`, a bound method whose object this does not keep, changes weights and optimizer state in place;
+    `graphs` has the generators that it draws from.
     """
 
     def __init__(self, update: Update, graphs: CudaGraphs) -> None:
-        self._update = update
+        self._update = _weakly(update)
         self._graphs = graphs
         self._captured: dict[tuple[bool, BatchSource | None], Captured] = {}
 
@@ -68,6 +70,13 @@ class CapturedUpdate:
         """Drops the graphs, for when tensors that they change in place (an optimizer's state) were
         replaced."""
         self._captured.clear()
+
+
+def _weakly(method: Update) -> Update:
+    """The method, which does not keep its object: an agent refers to its graphs, and in a cycle the memory of
+    both would wait for the garbage collector."""
+    reference: Callable[[], Any] = WeakMethod(method)
+    return lambda batch, guide: reference()(batch, guide)
 
 
 def _inputs(batch: Batch[Tensor], guide: bool) -> dict[str, Tensor]:

@@ -1,5 +1,7 @@
 """The captured update equals the eager one: its bookkeeping anywhere, the graph itself on a GPU."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -139,6 +141,19 @@ def test_drawing_from_an_empty_buffer_is_an_error_and_changes_nothing():
     with pytest.raises(IndexError, match="nothing to sample"):
         agent.update_from(buffer.sampling(4), guide=False)
     assert_same(agent, other)
+
+
+def test_an_agent_and_its_graphs_are_freed_without_the_garbage_collector():
+    for agent in captured_agent(), captured_agent():  # the first update of a process makes garbage of torch's
+        for step in range(6):
+            agent.update(make_batch(step), guide=False)
+    gone = weakref.ref(agent.encoder)
+    gc.disable()
+    try:
+        del agent
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 READS = {
