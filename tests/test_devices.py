@@ -7,6 +7,7 @@ import torch
 from small_runs import small_config
 
 from covr_fast import _C, parts
+from covr_fast.buffer.arguments import device_priorities
 from covr_fast.cuda_graph import CudaGraphs
 from covr_fast.errors import UserError
 from covr_fast.ops import _backend, _logit_rows
@@ -139,6 +140,18 @@ def test_tensors_of_one_call_on_two_gpus_are_refused():
     request.add_key(target, on_gpu(1, 2), on_gpu(1, 2))
     with pytest.raises(TypeError, match="next_obs is on cuda:0, but obs is on cuda:1: move one of them"):
         request.add_key(target, on_gpu(1, 2), on_gpu(0, 2))
+
+
+@pytest.mark.parametrize("wrong", ["index", "priority"])
+def test_priorities_on_another_gpu_than_the_buffer_are_refused(wrong):
+    given = {"index": torch.zeros(2, dtype=torch.int64), "priority": torch.ones(2)} | {wrong: on_gpu(1, 2)}
+    if wrong == "priority":
+        given["index"] = on_gpu(0, 2).long()
+        given["index"].number = 0
+    with pytest.raises(
+        ValueError, match=rf"{wrong} is on cuda:1, the buffer on cuda:0: pass {wrong}\.to\('cuda:0'"
+    ):
+        device_priorities(**given, device=FIRST)
 
 
 @pytest.mark.needs_cuda

@@ -140,7 +140,8 @@ class SAC:
         host waits for nothing; see CapturedUpdate.
 
         Args:
-            source: from `ReplayBuffer.sampling`, with batches as `update` takes them.
+            source: from `ReplayBuffer.sampling`, with batches as `update` takes them. Make it once: each has
+                graphs of its own, which keep it, and its buffer, as long as they are not dropped.
 
         Raises:
             IndexError: nothing can be sampled yet.

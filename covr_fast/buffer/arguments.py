@@ -5,7 +5,7 @@ they are rounded to the column's precision. NaN is always an error; infinity is 
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from .. import _C
+from ..streams import send
 from .options import ColumnSpec, KeySpec, Options, Shape, Spec
 
 
@@ -125,16 +126,18 @@ def priorities(index: Rows, priority: Rows) -> tuple[np.ndarray, np.ndarray]:
     return at, _priority_values(priority, len(at), index)
 
 
-def device_priorities(index: Rows, priority: Rows, send: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """(int64 [n], float32 [n]) on a device, to which `send` takes tensors of the CPU. Of tensors that are
-    there already only the form is checked: their values would have to be waited for."""
+def device_priorities(index: Rows, priority: Rows, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(int64 [n], float32 [n]) on a GPU. Of tensors that are there already only the form is checked: their
+    values would have to be waited for."""
     if isinstance(index, Tensor) and index.is_cuda:
+        check_gpu(index, device, "index")
         if index.dtype != torch.int64:
             raise ValueError(f"index has dtype {index.dtype}: it must be int64, as in a batch")
         at = index.detach().reshape(-1).contiguous()
     else:
-        at = send(ids(index))
+        at = send(ids(index), device)
     if isinstance(priority, Tensor) and priority.is_cuda:
+        check_gpu(priority, device, "priority")
         values = priority.detach()
         if not (values.is_floating_point() or values.dtype in _INTEGERS):
             raise ValueError(f"priority has dtype {values.dtype}: it must be floating")
@@ -149,7 +152,15 @@ def device_priorities(index: Rows, priority: Rows, send: Callable[[Tensor], Tens
             f"priority[{first}] is {array[first]}: priority must be finite and not negative: pass absolute "
             "TD errors"
         )
-    return at, send(torch.from_numpy(rounded))
+    return at, send(torch.from_numpy(rounded), device)
+
+
+def check_gpu(given: Tensor, device: torch.device, what: str) -> None:
+    """Raises unless a tensor of a GPU is on this one."""
+    if given.device != device:
+        raise ValueError(
+            f"{what} is on {given.device}, the buffer on {device}: pass {what}.to({str(device)!r})"
+        )
 
 
 def _priority_values(priority: Rows, n: int, index: Rows) -> np.ndarray:

@@ -20,6 +20,7 @@ from .arguments import (
     as_column,
     by_column,
     by_key,
+    check_gpu,
     flags,
     imported,
     integers,
@@ -112,10 +113,7 @@ def _column(value: Rows, spec: Spec, what: str, device: torch.device) -> Tensor:
         else:
             on_host = integers(found, what) if spec is ID else as_column(found, spec, what)
         return send(torch.from_numpy(on_host), device)
-    if found.device != device:
-        raise ValueError(
-            f"{what} is on {found.device}, the buffer on {device}: pass {what}.to({str(device)!r})"
-        )
+    check_gpu(found, device, what)
     found = found.detach()
     if found.dtype != spec.dtype:
         found = _rounded(found, spec, what)

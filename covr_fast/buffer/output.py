@@ -201,7 +201,9 @@ class BatchWriter:
         )
 
     def check(self, out: Batch, n: int, spec: OutputSpec) -> None:
-        """Raises ValueError unless `allocate` could have made `out`."""
+        """Raises TypeError or ValueError unless `allocate` could have made `out`."""
+        if not isinstance(out, Batch):
+            raise TypeError(f"out is a {type(out).__name__}: it must be a batch that sample() returned")
         if (n, spec) not in self._asked:
             self._asked[n, spec] = _forms(self.allocate(n, spec))
         ours, asked = _forms(out), self._asked[n, spec]

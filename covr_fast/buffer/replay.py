@@ -310,7 +310,7 @@ class ReplayBuffer(StoredTransitions):
 
         Raises:
             IndexError: nothing can be sampled yet.
-            ValueError: `out` has another form; it is unchanged.
+            TypeError, ValueError: `out` is no batch, or has another form; it is unchanged.
         """
         spec = self._batches.spec(augment, pad, dtype, memory_format)
         if out is not None:
@@ -410,7 +410,7 @@ class ReplayBuffer(StoredTransitions):
         if self._mirror is None:
             self._core.set_priorities(*priorities(index, priority))
             return
-        on_device = device_priorities(index, priority, self._mirror.send)
+        on_device = device_priorities(index, priority, self.device)
         with self._gather.reading():
             self._mirror.set_priorities(*on_device)
 

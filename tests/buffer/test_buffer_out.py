@@ -90,6 +90,12 @@ def test_another_form_is_refused_and_left_as_it_was(change, message):
     assert torch.equal(buffer.sample(5).index, other.sample(5).index)  # it did not count
 
 
+def test_what_is_no_batch_is_refused():
+    buffer = filled()
+    with pytest.raises(TypeError, match="out is a dict: it must be a batch that sample"):
+        buffer.sample(5, out={"obs": torch.zeros(5, 6, 10, 12)})
+
+
 def test_another_size_is_refused():
     buffer = filled()
     with pytest.raises(ValueError, match=r"out.obs is float32\[5, 6, 10, 12\].*it must be float32\[4, 6"):
