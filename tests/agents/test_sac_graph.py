@@ -1,7 +1,7 @@
 """The captured update equals the eager one: its bookkeeping anywhere, the graph itself on a GPU."""
 
-from dataclasses import gc
-import replace
+import gc
+from dataclasses import replace
 
 import pytest
 import torch
