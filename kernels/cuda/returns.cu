@@ -15,8 +15,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWidest = 32;              // columns of a tile: a row of floats is one 128-byte line
-constexpr int kSteps = 17;               // of a sub-chunk in shared memory; odd: threads hit different banks
-constexpr int kWideSteps = 32;           // of a sub-chunk in registers; its ends are the bits of a word
+constexpr int kSteps = 17;               // of a sub-chunk; odd, so that threads hit different banks
 constexpr int64_t kManyColumns = 65536;  // one thread per column fills the device
 
 template <typename T>
@@ -46,129 +45,71 @@ __device__ void suffix_scan(Affine<T>* maps, int parts, int width) {
 }
 
 struct Tiling {
-  bool wide;
   int width, parts;  // columns of a tile, sub-chunks of a chunk
   int64_t steps;     // of a chunk
-  int64_t chunks, column_tiles;
+  int64_t chunks;
 
   Tiling(int64_t total_steps, int64_t columns)
-      : wide(columns >= kWidest),
-        width(static_cast<int>(std::clamp<int64_t>(columns, 1, kWidest))),
+      : width(static_cast<int>(std::clamp<int64_t>(columns, 1, kWidest))),
         parts(kThreads / width),
-        steps(static_cast<int64_t>(parts) * (wide ? kWideSteps : kSteps)),
-        chunks(ceil_div(total_steps, steps)),
-        column_tiles(ceil_div(columns, width)) {}
+        steps(static_cast<int64_t>(parts) * kSteps),
+        chunks(ceil_div(total_steps, steps)) {}
 };
 
-// The sub-chunk of a thread in a tile of kWidest columns. A warp reads and writes a row at once.
-template <typename T>
-struct WideSteps {
-  T value[kWideSteps];
-  uint32_t ended = 0;
-  int count;
-  int64_t first, stride;  // elements
-
-  __device__ WideSteps(const T* __restrict__ rewards, const uint8_t* __restrict__ ends, int64_t total_steps,
-                       int64_t columns, const Tiling& tiling) {
-    const int64_t column = blockIdx.x % tiling.column_tiles * kWidest + threadIdx.x % kWidest;
-    const int64_t begin =
-        blockIdx.x / tiling.column_tiles * tiling.steps + threadIdx.x / kWidest * kWideSteps;
-    count = column < columns
-                ? static_cast<int>(max(int64_t{0}, min(int64_t{kWideSteps}, total_steps - begin)))
-                : 0;
-    first = begin * columns + column;
-    stride = columns;
-#pragma unroll
-    for (int t = 0; t < kWideSteps; ++t) {
-      if (t >= count) continue;
-      value[t] = rewards[first + t * stride];
-      ended |= static_cast<uint32_t>(ends[first + t * stride]) << t;
-    }
-  }
-  // step(value, ended) for every step, latest first.
-  template <typename Step>
-  __device__ void backward(const Step& step) {
-#pragma unroll
-    for (int t = kWideSteps - 1; t >= 0; --t)
-      if (t < count) step(value[t], (ended >> t & 1) != 0);
-  }
-  __device__ void write(T* __restrict__ out) const {
-#pragma unroll
-    for (int t = 0; t < kWideSteps; ++t)
-      if (t < count) out[first + t * stride] = value[t];
-  }
-};
-
-// The same in a tile of all the columns, which are fewer: rows are read one after the other into shared
-// memory.
-template <typename T>
-struct NarrowSteps {
-  T* tile;  // [steps, width]
-  uint8_t* ended;
-  int begin, end;  // of this thread, in steps of the tile
-  int width, column, row, rows, steps;
-  int64_t first;
-
-  __device__ NarrowSteps(const T* __restrict__ rewards, const uint8_t* __restrict__ ends, int64_t total_steps,
-                         int64_t columns, const Tiling& tiling) {
-    __shared__ T shared_tile[kThreads * kSteps];
-    __shared__ uint8_t shared_ended[kThreads * kSteps];
-    tile = shared_tile;
-    ended = shared_ended;
-    width = tiling.width;
-    row = threadIdx.x / width;
-    column = threadIdx.x % width;
-    rows = tiling.parts;
-    const int64_t first_step = blockIdx.x * tiling.steps;
-    steps = static_cast<int>(min(tiling.steps, total_steps - first_step));
-    first = first_step * columns;
-    for (int t = row; t < steps && row < rows; t += rows) {
-      tile[t * width + column] = rewards[first + t * width + column];
-      ended[t * width + column] = ends[first + t * width + column];
-    }
-    __syncthreads();
-    begin = row * kSteps;
-    end = row < rows ? min(begin + kSteps, steps) : 0;
-  }
-  template <typename Step>
-  __device__ void backward(const Step& step) {
-    for (int t = end - 1; t >= begin; --t) step(tile[t * width + column], ended[t * width + column] != 0);
-  }
-  __device__ void write(T* __restrict__ out) const {
-    __syncthreads();
-    for (int t = row; t < steps && row < rows; t += rows)
-      out[first + t * width + column] = tile[t * width + column];
-  }
-};
-
-// One chunk of a tile's columns. With kWrite it knows the return after the chunk and writes all of them,
+// One chunk of `width` columns. With kWrite it knows the return after the chunk and writes all of them,
 // else it only writes the chunk's map.
-template <typename T, typename Steps, bool kWrite>
+template <typename T, bool kWrite>
 __global__ void __launch_bounds__(kThreads)
     chunk_kernel(T* __restrict__ out, const T* __restrict__ rewards, const uint8_t* __restrict__ ends,
                  int64_t total_steps, int64_t columns, Tiling tiling, T gamma, Affine<T>* summaries,
                  const T* after) {
+  __shared__ T tile[kThreads * kSteps];
+  __shared__ uint8_t ended[kThreads * kSteps];
   __shared__ Affine<T> maps[kThreads];
-  Steps steps(rewards, ends, total_steps, columns, tiling);
+  const int64_t chunk = blockIdx.x, first_step = chunk * tiling.steps;
+  const int64_t first_column = static_cast<int64_t>(blockIdx.y) * tiling.width;
+  const int width = static_cast<int>(min(static_cast<int64_t>(tiling.width), columns - first_column));
+  const int steps = static_cast<int>(min(tiling.steps, total_steps - first_step));
+
+  // The last tile may be narrower: threads beyond its columns carry identity maps of a column that is not
+  // there.
+  const int part = threadIdx.x / tiling.width, column = threadIdx.x % tiling.width;
+  const bool active = part < tiling.parts && column < width;
+
+  // Rows are read and written one after the other, each by threads that lie side by side.
+  const int64_t origin = first_step * columns + first_column + column;
+  for (int t = part; t < steps && active; t += tiling.parts) {
+    tile[t * width + column] = rewards[origin + t * columns];
+    ended[t * width + column] = ends[origin + t * columns];
+  }
+  __syncthreads();
+
+  const int begin = part * kSteps, end = active ? min(begin + kSteps, steps) : 0;
   Affine<T> map;
-  steps.backward([&](T reward, bool end) {
-    map.b = return_step(reward, end, gamma, map.b);
-    map.a = end ? T(0) : map.a * gamma;
-  });
+  for (int t = end - 1; t >= begin; --t) {
+    const int i = t * width + column;
+    map.b = return_step(tile[i], ended[i], gamma, map.b);
+    map.a = ended[i] ? T(0) : map.a * gamma;
+  }
   maps[threadIdx.x] = map;
   suffix_scan(maps, tiling.parts, tiling.width);
 
-  const int part = threadIdx.x / tiling.width;
-  const int64_t column = blockIdx.x % tiling.column_tiles * tiling.width + threadIdx.x % tiling.width;
-  const int64_t summary = blockIdx.x / tiling.column_tiles * columns + column;
+  const int64_t summary = chunk * columns + first_column + column;
   if constexpr (!kWrite) {
-    if (part == 0 && column < columns) summaries[summary] = maps[threadIdx.x];
-  } else {
-    T next = after && column < columns ? after[summary] : T(0);
-    if (part + 1 < tiling.parts) next = maps[threadIdx.x + tiling.width](next);
-    steps.backward([&](T& value, bool end) { value = next = return_step(value, end, gamma, next); });
-    steps.write(out);
+    if (active && part == 0) summaries[summary] = maps[threadIdx.x];
+    return;
   }
+  if (active) {
+    T next = after ? after[summary] : T(0);
+    if (part + 1 < tiling.parts) next = maps[threadIdx.x + tiling.width](next);
+    for (int t = end - 1; t >= begin; --t) {
+      const int i = t * width + column;
+      tile[i] = next = return_step(tile[i], ended[i], gamma, next);
+    }
+  }
+  __syncthreads();
+  for (int t = part; t < steps && active; t += tiling.parts)
+    out[origin + t * columns] = tile[t * width + column];
 }
 
 // One block per column: from the chunks' maps to the return that follows each chunk.
@@ -224,23 +165,6 @@ __global__ void __launch_bounds__(kThreads)
   out[first * columns + column] = static_cast<T>(sum);
 }
 
-template <typename T, typename Steps>
-void scan_tiles(T* out, const T* rewards, const uint8_t* ends, int64_t steps, int64_t columns,
-                const Tiling& tiling, T gamma, T* workspace, cudaStream_t stream) {
-  const auto blocks = static_cast<unsigned>(tiling.chunks * tiling.column_tiles);
-  T* after = nullptr;
-  if (tiling.chunks > 1) {
-    auto* summaries = reinterpret_cast<Affine<T>*>(workspace);
-    after = reinterpret_cast<T*>(summaries + tiling.chunks * columns);
-    chunk_kernel<T, Steps, false><<<blocks, kThreads, 0, stream>>>(out, rewards, ends, steps, columns, tiling,
-                                                                   gamma, summaries, nullptr);
-    carry_kernel<<<static_cast<unsigned>(columns), kThreads, 0, stream>>>(after, summaries, tiling.chunks,
-                                                                          columns);
-  }
-  chunk_kernel<T, Steps, true>
-      <<<blocks, kThreads, 0, stream>>>(out, rewards, ends, steps, columns, tiling, gamma, nullptr, after);
-}
-
 template <typename T>
 void scan(T* out, const T* rewards, const uint8_t* ends, int64_t steps, int64_t columns, T gamma,
           T* workspace, cudaStream_t stream) {
@@ -250,10 +174,19 @@ void scan(T* out, const T* rewards, const uint8_t* ends, int64_t steps, int64_t 
     return check(cudaGetLastError(), "discounted_returns");
   }
   const Tiling tiling(steps, columns);
-  if (tiling.wide)
-    scan_tiles<T, WideSteps<T>>(out, rewards, ends, steps, columns, tiling, gamma, workspace, stream);
-  else
-    scan_tiles<T, NarrowSteps<T>>(out, rewards, ends, steps, columns, tiling, gamma, workspace, stream);
+  const dim3 grid(static_cast<unsigned>(tiling.chunks),
+                  static_cast<unsigned>(ceil_div(columns, tiling.width)));
+  T* after = nullptr;
+  if (tiling.chunks > 1) {
+    auto* summaries = reinterpret_cast<Affine<T>*>(workspace);
+    after = reinterpret_cast<T*>(summaries + tiling.chunks * columns);
+    chunk_kernel<T, false><<<grid, kThreads, 0, stream>>>(out, rewards, ends, steps, columns, tiling, gamma,
+                                                          summaries, nullptr);
+    carry_kernel<<<static_cast<unsigned>(columns), kThreads, 0, stream>>>(after, summaries, tiling.chunks,
+                                                                          columns);
+  }
+  chunk_kernel<T, true>
+      <<<grid, kThreads, 0, stream>>>(out, rewards, ends, steps, columns, tiling, gamma, nullptr, after);
   check(cudaGetLastError(), "discounted_returns");
 }
 

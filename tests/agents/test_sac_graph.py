@@ -291,6 +291,7 @@ def test_cuda_sampling_and_updating_in_one_graph_neither_synchronises_nor_alloca
     source = small_buffer(sampler, device="cuda").sampling(8, augment="shift")
     for step in range(16):
         agent.update_from(source, guide=step >= 8)
+    gc.collect()  # or what earlier tests left would be freed meanwhile
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats()
     torch.cuda.set_sync_debug_mode("error")
