@@ -25,7 +25,10 @@ SMALL = " and ".join(
         "(not test_batches_equal or shift-device)",
     ]
 )
-SMALL_TESTS = ["tests/ops", "tests/buffer/test_buffer_cuda.py"]
+SMALL_TESTS = [
+    "tests/ops",
+    *(f"tests/buffer/test_buffer_{part}.py" for part in ("cuda", "device", "device_add")),
+]
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,8 @@ def stages(device: str, capability: str, report: Path) -> list[Stage]:
         ),
         Stage("train", script("gpu/train.py", "--device", "cuda", "--seconds", "120"), 130, 180, "--json"),
         tests(needing_cuda(), report, 75, 150),
-        sanitizer("memcheck", 40, 150),
-        sanitizer("racecheck", 75, 150),
+        sanitizer("memcheck", 90, 180),
+        sanitizer("racecheck", 110, 180),
         Stage(
             "compiled",
             script("bench_update.py", *update, "--kinds", "eager", "compile", "compile + graph"),
