@@ -276,9 +276,10 @@ void run(const char* kernel, const Launch& launch, const std::function<void()>& 
 // whose end is that of an allocation.
 SharedVariable::SharedVariable(size_t bytes, size_t alignment) : bytes(bytes) {
   const size_t offset = alignment < 128 ? alignment : 0;
-  void* memory;
-  if (posix_memalign(&memory, 128, offset + bytes) != 0) throw std::bad_alloc();
-  data = static_cast<char*>(memory) + offset;
+  void* allocated;
+  if (posix_memalign(&allocated, 128, offset + bytes) != 0) throw std::bad_alloc();
+  memory.reset(allocated);
+  data = static_cast<char*>(allocated) + offset;
 }
 
 void* SharedVariable::of_this_block() {

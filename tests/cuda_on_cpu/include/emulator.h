@@ -11,8 +11,10 @@
 #include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <source_location>
 #include <tuple>
 #include <type_traits>
@@ -65,6 +67,7 @@ struct SharedVariable {
   void* of_this_block();
 
   size_t bytes;
+  std::unique_ptr<void, void (*)(void*)> memory{nullptr, std::free};
   char* data;
   uint64_t block = 0;  // for which it was filled
 };
@@ -75,7 +78,7 @@ template <typename T, size_t kAlignment = alignof(T), typename Place>
 T& shared(Place) {
   // One for each place in the source and each instantiation of a template: the closure's type tells them
   // apart.
-  static SharedVariable variable(sizeof(T), kAlignment > alignof(T) ? kAlignment : alignof(T));
+  static auto& variable = *new SharedVariable(sizeof(T), kAlignment > alignof(T) ? kAlignment : alignof(T));
   return *static_cast<T*>(variable.of_this_block());
 }
 
