@@ -328,8 +328,7 @@ class ReplayBuffer(StoredTransitions):
     ) -> Sampling:
         """`sample` with its arguments settled, for whoever draws batches itself: `SAC.update_from` records
         sampling and update as one CUDA graph. Arguments as in `sample`."""
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
+        _check_batch_size(batch_size)
         spec = self._batches.spec(augment, pad, dtype, memory_format)
         return Sampling(
             self._batches,
@@ -356,8 +355,7 @@ class ReplayBuffer(StoredTransitions):
         Arguments as in `sample`. What is added, and priorities that change, are seen one batch later; see
         `Prefetch`. End it with `close()` or `with`.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
+        _check_batch_size(batch_size)
         if self.device.type != "cpu":
             raise ValueError(
                 f"prefetch() is for device='cpu': what sample() starts on {self.device} runs in the "
@@ -368,8 +366,7 @@ class ReplayBuffer(StoredTransitions):
 
     def _sample(self, batch_size: int, spec: OutputSpec, number: int, out: Batch | None = None) -> Batch:
         """Batch `number` of the sequence that the seed determines."""
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
+        _check_batch_size(batch_size)
         batch = self._batches.allocate(batch_size, spec) if out is None else out
         return self._batches.batch(batch, partial(self._draws.draw, number), self.n_step, spec)
 
@@ -544,3 +541,8 @@ class ReplayBuffer(StoredTransitions):
         made = self.from_state_dict({**state, "tensors": tensors}, device=device, storage=storage)
         self.__dict__.update(made.__dict__)
         self._draws.process = state["drawn_in"]
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}: it must be at least 1")

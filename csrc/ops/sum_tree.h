@@ -71,41 +71,32 @@ COVR_HD int64_t choose_child_in_order(const T* entries, int64_t n, int64_t paren
   return last;
 }
 
-// The same without branches that depend on the target, for nodes with all their children. All of these are
-// read at once: a GPU waits for memory once per level.
+// The same without branches that depend on the target, for nodes with all their children.
 template <typename T>
 COVR_HD int64_t choose_child(const T* entries, int64_t n, int64_t parent, double& target) {
   const int64_t begin = parent * kFanOut;
   if (begin + kFanOut > n) return choose_child_in_order(entries, n, parent, target);
-  T all[kFanOut];
-#pragma unroll
-  for (int i = 0; i < kFanOut; ++i) all[i] = entries[begin + i];
   double before = 0, next = 0;
-  T group[kGroup];
-  for (int i = 0; i < kGroup; ++i) group[i] = all[i];
-  int child = 0;
-#pragma unroll
-  for (int g = 0; g + 1 < kGroups; ++g) {
-    next += sum_group(all + g * kGroup);
+  int64_t child = begin;
+  for (int group = 0; group + 1 < kGroups; ++group) {
+    next += sum_group(entries + begin + group * kGroup);
     const bool beyond = target >= next;
     before = beyond ? next : before;
     child += beyond ? kGroup : 0;
-    for (int i = 0; i < kGroup; ++i) group[i] = beyond ? all[(g + 1) * kGroup + i] : group[i];
   }
   const double in_group = target - before;
+  const T* group = entries + child;
   before = next = 0;
-  T entry = group[0];
   for (int i = 0; i + 1 < kGroup; ++i) {
     next += static_cast<double>(group[i]);
     const bool beyond = in_group >= next;
     before = beyond ? next : before;
-    entry = beyond ? group[i + 1] : entry;
     child += beyond ? 1 : 0;
   }
-  const double rest = in_group - before;
-  if (!(rest < static_cast<double>(entry))) return choose_child_in_order(entries, n, parent, target);
+  const double rest = in_group - before, entry = static_cast<double>(entries[child]);
+  if (!(rest < entry)) return choose_child_in_order(entries, n, parent, target);
   target = rest;
-  return begin + child;
+  return child;
 }
 
 COVR_HD int64_t descend(const float* leaves, const double* sums, const SumTreeLayout& layout, double target) {
