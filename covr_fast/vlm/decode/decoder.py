@@ -125,7 +125,7 @@ class Decoder:
         weights, batch = self._weights, len(image.tokens)
         cache.length = self._prefix.length
         body = self._body.expand(batch, -1, -1)
-        hidden = self._transformer(body, self._attention, cache, image_at=self._image_at, image=image)
+        hidden = self._transformer(body, self._attention, cache, image_at=self._image_at, image=image)[:, -1]
         state = torch.zeros(batch, dtype=torch.int64, device=hidden.device)
         action = torch.zeros(batch, weights.grammar.action_dim, dtype=torch.float32, device=hidden.device)
         answer = [weights.opening.expand(batch, -1)]
@@ -139,7 +139,7 @@ class Decoder:
             answer.append(choice.tokens.index_select(0, chosen))
             if i + 1 < len(weights.choices):
                 embeddings = choice.embeddings.index_select(0, chosen)
-                hidden = self._transformer(embeddings, self._attention, cache)
+                hidden = self._transformer(embeddings, self._attention, cache)[:, -1]
         return action, torch.cat(answer, 1)
 
     def new_cache(self, batch: int) -> KeyValueCache:

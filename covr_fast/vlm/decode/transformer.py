@@ -94,22 +94,24 @@ class Transformer:
         *,
         image_at: Tensor | None = None,
         image: ImageFeatures | None = None,
+        outputs: int = 1,
     ) -> Tensor:
-        """Hidden states [B, D] at the last of n new positions, with embeddings `x` [B, n, D].
+        """Hidden states [B, outputs, D] at the last of n new positions, with embeddings `x` [B, n, D].
 
         The new positions follow those in `cache`, which grows by n. The last layer computes its output for
-        the last position only. `image` takes the places `image_at` int64[m]; without it `x` is overwritten.
+        the last `outputs` positions only. `image` takes the places `image_at` int64[m]; without it `x` is
+        overwritten.
         """
         past, count = cache.length, x.shape[1]
         cache.length += count
         if image_at is not None and image is not None:
             x = x.index_copy(1, image_at, image.tokens.to(x.dtype))
         for i, layer in enumerate(self._layers):
-            skip = count - 1 if i + 1 == len(self._layers) else 0
+            skip = count - outputs if i + 1 == len(self._layers) else 0
             x = layer(x, attention, cache.layers[i], past, skip)
             if image_at is not None and image is not None and i < len(image.deep):
                 x.index_add_(1, image_at, image.deep[i].to(x.dtype))
-        return self._norm(x[:, -1])
+        return self._norm(x[:, -outputs:])
 
 
 class Layer:
