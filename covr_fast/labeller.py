@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .buffer import ReplayBuffer
+from .staleness import oldest_guiding
 from .streams import follow, mark
 from .vlm import ActionPrior, PriorBatch
 
@@ -27,6 +28,8 @@ class PriorLabeller:
         max_batch: most images of one call.
         temperature: of sampling; 0 takes the most probable answer.
         generator: randomness of sampling; nothing else may use it at the same time.
+        max_staleness: an answer that is more versions older than the prior's weights when it arrives is
+            written, but does not guide. None: any guides.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class PriorLabeller:
         max_batch: int = 64,
         temperature: float = 0.0,
         generator: torch.Generator | None = None,
+        max_staleness: int | None = None,
     ) -> None:
         if max_batch < 1:
             raise ValueError(f"max_batch is {max_batch}: it must be at least 1")
@@ -47,6 +51,7 @@ class PriorLabeller:
         self._max_batch = max_batch
         self._temperature = temperature
         self._generator = generator
+        self._max_staleness = max_staleness
         self._wanted = 0  # labels of older versions of the weights are made again
         self._due: list[int] = []
         self._stale: list[int] = []
@@ -120,10 +125,11 @@ class PriorLabeller:
     def _write(self, ids: Tensor, answer: PriorBatch) -> int:
         answered = self._buffer.contains(ids)
         ids = self._stored(ids)
+        guides = answer.version >= oldest_guiding(self._prior.version, self._max_staleness)
         self._buffer.set_extras(
             ids,
             prior=answer.action[answered],
-            prior_mask=torch.ones_like(ids),
+            prior_mask=torch.full_like(ids, guides),
             prior_version=torch.full_like(ids, answer.version),
         )
         (self._labelled if answer.version >= self._wanted else self._stale).extend(ids.tolist())

@@ -38,6 +38,7 @@ from .run_folder import RunFolder
 from .saving import Counters, RunSaver, deferred_interrupts
 from .schedule import is_due
 from .seeds import training_seed
+from .staleness import age_figures, mask_older, oldest_guiding
 from .streams import Lane
 from .view import agent_obs_shape, agent_view, vlm_view
 from .vlm import VLMTuner
@@ -114,6 +115,7 @@ class Trainer:
                     lambda ids: vlm_images(config, self.buffer, ids),
                     temperature=config.vlm.temperature,
                     generator=self._prior_noise,
+                    max_staleness=config.vlm.max_staleness,
                 )
             self.rounds = Rounds(config, self.agent, self.buffer, self.tuner, self.labeller)
         self.collector = Collector(self.envs, self.buffer)
@@ -220,7 +222,10 @@ class Trainer:
             self._store(rows)
             self._act(rows.obs, rows.env_ids)
             self._update_policy()
+            version = self.prior.version
             self.rounds.advance(self.step, self._log)
+            if self.prior.version > version:
+                self._mask_old_priors()
             if is_due(self.config.log_every, before, self.step):
                 self._log_figures()
             if is_due(self.config.eval.every, before, self.step):
@@ -298,6 +303,15 @@ class Trainer:
                 self.buffer.update_priorities(batch.index, metrics["td_error"])
         return metrics
 
+    @property
+    def _oldest_guiding(self) -> int:
+        return oldest_guiding(self.prior.version, self.config.vlm.max_staleness)
+
+    def _mask_old_priors(self) -> None:
+        """Masks the priors that the newest weights have made too old (vlm.max_staleness)."""
+        mask_older(self.buffer, self._oldest_guiding)
+        self.collector.mask_older(self._oldest_guiding)
+
     # ---- figures -----------------------------------------------------------------------------------
 
     def _log_figures(self) -> None:
@@ -309,6 +323,7 @@ class Trainer:
             "updates": counters.updates,
             "steps_per_second": counters.step / self.clock.total,
             "guided": float(rounds.guiding),
+            **age_figures(self.buffer, self.prior.version, self._oldest_guiding),
         }
         if new := counters.returns[self._logged_returns :]:
             figures["episode_return"] = float(np.mean(new))
@@ -377,4 +392,5 @@ class Trainer:
                 f"{saved.folder / 'counters.pt'} does not fit this version of covr_fast "
                 f"({type(error).__name__}: {error})"
             ) from error
+        self._mask_old_priors()  # vlm.max_staleness may have changed
         self.buffer.cut()
