@@ -1,6 +1,7 @@
 """How the agent teaches the VLM: EDDF selects samples, the tuner trains on them, publish hands the weights
 over (Xia et al. 2026, "RL-tuned VLM")."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +51,9 @@ class Rounds:
     On a GPU the filter's work is queued when the round is due, and the tuner begins in the next call: the
     host waits for no work that was queued in between. Samples that the ring overwrote in between are left
     out.
+
+    Args:
+        before_publish: called just before the weights of a round replace those that the prior has.
     """
 
     def __init__(
@@ -59,12 +63,14 @@ class Rounds:
         buffer: ReplayBuffer,
         tuner: VLMTuner,
         labeller: PriorLabeller | None = None,
+        before_publish: Callable[[], object] = lambda: None,
     ) -> None:
         self._config = config
         self._agent = agent
         self._buffer = buffer
         self._tuner = tuner
         self._labeller = labeller if config.vlm.refresh_priors else None
+        self._before_publish = before_publish
         self._running: _Round | None = None
         self._said_waiting = False
         self.schedule = FineTuneSchedule(config.covr.psi_0, config.covr.schedule)
@@ -158,7 +164,8 @@ class Rounds:
                 }
                 if report.held_out:
                     round.figures |= {"loss_before": report.loss_before, "loss_after": report.loss_after}
-                self._tuner.publish()
+                self._before_publish()
+                round.figures["version"] = self._tuner.publish()
                 if self._labeller is not None:
                     self._labeller.refresh()
         self._running = None

@@ -1,7 +1,6 @@
 """The COVR loop (Xia et al. 2026, Alg. 1)."""
 
 import json
-import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -26,6 +25,7 @@ from .logger import Clock, MeanMetrics, RunLogger
 from .parts import (
     compute_device,
     load_prior,
+    loop_threads,
     new_batches,
     new_buffer,
     replay_device,
@@ -40,6 +40,7 @@ from .schedule import is_due
 from .seeds import training_seed
 from .staleness import age_figures, mask_older, oldest_guiding
 from .streams import Lane
+from .versions import drop_staged
 from .view import agent_obs_shape, agent_view, vlm_view
 from .vlm import VLMTuner
 
@@ -83,8 +84,7 @@ class Trainer:
         config = self.config
         self.device = compute_device(config.device)
         use_tensor_cores(self.device)
-        # The simulator keeps a core for itself: two thread pools on the same cores slow each other down.
-        self.threads = config.threads or max(1, (os.cpu_count() or 2) - config.env.num_threads)
+        self.threads = loop_threads(config)
         # Before anything is computed: the order of sums, and so even the initial weights, depends on it.
         torch.set_num_threads(self.threads)
         self._continues = saved.written if saved else None  # the time of the checkpoint
@@ -117,7 +117,9 @@ class Trainer:
                     generator=self._prior_noise,
                     max_staleness=config.vlm.max_staleness,
                 )
-            self.rounds = Rounds(config, self.agent, self.buffer, self.tuner, self.labeller)
+            self.rounds = Rounds(
+                config, self.agent, self.buffer, self.tuner, self.labeller, self._keep_weights
+            )
         self.collector = Collector(self.envs, self.buffer)
         self.evaluations = Evaluations(config, self.agent, self.prior)
         self.counters = Counters()
@@ -164,6 +166,7 @@ class Trainer:
                 raise UserError(
                     f"the run in {self.out} has gone on since this trainer was built: build it again"
                 )
+            drop_staged(self.out)  # of a process that was killed
             write_whole(self.out / "config.json", json.dumps(self.config.to_dict(), indent=2) + "\n")
             self.clock.start()
             with (
@@ -311,6 +314,10 @@ class Trainer:
         """Masks the priors that the newest weights have made too old (vlm.max_staleness)."""
         mask_older(self.buffer, self._oldest_guiding)
         self.collector.mask_older(self._oldest_guiding)
+
+    def _keep_weights(self) -> None:
+        """Before a round's weights replace those of the round before."""
+        self._saver.keep_round(self.rounds.records)
 
     # ---- figures -----------------------------------------------------------------------------------
 
