@@ -15,7 +15,7 @@ from .envs import PixelEnvs
 from .errors import UserError, as_user_error
 from .files import read_json
 from .versions import RoundWeights
-from .vlm import ActionPrior
+from .vlm import ActionPrior, VLMTuner
 
 
 def compute_device(name: str) -> torch.device:
@@ -148,7 +148,6 @@ def load_round(config: TrainConfig, saved: Checkpoint, weights: RoundWeights) ->
         config = replace(config, vlm=replace(config.vlm, dtype=settings["dtype"]))
     with as_user_error():
         prior = load_prior(config, settings["action_dim"], device, weights.model)
-    if config.tuner.mode == "full":
-        prior.merge_adapter()  # as the tuner did
+        VLMTuner(prior, config.tuner)  # it adds LoRA to the model, or merges it, and so changes rounding
     prior.version = weights.version
     return prior
