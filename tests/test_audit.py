@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -157,6 +158,17 @@ def test_weights_that_are_not_those_that_gave_the_priors_are_found(run, monkeypa
     assert [differing > 0 for *_, differing in found.values()] == [False, True, False]
 
 
+@pytest.mark.parametrize("command", [["audit"], ["evaluate", "--vlm-alone", "--round", "1"]])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "action_prior.json", "round.json"])
+def test_damaged_weights_are_named(command, name, run, monkeypatch, capsys):
+    path = run / "checkpoint" / "adapters" / "round-1" / name
+    path.write_bytes(path.read_bytes()[:-9])
+    assert call(monkeypatch, command[0], str(run), *command[1:]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert str(path.parent) in error
+
+
 def test_versions_whose_weights_are_gone_are_told(run, monkeypatch, capsys):
     shutil.rmtree(run / "checkpoint" / "adapters" / "round-1")
     assert call(monkeypatch, "audit", str(run), "--rows", "1000") == 0
@@ -190,6 +202,17 @@ def test_runs_of_every_kind_that_were_interrupted(changes, tmp_path):
     assert result.differences == []
     assert sum(version.checked for version in result.versions.values()) > 10
     assert set(result.versions) <= {0, 1}
+
+
+def test_adapters_in_half_precision(tmp_path):
+    """Where the base rounds, answers also depend on how LoRA is served, from before the first round on."""
+    config = small_config(vlm__every=1, vlm__dtype="bfloat16")
+    config.tuner = replace(config.tuner, mode="lora", lora_rank=4)
+    run_until(Trainer(config, tmp_path), 112)
+    result = audit(tmp_path, rows=1000)
+    assert result.differences == []
+    checked = [(version, each.checked == each.stored) for version, each in result.versions.items()]
+    assert checked == [(0, True), (1, True)]
 
 
 def test_held_priors_are_left_out(tmp_path):
