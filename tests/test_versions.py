@@ -117,24 +117,33 @@ def test_a_resumed_run_keeps_what_was_kept_and_goes_on(tmp_path):
 
 
 def test_rounds_after_the_checkpoint_of_a_killed_run_are_those_of_the_resumed_one(tmp_path):
-    config = rounds_config(checkpoint_every=50)
-    run_until_killed(Trainer(config, tmp_path), 126)
-    assert kept(tmp_path) == {1: 1, 2: 2}
-    config = rounds_config(checkpoint_every=0, steps=200)
-    first = Trainer(rounds_config(steps=200), tmp_path / "other")
+    config = rounds_config()
+    first = Trainer(config, tmp_path)
+    first.on_step(lambda _rows: first._saver._save(with_replay=True) if first.step == 40 else None)
     known = remembered(first)
     run_until_killed(first, 126)
-    assert (tmp_path / "other" / ".rounds" / "round-2").is_dir(), "nothing is staged, so nothing can be left"
+    assert kept(tmp_path) == {1: 1}
+    assert (tmp_path / ".rounds" / "round-2").is_dir(), "nothing is left behind, so the test tells nothing"
     config.tuner = replace(config.tuner, learning_rate=1e-4)
+    run_until(Trainer(config, tmp_path, resume=True), 50)
+    assert kept(tmp_path) == {1: 1}, "a round is kept that the resumed run has not done"
     second = Trainer(config, tmp_path, resume=True)
-    assert second.step == 100
     later = remembered(second)
     second.run()
-    assert set(kept(tmp_path)) == {1, 2, 3, 4}
-    weights = weights_in(tmp_path / "checkpoint" / "adapters" / "round-3")
-    assert_close(weights, later[3], rtol=0, atol=0)
-    assert not all(torch.equal(weights[name], known[3][name]) for name in weights)
+    assert kept(tmp_path) == {1: 1, 2: 2, 3: 3}
+    for version, weights in (1, known[1]), (2, later[2]), (3, later[3]):
+        folder = tmp_path / "checkpoint" / "adapters" / f"round-{version}"
+        assert_close(weights_in(folder), weights, rtol=0, atol=0)
+    assert not all(torch.equal(later[2][name], known[2][name]) for name in known[2])
     assert not (tmp_path / ".rounds").exists()
+
+
+def test_rounds_of_a_checkpoint_whose_replacement_was_killed_are_carried_over(tmp_path):
+    trainer = Trainer(rounds_config(), tmp_path)
+    run_until(trainer, 80)
+    (tmp_path / "checkpoint").rename(tmp_path / "checkpoint.old")
+    run_until(Trainer(rounds_config(), tmp_path, resume=True), 90)
+    assert kept(tmp_path) == {1: 1, 2: 2}
 
 
 def test_a_round_that_is_dropped_leaves_none(tmp_path):
