@@ -81,7 +81,7 @@ def return_weights(returns: Tensor) -> Tensor:
 def return_weighted_cross_entropy(
     logits: Tensor, labels: Tensor, weights: Tensor, label_smoothing: float, ignore_index: int
 ) -> Tensor:
-    """`sum(w[b, t] * nll[b, t]) / N_v` over the labels that are not ignored; a weight [B] is that of all t."""
+    """`sum(w[b, t] * nll[b, t]) / N_v` over the labels that are not ignored; weights [B] hold for all t."""
     valid = labels != ignore_index
     weights = per_label(weights).expand_as(labels)
     matters = valid & (weights > 0)
