@@ -21,8 +21,8 @@ def weights_of_returns(returns: Sequence[float] | Tensor, *, entropy: float = 0.
     Args:
         returns: how good each of the N samples is; any finite numbers, larger is better.
         entropy: of the policy that made the samples, in nats. The filter keeps returns above
-            `median + sigmoid(-entropy) * IQR`: at 0 about the best third of bell-shaped returns, up to the
-            best half for a high entropy, fewer for a low one.
+            `median + sigmoid(-entropy) * IQR`: of bell-shaped returns the best quarter at 0, up to the best
+            half at a high entropy, down to the best eleventh at a low (negative) one.
 
     Returns:
         N weights in [0, 1]. Of the samples that the filter keeps, those in the upper half of the range of

@@ -1,6 +1,10 @@
 """return_weighted_loss in the Hugging Face Trainer: against the plain weighted loss from logits."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import peft
@@ -8,7 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from transformers import Gemma2Config, Gemma2ForCausalLM, T5Config, T5ForConditionalGeneration, Trainer
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+)
 from weighted_text import VOCABULARY, arguments, gradients, pad, plain_loss, random_rows, tiny_model
 
 from covr_fast import ops
@@ -144,6 +155,44 @@ def test_five_steps_end_where_the_plain_loss_ends(accumulate, tmp_path):
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert logged == pytest.approx(losses, rel=1e-5)
     torch.testing.assert_close(list(model.parameters()), list(other.parameters()), rtol=1e-4, atol=1e-5)
+
+
+TWO_PROCESSES = """
+from datasets import Dataset
+from transformers import Trainer
+from weighted_text import arguments, pad, random_rows, tiny_model
+from covr_fast.integrations.transformers import return_weighted_loss
+
+trainer = return_weighted_loss(Trainer)(
+    tiny_model(),
+    arguments({folder!r}, max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2),
+    train_dataset=Dataset.from_list(random_rows(24)),
+    data_collator=pad,
+)
+trainer.train()
+trainer.save_model()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_end_where_one_ends(tmp_path):
+    """Each computes a half of every batch; N_v is that of both."""
+    script = tmp_path / "train.py"
+    script.write_text(TWO_PROCESSES.format(folder=str(tmp_path)))
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    here = Path(__file__).parent
+    paths = os.pathsep.join([str(here), str(here.parents[1])])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    done = subprocess.run(start, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    other = tiny_model()
+    optimizer = torch.optim.AdamW(other.parameters(), lr=1e-2, weight_decay=0.0)
+    for rows in (random_rows(24)[8 * step : 8 * step + 8] for step in range(3)):
+        plain_loss(other, rows).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = LlamaForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(list(trained.parameters()), list(other.parameters()), rtol=1e-4, atol=1e-5)
 
 
 def test_logits_never_exist(tmp_path):

@@ -2,15 +2,19 @@
 
 from collections import Counter
 
+import numpy as np
 import peft
 import pytest
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from weighted_text import VOCABULARY, plain_loss, random_rows, settings, tiny_model
 
 from covr_fast.integrations.transformers import return_weighted_loss, weigh_by_return
+from covr_fast.vlm import ActionPrior
 
 pytest.importorskip("trl")
 
@@ -175,6 +179,34 @@ def test_lora_that_the_trainer_makes(trainer_for):
     moved = [p for name, p in trainer.model.named_parameters() if "lora_B" in name]
     assert moved
     assert all(p.any() for p in moved)
+
+
+def test_pictures(tmp_path):
+    """A vision-language model, with TRL's own collator of pictures and messages."""
+    prior = ActionPrior.from_pretrained("nano", action_dim=2, prompt="Drive.", device="cpu")
+    model = prior.backbone.model.requires_grad_()
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 84, 84, 3), dtype=np.uint8)
+    rows = [
+        {
+            "image": Image.fromarray(picture),
+            "prompt": [{"role": "user", "content": "Drive."}],
+            "completion": [{"role": "assistant", "content": f"Action: [0.{i}, 1]" + "!" * i}],
+            "weight": float(i),
+        }
+        for i, picture in enumerate(pixels)
+    ]
+    trainer = WeightedSFTTrainer(
+        model,
+        SFTConfig(**settings(tmp_path) | {"max_steps": 1, "bf16": False, "max_length": None}),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=prior.backbone.processor,
+    )
+    batch = trainer.data_collator.collate([{k: v for k, v in row.items() if k != "weight"} for row in rows])
+    labels = batch.pop("labels")[:, 1:]
+    with torch.no_grad():
+        nll = F.cross_entropy(model(**batch).logits[:, :-1].mT, labels, reduction="none")
+        expected = (torch.arange(4.0)[:, None] * nll).sum() / (labels != -100).sum()
+    assert first_loss(trainer) == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_evaluation(trainer_for):
