@@ -88,15 +88,15 @@ class _ReturnWeighted(Trainer):
             raise ValueError(f'train_dataset has no column "weight": {fix} (its columns are {columns})')
 
     def _prepare_dataset(
-        self, dataset: Any, processing_class: Any, args: Any, packing: bool, *names: Any
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any
     ) -> Any:
         """TRL's preparation, with the weights packed where the tokens are."""
         prepare = super()._prepare_dataset  # type: ignore[misc]
         if not packing:
-            return prepare(dataset, processing_class, args, packing, *names)
+            return prepare(dataset, processing_class, args, packing, *rest)
         uncut = copy.copy(args)
         uncut.max_length = None
-        dataset = prepare(dataset, processing_class, uncut, False, *names)
+        dataset = prepare(dataset, processing_class, uncut, False, *rest)
         return pack(dataset, args.max_length, args.packing_strategy)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -122,7 +122,8 @@ class _ReturnWeighted(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The weighted loss, through the base class, which scales it for several devices."""
+        """The weighted loss, through the base class, which scales it for several devices. The `logits` of the
+        outputs are the loss, except where `prediction_step` asks for logits."""
         inputs = dict(inputs)
         labels, weights = inputs["labels"], inputs.pop(WEIGHT, None)
         if "shift_labels" in inputs:

@@ -122,10 +122,18 @@ def test_a_model_in_bfloat16(tmp_path):
     torch.testing.assert_close(loss, expected, rtol=0.03, atol=0)
 
 
-def test_autocast_computes_the_head_in_its_dtype(tmp_path):
+def test_autocast_computes_the_head_in_its_dtype(tmp_path, monkeypatch):
     """Training with bf16=True: weights are float32, products are bfloat16."""
+    operation, dtypes = ops.return_weighted_linear_cross_entropy, []
+
+    def recorded(hidden, head, *rest, **options):
+        dtypes.append((hidden.dtype, head.dtype))
+        return operation(hidden, head, *rest, **options)
+
+    monkeypatch.setattr(ops, "return_weighted_linear_cross_entropy", recorded)
     model, other, rows = tiny_model(), tiny_model(), random_rows(20)
     trainer_for(model, rows, tmp_path, bf16=True, max_steps=3).train()
+    assert dtypes == [(torch.bfloat16, torch.bfloat16)] * 3
     optimizer = torch.optim.AdamW(other.parameters(), lr=1e-2, weight_decay=0.0)
     for step in range(3):
         with torch.autocast("cpu", torch.bfloat16):
