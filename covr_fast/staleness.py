@@ -35,7 +35,7 @@ def mask_older(buffer: ReplayBuffer, oldest: int) -> None:
 
 def age_figures(buffer: ReplayBuffer, version: int, oldest: int) -> dict[str, float]:
     """Of the stored priors that guide: their share among all transitions, and their age in versions while
-    `version` serves. Read from the host's tables: no device is waited for."""
+    `version` serves. From the host's tables: where rows come from the host, no device is waited for."""
     _, versions = stored_priors(buffer)
     ages = version - versions[versions >= oldest]
     figures = {"prior/usable_share": len(ages) / max(1, len(buffer))}

@@ -158,9 +158,16 @@ def test_weights_that_are_not_those_that_gave_the_priors_are_found(run, monkeypa
     assert [differing > 0 for *_, differing in found.values()] == [False, True, False]
 
 
-@pytest.mark.parametrize("command", [["audit"], ["evaluate", "--vlm-alone", "--round", "1"]])
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "action_prior.json", "round.json"])
-def test_damaged_weights_are_named(command, name, run, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "name, command",
+    [
+        ("model.safetensors", ["audit"]),
+        ("config.json", ["evaluate", "--vlm-alone", "--round", "1"]),
+        ("action_prior.json", ["evaluate", "--vlm-alone", "--round", "1"]),
+        ("round.json", ["audit"]),
+    ],
+)
+def test_damaged_weights_are_named(name, command, run, monkeypatch, capsys):
     path = run / "checkpoint" / "adapters" / "round-1" / name
     path.write_bytes(path.read_bytes()[:-9])
     assert call(monkeypatch, command[0], str(run), *command[1:]) == 2

@@ -56,8 +56,7 @@ def lora(config):
     return config
 
 
-@pytest.mark.parametrize("mode", ["lora", "full"])
-@pytest.mark.parametrize("every", [0, 30, 2])
+@pytest.mark.parametrize("every, mode", [(0, "full"), (0, "lora"), (30, "full"), (2, "lora")])
 def test_all_rounds_are_kept_whenever_checkpoints_are_written(every, mode, tmp_path):
     config = rounds_config(checkpoint_every=every)
     trainer = Trainer(lora(config) if mode == "lora" else config, tmp_path)
