@@ -143,9 +143,10 @@ def load_round(config: TrainConfig, saved: Checkpoint, weights: RoundWeights) ->
         device = compute_device("auto")
     use_tensor_cores(device)
     torch.set_num_threads(loop_threads(config))
+    # What the run left open, it has settled: the words of its prompt, and the dtype on its device.
     settings = read_json(saved.vlm / "action_prior.json", "put back a copy of the checkpoint")
-    if config.vlm.dtype == "auto":  # else the base would get the default of this device
-        config = replace(config, vlm=replace(config.vlm, dtype=settings["dtype"]))
+    dtype = settings["dtype"] if config.vlm.dtype == "auto" else config.vlm.dtype
+    config = replace(config, vlm=replace(config.vlm, prompt=settings["prompt"], dtype=dtype))
     with as_user_error():
         prior = load_prior(config, settings["action_dim"], device, weights.model)
         VLMTuner(prior, config.tuner)  # it adds LoRA to the model, or merges it, and so changes rounding
