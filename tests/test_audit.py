@@ -11,19 +11,23 @@ from safetensors.torch import load_file, save_file
 from small_runs import call, roundless, run_until, small_config
 
 from covr_fast import Trainer
+from covr_fast import evaluate as module
 from covr_fast.audit import audit
 from covr_fast.buffer import ReplayBuffer
 from covr_fast.checkpoint import load_config
 from covr_fast.errors import UserError
+from covr_fast.evaluate import vlm_policy
 from covr_fast.staleness import stored_priors
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A finished run with rounds at steps 50 and 150, and its summary."""
+    """A finished run with rounds at steps 50 and 150, its summary, and its VLM as a policy."""
     out = tmp_path_factory.mktemp("whole")
-    trainer = Trainer(small_config(steps=180, save_replay=True, eval__vlm=True, vlm__every=2), out)
-    return out, trainer.run()
+    config = small_config(steps=180, save_replay=True, eval__vlm=True, vlm__every=2)
+    config.tuner = replace(config.tuner, epochs=20, max_steps=20)  # so many that the VLM answers otherwise
+    trainer = Trainer(config, out)
+    return out, trainer.run(), vlm_policy(trainer.prior, config)
 
 
 @pytest.fixture
@@ -40,15 +44,20 @@ def as_in_training(run):
     "options, name", [([], "vlm_after"), (["--round=2"], "vlm_after"), (["--round=0"], "vlm_before")]
 )
 def test_the_vlm_plays_as_the_run_measured_it(options, name, whole, monkeypatch, capsys):
-    out, summary = whole
-    from covr_fast import evaluate as module
+    out, summary, tuned = whole
+    policies, results, play = [], [], module.evaluate
 
-    results, play = [], module.evaluate
-    monkeypatch.setattr(module, "evaluate", lambda *a, **k: results.append(play(*a, **k)) or results[-1])
+    def watched(policy, *arguments, **options):
+        policies.append(policy)
+        results.append(play(policy, *arguments, **options))
+        return results[0]
+
+    monkeypatch.setattr(module, "evaluate", watched)
     assert call(monkeypatch, "evaluate", str(out), "--vlm-alone", *options, *as_in_training(out)) == 0
     measured = summary["evaluations"]
     assert results[0].returns.tolist() == measured[name]["returns"]
-    assert measured["vlm_after"]["returns"] != measured["vlm_before"]["returns"], "the test tells nothing"
+    obs = np.random.default_rng(0).integers(0, 256, (16, *load_config(out).env.obs_shape), dtype=np.uint8)
+    assert (policies[0](obs) == tuned(obs)).all() == (name == "vlm_after")
     said = capsys.readouterr().out
     assert f"{measured[name]['mean']:.1f} ± {measured[name]['std']:.1f} over 2 episodes" in said
     who = "after round 2 (version 2 of its weights)" if name == "vlm_after" else "before any round (version 0"
