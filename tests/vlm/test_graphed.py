@@ -88,7 +88,7 @@ def test_graphs_go_when_weights_are_published(nano):
     graphed(nano)
     for _ in range(4):
         nano(frames(2))
-    gone = weakref.ref(nano._decoders[SIZE]._decoder._weights)
+    gone = weakref.ref(nano._decoders[SIZE].decoder.weights)
     gc.disable()  # a copy of the model's weights must not wait for it
     try:
         nano.weights_changed()

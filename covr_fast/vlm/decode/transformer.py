@@ -89,7 +89,7 @@ class Transformer:
     def __call__(
         self,
         x: Tensor,
-        attention: Attention,
+        attention: Attention | TreeAttention,
         cache: KeyValueCache,
         *,
         image_at: Tensor | None = None,
@@ -132,7 +132,9 @@ class Layer:
         self._head_norms = [Norm(getattr(attention, name)) for name in names]
         """Of queries and keys (Qwen3), or none."""
 
-    def __call__(self, x: Tensor, attention: Attention, cache: LayerCache, past: int, skip: int) -> Tensor:
+    def __call__(
+        self, x: Tensor, attention: Attention | TreeAttention, cache: LayerCache, past: int, skip: int
+    ) -> Tensor:
         """Contiguous `x` [B, n, D], which may be overwritten -> [B, n - skip, D]. See `Attention`."""
         qkv = self._qkv(self._input_norm(x))
         if self._head_norms:
@@ -156,9 +158,9 @@ class Attention:
 
     def __init__(self, heads: Heads, cos: Tensor, sin: Tensor) -> None:
         self.heads = heads
-        self._cos = cos
+        self.cos = cos
         first, second = sin.chunk(2, -1)
-        self._signed_sin = torch.cat((-first, second), -1)
+        self.signed_sin = torch.cat((-first, second), -1)
         self._masks: dict[tuple[int, int], Tensor] = {}
 
     def __call__(self, qkv: Tensor, cache: LayerCache, past: int, skip: int) -> Tensor:
@@ -170,25 +172,14 @@ class Attention:
             past: positions in the cache, which the new ones follow.
             skip: leading new positions whose output is not needed.
         """
-        batch, count, _ = qkv.shape
-        kv, groups, dim, scale = self.heads
-        queries, end = kv * groups, past + count
-        heads = qkv.view(batch, count, -1, dim).transpose(1, 2)
-        rotated = self._rotate(heads[:, : queries + kv], past, end)
+        kv, groups, dim, _ = self.heads
+        queries, end = kv * groups, past + qkv.shape[1]
+        heads = qkv.unflatten(-1, (-1, dim)).transpose(1, 2)
+        rotated = _rotate(heads[:, : queries + kv], self.cos[past:end], self.signed_sin[past:end])
         cache.keys[:, :, past:end] = rotated[:, queries:]
         cache.values[:, :, past:end] = heads[:, queries + kv :]
-        # Query heads that share keys become further queries of one head, so that keys need not be repeated.
-        count -= skip
-        q = rotated[:, :queries, skip:].reshape(batch, kv, groups * count, dim)
-        keys, values = cache.keys[:, :, :end], cache.values[:, :, :end]
-        mask = self._mask(count, end - count, qkv)
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
-        return out.view(batch, queries, count, -1).transpose(1, 2).reshape(batch, count, -1)
-
-    def _rotate(self, x: Tensor, begin: int, end: int) -> Tensor:
-        """Rotary positions of [B, heads, n, dim]: the halves of a head change places, one with a minus."""
-        cos, sin = self._cos[begin:end], self._signed_sin[begin:end]
-        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+        q, keys, values = rotated[:, :queries, skip:], cache.keys[:, :, :end], cache.values[:, :, :end]
+        return _attend(self.heads, q, keys, values, self._mask(q.shape[2], past + skip, qkv))
 
     def _mask(self, queries: int, before: int, like: Tensor) -> Tensor | None:
         """[1, 1, groups * queries, before + queries], added to the scores; None if all may be seen."""
@@ -198,6 +189,53 @@ class Attention:
             mask = causal_mask(queries, before, like.dtype, like.device)
             self._masks[queries, before] = mask.repeat(1, 1, self.heads.groups, 1)
         return self._masks[queries, before]
+
+
+class TreeAttention:
+    """Attention of the nodes of a tree that hangs from positions in a cache. It has no weights.
+
+    Nodes stand in no line: several may have the same position, and each sees what it is told. Nothing is
+    written to the cache, so other trees may hang from the same positions.
+
+    Args:
+        attention: that of the positions.
+        positions: int64[B, n], of the nodes.
+        visible: bool[B, n, past + n], which positions of the cache, and which nodes, each node sees.
+    """
+
+    def __init__(self, attention: Attention, positions: Tensor, visible: Tensor) -> None:
+        self.heads = attention.heads
+        self._cos, self._signed_sin = (
+            attention.cos[positions][:, None],
+            attention.signed_sin[positions][:, None],
+        )
+        mask = self._cos.new_zeros(visible.shape).masked_fill_(~visible, torch.finfo(self._cos.dtype).min)
+        self._mask = mask[:, None].repeat(1, 1, self.heads.groups, 1)
+
+    def __call__(self, qkv: Tensor, cache: LayerCache, past: int, skip: int) -> Tensor:
+        """[B, n, kv * groups * dim], of all nodes; `skip` must be 0. Else see `Attention`."""
+        kv, groups, dim, _ = self.heads
+        queries = kv * groups
+        heads = qkv.unflatten(-1, (-1, dim)).transpose(1, 2)
+        rotated = _rotate(heads[:, : queries + kv], self._cos, self._signed_sin)
+        keys = torch.cat((cache.keys[:, :, :past], rotated[:, queries:]), 2)
+        values = torch.cat((cache.values[:, :, :past], heads[:, queries + kv :]), 2)
+        return _attend(self.heads, rotated[:, :queries], keys, values, self._mask)
+
+
+def _rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    """Rotary positions of [B, heads, n, dim]: the halves of a head change places, one with a minus."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
+
+
+def _attend(heads: Heads, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """[B, n, kv * groups * dim] for queries [B, kv * groups, n, dim], keys and values [B, kv, T, dim], and a
+    mask [1 or B, 1, groups * n, T] that is added to the scores."""
+    batch, queries, count, dim = q.shape
+    # Query heads that share keys become further queries of one head, so that keys need not be repeated.
+    q = q.reshape(batch, heads.kv, heads.groups * count, dim)
+    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=heads.scale)
+    return out.view(batch, queries, count, -1).transpose(1, 2).reshape(batch, count, -1)
 
 
 class Projection:
