@@ -364,3 +364,24 @@ def test_bad_input(shared_nano, frames):
     ):
         with pytest.raises(error, match=message):
             call()
+
+
+# ---------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("graph", [False, True])
+def test_cuda_equals_cpu(graph, frames):
+    options = {"action_dim": 2, "dtype": torch.float64, "seed": 0}
+    here = ActionPrior.from_pretrained("nano", device="cpu", **options)
+    there = ActionPrior.from_pretrained("nano", device="cuda", graph=graph, **options)
+    actions = random_actions(5, 2)
+    for _ in range(4):  # the third call is recorded, the fourth replayed
+        for got, expected in (
+            (there.log_prob(frames, actions), here.log_prob(frames, actions)),
+            (there.distribution(frames, 1).log_prob, here.distribution(frames, 1).log_prob),
+            (there.distribution(frames).mean, here.distribution(frames).mean),
+            (there(frames, confidence=True).confidence, here(frames, confidence=True).confidence),
+        ):
+            assert got.is_cuda
+            torch.testing.assert_close(got.cpu(), expected, **CLOSE)

@@ -23,7 +23,7 @@ class ActionDistribution:
     @property
     def mean(self) -> Tensor:
         """float32[B]"""
-        return self.log_prob.exp() @ self.values
+        return (self.log_prob.exp() * self.values).sum(1)
 
     @property
     def mode(self) -> Tensor:
