@@ -217,12 +217,7 @@ class ActionPrior:
         self._check_numbers(actions, "actions", (len(images), self.action_dim))
         with self._working(f"computing likelihoods of {len(images)} answers", images, actions):
             answers = self.grammar.encode(actions).to(self.device)
-            decoder = self._decoder(_size(images))[0]
-            parts = [
-                answer_log_prob(decoder, self.backbone.image_features(images[rows]), answers[rows])
-                for rows in self._batches(images)
-            ]
-            log_prob = torch.cat(parts)
+            log_prob = self._in_parts(answer_log_prob, images, answers)
         receive(log_prob)
         return log_prob
 
@@ -259,21 +254,21 @@ class ActionPrior:
                 # Any number may follow in the text: all begin with the same tokens.
                 answers = self.grammar.encode(F.pad(given, (0, 1))).to(self.device)
                 places = self.grammar.places(given).to(self.device)
-                decoder = self._decoder(_size(images))[0]
-                parts = [
-                    number_log_prob(
-                        decoder, self.backbone.image_features(images[rows]), answers[rows], places[rows], dim
-                    )
-                    for rows in self._batches(images)
-                ]
-                found = ActionDistribution(self.grammar.grid.to(self.device), torch.cat(parts))
-        receive(found.values, found.log_prob)
-        return found
+                log_prob = self._in_parts(partial(number_log_prob, slot=dim), images, answers, places)
+                values = self.grammar.grid.to(self.device)
+        receive(values, log_prob)
+        return ActionDistribution(values, log_prob)
 
-    def _batches(self, images: Tensor) -> Iterator[slice]:
-        """Parts of a batch of frames whose prompts and answers fit into one forward."""
-        layout = self.layout(_size(images))
-        return batches(len(images), len(layout.body) + self.grammar.max_length)
+    def _in_parts(self, compute: Callable[..., Tensor], images: Tensor, *inputs: Tensor) -> Tensor:
+        """`compute(decoder, image features, *inputs)` for as many rows at a time as fit into one forward."""
+        found = self._decoder(_size(images))
+        decoder = found.decoder if isinstance(found, GraphedDecoder) else found
+        width = len(self.layout(_size(images)).body) + self.grammar.max_length
+        parts = [
+            compute(decoder, self.backbone.image_features(images[rows]), *(x[rows] for x in inputs))
+            for rows in batches(len(images), width)
+        ]
+        return torch.cat(parts)
 
     def _answer(
         self,
@@ -305,17 +300,16 @@ class ActionPrior:
         self, images: Tensor, temperature: float, noise: Tensor | None, *, confidence: bool
     ) -> tuple[Tensor, ...]:
         features = self.backbone.image_features(images)
-        return self._decoder(_size(images))[1](features, temperature, noise, confidence=confidence)
+        return self._decoder(_size(images))(features, temperature, noise, confidence=confidence)
 
-    def _decoder(self, size: tuple[int, int]) -> tuple[Decoder, Decoder | GraphedDecoder]:
-        """The decoder for frames of `size`, and what decodes faster with it."""
+    def _decoder(self, size: tuple[int, int]) -> Decoder | GraphedDecoder:
+        """Answers for frames of `size`."""
         if size not in self._decoders:
             if self._weights is None:
                 self._weights = DecoderWeights(self.backbone, self.grammar)
             decoder = Decoder(self._weights, self.layout(size))
             self._decoders[size] = GraphedDecoder(decoder, self._graphs) if self._graphs else decoder
-        found = self._decoders[size]
-        return (found.decoder if isinstance(found, GraphedDecoder) else found), found
+        return self._decoders[size]
 
     def _generate(self, images: Tensor, temperature: float, noise: Tensor | None) -> tuple[Tensor, ...]:
         tokens = generate_answers(self.backbone, self.text, self.grammar, images, temperature, noise)

@@ -68,7 +68,7 @@ def answer_log_prob(decoder: Decoder, image: ImageFeatures, answers: Tensor) -> 
 
 @torch.no_grad()
 def number_log_prob(
-    decoder: Decoder, image: ImageFeatures, answers: Tensor, places: Tensor, slot: int
+    decoder: Decoder, image: ImageFeatures, answers: Tensor, places: Tensor, *, slot: int
 ) -> Tensor:
     """float32[B, G], in nats: the log-probabilities of the values of number `slot`, given those before it.
 
