@@ -75,7 +75,7 @@ def check(prior: ActionPrior, frames: torch.Tensor) -> None:
     total, entropy = torch.zeros(count), torch.zeros(count)
     for dim in range(dims):
         own = prior.distribution(frames, dim, given=actions[:, :dim])
-        torch.testing.assert_close(own.log_prob.double().exp().sum(1), torch.ones(count).double())
+        torch.testing.assert_close(own.log_prob.exp().sum(1), torch.ones(count), rtol=0, atol=1e-5)
         total += own.log_prob.gather(1, places[:, dim : dim + 1])[:, 0]
         after = prior.distribution(frames, dim)
         entropy += after.entropy
