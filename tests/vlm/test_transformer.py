@@ -5,15 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from covr_fast.vlm.decode.transformer import (
-    Attention,
-    Heads,
-    Layer,
-    LayerCache,
-    Norm,
-    Projection,
-    TreeAttention,
-)
+from covr_fast.vlm.decode.transformer import Attention, Heads, Layer, LayerCache, Norm, Projection
 
 
 @pytest.fixture(autouse=True)
@@ -140,39 +132,3 @@ def test_an_input_may_be_overwritten_but_not_around_it():
         layer(around[1:2], attention, cache, 0, 0)
     assert (around[[0, 2]] == 7).all()
     assert all((x[:, :, 2:] == 7).all() for x in cache)
-
-
-# ---- a tree ----
-
-
-@pytest.mark.parametrize(("kv", "groups", "dim"), [(2, 1, 32), (1, 3, 16)])
-@torch.no_grad()
-def test_every_path_of_a_tree_is_a_line(kv, groups, dim):
-    """Nodes after a context whose length differs by row, against each path from the root alone."""
-    heads = Heads(kv, groups, dim, dim**-0.5)
-    angles = torch.rand(20, dim // 2).repeat(1, 2) * 6
-    layer, attention = Layer(LayerModule(heads)), Attention(heads, angles.cos(), angles.sin())
-    parents, used = [-1, 0, 0, 1, 1, 2], torch.tensor([7, 12])
-    paths = [[0], [0, 1], [0, 2], [0, 1, 3], [0, 1, 4], [0, 2, 5]]
-    context, nodes = torch.randn(2, 12, 40), torch.randn(2, 6, 40)
-    cache = LayerCache(*(torch.full((2, kv, 20, dim), 3.0) for _ in range(2)))
-    layer(context.clone(), attention, cache, 0, 0)
-    filled = [x.clone() for x in cache]
-
-    sees = torch.zeros(6, 6, dtype=torch.bool)
-    for node, path in enumerate(paths):
-        sees[node, path] = True
-        assert path[-1] == node
-        assert path[:-1] == ([] if parents[node] < 0 else paths[parents[node]])
-    depth = torch.tensor([len(path) - 1 for path in paths])
-    before = (torch.arange(12) < used[:, None, None]).expand(2, 6, 12)
-    visible = torch.cat((before, sees.expand(2, 6, 6)), 2)
-    tree = TreeAttention(attention, used[:, None] + depth, visible)
-    got = layer(nodes.clone(), tree, cache, 12, 0)
-    assert all(map(torch.equal, cache, filled)), "a tree writes nothing"
-
-    for row in range(2):
-        for node, path in enumerate(paths):
-            own = LayerCache(*(x[row : row + 1].clone() for x in cache))
-            line = layer(nodes[row : row + 1, path].contiguous(), attention, own, int(used[row]), 0)
-            torch.testing.assert_close(got[row, node], line[0, -1], atol=1e-5, rtol=1e-5)

@@ -11,7 +11,8 @@ from ..answer.grammar import ActionGrammar
 from ..answer.tree import NumberTree
 from ..model.backbones import Backbone
 from .head import TokenScores
-from .transformer import Attention, KeyValueCache, LayerCache, Transformer, TreeAttention
+from .transformer import Attention, KeyValueCache, LayerCache, Transformer
+from .tree_attention import TreeAttention
 
 MOST_NODES = 256
 """Nodes of one forward. Each has a row and a column of the mask, so its memory grows with their square."""

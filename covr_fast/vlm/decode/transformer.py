@@ -89,7 +89,7 @@ class Transformer:
     def __call__(
         self,
         x: Tensor,
-        attention: Attention | TreeAttention,
+        attention: Attention,
         cache: KeyValueCache,
         *,
         image_at: Tensor | None = None,
@@ -132,9 +132,7 @@ class Layer:
         self._head_norms = [Norm(getattr(attention, name)) for name in names]
         """Of queries and keys (Qwen3), or none."""
 
-    def __call__(
-        self, x: Tensor, attention: Attention | TreeAttention, cache: LayerCache, past: int, skip: int
-    ) -> Tensor:
+    def __call__(self, x: Tensor, attention: Attention, cache: LayerCache, past: int, skip: int) -> Tensor:
         """Contiguous `x` [B, n, D], which may be overwritten -> [B, n - skip, D]. See `Attention`."""
         qkv = self._qkv(self._input_norm(x))
         if self._head_norms:
@@ -148,6 +146,21 @@ class Layer:
         gate, up = self._gate_up(self._mlp_norm(x)).chunk(2, -1)
         self._down.add_to(x, self._activation(gate) * up)
         return x
+
+
+def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    """Rotary positions of [B, heads, n, dim]: the halves of a head change places, one with a minus."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
+
+
+def attend(heads: Heads, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """[B, n, kv * groups * dim] for queries [B, kv * groups, n, dim], keys and values [B, kv, T, dim], and a
+    mask [1 or B, 1, groups * n, T] that is added to the scores."""
+    batch, queries, count, dim = q.shape
+    # Query heads that share keys become further queries of one head, so that keys need not be repeated.
+    q = q.reshape(batch, heads.kv, heads.groups * count, dim)
+    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=heads.scale)
+    return out.view(batch, queries, count, -1).transpose(1, 2).reshape(batch, count, -1)
 
 
 class Attention:
@@ -175,11 +188,11 @@ class Attention:
         kv, groups, dim, _ = self.heads
         queries, end = kv * groups, past + qkv.shape[1]
         heads = qkv.unflatten(-1, (-1, dim)).transpose(1, 2)
-        rotated = _rotate(heads[:, : queries + kv], self.cos[past:end], self.signed_sin[past:end])
+        rotated = rotate(heads[:, : queries + kv], self.cos[past:end], self.signed_sin[past:end])
         cache.keys[:, :, past:end] = rotated[:, queries:]
         cache.values[:, :, past:end] = heads[:, queries + kv :]
         q, keys, values = rotated[:, :queries, skip:], cache.keys[:, :, :end], cache.values[:, :, :end]
-        return _attend(self.heads, q, keys, values, self._mask(q.shape[2], past + skip, qkv))
+        return attend(self.heads, q, keys, values, self._mask(q.shape[2], past + skip, qkv))
 
     def _mask(self, queries: int, before: int, like: Tensor) -> Tensor | None:
         """[1, 1, groups * queries, before + queries], added to the scores; None if all may be seen."""
@@ -189,53 +202,6 @@ class Attention:
             mask = causal_mask(queries, before, like.dtype, like.device)
             self._masks[queries, before] = mask.repeat(1, 1, self.heads.groups, 1)
         return self._masks[queries, before]
-
-
-class TreeAttention:
-    """Attention of the nodes of a tree that hangs from positions in a cache. It has no weights.
-
-    Nodes stand in no line: several may have the same position, and each sees what it is told. Nothing is
-    written to the cache, so other trees may hang from the same positions.
-
-    Args:
-        attention: that of the positions.
-        positions: int64[B, n], of the nodes.
-        visible: bool[B, n, past + n], which positions of the cache, and which nodes, each node sees.
-    """
-
-    def __init__(self, attention: Attention, positions: Tensor, visible: Tensor) -> None:
-        self.heads = attention.heads
-        self._cos, self._signed_sin = (
-            attention.cos[positions][:, None],
-            attention.signed_sin[positions][:, None],
-        )
-        mask = self._cos.new_zeros(visible.shape).masked_fill_(~visible, torch.finfo(self._cos.dtype).min)
-        self._mask = mask[:, None].repeat(1, 1, self.heads.groups, 1)
-
-    def __call__(self, qkv: Tensor, cache: LayerCache, past: int, skip: int) -> Tensor:
-        """[B, n, kv * groups * dim], of all nodes; `skip` must be 0. Else see `Attention`."""
-        kv, groups, dim, _ = self.heads
-        queries = kv * groups
-        heads = qkv.unflatten(-1, (-1, dim)).transpose(1, 2)
-        rotated = _rotate(heads[:, : queries + kv], self._cos, self._signed_sin)
-        keys = torch.cat((cache.keys[:, :, :past], rotated[:, queries:]), 2)
-        values = torch.cat((cache.values[:, :, :past], heads[:, queries + kv :]), 2)
-        return _attend(self.heads, rotated[:, :queries], keys, values, self._mask)
-
-
-def _rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-    """Rotary positions of [B, heads, n, dim]: the halves of a head change places, one with a minus."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
-
-
-def _attend(heads: Heads, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """[B, n, kv * groups * dim] for queries [B, kv * groups, n, dim], keys and values [B, kv, T, dim], and a
-    mask [1 or B, 1, groups * n, T] that is added to the scores."""
-    batch, queries, count, dim = q.shape
-    # Query heads that share keys become further queries of one head, so that keys need not be repeated.
-    q = q.reshape(batch, heads.kv, heads.groups * count, dim)
-    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=heads.scale)
-    return out.view(batch, queries, count, -1).transpose(1, 2).reshape(batch, count, -1)
 
 
 class Projection:
