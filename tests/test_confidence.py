@@ -100,10 +100,10 @@ def test_rounds_log_how_likely_the_best_actions_became(tmp_path, capsys, monkeyp
     start, publish = trainer.tuner.start, trainer.tuner.publish
     given, expected = [], []
 
-    def starting(images, actions, returns, **options):
+    def starting(images, actions, returns, *rest):
         best = returns.argsort(descending=True)[:64]
         given.append((images[best], actions[best]))
-        start(images, actions, returns, **options)
+        start(images, actions, returns, *rest)
 
     def publishing():
         expected.append(trainer.prior.log_prob(*given[-1]).mean().item())
