@@ -11,11 +11,11 @@ class Collector:
     """Sends decisions to the environments, and stores each with its prior and its outcome.
 
     Between `send` and `store` an environment simulates: its decision waits here, and the VLM has time to give
-    its prior. The replay buffer has the extras "prior" (A,), "prior_mask" () and "prior_version" ().
-
-    What is stored of a prior: its mask is 0 where there is none, or where it is too old to guide; its version
-    is that of the weights that gave it, -1 where there is none. A prior that is held for later decisions
-    (vlm.between="hold") is stored with each of them, with its version.
+    its prior. The replay buffer has the extras "prior" (A,), "prior_mask" () and "prior_version" (). The mask
+    is the prior's weight in Eq. 4: 0 where there is none, or where it is too old to guide, else 1, or the
+    VLM's confidence (`covr.confidence`). The version is that of the weights that gave the prior, -1 where
+    there is none. A prior that is held for later decisions (vlm.between="hold") is stored with each of them,
+    with its version.
     """
 
     def __init__(self, envs: PixelEnvs, buffer: ReplayBuffer) -> None:
@@ -41,10 +41,13 @@ class Collector:
         """Number of the latest decision of these environments, from 0. It is the same for a whole batch."""
         return int(self._decisions[env_ids[0]]) - 1
 
-    def set_prior(self, prior: np.ndarray, version: int, env_ids: np.ndarray) -> None:
-        """The VLM's answers float32[n, A] for the latest decisions, and the version of its weights. They stay
-        for later decisions, up to the end of the episode or `mask_prior`."""
-        self._prior[env_ids], self._prior_mask[env_ids] = prior, 1.0
+    def set_prior(
+        self, prior: np.ndarray, version: int, env_ids: np.ndarray, weight: np.ndarray | float = 1.0
+    ) -> None:
+        """The VLM's answers float32[n, A] for the latest decisions, the version of its weights, and the
+        answers' weights in Eq. 4, float32[n] in [0, 1]. They stay for later decisions, up to the end of the
+        episode or `mask_prior`."""
+        self._prior[env_ids], self._prior_mask[env_ids] = prior, weight
         self._prior_version[env_ids] = version
 
     def mask_prior(self, env_ids: np.ndarray) -> None:
