@@ -113,7 +113,7 @@ def load_prior(config: TrainConfig, action_dim: int, device: torch.device, model
         UserError: one of its files is damaged. For other errors see ActionPrior.from_pretrained.
     """
     prompt = config.vlm.prompt
-    if prompt is None and str(model) == config.vlm.model:
+    if prompt is None and str(model) == str(config.vlm.model):
         prompt = task_words(config)
     try:
         return ActionPrior.from_pretrained(

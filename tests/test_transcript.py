@@ -51,9 +51,9 @@ def test_prompt_txt_is_the_conversation_as_the_model_gets_it(finished):
     backbone = trainer.prior.backbone
     tokens = backbone.process(conversation, torch.zeros(1, 3, *size, dtype=torch.uint8))["input_ids"][0]
     image = int((tokens == backbone.image_token_id).sum())
-    assert f"<|image_pad|> stands for a picture of 48x48 pixels, {image} tokens." in note
+    assert f"<|image_pad|> stands for a frame of 48x48 pixels, as {image} tokens." in note
     shared = int((tokens == backbone.image_token_id).nonzero()[0])
-    assert f"is {len(tokens)} tokens, of which all pictures share the first {shared}." in note
+    assert f"is {len(tokens)} tokens, of which all frames share the first {shared}." in note
 
 
 def test_each_version_answers_a_few_lines_and_is_told_what_was_executed(finished):
