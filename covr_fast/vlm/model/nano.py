@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ...words import MOTION_WORDS, all_prompts
 from ..answer.prompt import JOINER, OPENING, default_prompt
 
 CHAT_TEMPLATE = (
@@ -30,7 +31,7 @@ SPECIAL_TOKENS = (
 )
 # Parts of the answer that are one token each, as in a vocabulary learned from such text: answers stay short.
 ANSWER_TOKENS = (OPENING, JOINER, "0.", "1.", "-0.", "-1.")
-VOCAB_SIZE = 384
+VOCAB_SIZE = 704
 
 # An image token covers 28x28 pixels, 2x2 patches of the vision tower: an 84x84 frame has 3x3 tokens.
 PATCH_SIZE = 14
@@ -124,7 +125,8 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def build_tokenizer() -> Any:
-    """A byte-level BPE tokenizer with merges learned from the default prompts: it can write any text."""
+    """A byte-level BPE tokenizer with merges learned from the prompts: it can write any text, and prompts are
+    short. nano cannot read them, but each of their tokens costs it time."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -139,7 +141,7 @@ def build_tokenizer() -> Any:
         show_progress=False,
     )
     prompts = [default_prompt(dim, decimals) for dim in (1, 2, 3) for decimals in (1, 2)]
-    corpus = ["user\n", "assistant", *prompts] * 2
+    corpus = ["user\n", "assistant", *prompts, *all_prompts(), MOTION_WORDS] * 2
     tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in ANSWER_TOKENS])
     tokenizer.add_special_tokens([AddedToken(piece, special=True) for piece in SPECIAL_TOKENS])
