@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 
 from .adapters import bare, check_adapters, check_savable, merge_for_good, untouched
 from .attention import SEGMENTED_SDPA
+from .folder import CARD_FILE
 from .patches import PatchPixels
 from .rows import Padded
 
@@ -58,6 +59,8 @@ class Backbone:
         self.tokenizer = processor.tokenizer
         self.adapter_has_embeddings = False
         """Whether the adapter was saved together with embeddings, which replace those of the base."""
+        self.attention_reason = ""
+        """Why the model was loaded with its attention implementation."""
         token = getattr(self.base.config, "image_token_id", None)
         if token is None or getattr(processor, "image_token", None) is None:
             raise ValueError(f"{type(processor).__name__} has no image token, so no frame can be shown to it")
@@ -96,7 +99,9 @@ class Backbone:
 
     def merged(self) -> "Backbone":
         """A backbone with the adapter merged into the weights. It takes over this one's model."""
-        return type(self)(merge_for_good(self.model), self.processor)
+        merged = type(self)(merge_for_good(self.model), self.processor)
+        merged.attention_reason = self.attention_reason
+        return merged
 
     @property
     def decoder(self) -> Any:
@@ -152,7 +157,7 @@ class Backbone:
             check_savable(self.model)
             # peft's default setting would look for the base on the hub.
             self.model.save_pretrained(directory, save_embedding_layers=self.adapter_has_embeddings)
-            (directory / "README.md").unlink(missing_ok=True)  # peft's empty form of a model card
+            (directory / CARD_FILE).unlink(missing_ok=True)  # peft's empty form of a model card
         else:
             # transformers cannot convert weights back that were quantized in the checkpoint.
             self.model.save_pretrained(directory, save_original_format=not self.quantized)
