@@ -30,7 +30,7 @@ def llava(tmp_path_factory):
 
 @pytest.mark.parametrize("adapted", [True, False])
 def test_of_nano(adapted, tmp_path, monkeypatch, capsys):
-    prior = make_nano(prompt="Drive\nwell.", decimals=1)
+    prior = make_nano(prompt="Drive\nwell.", decimals=1, image_size=112)
     if adapted:
         VLMTuner(prior, LORA)
     prior.save_pretrained(tmp_path / "a")
@@ -42,6 +42,7 @@ def test_of_nano(adapted, tmp_path, monkeypatch, capsys):
     }
     assert "> Drive\n> well.\n" in text
     assert "2 numbers in [-1, 1] in steps of 0.1, for example `Action: [0.4, -0.3]`" in text
+    assert "The longer side of a frame is resized to 112 pixels." in text
     assert "nano, a small random model" in text
     monkeypatch.chdir(tmp_path / "a")
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)

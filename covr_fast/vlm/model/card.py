@@ -70,7 +70,10 @@ def _task(settings: Settings) -> str:
     prompt = settings.prompt or default_prompt(settings.action_dim, settings.decimals)
     example = format_action(([0.4, -0.3] * settings.action_dim)[: settings.action_dim], settings.decimals)
     answer = f"The answer is {count} in [-1, 1] in steps of {10**-settings.decimals:g}, for example"
-    return f"## Task\n\nThe prompt, before the frame:\n\n{_quoted(prompt)}\n\n{answer} `{example}`."
+    text = f"## Task\n\nThe prompt, before the frame:\n\n{_quoted(prompt)}\n\n{answer} `{example}`."
+    if settings.image_size:
+        text += f" The longer side of a frame is resized to {settings.image_size} pixels."
+    return text
 
 
 def _use(settings: Settings, *, adapted: bool) -> str:

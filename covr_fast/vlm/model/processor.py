@@ -19,14 +19,18 @@ def load_processor(folder: str | Path, config: Any) -> Any:
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
     # A checkpoint may name code of its own, which is never run.
-    options = {"pretrained_model_name_or_path": folder, "trust_remote_code": False}
+    options: dict[str, Any] = {"pretrained_model_name_or_path": folder, "trust_remote_code": False}
     try:
         with quiet():
             cls: Any = PROCESSOR_MAPPING[type(config)]
+            # Where torchvision is installed, it would resize the frames by default, with other results.
+            images = AutoImageProcessor.from_pretrained(**options, backend="pil")
             if VIDEO not in cls.get_attributes():
-                return AutoProcessor.from_pretrained(**options)
+                processor = AutoProcessor.from_pretrained(**options)
+                processor.image_processor = images
+                return processor
             parts: dict[str, Any] = {
-                "image_processor": AutoImageProcessor.from_pretrained(**options),
+                "image_processor": images,
                 "tokenizer": AutoTokenizer.from_pretrained(**options),
                 VIDEO: None,
             }
