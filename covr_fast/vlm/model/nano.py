@@ -10,6 +10,7 @@ from typing import Any
 
 from ...words import MOTION_WORDS, all_prompts
 from ..answer.prompt import JOINER, OPENING, default_prompt
+from .folder import NANO_BASE
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}"
@@ -109,7 +110,7 @@ def is_nano(model: str | Path) -> bool:
         return True
     base = _json(Path(model) / "adapter_config.json").get("base_model_name_or_path")
     if base is not None and base != str(model):
-        return is_nano(base)
+        return Path(base).name == NANO_BASE or is_nano(base)
     text = _json(Path(model) / "config.json").get("text_config", {})
     shape = TEXT | {"vocab_size": VOCAB_SIZE}
     return all(text.get(name) == shape[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers"))
