@@ -17,6 +17,7 @@ from .config import TrainConfig, check_types
 from .errors import UserError
 from .evaluate import Policy, actor_policy
 from .files import flush_tree, read_json, replacing, writing
+from .model_card import write_run_card
 from .tasks import find_task
 from .versions import RoundWeights, add_rounds, drop_staged, last_published, rounds_in, save_vlm
 from .view import agent_obs_shape
@@ -87,7 +88,8 @@ def save_checkpoint(
     with replaced_folder(run / "checkpoint") as new:
         _write(agent.state_dict(), new / "agent.pt")
         _write(counters, new / "counters.pt")
-        save_vlm(prior, new / "vlm")
+        save_vlm(prior, new / "vlm", run / "checkpoint" / "vlm")
+        write_run_card(new / "vlm", counters, counters.get("before", {}))
         add_rounds(new, run, _newest(run / "checkpoint"), counters.get("rounds", []), prior)
         if buffer is not None:
             buffer.save(new / "replay")

@@ -1,4 +1,4 @@
-"""The command line: covr-fast train | evaluate | report | audit | bench | doctor."""
+"""The command line: covr-fast train | evaluate | report | audit | push | bench | doctor."""
 
 import argparse
 import contextlib
@@ -23,6 +23,7 @@ USAGE = """usage: covr-fast COMMAND ...
   evaluate RUN --vlm-alone [--round N]           let its VLM play, as it was after a round
   report RUN...                                  print runs' summaries and redraw their curves
   audit RUN [--rows N] [--seed N]                recompute stored priors, and tell which differ
+  push RUN REPO [--private] [--dry-run]          make a run's VLM a model on the Hugging Face Hub
   bench [PRESET] [--seconds S] [--FIELD VALUE]   time the parts of a preset's loop on this machine
   doctor [--json]                                say what this machine can do and what is missing
 
@@ -65,6 +66,7 @@ def run(arguments: list[str]) -> int:
         "evaluate": _evaluate,
         "report": _report,
         "audit": _audit,
+        "push": _push,
         "bench": _bench,
         "doctor": _doctor,
     }
@@ -334,6 +336,42 @@ def _audit(arguments: list[str]) -> int:
     result = audit(parsed.run, rows=parsed.rows, seed=parsed.seed)
     print_audit(result, Console(highlight=False, soft_wrap=True))
     return 1 if result.differences else 0
+
+
+def _push(arguments: list[str]) -> int:
+    import tyro
+
+    @dataclass
+    class Arguments:
+        run: Annotated[Path, tyro.conf.Positional]
+        """Folder of a run that is not training."""
+        repo: Annotated[str, tyro.conf.Positional]
+        """Name of the model on the hub: OWNER/NAME, or NAME for your own."""
+        private: bool = False
+        """Make it private. A model that exists stays as it is."""
+        base: str | None = None
+        """OWNER/NAME of the model that was tuned, where the run has it as a folder."""
+        dry_run: bool = False
+        """Check and list what would be uploaded, without a connection."""
+
+    parsed = tyro.cli(
+        Arguments,
+        prog="covr-fast push",
+        description="Make a run's VLM a model on the Hugging Face Hub, with its processor and a model card.",
+        args=arguments,
+    )
+    from .push import push
+
+    _disable_progress_bars()
+    address, upload = push(
+        parsed.run, parsed.repo, private=parsed.private, base=parsed.base, dry_run=parsed.dry_run
+    )
+    for name, size in upload.sizes().items():
+        print(f"{size:>13,} bytes  {name}")
+    print(f"{'would be' if parsed.dry_run else 'now'} on {address}")
+    if upload.base:
+        print(f"an adapter of {upload.base}")
+    return 0
 
 
 def _bench(arguments: list[str]) -> int:

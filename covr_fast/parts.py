@@ -16,8 +16,8 @@ from .errors import UserError, as_user_error
 from .files import read_json
 from .tasks import find_task
 from .versions import RoundWeights
-from .view import MOTION_WORDS
 from .vlm import ActionPrior, VLMTuner, task_prompt
+from .words import MOTION_WORDS
 
 
 def compute_device(name: str) -> torch.device:

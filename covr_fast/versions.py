@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from .files import read_json, write_whole, writing
 from .vlm import ActionPrior
+from .vlm.model.folder import name_nano_base
 
 LARGEST_FULL = 100_000_000
 """Bytes of a model that is fully tuned up to which its weights are kept after each round. Adapters always
@@ -65,8 +66,8 @@ def rounds_in(adapters: Path) -> list[RoundWeights]:
     return sorted(found)
 
 
-def save_vlm(prior: ActionPrior, folder: Path) -> None:
-    """Writes the VLM for `ActionPrior.from_pretrained`.
+def save_vlm(prior: ActionPrior, folder: Path, final: Path) -> None:
+    """Writes the VLM for `ActionPrior.from_pretrained` into `folder`, which will be moved to `final`.
 
     Raises:
         OSError: it could not be written.
@@ -75,6 +76,7 @@ def save_vlm(prior: ActionPrior, folder: Path) -> None:
 
     try:
         prior.save_pretrained(folder)
+        name_nano_base(folder, final)
     except SafetensorError as error:  # what safetensors raises for a failed write
         raise OSError(errno.EIO, str(error), str(folder)) from error
 
@@ -91,7 +93,7 @@ def stage(run: Path, record: Mapping[str, Any], prior: ActionPrior) -> None:
         return
     folder = run / _STAGED / name
     try:
-        save_vlm(prior, folder)
+        save_vlm(prior, folder, run / "checkpoint" / "adapters" / name)
         _write_record(record, folder)
     except OSError:
         shutil.rmtree(folder, ignore_errors=True)
