@@ -1,5 +1,6 @@
 """Fine-tuning the VLM on the agent's own best samples (Xia et al. 2026, "RL-tuned VLM")."""
 
+import logging
 import threading
 
 import torch
@@ -12,9 +13,11 @@ from .finetune.objective import AnswerModel, Samples
 from .finetune.round import RoundReport, run_round
 from .memory import out_of_memory
 from .mode import own_mode
-from .model.adapters import check_foldable, check_tunable
+from .model.adapters import MOST_LOST, check_foldable, check_tunable, lost_by_merging
 from .model.rows import training_attention
 from .prior import ActionPrior
+
+log = logging.getLogger(__name__)
 
 
 class VLMTuner:
@@ -51,6 +54,7 @@ class VLMTuner:
             if config.mode == "lora":
                 add_lora(prior.backbone, config.lora_rank, config.lora_alpha, self.seed)
             else:
+                _warn_of_merge(prior)
                 prior.merge_adapter()
             self._backbone = make_replica(prior.backbone, config.mode)
         self._backbone.attention = attention
@@ -216,6 +220,16 @@ def _check_mode(prior: ActionPrior, mode: str) -> None:
         )
     check = check_tunable if mode == "lora" else check_foldable
     check(prior.backbone.model)
+
+
+def _warn_of_merge(prior: ActionPrior) -> None:
+    """Logs a warning if half-precision weights would lose much of the adapter that is merged into them."""
+    lost = lost_by_merging(prior.backbone.decoder)
+    if lost is not None and lost > MOST_LOST:
+        log.warning(
+            f"mode='full' merges the adapter into {prior.settings.dtype} weights, which loses {lost:.0%} of its "
+            "change: train on with mode='lora', or open the prior with dtype=torch.float32"
+        )
 
 
 def _check_samples(

@@ -8,7 +8,7 @@ from test_adapters import adapt, lora
 from test_projection import set_size
 from tiny import make_nano, random_frames, seeded
 
-from covr_fast.vlm import ActionPrior
+from covr_fast.vlm import ActionPrior, TunerConfig, VLMTuner
 from covr_fast.vlm.decode import transformer as module
 from covr_fast.vlm.decode.decoder import Decoder, DecoderWeights
 from covr_fast.vlm.decode.graph import GraphedDecoder
@@ -170,3 +170,18 @@ def test_cuda_graphs_answer_as_the_decoder_does(dtype):
         answers.append([prior(x).token_ids for x in images])
     for eager, replayed in zip(*answers, strict=True):
         assert torch.equal(eager, replayed)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.bfloat16, 1e-3), (torch.bfloat16, 1.0), (torch.float32, 1e-3)]
+)
+def test_a_merge_for_good_that_loses_much_is_warned_of(dtype, size, caplog):
+    prior = nano_with_lora(dtype)
+    resize(prior, size)
+    VLMTuner(prior, TunerConfig(mode="full"))
+    said = [record.message for record in caplog.records if "merges the adapter" in record.message]
+    if (dtype, size) == (torch.bfloat16, 1e-3):
+        assert len(said) == 1
+        assert "into bfloat16 weights, which loses 79% of its change: train on with mode='lora'" in said[0]
+    else:
+        assert not said
