@@ -227,8 +227,8 @@ def _warn_of_merge(prior: ActionPrior) -> None:
     lost = lost_by_merging(prior.backbone.decoder)
     if lost is not None and lost > MOST_LOST:
         log.warning(
-            f"mode='full' merges the adapter into {prior.settings.dtype} weights, which loses {lost:.0%} of its "
-            "change: train on with mode='lora', or open the prior with dtype=torch.float32"
+            f"mode='full' merges the adapter into {prior.settings.dtype} weights, which loses {lost:.0%} of "
+            "its change: train on with mode='lora', or open the prior with dtype=torch.float32"
         )
 
 
