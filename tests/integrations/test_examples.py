@@ -1,6 +1,7 @@
 """The examples run as they are."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,3 +36,11 @@ def test_gpu_simulator():
     said = run("gpu_simulator.py", "4", "20")
     assert "steps/s" in said
     assert "ReplayBuffer(80/100000 transitions of 4 environments" in said
+
+
+def test_weighted_sft():
+    pytest.importorskip("datasets")
+    right = [int(count) for count in re.findall(r"(\d+) of 100 sums right", run("weighted_sft.py", "150"))]
+    before, alike, weighted = right
+    assert before < 20
+    assert weighted > alike + 20
