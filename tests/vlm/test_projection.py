@@ -53,10 +53,13 @@ def test_bfloat16_keeps_a_small_adapter_beside_and_loses_it_in_a_merge(size, bia
     for beside in (True, False):
         seen = seen_change(projection(layer, beside=beside), layer.base_layer)
         share[beside] = float((seen - change).norm() / change.norm())
+        if beside:
+            kept = float((seen * change).sum() / change.square().sum())
     lost = lost_by_merging(model)
     assert lost == pytest.approx(share[False], abs=0.1)
     assert lost > (0.7 if size == 1e-3 else 0.1)
-    assert share[True] < 0.1 * lost
+    assert share[True] < 0.25 * lost  # what is left is noise of the products' rounding
+    assert kept == pytest.approx(1, abs=0.02)
 
 
 @pytest.mark.parametrize("state", ["one", "two active", "disabled", "merged", "disabled and merged"])
