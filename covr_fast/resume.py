@@ -18,7 +18,7 @@ _TAKING_EFFECT = """
     tuner.max_steps tuner.batch_size tuner.micro_batch tuner.packing tuner.held_out tuner.label_smoothing
     tuner.shift tuner.gradient_checkpointing tuner.cache_image_features tuner.overlap
     covr.psi_0 covr.schedule covr.threshold covr.cold_start covr.min_samples covr.horizon covr.bootstrap
-    covr.publish_after
+    covr.confidence covr.publish_after
     eval.episodes eval.every eval.vlm
     """
 MAY_CHANGE = frozenset(_TAKING_EFFECT.split())
@@ -34,7 +34,7 @@ _WHY_FIXED = {
     "the agent has learnt with it": "agent.init_alpha agent.reward_scale",
     "updates so far were counted by it": "warmup steps_per_update",
     "the run goes on with the VLM in its checkpoint, which was tuned with it": """
-        vlm.model vlm.quantization vlm.prompt vlm.decimals vlm.motion
+        vlm.model vlm.quantization vlm.prompt vlm.decimals vlm.image_size vlm.motion
         tuner.mode tuner.lora_rank tuner.lora_alpha""",
     "it has set the run's randomness": "seed tuner.seed",
     "episodes before and after training would not be the same": "eval.seed",

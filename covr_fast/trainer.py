@@ -114,6 +114,7 @@ class Trainer:
                     lambda ids: vlm_images(config, self.buffer, ids),
                     temperature=config.vlm.temperature,
                     generator=self._prior_noise,
+                    confidence=config.covr.confidence,
                 )
             self.rounds = Rounds(config, self.agent, self.buffer, self.tuner, self.labeller)
         self.collector = Collector(self.envs, self.buffer)
@@ -242,8 +243,13 @@ class Trainer:
                     vlm_view(self.config, torch.from_numpy(obs)),
                     temperature=self.config.vlm.temperature,
                     generator=self._prior_noise,
+                    confidence=self.config.covr.confidence,
                 )
-            self.collector.set_prior(answer.action.cpu().numpy(), answer.version, env_ids)
+            weight: np.ndarray | float = 1.0
+            if answer.confidence is not None:
+                self._metrics.add({"prior_confidence": answer.confidence})
+                weight = answer.confidence.cpu().numpy()
+            self.collector.set_prior(answer.action.cpu().numpy(), answer.version, env_ids, weight)
         elif self.config.vlm.between == "mask":
             self.collector.mask_prior(env_ids)
 
@@ -303,6 +309,8 @@ class Trainer:
     def _log_figures(self) -> None:
         counters, rounds = self.counters, self.rounds
         figures = self._metrics.read()
+        if self.labeller is not None:
+            figures |= self.labeller.metrics.read()
         figures |= {f"time/{name}": share for name, share in self.clock.shares().items()}
         figures |= {
             "frames": counters.frames,

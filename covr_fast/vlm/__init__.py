@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _HOME = {
+    "ActionDistribution": "decode.likelihood",
     "ActionPrior": "prior",
     "PriorBatch": "prior",
     "RoundReport": "finetune.round",
@@ -14,9 +15,12 @@ _HOME = {
     "VLMTuner": "tuner",
 }
 
-__all__ = ["ActionPrior", "PriorBatch", "RoundReport", "TunerConfig", "VLMTuner"]
+__all__ = [
+    "ActionDistribution", "ActionPrior", "PriorBatch", "RoundReport", "TunerConfig", "VLMTuner",
+]  # fmt: skip
 
 if TYPE_CHECKING:
+    from .decode.likelihood import ActionDistribution
     from .finetune.config import TunerConfig
     from .finetune.round import RoundReport
     from .prior import ActionPrior, PriorBatch

@@ -1,21 +1,26 @@
 """The action prior: a VLM that looks at frames and answers with actions (Xia et al. 2026, Sec. 3)."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..cuda_graph import CudaGraphs
-from ..streams import Lane, receive
+from ..scalars import as_int
+from ..streams import Lane, receive, send
 from .answer.grammar import ActionGrammar
 from .answer.prompt import answer_format, default_prompt
 from .decode.decoder import Decoder, DecoderWeights, Layout, make_layout
 from .decode.graph import GraphedDecoder
+from .decode.likelihood import ActionDistribution, answer_log_prob, number_log_prob
+from .decode.numbers import batches
 from .decode.reference import generate_answers
 from .memory import out_of_memory
 from .mode import own_mode
@@ -35,6 +40,11 @@ class PriorBatch:
     """int64[B, L], the answers with their end-of-turn token, padded at the right."""
     version: int
     """Of the weights that answered. It goes up by 1 with every change of the prior's weights."""
+    confidence: Tensor | None
+    """float32[B] in [0, 1], if it was asked for: 1 - H / (A log G). H is the sum of the entropies of the
+    answer's A numbers, each given the earlier numbers of this answer, be it greedy or sampled. log G is the
+    largest entropy of a number with G values. The entropies are those at temperature 1, whatever was sampled
+    at."""
     _grammar: ActionGrammar
 
     @cached_property
@@ -61,9 +71,12 @@ class ActionPrior:
         self.action_dim = settings.action_dim
         self.prompt = settings.prompt or default_prompt(settings.action_dim, settings.decimals)
         self.text = backbone.render(self.prompt)
+        leading, end = backbone.answer_frame(self.prompt)
         self.grammar = ActionGrammar(
             backbone.tokenizer,
             backbone.answer_context(self.text),
+            leading=leading,
+            end=end,
             action_dim=settings.action_dim,
             decimals=settings.decimals,
         )
@@ -88,6 +101,7 @@ class ActionPrior:
         action_dim: int,
         prompt: str | None = None,
         decimals: int | None = None,
+        image_size: int | None = None,
         attention: str = "auto",
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
@@ -103,6 +117,8 @@ class ActionPrior:
             action_dim: numbers in an action.
             prompt: the task in words. None: the saved prior's, else a generic prompt.
             decimals: digits after the point in answers, 1 to 4. None: the saved prior's, else 2.
+            image_size: the longer side in pixels of the frames as the VLM sees them; they are resized on its
+                device and keep their aspect. 0 shows them as they are. None: the saved prior's, else 0.
             attention: "auto", "flash_attention_4" / "_3" / "_2", "sdpa" or "eager".
             dtype: of the weights. None: the saved prior's, else bfloat16 on CUDA, float32 elsewhere.
             device: None takes CUDA where there is one, else the CPU.
@@ -116,11 +132,12 @@ class ActionPrior:
 
         Raises:
             FileNotFoundError: the model's directory, or that of an adapter's base, does not exist.
-            TypeError: `action_dim` or `decimals` is not an integer, or `prompt` is not text.
+            TypeError: `action_dim`, `decimals` or `image_size` is not an integer, or `prompt` is not text.
             ValueError: one of those is out of range; the prompt contains a token that marks images or turns
                 of a conversation; the architecture, the adapter's type or the quantization is not supported;
-                the model has no image token; its tokenizer cannot spell the answers; the attention cannot run
-                here; the adapter does not fit its base; bitsandbytes is missing.
+                `image_size` is too small for the model; the model has no image token; its tokenizer cannot
+                spell the answers; the attention cannot run here; the adapter does not fit its base;
+                bitsandbytes is missing.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if not isinstance(prompt, str | None):
@@ -132,15 +149,18 @@ class ActionPrior:
             seed = saved.seed
             prompt = saved.prompt if prompt is None else prompt
             decimals = saved.decimals if decimals is None else decimals
+            image_size = saved.image_size if image_size is None else image_size
             dtype = getattr(torch, saved.dtype) if dtype is None and saved.dtype else dtype
             asked = saved.quantization if asked is None else asked
         action_dim, decimals = answer_format(action_dim, 2 if decimals is None else decimals)
+        image_size = as_int(0 if image_size is None else image_size, "image_size")
         with own_mode(device, grad=True):
             backbone = load_backbone(
                 model, seed=seed, attention=attention, dtype=dtype, device=device, quantization=asked
             )
             if graph and backbone.quantized:
                 raise ValueError("graph=True cannot record quantized layers: leave out graph or quantization")
+            backbone.image_size = image_size
             settings = Settings(
                 base=backbone.source,
                 seed=seed,
@@ -149,6 +169,7 @@ class ActionPrior:
                 prompt=prompt,
                 dtype=str(backbone.dtype).removeprefix("torch."),
                 quantization=asked,
+                image_size=image_size,
             )
             return cls(backbone, settings, graph=not backbone.quantized if graph is None else graph)
 
@@ -156,8 +177,27 @@ class ActionPrior:
     def device(self) -> torch.device:
         return self.backbone.device
 
+    @property
+    def image_size(self) -> int:
+        """The longer side of the frames as the VLM sees them, in pixels; 0 shows them as they are. It may be
+        set between calls: the next answer, and the next round of a tuner, are for the new size."""
+        return self.backbone.image_size
+
+    @image_size.setter
+    def image_size(self, size: int) -> None:
+        with self.lock:
+            self.backbone.image_size = as_int(size, "image_size")
+            self.settings = replace(self.settings, image_size=self.backbone.image_size)
+            self._layouts.clear()
+            self._decoders.clear()
+
     def __call__(
-        self, images: Tensor, *, temperature: float = 0.0, generator: torch.Generator | None = None
+        self,
+        images: Tensor,
+        *,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+        confidence: bool = False,
     ) -> PriorBatch:
         """Answers for a batch of frames of one size.
 
@@ -165,12 +205,14 @@ class ActionPrior:
             images: uint8[B, 3, H, W], RGB, on any device.
             temperature: 0 takes the most probable tokens; above 0 tokens are sampled.
             generator: randomness of sampling, on the CPU. None uses torch's default generator.
+            confidence: also compute `PriorBatch.confidence`, which costs one more forward.
 
         Raises:
             TypeError, ValueError: images of another dtype or layout, or a negative temperature.
             MemoryError: the GPU's memory is full.
         """
-        return self._answer(self._decode, images, temperature, generator)
+        decode = partial(self._decode, confidence=confidence)
+        return self._answer(decode, images, temperature, generator)
 
     def reference(
         self, images: Tensor, *, temperature: float = 0.0, generator: torch.Generator | None = None
@@ -181,37 +223,120 @@ class ActionPrior:
         """
         return self._answer(self._generate, images, temperature, generator)
 
+    def log_prob(self, images: Tensor, actions: Tensor) -> Tensor:
+        """How likely the VLM is to answer these frames with these actions: float32[B] in nats, on its device.
+
+        It is the log-probability of the one answer that spells an action, among all answers of the grammar
+        (whose probabilities sum to 1): the sum over its choices of the log-softmax over the allowed tokens.
+        This is what sampling at temperature 1 draws from.
+
+        Args:
+            images: uint8[B, 3, H, W], RGB, on any device.
+            actions: float[B, A]; each number is clipped to [-1, 1] and rounded to the grid.
+
+        Raises:
+            TypeError, ValueError: images of another dtype or layout; actions of another shape, or not finite.
+            MemoryError: the GPU's memory is full.
+        """
+        self.check_images(images)
+        self._check_numbers(actions, "actions", (len(images), self.action_dim))
+        with self._working(f"computing likelihoods of {len(images)} answers", images, actions):
+            answers = self.grammar.encode(actions).to(self.device)
+            log_prob = self._in_parts(answer_log_prob, images, answers)
+        receive(log_prob)
+        return log_prob
+
+    def distribution(
+        self, images: Tensor, dim: int = 0, *, given: Tensor | None = None
+    ) -> ActionDistribution:
+        """What the VLM thinks of number `dim` of its answers: the exact distribution over the grid.
+
+        The probability of a value is that of its tokens, after the prompt and the earlier numbers. So the
+        distributions of all numbers, each given the earlier ones, multiply to the probability of an answer.
+
+        Args:
+            images: uint8[B, 3, H, W], RGB, on any device.
+            dim: which number, from 0.
+            given: float[B, dim], the earlier numbers, clipped to [-1, 1] and rounded to the grid. None: those
+                of the greedy answers.
+
+        Raises:
+            TypeError, ValueError: images of another dtype or layout; `dim` is no number of an action; `given`
+                has another shape, or is not finite.
+            MemoryError: the GPU's memory is full.
+        """
+        self.check_images(images)
+        dim = as_int(dim, "dim")
+        if not 0 <= dim < self.action_dim:
+            raise ValueError(f"dim must be between 0 and {self.action_dim - 1}, not {dim}")
+        if given is not None:
+            self._check_numbers(given, "given", (len(images), dim))
+        with self.lock:  # so that the greedy answers are of the same weights
+            if given is None:
+                # Nothing comes before the first number, and nothing has to be asked.
+                given = self(images).action[:, :dim] if dim else torch.empty(len(images), 0, device="cpu")
+            with self._working(f"computing distributions for {len(images)} frames", images, given):
+                # Any number may follow in the text: all begin with the same tokens.
+                answers = self.grammar.encode(F.pad(given, (0, 1))).to(self.device)
+                places = self.grammar.places(given).to(self.device)
+                log_prob = self._in_parts(partial(number_log_prob, slot=dim), images, answers, places)
+                values = self.grammar.grid.to(self.device)
+        receive(values, log_prob)
+        return ActionDistribution(values, log_prob)
+
+    def _in_parts(self, compute: Callable[..., Tensor], images: Tensor, *inputs: Tensor) -> Tensor:
+        """`compute(decoder, image features, *inputs)` for as many rows at a time as fit into one forward."""
+        found = self._decoder(_size(images))
+        decoder = found.decoder if isinstance(found, GraphedDecoder) else found
+        width = len(self.layout(_size(images)).body) + self.grammar.max_length
+        parts = [
+            compute(decoder, self.backbone.image_features(images[rows]), *(x[rows] for x in inputs))
+            for rows in batches(len(images), width)
+        ]
+        return torch.cat(parts)
+
     def _answer(
         self,
-        decode: Callable[[Tensor, float, Tensor | None], tuple[Tensor, Tensor]],
+        decode: Callable[[Tensor, float, Tensor | None], tuple[Tensor, ...]],
         images: Tensor,
         temperature: float,
         generator: torch.Generator | None,
     ) -> PriorBatch:
-        """Runs `decode(images, temperature, noise) -> action, tokens` on the prior's stream."""
+        """Runs `decode(images, temperature, noise) -> action, tokens[, confidence]` on the prior's stream."""
         self.check_images(images)
         noise = self._noise(len(images), temperature, generator)
+        with self.lock:
+            with self._working(f"answering for {len(images)} frames", images, noise):
+                action, tokens, *confidence = decode(images, temperature, noise)
+            receive(action, tokens, *confidence)
+            return PriorBatch(action, tokens, self.version, next(iter(confidence), None), self.grammar)
+
+    @contextmanager
+    def _working(self, doing: str, *inputs: Tensor | None) -> Iterator[None]:
+        """For a block of the model's work on `inputs`, on the prior's stream."""
         remedy = "ask about fewer at a time, or load a smaller or a quantized model"
-        doing = f"answering for {len(images)} frames"
         with self.lock, own_mode(self.device), out_of_memory(doing, remedy):
             if self.backbone.model.training:
                 self.backbone.model.eval()  # without dropout
-            with self.lane.work(images, noise):
-                action, tokens = decode(images, temperature, noise)
-            receive(action, tokens)
-            return PriorBatch(action, tokens, self.version, self.grammar)
+            with self.lane.work(*inputs):
+                yield
 
-    def _decode(self, images: Tensor, temperature: float, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-        size = (images.shape[2], images.shape[3])
+    def _decode(
+        self, images: Tensor, temperature: float, noise: Tensor | None, *, confidence: bool
+    ) -> tuple[Tensor, ...]:
         features = self.backbone.image_features(images)
+        return self._decoder(_size(images))(features, temperature, noise, confidence=confidence)
+
+    def _decoder(self, size: tuple[int, int]) -> Decoder | GraphedDecoder:
+        """Answers for frames of `size`."""
         if size not in self._decoders:
             if self._weights is None:
                 self._weights = DecoderWeights(self.backbone, self.grammar)
             decoder = Decoder(self._weights, self.layout(size))
             self._decoders[size] = GraphedDecoder(decoder, self._graphs) if self._graphs else decoder
-        return self._decoders[size](features, temperature, noise)
+        return self._decoders[size]
 
-    def _generate(self, images: Tensor, temperature: float, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _generate(self, images: Tensor, temperature: float, noise: Tensor | None) -> tuple[Tensor, ...]:
         tokens = generate_answers(self.backbone, self.text, self.grammar, images, temperature, noise)
         return self.grammar.actions(tokens), tokens
 
@@ -277,6 +402,16 @@ class ActionPrior:
             replace(self.settings, quantization=quantization).save(new)
 
     @staticmethod
+    def _check_numbers(numbers: Tensor, name: str, shape: tuple[int, int]) -> None:
+        if not isinstance(numbers, Tensor) or not numbers.is_floating_point():
+            got = numbers.dtype if isinstance(numbers, Tensor) else type(numbers).__name__
+            raise TypeError(f"{name} must be a float tensor {list(shape)}, not {got}")
+        if numbers.shape != shape:
+            raise ValueError(f"{name} must have shape {list(shape)}, not {list(numbers.shape)}")
+        if not torch.isfinite(numbers).all():
+            raise ValueError(f"{name} must be finite")
+
+    @staticmethod
     def check_images(images: Tensor, name: str = "images") -> None:
         """Raises TypeError or ValueError unless `images` is uint8[B, 3, H, W] with B > 0."""
         if not isinstance(images, Tensor) or images.dtype != torch.uint8:
@@ -299,4 +434,9 @@ class ActionPrior:
         with own_mode(self.device):
             uniform = torch.rand(batch, len(levels), widest, generator=generator, dtype=torch.float32)
             # At 0 and at 1 one of the logarithms would be infinite.
-            return (-(-uniform.clamp(1e-10, 1 - 1e-7).log()).log()).to(self.device)
+            return send(-(-uniform.clamp(1e-10, 1 - 1e-7).log()).log(), self.device)
+
+
+def _size(images: Tensor) -> tuple[int, int]:
+    """Height and width of frames [B, 3, H, W]."""
+    return images.shape[2], images.shape[3]

@@ -8,6 +8,7 @@ depend on the other numbers, is checked over the whole grid when the grammar is 
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .prompt import CLOSING, JOINER, OPENING, answer_format, spell
+from .tree import NumberTree, number_tree
 
 
 @dataclass(frozen=True)
@@ -51,23 +53,38 @@ class ActionGrammar:
             a word differently after different texts.
         action_dim: numbers in an action.
         decimals: digits after the point, 1 to 4.
+        leading: text before "Action" in every answer, because the model was trained with it there.
+        end: the token that ends an answer. None: the tokenizer's end of sequence.
 
     Raises:
         ValueError: the tokenizer cannot spell the answers (no end token, or the tokens of one number depend
             on another number). Else see `prompt.answer_format`.
     """
 
-    def __init__(self, tokenizer: Any, context: str, *, action_dim: int, decimals: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        context: str,
+        *,
+        action_dim: int,
+        decimals: int,
+        leading: str = "",
+        end: int | None = None,
+    ) -> None:
         action_dim, decimals = answer_format(action_dim, decimals)
-        if tokenizer.eos_token_id is None:
+        end = tokenizer.eos_token_id if end is None else end
+        if end is None:
             raise ValueError("the tokenizer has no eos_token, so answers could not end; set one")
         self.action_dim = action_dim
         self.decimals = decimals
-        self.eos_token_id: int = tokenizer.eos_token_id
+        self.eos_token_id: int = end
+        """The token that ends an answer."""
         pad = tokenizer.pad_token_id
         self.pad_token_id: int = self.eos_token_id if pad is None else pad
         self._tokenizer = tokenizer
         self._context = context
+        self._leading = leading
+        self._opening = leading + OPENING
         half = 10**decimals
         words = [spell(step, decimals) for step in range(-half, half + 1)]
         self._spell_out(words)
@@ -84,10 +101,34 @@ class ActionGrammar:
         Args:
             actions: float[N, A]; each number is clipped to [-1, 1] and rounded to the grid, halves to even.
         """
-        scale = 10**self.decimals
-        columns = (actions.double().clamp(-1, 1) * float(scale)).round().long() + scale
-        rows = [torch.tensor(self._number_tokens(row) + self._ending) for row in columns.tolist()]
+        places = self.places(actions).tolist()
+        rows = [torch.tensor(self._number_tokens(row) + self._ending) for row in places]
         return pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id)
+
+    def places(self, actions: Tensor) -> Tensor:
+        """The places int64[N, A] of numbers float[N, A] on the grid, as `encode` rounds them."""
+        scale = 10**self.decimals
+        places: Tensor = (actions.double().clamp(-1, 1) * float(scale)).round().long() + scale
+        return places
+
+    @cached_property
+    def grid(self) -> Tensor:
+        """float32[G], ascending: the values that a number may have."""
+        scale = 10**self.decimals
+        steps = torch.arange(-scale, scale + 1, dtype=torch.float64)
+        return steps.div(scale).float()
+
+    @cached_property
+    def number_tokens(self) -> Tensor:
+        """int64[U], ascending: the tokens of all numbers, and of the text that they are joined with."""
+        return torch.tensor(sorted({token for words in self._slots for word in words for token in word}))
+
+    @cached_property
+    def trees(self) -> list[NumberTree]:
+        """The tokens of each number as a tree. Those of the first number begin with the opening."""
+        choices = self.number_tokens.tolist()
+        trees = [number_tree(words, choices) for words in self._slots[:2]]
+        return [trees[min(slot, 1)] for slot in range(self.action_dim)]
 
     def allowed(self, answer: list[int]) -> list[int]:
         """The tokens that may follow `answer`, the beginning of one; after its end only the pad token."""
@@ -115,7 +156,7 @@ class ActionGrammar:
         text: str = self._tokenizer.decode(
             tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        return text.strip()
+        return text.removeprefix(self._leading).strip()
 
     # ---- construction ----
 
@@ -133,8 +174,8 @@ class ActionGrammar:
 
     def _spell_out(self, words: list[str]) -> None:
         """Tokens of every grid value in every position (`_slots`), and of the end of an answer."""
-        first = OPENING + words[len(words) // 2]
-        opening = self._continuations("", [OPENING + word for word in words])
+        first = self._opening + words[len(words) // 2]
+        opening = self._continuations("", [self._opening + word for word in words])
         joined = self._continuations(first, [JOINER + word for word in words])
         self._slots = [opening, *[joined] * (self.action_dim - 1)]
         self._ending = [*self._continuations(first, [CLOSING])[0], self.eos_token_id]
@@ -149,14 +190,14 @@ class ActionGrammar:
         dim = min(self.action_dim, 3)
         # Neighbours are far apart on the grid: they differ in sign and digits.
         rows = [[(i + k * (size // 3 + 1)) % size for k in range(dim)] for i in range(size)]
-        texts = [OPENING + JOINER.join(words[i] for i in row) + CLOSING for row in rows]
+        texts = [self._opening + JOINER.join(words[i] for i in row) + CLOSING for row in rows]
         context = self._tokens_of([""])[0]
         for text, row, tokens in zip(texts, rows, self._tokens_of(texts), strict=True):
             expected = self._number_tokens(row)
             if tokens != context + expected + self._ending[:-1]:
                 raise self._cannot_spell(f"the tokens of {text!r} are not those of its parts")
             decoded = self._tokenizer.decode(expected, clean_up_tokenization_spaces=False)
-            if decoded.strip() != text.removesuffix(CLOSING):
+            if decoded.strip() != text.removesuffix(CLOSING).strip():
                 raise self._cannot_spell(f"{text!r} does not survive encoding and decoding")
 
     def _cannot_spell(self, reason: str) -> ValueError:
