@@ -145,7 +145,8 @@ def _train(arguments: list[str]) -> int:
 
 
 def _check_preset(name: str, config: "TrainConfig", run: str) -> None:
-    """Raises a UserError if the run began as another preset, or in another environment than the preset's."""
+    """Raises a UserError if the run began as another preset or, where that was not recorded, in another
+    environment than the preset's."""
     from .config import TrainConfig
 
     begun = config.begun_as
@@ -153,7 +154,7 @@ def _check_preset(name: str, config: "TrainConfig", run: str) -> None:
         raise UserError(
             f"the run was begun as {begun}, not {name}: covr-fast train {begun} --resume {run} continues it"
         )
-    if config.env.id != (env := TrainConfig.preset(name).env.id):
+    if not begun and config.env.id != (env := TrainConfig.preset(name).env.id):
         raise UserError(f"the run was begun with env.id={config.env.id}, and preset {name} is of {env}")
 
 

@@ -13,13 +13,16 @@ _HOME = {
     "RoundReport": "finetune.round",
     "TunerConfig": "finetune.config",
     "VLMTuner": "tuner",
+    "task_prompt": "answer.prompt",
 }
 
 __all__ = [
     "ActionDistribution", "ActionPrior", "PriorBatch", "RoundReport", "TunerConfig", "VLMTuner",
+    "task_prompt",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
+    from .answer.prompt import task_prompt
     from .decode.likelihood import ActionDistribution
     from .finetune.config import TunerConfig
     from .finetune.round import RoundReport

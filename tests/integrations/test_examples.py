@@ -1,5 +1,6 @@
 """The examples run as they are."""
 
+import json
 import os
 import re
 import subprocess
@@ -30,6 +31,17 @@ def test_sb3_sac_carracing():
 def test_torchrl_replay():
     pytest.importorskip("torchrl")
     assert "prioritized" in run("torchrl_replay.py", "600")
+
+
+@pytest.mark.slow
+def test_own_task(tmp_path):
+    out = tmp_path / "run"
+    said = run("own_task.py", "200", str(out))
+    assert "round 1 at" in said
+    assert "the trained actor's first actions: [" in said
+    assert "You control the small square." in (out / "prompt.txt").read_text()
+    assert json.loads((out / "summary.json").read_text())["environment"] == "Reach"
+    assert (out / "answers.jsonl").read_text().count('"version": 1') > 0
 
 
 def test_gpu_simulator():
