@@ -11,8 +11,8 @@ from .config import TrainConfig
 from .envs import PixelEnvs
 from .errors import UserError
 from .tasks import find_task
-from .view import MOTION_WORDS
 from .vlm import ActionPrior, task_prompt
+from .words import MOTION_WORDS
 
 
 def compute_device(name: str) -> torch.device:

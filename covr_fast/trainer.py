@@ -23,6 +23,7 @@ from .evaluate import Evaluation, Evaluations
 from .files import write_whole
 from .labeller import PriorLabeller
 from .logger import Clock, MeanMetrics, RunLogger
+from .model_card import write_run_card
 from .parts import (
     compute_device,
     load_prior,
@@ -186,6 +187,8 @@ class Trainer:
         self._saver = saver = RunSaver(
             self.config, self.out, self.agent, self.prior, self.buffer, self.counters, self._state_dict, log
         )
+        backbone = self.prior.backbone
+        log.say(f"attention of the VLM: {backbone.attention} ({backbone.attention_reason})")
         for doubt in self.config.doubts():
             log.say(f"note: {doubt}")
         with saver.saved_on(Exception, KeyboardInterrupt), self.clock("evaluation"):
@@ -205,6 +208,10 @@ class Trainer:
             evaluations = self.evaluations.measure_after(self.step, log)
         summary = self._summary(evaluations)
         write_whole(self.out / "summary.json", json.dumps(summary, indent=2) + "\n")
+        returns = {name: e.returns.tolist() for name, e in evaluations.items()}
+        if (vlm := self.out / "checkpoint" / "vlm").is_dir():  # nobody has taken it away meanwhile
+            with os_error_as_user_error("the run is finished but for the model card of its VLM"):
+                write_run_card(vlm, self._state_dict(), returns)
         if self.config.video:
             from .video import record_episode
 

@@ -25,8 +25,11 @@ from .decode.reference import generate_answers
 from .memory import out_of_memory
 from .mode import own_mode
 from .model.backbones import Backbone
-from .model.folder import model_folder, replaced_model, same_folder
-from .model.loading import Settings, load_backbone
+from .model.card import write_card
+from .model.folder import NANO_BASE, model_folder, name_nano_base, replaced_model, same_folder
+from .model.loading import Settings, find_model, load_backbone
+from .model.nano import write_nano
+from .model.processor import quiet
 from .model.quantized import quantization_settings
 
 
@@ -113,7 +116,8 @@ class ActionPrior:
 
         Args:
             model: "nano" (tiny, random, see `covr_fast.vlm.model.nano`), a checkpoint directory, what
-                `save_pretrained` wrote, a directory with a peft adapter, or a hub id.
+                `save_pretrained` wrote, a directory with a peft adapter, or the hub id of one of these. Code
+                in a checkpoint is never run.
             action_dim: numbers in an action.
             prompt: the task in words. None: the saved prior's, else a generic prompt.
             decimals: digits after the point in answers, 1 to 4. None: the saved prior's, else 2.
@@ -131,7 +135,10 @@ class ActionPrior:
                 recorded.
 
         Raises:
-            FileNotFoundError: the model's directory, or that of an adapter's base, does not exist.
+            FileNotFoundError: the model or an adapter's base is neither a directory nor on the hub, or it was
+                not downloaded and there is no connection.
+            PermissionError: the model on the hub is gated, and its terms have not been accepted.
+            OSError: a download failed.
             TypeError: `action_dim`, `decimals` or `image_size` is not an integer, or `prompt` is not text.
             ValueError: one of those is out of range; the prompt contains a token that marks images or turns
                 of a conversation; the architecture, the adapter's type or the quantization is not supported;
@@ -142,9 +149,12 @@ class ActionPrior:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if not isinstance(prompt, str | None):
             raise TypeError(f"prompt must be text, not {prompt!r}")
-        model = model_folder(model)
-        saved = Settings.load(Path(model)) if str(model) != "nano" else None
         asked = None if quantization is None else quantization_settings(quantization)
+        # Refused before a download.
+        answer_format(action_dim, 2 if decimals is None else decimals)
+        as_int(0 if image_size is None else image_size, "image_size")
+        source = find_model(model)
+        saved = Settings.load(source.folder) if source.folder is not None else None
         if saved is not None:
             seed = saved.seed
             prompt = saved.prompt if prompt is None else prompt
@@ -156,13 +166,13 @@ class ActionPrior:
         image_size = as_int(0 if image_size is None else image_size, "image_size")
         with own_mode(device, grad=True):
             backbone = load_backbone(
-                model, seed=seed, attention=attention, dtype=dtype, device=device, quantization=asked
+                source, seed=seed, attention=attention, dtype=dtype, device=device, quantization=asked
             )
             if graph and backbone.quantized:
                 raise ValueError("graph=True cannot record quantized layers: leave out graph or quantization")
             backbone.image_size = image_size
             settings = Settings(
-                base=backbone.source,
+                base=saved.base if saved is not None and not backbone.adapted else backbone.source,
                 seed=seed,
                 action_dim=action_dim,
                 decimals=decimals,
@@ -380,9 +390,10 @@ class ActionPrior:
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes a model that `from_pretrained(directory)` opens again.
 
-        An adapter is written in peft's format, and refers to its base by hub id or absolute path. Full
-        weights are written as a transformers checkpoint. The processor is written next to them. A model that
-        was in `directory` is replaced, as a whole or not at all; other files in it stay.
+        An adapter is written in peft's format, and refers to its base by hub id or absolute path; the base of
+        an adapter of nano is written next to it. Full weights are written as a transformers checkpoint. The
+        processor and a model card (README.md) are written next to them. A model that was in `directory` is
+        replaced, as a whole or not at all; other files in it stay, also a README.md of yours.
 
         Raises:
             ValueError: `directory` contains the base of the adapter.
@@ -391,7 +402,9 @@ class ActionPrior:
             OSError: the system cannot replace or write `directory`.
         """
         directory = Path(directory)
-        if self.backbone.adapted and same_folder(Path(self.backbone.source), Path(model_folder(directory))):
+        replaced = Path(model_folder(directory))
+        base = Path(self.backbone.source)
+        if self.backbone.adapted and any(same_folder(base, own) for own in (replaced, replaced / NANO_BASE)):
             raise ValueError(
                 f"{directory} holds the base of this adapter, which must stay: save into another directory"
             )
@@ -399,7 +412,14 @@ class ActionPrior:
             self.backbone.save(new)
             # A checkpoint with full weights says how they are quantized.
             quantization = self.settings.quantization if self.backbone.adapted else None
-            replace(self.settings, quantization=quantization).save(new)
+            named = self.backbone.source if self.backbone.adapted else self.settings.base
+            replace(self.settings, quantization=quantization, base=named).save(new)
+            if self.backbone.adapted and self.backbone.source == "nano":
+                (new / NANO_BASE).mkdir()
+                with quiet():
+                    write_nano(new / NANO_BASE, seed=self.settings.seed)
+                name_nano_base(new, directory)
+            write_card(new)
 
     @staticmethod
     def _check_numbers(numbers: Tensor, name: str, shape: tuple[int, int]) -> None:
