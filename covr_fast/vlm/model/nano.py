@@ -32,7 +32,7 @@ SPECIAL_TOKENS = (
 )
 # Parts of the answer that are one token each, as in a vocabulary learned from such text: answers stay short.
 ANSWER_TOKENS = (OPENING, JOINER, "0.", "1.", "-0.", "-1.")
-VOCAB_SIZE = 704
+VOCAB_SIZE = 768
 
 # An image token covers 28x28 pixels, 2x2 patches of the vision tower: an 84x84 frame has 3x3 tokens.
 PATCH_SIZE = 14
