@@ -59,10 +59,10 @@ def test_it_compares_sizes_of_what_the_vlm_sees(monkeypatch, capsys, tmp_path):
 
     answer = ActionPrior._decode
 
-    def small_gpu(self, *arguments):
+    def small_gpu(self, *arguments, **options):
         if self.image_size > 300:
             raise MemoryError("out of GPU memory")
-        return answer(self, *arguments)
+        return answer(self, *arguments, **options)
 
     monkeypatch.setattr(ActionPrior, "_decode", small_gpu)
     assert bench(monkeypatch, model) == 0

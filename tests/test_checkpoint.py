@@ -45,7 +45,9 @@ def test_killed_anywhere(tmp_path):
     """Whatever is found afterwards is one whole generation, and no older than what was there before."""
     target, newest = tmp_path / "checkpoint", 0
     fill(target, str(newest))
-    for attempt in range(20):
+    for attempt in range(400):
+        if attempt >= 20 and newest > 0:  # a busy machine needs longer for the first
+            break
         writer = os.fork()
         if writer == 0:
             for number in range(newest + 1, newest + 1000):
