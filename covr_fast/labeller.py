@@ -11,6 +11,9 @@ from .buffer import ReplayBuffer
 from .streams import follow, mark
 from .vlm import ActionPrior, PriorBatch
 
+MAX_BATCH = 64
+"""Images of one call, unless the labeller is told otherwise."""
+
 
 class PriorLabeller:
     """Asks the VLM about stored transitions in a thread, and writes its answers into their extras.
@@ -35,7 +38,7 @@ class PriorLabeller:
         buffer: ReplayBuffer,
         images: Callable[[Tensor], Tensor],
         *,
-        max_batch: int = 64,
+        max_batch: int = MAX_BATCH,
         temperature: float = 0.0,
         generator: torch.Generator | None = None,
     ) -> None:
