@@ -1,6 +1,7 @@
 """How the agent teaches the VLM: EDDF selects samples, the tuner trains on them, publish hands the weights
 over (Xia et al. 2026, "RL-tuned VLM")."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -139,13 +140,13 @@ class Rounds:
                     f"round {number}: {lost} steps were overwritten in the replay buffer before D_f "
                     f"was read: raise replay.capacity={self._config.replay.capacity}"
                 )
-            ids, returns = selection.samples(kept[stored])
+            ids, returns, episodes = selection.samples(kept[stored])
             if len(ids) < 2:
                 log.say(f"the filter kept {len(ids)} samples: nothing to fine-tune on in this round")
                 return
             # The images are copies: the buffer may overwrite its frames while the round runs.
             images = vlm_images(self._config, self._buffer, ids)
-            self._tuner.start(images, self._buffer.actions(ids), returns)
+            self._tuner.start(images, self._buffer.actions(ids), returns, episodes)
 
     def _end(self, round: _Round, step: int, log: RunLogger) -> None:
         """Waits for the round, publishes its weights and logs it."""
@@ -154,10 +155,20 @@ class Rounds:
             if report:
                 round.figures |= {
                     "nonzero_share": report.nonzero_share,
+                    "episodes": report.episodes,
+                    "held_out": report.held_out,
                     "tuning_seconds": report.seconds,
                 }
                 if report.held_out:
                     round.figures |= {"loss_before": report.loss_before, "loss_after": report.loss_after}
+                lost = report.lora_lost
+                if lost is not None and not math.isnan(lost):  # NaN if LoRA changes nothing
+                    round.figures["lora_lost"] = lost
+                if "lora_lost" in round.figures and report.lora_beside:
+                    log.say(
+                        "LoRA is served beside the base: merged into its half precision it would lose "
+                        f"{lost:.0%} of its change"
+                    )
                 self._tuner.publish()
                 if self._labeller is not None:
                     self._labeller.refresh()
@@ -211,6 +222,8 @@ def _line(record: dict[str, float]) -> str:
         line += f", non-zero weight {record['nonzero_share']:.0%}"
     if "loss_after" in record:
         line += f", held-out loss {record['loss_before']:.4f} -> {record['loss_after']:.4f}"
+    elif record.get("episodes") == 1:
+        line += ", no held-out loss: all samples are of one episode"
     if "tuning_seconds" in record:
         line += f", {record['tuning_seconds']:.1f} s"
     return line

@@ -31,6 +31,7 @@ class Selection:
         threshold: Literal["described", "equation"],
     ) -> None:
         self._ids = finished.indices
+        self._episodes = finished.episodes
         self._time = finished.time_in_episode
         self._overwritten = finished.overwritten
         self._returns = returns = finished.returns
@@ -68,10 +69,10 @@ class Selection:
             **self._kept_by_time(kept),
         }
 
-    def samples(self, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """(ids int64[K] on the host, returns float32[K] where the buffer is) of these positions int64[K],
-        which are on the host. Never waits."""
-        return self._ids[kept], self._returns[send(kept, self._returns.device)]
+    def samples(self, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(ids int64[K], returns float32[K], episodes int64[K]) of these positions int64[K]. All are on the
+        host but the returns, which are where the buffer is. Never waits."""
+        return self._ids[kept], self._returns[send(kept, self._returns.device)], self._episodes[kept]
 
     def _kept_by_time(self, kept: Tensor) -> dict[str, float]:
         """Share of each quarter of the episodes that was kept: late steps have smaller returns-to-go."""

@@ -104,7 +104,7 @@ class Trainer:
             model = saved.vlm if saved else config.vlm.model
             with saved.opening(saved.vlm) if saved else nullcontext():
                 self.prior = load_prior(config, action_dim, self.device, model)
-            self.tuner = VLMTuner(self.prior, config.tuner)
+            self.tuner = VLMTuner(self.prior, config.tuner, seed=config.seed)
             self._prior_noise = torch.Generator().manual_seed(config.seed)
             self.labeller = None
             if config.vlm.background:

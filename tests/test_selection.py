@@ -72,10 +72,11 @@ def test_what_is_selected_is_what_the_filter_keeps(device):
     assert (figures["tau"], figures["cutoff"]) == pytest.approx((expected.tau, expected.cutoff))
     assert (figures["samples"], figures["kept"], figures["entropy"]) == (40, len(kept), 0.5)
     assert sorted(asked[0].tolist()) == list(range(40))
-    ids, chosen = selection.samples(kept)
+    ids, chosen, episodes = selection.samples(kept)
     assert chosen.device.type == device
     assert torch.equal(chosen.cpu(), returns[kept])
     assert torch.equal(ids % ENVS, kept // 10)  # D_f lists one environment after another
+    assert torch.equal(episodes, ids)  # which are of one step
 
 
 def test_a_return_that_is_not_finite_says_that_training_diverged():
@@ -94,7 +95,8 @@ def test_on_a_cpu_the_tuner_begins_when_the_round_is_due(log):
     rounds.advance(9, log)
     assert not rounds._tuner.given
     rounds.advance(10, log)
-    (_, actions, returns), (record,) = rounds._tuner.given[0], rounds.records
+    (_, actions, returns, episodes), (record,) = rounds._tuner.given[0], rounds.records
+    assert episodes.tolist() == list(range(ENVS))
     assert returns.tolist() == [5.0] * ENVS
     assert len(actions) == record["kept"] == ENVS
     assert (record["step"], record["published"]) == (10, 10)
@@ -129,7 +131,7 @@ def test_samples_that_the_ring_overwrites_in_between_are_left_out(waiting, log):
     rounds.advance(10, log)
     add_episodes(buffer, 9.0)  # in the place of the first
     rounds.advance(14, log)
-    images, actions, returns = rounds._tuner.given[0]
+    images, actions, returns, _ = rounds._tuner.given[0]
     assert len(images) == len(actions) == len(returns) == ENVS
     assert returns.tolist() == [5.0] * ENVS
     assert (rounds.records[0]["kept"], rounds.records[0]["overwritten"]) == (2 * ENVS, ENVS)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -138,6 +139,21 @@ def test_another_seed_another_run(finished, tmp_path):
     other = Trainer(roundless(seed=1, steps=56), tmp_path)
     other.run()
     assert other.counters.returns[:4] != first.counters.returns[:4]
+
+
+def test_the_seed_of_the_run_is_that_of_the_tuner_unless_it_has_its_own(tmp_path):
+    def adapters(seed: int, own: int | None) -> list[torch.Tensor]:
+        config = roundless(seed=seed)
+        config.tuner = replace(config.tuner, mode="lora", lora_rank=2, seed=own)
+        trainer = Trainer(config, tmp_path / f"{seed}-{own}")
+        assert trainer.tuner.seed == (seed if own is None else own)
+        assert trainer.config.to_dict()["tuner"]["seed"] == own
+        return [p for p in trainer.prior.backbone.model.parameters() if p.requires_grad and p.any()]
+
+    differ = [not torch.equal(a, b) for a, b in zip(adapters(0, None), adapters(1, None), strict=True)]
+    assert differ
+    assert all(differ)
+    assert all(torch.equal(a, b) for a, b in zip(adapters(0, 7), adapters(1, 7), strict=True))
 
 
 def test_callbacks_see_every_step_when_it_is_done(tmp_path):

@@ -101,6 +101,13 @@ class FineTuneView:
         """int32 [M] on the CPU, how many steps into its episode each of `indices` is."""
         return torch.from_numpy(self._rows()["time"])
 
+    @property
+    def episodes(self) -> Tensor:
+        """int64 [M] on the CPU, the episode of each of `indices`: the id of its first transition, stored or
+        overwritten. So steps of an episode that enter the view later have the same number."""
+        rows = self._rows()
+        return torch.from_numpy(rows["ids"] - rows["time"].astype(np.int64) * self._buffer.num_envs)
+
     def clear(self) -> None:
         """Empties the view. Steps of trajectories that have not finished stay pending."""
         self._consumed = self._bounds()[2]

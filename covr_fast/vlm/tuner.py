@@ -1,5 +1,6 @@
 """Fine-tuning the VLM on the agent's own best samples (Xia et al. 2026, "RL-tuned VLM")."""
 
+import logging
 import threading
 
 import torch
@@ -12,9 +13,11 @@ from .finetune.objective import AnswerModel, Samples
 from .finetune.round import RoundReport, run_round
 from .memory import out_of_memory
 from .mode import own_mode
-from .model.adapters import check_foldable, check_tunable
+from .model.adapters import MOST_LOST, check_foldable, check_tunable, lost_by_merging
 from .model.rows import training_attention
 from .prior import ActionPrior
+
+log = logging.getLogger(__name__)
 
 
 class VLMTuner:
@@ -32,23 +35,26 @@ class VLMTuner:
     Args:
         prior: mode "lora" trains the adapters of its model, and adds some if there are none; mode "full"
             merges its adapters into its weights first.
+        seed: that of the run, for a `config` that has none.
 
     Raises:
         ValueError: the prior's attention does not support `config.packing`, its model does not support
             `config.mode`, or its adapter cannot be trained.
     """
 
-    def __init__(self, prior: ActionPrior, config: TunerConfig | None = None) -> None:
+    def __init__(self, prior: ActionPrior, config: TunerConfig | None = None, *, seed: int = 0) -> None:
         self.prior = prior
         self.config = config = config or TunerConfig()
+        self.seed = seed if config.seed is None else config.seed
         self.rounds = 0
         """Rounds so far, with the running one. It is part of each round's seed: set it to resume a run."""
         attention = training_attention(prior.backbone.attention, config.packing)
         _check_mode(prior, config.mode)
         with prior.lock, own_mode(prior.device, grad=True):
             if config.mode == "lora":
-                add_lora(prior.backbone, config.lora_rank, config.lora_alpha, config.seed)
+                add_lora(prior.backbone, config.lora_rank, config.lora_alpha, self.seed)
             else:
+                _warn_of_merge(prior)
                 prior.merge_adapter()
             self._backbone = make_replica(prior.backbone, config.mode)
         self._backbone.attention = attention
@@ -73,7 +79,7 @@ class VLMTuner:
         """Whether a round is under way."""
         return self._thread is not None and self._thread.is_alive()
 
-    def start(self, frames: Tensor, actions: Tensor, returns: Tensor) -> None:
+    def start(self, frames: Tensor, actions: Tensor, returns: Tensor, episodes: Tensor | None = None) -> None:
         """Begins a round on samples that the exploration filter selected.
 
         Args:
@@ -82,6 +88,8 @@ class VLMTuner:
             actions: float[N, A] in [-1, 1], what it did.
             returns: float[N], the returns that followed. Of those on a GPU the weights (RALW) are computed
                 there, and the round, not its caller, waits for them.
+            episodes: int64[N], the episode of each sample. An episode is held out as a whole, or not at all.
+                None: every sample is an episode of its own.
 
         Raises:
             RuntimeError: a round is still running.
@@ -92,8 +100,8 @@ class VLMTuner:
             raise RuntimeError("a round is still running; wait until poll() returns its report")
         self.check()
         with own_mode(self._device):
-            _check_samples(self.prior, frames, actions, returns)
-            samples = Samples.build(self.prior.grammar, frames, actions, returns)
+            _check_samples(self.prior, frames, actions, returns, episodes)
+            samples = Samples.build(self.prior.grammar, frames, actions, returns, episodes)
         self.rounds += 1
         self._stop.clear()
         self._report = self._before = None
@@ -180,7 +188,9 @@ class VLMTuner:
             try:
                 layout = self.prior.layout((samples.frames.shape[2], samples.frames.shape[3]))
                 model = AnswerModel(self._backbone, layout, checkpointing=config.gradient_checkpointing)
-                report = run_round(model, samples, weights, before, config, self.rounds, self._stop)
+                report = run_round(
+                    model, samples, weights, before, config, self.seed, self.rounds, self._stop
+                )
             finally:
                 for weight in weights:
                     weight.grad = None
@@ -212,12 +222,27 @@ def _check_mode(prior: ActionPrior, mode: str) -> None:
     check(prior.backbone.model)
 
 
-def _check_samples(prior: ActionPrior, frames: Tensor, actions: Tensor, returns: Tensor) -> None:
+def _warn_of_merge(prior: ActionPrior) -> None:
+    """Logs a warning if half-precision weights would lose much of the adapter that is merged into them."""
+    lost = lost_by_merging(prior.backbone.decoder)
+    if lost is not None and lost > MOST_LOST:
+        log.warning(
+            f"mode='full' merges the adapter into {prior.settings.dtype} weights, which loses {lost:.0%} of "
+            "its change: train on with mode='lora', or open the prior with dtype=torch.float32"
+        )
+
+
+def _check_samples(
+    prior: ActionPrior, frames: Tensor, actions: Tensor, returns: Tensor, episodes: Tensor | None
+) -> None:
     prior.check_images(frames, "frames")
     count = len(frames)
     if actions.shape != (count, prior.action_dim):
         raise ValueError(f"actions must have shape [{count}, {prior.action_dim}], not {tuple(actions.shape)}")
     if returns.shape != (count,):
         raise ValueError(f"returns must have shape [{count}], not {tuple(returns.shape)}")
+    if episodes is not None and (episodes.dtype != torch.int64 or episodes.shape != (count,)):
+        got = f"{episodes.dtype} {tuple(episodes.shape)}"
+        raise ValueError(f"episodes must be int64 of shape [{count}], not {got}")
     if not torch.isfinite(actions).all() or (returns.is_cpu and not torch.isfinite(returns).all()):
         raise ValueError("actions and returns must be finite")

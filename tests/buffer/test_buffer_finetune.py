@@ -40,6 +40,8 @@ def test_only_finished_trajectories_with_their_returns():
     assert view.indices.tolist() == [0, 2, 1, 3, 5]
     assert view.returns.tolist() == [2.0, 2.0, 30.0, 40.0, 40.0]  # no bootstrap after the truncation
     assert view.time_in_episode.tolist() == [0, 1, 0, 1, 2]
+    assert view.episodes.tolist() == [0, 0, 1, 1, 1]
+    assert view.episodes.dtype == torch.int64
     assert view.returns.dtype == torch.float32
 
 
@@ -64,6 +66,8 @@ def test_a_cut_finishes_a_trajectory():
     script.add([1], "-")
     buffer.cut()
     assert view.returns.tolist() == [2, 1]
+    script.add([1], "T")
+    assert view.episodes.tolist() == [0, 0, 2]
 
 
 def test_overwritten_transitions_leave_and_are_counted():
@@ -73,6 +77,7 @@ def test_overwritten_transitions_leave_and_are_counted():
         script.add([1], "T" if i in (3, 7) else "-")
     assert view.indices.tolist() == [3, 4, 5, 6, 7]
     assert view.returns.tolist() == [1, 4, 3, 2, 1]
+    assert view.episodes.tolist() == [0, 4, 4, 4, 4]
     assert view.overwritten == 3
     view.clear()
     assert (len(view), view.overwritten) == (0, 0)
@@ -91,6 +96,7 @@ def test_horizon_needs_no_end():
     view.clear()
     script.add([128.0], "-")
     assert view.indices.tolist() == [5]
+    assert view.episodes.tolist() == [4]  # as that of step 4, which the round before had
     assert view.returns.tolist() == [32 + 32 + 32]
 
 
@@ -119,6 +125,11 @@ def test_random_scripts_against_loops(horizon):
         stored = {index for index in expected if buffer.contains([index])}
         assert set(view.indices.tolist()) == stored
         assert len(view) == len(stored)
+        for index, episode in zip(view.indices.tolist(), view.episodes.tolist(), strict=True):
+            first, e = divmod(index, 3)
+            while first > 0 and ends[first - 1][e] == "-":
+                first -= 1
+            assert episode == first * 3 + e
         lost = {t * 3 + e for t in range(i + 1) for e in range(3)} - cleared
         lost = {index for index in lost if not buffer.contains([index])}
         assert view.overwritten == len(lost)

@@ -13,7 +13,7 @@ from torch import nn
 from covr_fast.vlm import ActionPrior, TunerConfig, VLMTuner
 from covr_fast.vlm.finetune.lora import snapshot, trainable
 from covr_fast.vlm.finetune.objective import AnswerModel, RoundImages, Samples, weighted_loss
-from covr_fast.vlm.model.adapters import LAYERWISE, check_adapter, linear_weights
+from covr_fast.vlm.model.adapters import LAYERWISE, check_adapter, linear_beside_lora, merged_linear
 
 QUICK = {"lora_rank": 4, "epochs": 1, "batch_size": 4, "micro_batch": 4, "learning_rate": 1e-2}
 
@@ -372,7 +372,8 @@ def test_linear_layers_of_another_type_and_hooked_ones_are_called(frames):
 def test_a_base_layer_of_another_type_is_not_merged():
     layer = nn.ModuleDict({"a": Doubled(4, 4)})
     adapted = get_peft_model(layer, LoraConfig(r=2, target_modules=["a"])).base_model.model["a"]
-    assert linear_weights(adapted) is None
+    assert merged_linear(adapted) is None
+    assert linear_beside_lora(adapted) is None
 
 
 # ---------------------------------------------------------------------- what is trained

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from covr_fast.vlm.decode.transformer import Attention, Heads, Layer, LayerCache, Norm, Projection
+from covr_fast.vlm.decode.projection import projection
+from covr_fast.vlm.decode.transformer import Attention, Heads, Layer, LayerCache, Norm
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +77,7 @@ def test_norm(width):
 def test_product(rows, inputs, outputs, bias):
     layer, x = nn.Linear(inputs, outputs, bias=bias), torch.randn(rows, inputs)
     expected = F.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
-    product = Projection(layer)
+    product = projection(layer)
     for same in (x, x.t().contiguous().t()):  # in another order in memory
         torch.testing.assert_close(product(same).double(), expected, atol=1e-5, rtol=1e-5)
     # Into the middle of a larger tensor: what lies around it stays.
@@ -90,7 +91,7 @@ def test_product(rows, inputs, outputs, bias):
 def test_projections_of_one_input_are_one_product(bias):
     first, second = nn.Linear(12, 5, bias=bias), nn.Linear(12, 9, bias=False)
     x = torch.randn(4, 12)
-    torch.testing.assert_close(Projection(first, second)(x), torch.cat((first(x), second(x)), -1).detach())
+    torch.testing.assert_close(projection(first, second)(x), torch.cat((first(x), second(x)), -1).detach())
 
 
 # ---- a layer ----

@@ -13,12 +13,12 @@ from tiny import equal, make_nano, weights_of
 from covr_fast import ops
 from covr_fast.vlm import ActionPrior, TunerConfig, VLMTuner
 from covr_fast.vlm.answer.grammar import ActionGrammar
+from covr_fast.vlm.finetune.held_out import served_nll
 from covr_fast.vlm.finetune.objective import (
     IGNORE,
     AnswerModel,
     RoundImages,
     Samples,
-    mean_nll,
     weighted_loss,
 )
 from covr_fast.vlm.model.attention import causal_mask
@@ -518,7 +518,8 @@ def test_the_held_out_loss_is_per_token_and_knows_no_weights(nano):
     for returns in ([1.0, 1.0, 1.0], [0.0, 5.0, 1.0]):
         samples = Samples.build(nano.grammar, frames, actions, torch.tensor(returns))
         images = RoundImages(model, samples, rows, TunerConfig(micro_batch=2), torch.Generator())
-        assert mean_nll(model, samples, rows, images, 2) == pytest.approx(expected, rel=1e-5)
+        loss = served_nll(nano.backbone, model.layout, samples, rows, images, 2)
+        assert loss == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.needs_cuda

@@ -23,7 +23,7 @@ class GraphedDecoder:
     the noise, the padding, and the copies of inputs into the graph and of answers out of it.
 
     What waits for what: each call is a turn of `graphs`, on the caller's current stream. The graphs refer to
-    the merged weights, so both are dropped together when weights are published.
+    the served weights, so both are dropped together when weights are published.
     """
 
     def __init__(self, decoder: Decoder, graphs: CudaGraphs) -> None:

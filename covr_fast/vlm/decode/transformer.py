@@ -1,24 +1,26 @@
-"""The language model that writes the answers: merged weights, fixed caches, few operations.
+"""The language model that writes the answers: joined weights, fixed caches, few operations.
 
 The language models of all supported backbones have the same layers: RMS norm, attention with rotary
-positions, RMS norm, gated MLP. This file runs them without transformers' modules. It merges LoRA adapters
-into the weights, joins the projections of one input into one product, and prepares rotary angles and masks
-once. A part whose adapter cannot be merged is called as the module that it is. Tests compare the hidden
-states with those of transformers on every backbone.
+positions, RMS norm, gated MLP. This file runs them without transformers' modules. It joins the projections
+of one input into one product, merges LoRA adapters into the weights or keeps them beside (see `projection`),
+and prepares rotary angles and masks once. A part with another adapter is called as the module that it is.
+Tests compare the hidden states with those of transformers on every backbone.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..model.adapters import bare, linear_weights, untouched, wrapped
+from ..model.adapters import bare, loses_too_much, lost_by_merging, untouched, wrapped
 from ..model.attention import causal_mask
 from ..model.backbones import Backbone, ImageFeatures
+from .projection import projection
 
 
 class Heads(NamedTuple):
@@ -54,7 +56,8 @@ class KeyValueCache:
 class Transformer:
     """The language model of a backbone, with the weights that it has now.
 
-    Merged weights are a second copy of the model's: 5.5 GB for Qwen2.5-VL-3B in bfloat16.
+    Joined weights, into which LoRA is merged, are a second copy of the model's: 5.5 GB for Qwen2.5-VL-3B in
+    bfloat16. Where rounding would lose LoRA's change, it is served beside the weights, which are not copied.
     """
 
     def __init__(self, backbone: Backbone) -> None:
@@ -64,7 +67,8 @@ class Transformer:
         attention = bare(bare(model.layers[0]).self_attn)
         kv, groups = model.config.num_key_value_heads, attention.num_key_value_groups
         self._heads = Heads(kv, groups, attention.head_dim, attention.scaling)
-        self._layers = [Layer(layer) for layer in model.layers]
+        beside = loses_too_much(lost_by_merging(model))
+        self._layers = [Layer(layer, lora_beside=beside) for layer in model.layers]
         self._norm = Norm(model.norm)
         self._rotary = model.rotary_emb
         self._like = torch.empty(0, dtype=backbone.dtype, device=backbone.device)
@@ -117,16 +121,17 @@ class Transformer:
 class Layer:
     """A layer with the present weights of a module of transformers."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, *, lora_beside: bool = False) -> None:
         module = bare(module)
         attention, mlp = bare(module.self_attn), bare(module.mlp)
         for part in (module, attention, mlp):
             if wrapped(part):
                 raise ValueError(f"an adapter replaces a whole {type(part).__name__}, which cannot be served")
         self._input_norm, self._mlp_norm = Norm(module.input_layernorm), Norm(module.post_attention_layernorm)
-        self._qkv = Projection(attention.q_proj, attention.k_proj, attention.v_proj)
-        self._out = Projection(attention.o_proj)
-        self._gate_up, self._down = Projection(mlp.gate_proj, mlp.up_proj), Projection(mlp.down_proj)
+        project = partial(projection, beside=lora_beside)
+        self._qkv = project(attention.q_proj, attention.k_proj, attention.v_proj)
+        self._out = project(attention.o_proj)
+        self._gate_up, self._down = project(mlp.gate_proj, mlp.up_proj), project(mlp.down_proj)
         self._activation = mlp.act_fn
         names = [name for name in ("q_norm", "k_norm") if hasattr(attention, name)]
         self._head_norms = [Norm(getattr(attention, name)) for name in names]
@@ -198,36 +203,6 @@ class Attention:
             mask = causal_mask(queries, before, like.dtype, like.device)
             self._masks[queries, before] = mask.repeat(1, 1, self.heads.groups, 1)
         return self._masks[queries, before]
-
-
-class Projection:
-    """Linear layers of the same input as one product. If one of them cannot be merged, each is called."""
-
-    def __init__(self, *modules: nn.Module) -> None:
-        self._modules = [bare(module) for module in modules]
-        self._weight: Tensor | None = None
-        self._bias: Tensor | None = None
-        parts = [part for part in map(linear_weights, self._modules) if part is not None]
-        if len(parts) < len(modules):
-            return
-        self._weight = torch.cat([weight for weight, _ in parts])
-        if any(bias is not None for _, bias in parts):
-            self._bias = torch.cat([w.new_zeros(len(w)) if bias is None else bias for w, bias in parts])
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N]."""
-        if self._weight is None:
-            return torch.cat([module(x) for module in self._modules], -1)
-        return F.linear(x, self._weight, self._bias)
-
-    def add_to(self, x: Tensor, y: Tensor) -> None:
-        """Adds the product of `y` [..., K] to a contiguous `x` [..., N] in place."""
-        if self._weight is None:
-            x += self(y)
-            return
-        x.view(-1, x.shape[-1]).addmm_(y.reshape(-1, y.shape[-1]), self._weight.t())
-        if self._bias is not None:
-            x += self._bias
 
 
 class Norm:

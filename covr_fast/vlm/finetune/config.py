@@ -39,8 +39,9 @@ class TunerConfig:
     eager attention, which does not support it. on: fail where packing is not supported. off: pad, which
     FlashAttention does not support."""
     held_out: float = 0.1
-    """Share of the samples that is not trained on and gives the reported losses. At least one sample if there
-    are two; never the sample with the highest return."""
+    """Share of the samples that is not trained on and gives the reported losses. Whole episodes are held out,
+    at least one if there are two, but never that of the sample with the highest return: with few episodes the
+    share may be larger. 0 for none: then the weights of the last epoch stay."""
     label_smoothing: float = 0.1
     """Probability mass spread over the vocabulary in the training loss. The reported losses have none."""
     shift: int = 0
@@ -52,8 +53,9 @@ class TunerConfig:
     changes it) and frames are not shifted. The result is the same; the features take memory."""
     overlap: bool = False
     """Train in a separate thread, while the prior answers and the agent learns."""
-    seed: int = 0
-    """Seed of the held-out samples, of the order of samples and of the adapters' initial weights."""
+    seed: int | None = None
+    """Seed of the held-out samples, of the order of samples and of the adapters' initial weights. None: that
+    of the run."""
 
     def __post_init__(self) -> None:
         if self.mode not in ("lora", "full"):

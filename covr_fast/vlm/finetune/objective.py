@@ -6,7 +6,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ... import ops
@@ -33,14 +32,25 @@ class Samples:
     """int64[N, L]: the same with -100 where padded. Only answers are learned: the prompt has no labels."""
     weighed: Fetch
     """`weights`, and whether all returns were finite, on their way from the device of the returns."""
+    episodes: Tensor
+    """int64[N] on the host: the episode of each sample."""
 
     @classmethod
-    def build(cls, grammar: ActionGrammar, frames: Tensor, actions: Tensor, returns: Tensor) -> "Samples":
+    def build(
+        cls,
+        grammar: ActionGrammar,
+        frames: Tensor,
+        actions: Tensor,
+        returns: Tensor,
+        episodes: Tensor | None = None,
+    ) -> "Samples":
+        """For the arguments see `VLMTuner.start`."""
         answers = grammar.encode(actions.detach().cpu())
         last = (answers == grammar.eos_token_id).int().argmax(1, keepdim=True)
         padding = torch.arange(answers.shape[1]) > last
         weighed = Fetch(ops.return_weights(returns.detach().float()), torch.isfinite(returns).all())
-        return cls(frames, answers, answers.masked_fill(padding, IGNORE), weighed)
+        episodes = torch.arange(len(frames)) if episodes is None else episodes.cpu()
+        return cls(frames, answers, answers.masked_fill(padding, IGNORE), weighed, episodes)
 
     @cached_property
     def weights(self) -> Tensor:
@@ -191,23 +201,3 @@ def weighted_loss(
         loss = ops.return_weighted_cross_entropy(model.backbone.head(hidden), labels, weights, **options)
     # The op divides by the label tokens of these rows, Eq. 6 by those of the whole batch.
     return loss * (samples.valid_tokens(rows) / valid)
-
-
-@torch.no_grad()
-def mean_nll(
-    model: AnswerModel, samples: Samples, rows: Tensor, images: RoundImages, micro_batch: int
-) -> float:
-    """Mean of -log p over the answer tokens of `rows` int64[M], in nats per token; NaN without rows.
-
-    This is the held-out loss. Unlike Eq. 6 it weights all samples alike: return weights depend on a few
-    outliers, and most of them are 0.
-    """
-    if len(rows) == 0:
-        return float("nan")
-    total = torch.zeros((), dtype=torch.float32, device=model.backbone.device)
-    for part in rows.split(micro_batch):
-        labels = samples.labels[part].to(total.device)
-        hidden = model.hidden(images(part), samples.answers[part], samples.lengths(part))
-        logits = model.backbone.head(hidden).float()
-        total += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
-    return float(total) / samples.valid_tokens(rows)

@@ -1,12 +1,14 @@
 """peft's adapters: which of them are supported, and how a layer with an adapter is served.
 
-Such a layer is merged by peft, or called as the module that it is. Models with other adapters are refused.
+Such a layer is merged by peft, served with its LoRA beside it, or called as the module that it is. Models
+with other adapters are refused.
 """
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 LAYERWISE = frozenset(
@@ -17,6 +19,12 @@ LAYERWISE = frozenset(
 )
 """The adapter types that change single layers and nothing else: a layer's output depends on its input only.
 Other types prepend tokens or keys, wrap whole attention blocks, or are controlled from outside the layer."""
+
+
+MOST_LOST = 0.01
+"""LoRA is merged to be served only if rounding loses at most this share of its change. With nano in bfloat16
+a merge loses 79 % of adapters that are 1/1000 as large as their weights, and 17 % of those that are 1/100 as
+large; in float16 21 % and 2 %."""
 
 
 def check_adapter(config: Mapping[str, Any]) -> None:
@@ -170,24 +178,105 @@ def _hooked(module: nn.Module) -> bool:
     return bool("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
 
 
-def linear_weights(module: Any) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of a linear layer, its LoRA adapters merged; None if the module must be called.
+class LinearParts(NamedTuple):
+    """What a linear layer computes: x weight' + bias + (x down') up'. Without `down` and `up` nothing is
+    added."""
+
+    weight: Tensor
+    """[N, K]"""
+    bias: Tensor | None
+    """[N]"""
+    down: Tensor | None = None
+    """[R, K]: the first factors of its LoRA adapters."""
+    up: Tensor | None = None
+    """[N, R]: the second ones, with their scales."""
+
+
+def merged_linear(module: Any) -> LinearParts | None:
+    """A linear layer with its LoRA adapters in the weight; None if the module must be called.
 
     peft merges, on a copy of the layer and as its forward would: active and enabled adapters only.
     """
+    if not _is_linear(module):
+        return None
+    base = _merged_copy(module) if wrapped(module) else module
+    return LinearParts(base.weight.detach(), None if base.bias is None else base.bias.detach())
+
+
+def linear_beside_lora(module: Any) -> LinearParts | None:
+    """A linear layer's own weight, not copied, and its LoRA adapters in the same dtype; None if the module
+    must be called, as for variants of LoRA, such as DoRA."""
+    if not wrapped(module) or not _is_linear(module) or module.merged:
+        return merged_linear(module)
+    base, bias = module.base_layer, module.base_layer.bias
+    parts = LinearParts(base.weight.detach(), None if bias is None else bias.detach())
+    active = _active(module)
+    if any(name in module.lora_variant or module.lora_bias[name] for name in active):
+        return None
+    if not active:
+        return parts
+    dtype = base.weight.dtype
+    down = torch.cat([module.lora_A[name].weight for name in active])
+    up = torch.cat([module.lora_B[name].weight * module.scaling[name] for name in active], 1)
+    return parts._replace(down=down.detach().to(dtype), up=up.detach().to(dtype))
+
+
+@torch.no_grad()
+def lost_by_merging(model: nn.Module) -> float | None:
+    """Share of the change by LoRA adapters that rounding to the weights' dtype would lose in a merge.
+
+    ||round(W + D) - (W + D)|| / ||D|| over all linear layers whose adapters add D to their weights W. None if
+    there are none, or none in half precision, because float32 keeps all that matters. NaN if D is 0 (fresh
+    adapters).
+    """
+    lost, change, found = 0.0, 0.0, False
+    for layer in _layers(model):
+        if not _is_linear(layer) or layer.merged or not _active(layer):
+            continue
+        weight = layer.base_layer.weight
+        if weight.dtype.itemsize >= 4:
+            continue
+        found = True
+        exact = _merged_copy(layer, torch.float32).weight
+        lost = lost + (exact.to(weight.dtype).float() - exact).square().sum()
+        change = change + (exact - weight.float()).square().sum()
+    return float((lost / change) ** 0.5) if found else None
+
+
+def loses_too_much(lost: float | None) -> bool:
+    """Whether LoRA must be served beside the weights, because a merge would lose this share of its change.
+
+    Fresh adapters (NaN) are, too: after the first round they would have to be, and until then a copy of the
+    weights would only take memory.
+    """
+    return lost is not None and not lost <= MOST_LOST
+
+
+def _is_linear(module: Any) -> bool:
+    """Whether a module is torch's linear layer, possibly with LoRA, and nothing else is done with it."""
     from peft.tuners.lora.layer import Linear
 
-    adapted = type(module) is Linear
-    base = module.base_layer if adapted else module
-    if type(base) is not nn.Linear or _hooked(base) or _hooked(module):
-        return None
-    if adapted:
-        module = copy.deepcopy(module)
-        base = module.base_layer
-        if base.bias is None and any(module.lora_bias.values()):  # peft merges into an existing bias only
-            base.bias = nn.Parameter(base.weight.new_zeros(len(base.weight)), requires_grad=False)
-        if module.disable_adapters and module.merged:
-            module.unmerge()
-        elif not module.disable_adapters and not module.merged:
-            module.merge()
-    return base.weight.detach(), None if base.bias is None else base.bias.detach()
+    base = module.base_layer if type(module) is Linear else module
+    return type(base) is nn.Linear and not _hooked(base) and not _hooked(module)
+
+
+def _active(module: Any) -> list[str]:
+    """The adapters of a LoRA layer that its forward adds."""
+    if module.disable_adapters:
+        return []
+    return [name for name in module.active_adapters if name in module.lora_A]
+
+
+def _merged_copy(module: Any, dtype: torch.dtype | None = None) -> Any:
+    """A copy of the linear layer under a LoRA layer, with the adapters that its forward adds."""
+    module = copy.deepcopy(module)
+    if dtype is not None:
+        module.to(dtype)
+    base = module.base_layer
+    if base.bias is None and any(module.lora_bias.values()):  # peft merges into an existing bias only
+        base.bias = nn.Parameter(base.weight.new_zeros(len(base.weight)), requires_grad=False)
+    if module.disable_adapters and module.merged:
+        module.unmerge()
+    elif not module.disable_adapters and not module.merged:
+        module.merge()
+    return base
