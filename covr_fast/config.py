@@ -56,6 +56,9 @@ class VLMConfig:
     """Task prompt. None: the backbone's default."""
     decimals: int = 2
     """Digits after the point in the action text."""
+    image_size: int = 0
+    """The longer side of the frames as the VLM sees them, in pixels; 0: frames as they are. `covr-fast bench`
+    shows tokens and time by size."""
     attention: Literal[
         "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4"
     ] = "auto"
@@ -191,6 +194,7 @@ class TrainConfig:
             "steps": 1, "seed": 0, "warmup": 1, "steps_per_update": 1, "log_every": 1, "checkpoint_every": 0,
             "checkpoint_minutes": 0, "threads": 0,
             "replay.batch_size": 1, "replay.n_step": 1, "replay.pad": 0, "vlm.every": 1, "vlm.decimals": 1,
+            "vlm.image_size": 0,
             "covr.cold_start": 0, "covr.min_samples": 2, "eval.episodes": 1, "eval.every": 0,
         }  # fmt: skip
         values = full_names(self.to_dict())

@@ -106,6 +106,7 @@ def load_prior(config: TrainConfig, action_dim: int, device: torch.device, model
             action_dim=action_dim,
             prompt=config.vlm.prompt,
             decimals=config.vlm.decimals,
+            image_size=config.vlm.image_size,
             attention=config.vlm.attention,
             dtype=None if config.vlm.dtype == "auto" else getattr(torch, config.vlm.dtype),
             device=device,

@@ -44,8 +44,9 @@ def _tuner(nano: bool, lora_alpha: int = 256) -> TunerConfig:
 
 
 def _vlm(nano: bool) -> VLMConfig:
-    """Images and answers of the VLM: nano gets motion as false colours, and answers on a coarse grid."""
-    return VLMConfig(decimals=1, motion=True) if nano else VLMConfig()
+    """Images and answers of the VLM: nano gets motion as false colours, and answers on a coarse grid. A
+    pretrained model gets larger frames: 224x224 are 64 tokens of Qwen2.5-VL, 84x84 are 9."""
+    return VLMConfig(decimals=1, motion=True) if nano else VLMConfig(image_size=224)
 
 
 def _small_agent(prior_weight: float) -> SACConfig:

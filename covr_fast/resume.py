@@ -34,7 +34,7 @@ _WHY_FIXED = {
     "the agent has learnt with it": "agent.init_alpha agent.reward_scale",
     "updates so far were counted by it": "warmup steps_per_update",
     "the run goes on with the VLM in its checkpoint, which was tuned with it": """
-        vlm.model vlm.quantization vlm.prompt vlm.decimals vlm.motion
+        vlm.model vlm.quantization vlm.prompt vlm.decimals vlm.image_size vlm.motion
         tuner.mode tuner.lora_rank tuner.lora_alpha""",
     "it has set the run's randomness": "seed tuner.seed",
     "episodes before and after training would not be the same": "eval.seed",

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..cuda_graph import CudaGraphs
-from ..streams import Lane, receive
+from ..scalars import as_int
+from ..streams import Lane, receive, send
 from .answer.grammar import ActionGrammar
 from .answer.prompt import answer_format, default_prompt
 from .decode.decoder import Decoder, DecoderWeights, Layout, make_layout
@@ -61,9 +62,12 @@ class ActionPrior:
         self.action_dim = settings.action_dim
         self.prompt = settings.prompt or default_prompt(settings.action_dim, settings.decimals)
         self.text = backbone.render(self.prompt)
+        leading, end = backbone.answer_frame(self.prompt)
         self.grammar = ActionGrammar(
             backbone.tokenizer,
             backbone.answer_context(self.text),
+            leading=leading,
+            end=end,
             action_dim=settings.action_dim,
             decimals=settings.decimals,
         )
@@ -88,6 +92,7 @@ class ActionPrior:
         action_dim: int,
         prompt: str | None = None,
         decimals: int | None = None,
+        image_size: int | None = None,
         attention: str = "auto",
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
@@ -103,6 +108,8 @@ class ActionPrior:
             action_dim: numbers in an action.
             prompt: the task in words. None: the saved prior's, else a generic prompt.
             decimals: digits after the point in answers, 1 to 4. None: the saved prior's, else 2.
+            image_size: the longer side in pixels of the frames as the VLM sees them; they are resized on its
+                device and keep their aspect. 0 shows them as they are. None: the saved prior's, else 0.
             attention: "auto", "flash_attention_4" / "_3" / "_2", "sdpa" or "eager".
             dtype: of the weights. None: the saved prior's, else bfloat16 on CUDA, float32 elsewhere.
             device: None takes CUDA where there is one, else the CPU.
@@ -116,11 +123,12 @@ class ActionPrior:
 
         Raises:
             FileNotFoundError: the model's directory, or that of an adapter's base, does not exist.
-            TypeError: `action_dim` or `decimals` is not an integer, or `prompt` is not text.
+            TypeError: `action_dim`, `decimals` or `image_size` is not an integer, or `prompt` is not text.
             ValueError: one of those is out of range; the prompt contains a token that marks images or turns
                 of a conversation; the architecture, the adapter's type or the quantization is not supported;
-                the model has no image token; its tokenizer cannot spell the answers; the attention cannot run
-                here; the adapter does not fit its base; bitsandbytes is missing.
+                `image_size` is too small for the model; the model has no image token; its tokenizer cannot
+                spell the answers; the attention cannot run here; the adapter does not fit its base;
+                bitsandbytes is missing.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if not isinstance(prompt, str | None):
@@ -132,15 +140,18 @@ class ActionPrior:
             seed = saved.seed
             prompt = saved.prompt if prompt is None else prompt
             decimals = saved.decimals if decimals is None else decimals
+            image_size = saved.image_size if image_size is None else image_size
             dtype = getattr(torch, saved.dtype) if dtype is None and saved.dtype else dtype
             asked = saved.quantization if asked is None else asked
         action_dim, decimals = answer_format(action_dim, 2 if decimals is None else decimals)
+        image_size = as_int(0 if image_size is None else image_size, "image_size")
         with own_mode(device, grad=True):
             backbone = load_backbone(
                 model, seed=seed, attention=attention, dtype=dtype, device=device, quantization=asked
             )
             if graph and backbone.quantized:
                 raise ValueError("graph=True cannot record quantized layers: leave out graph or quantization")
+            backbone.image_size = image_size
             settings = Settings(
                 base=backbone.source,
                 seed=seed,
@@ -149,12 +160,27 @@ class ActionPrior:
                 prompt=prompt,
                 dtype=str(backbone.dtype).removeprefix("torch."),
                 quantization=asked,
+                image_size=image_size,
             )
             return cls(backbone, settings, graph=not backbone.quantized if graph is None else graph)
 
     @property
     def device(self) -> torch.device:
         return self.backbone.device
+
+    @property
+    def image_size(self) -> int:
+        """The longer side of the frames as the VLM sees them, in pixels; 0 shows them as they are. It may be
+        set between calls: the next answer, and the next round of a tuner, are for the new size."""
+        return self.backbone.image_size
+
+    @image_size.setter
+    def image_size(self, size: int) -> None:
+        with self.lock:
+            self.backbone.image_size = as_int(size, "image_size")
+            self.settings = replace(self.settings, image_size=self.backbone.image_size)
+            self._layouts.clear()
+            self._decoders.clear()
 
     def __call__(
         self, images: Tensor, *, temperature: float = 0.0, generator: torch.Generator | None = None
@@ -299,4 +325,4 @@ class ActionPrior:
         with own_mode(self.device):
             uniform = torch.rand(batch, len(levels), widest, generator=generator, dtype=torch.float32)
             # At 0 and at 1 one of the logarithms would be infinite.
-            return (-(-uniform.clamp(1e-10, 1 - 1e-7).log()).log()).to(self.device)
+            return send(-(-uniform.clamp(1e-10, 1 - 1e-7).log()).log(), self.device)

@@ -186,6 +186,7 @@ class VLMTuner:
             weights = trainable(self._backbone.model)
             self._before = before = snapshot(weights)
             try:
+                self._backbone.image_size = self.prior.image_size
                 layout = self.prior.layout((samples.frames.shape[2], samples.frames.shape[3]))
                 model = AnswerModel(self._backbone, layout, checkpointing=config.gradient_checkpointing)
                 report = run_round(

@@ -22,7 +22,7 @@ from transformers import (
 
 from covr_fast.vlm import ActionPrior
 from covr_fast.vlm.finetune.objective import IGNORE, Samples
-from covr_fast.vlm.model.nano import CHAT_TEMPLATE, SPECIAL_TOKENS, write_nano
+from covr_fast.vlm.model.nano import SPECIAL_TOKENS, write_nano
 
 ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 TEXT = {
@@ -35,8 +35,19 @@ TEXT = {
     "max_position_embeddings": 2048,
     "initializer_range": 0.15,
 }
+QWEN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nHelp.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 SMOL_TEMPLATE = (
-    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}: "
+    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}"
+    "{% if message['content'][0]['type'] == 'image' %}:{% else %}: {% endif %}"
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>"
     "{% else %}{{ part['text'] }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
@@ -82,7 +93,7 @@ def write_qwen2_5_vl(directory: Path) -> None:
 def _write_qwen(
     directory: Path, model_class: Any, config_class: Any, vision: dict, rope: dict, image: dict
 ) -> None:
-    words = byte_tokenizer(CHAT_TEMPLATE, SPECIAL_TOKENS, "<|im_end|>")
+    words = byte_tokenizer(QWEN_TEMPLATE, SPECIAL_TOKENS, "<|im_end|>")
     at = words.convert_tokens_to_ids
     config = config_class(
         vision_config={"depth": 3, "num_heads": 4, "initializer_range": 0.2} | vision,

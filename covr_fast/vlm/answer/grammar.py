@@ -51,23 +51,38 @@ class ActionGrammar:
             a word differently after different texts.
         action_dim: numbers in an action.
         decimals: digits after the point, 1 to 4.
+        leading: text before "Action" in every answer, because the model was trained with it there.
+        end: the token that ends an answer. None: the tokenizer's end of sequence.
 
     Raises:
         ValueError: the tokenizer cannot spell the answers (no end token, or the tokens of one number depend
             on another number). Else see `prompt.answer_format`.
     """
 
-    def __init__(self, tokenizer: Any, context: str, *, action_dim: int, decimals: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        context: str,
+        *,
+        action_dim: int,
+        decimals: int,
+        leading: str = "",
+        end: int | None = None,
+    ) -> None:
         action_dim, decimals = answer_format(action_dim, decimals)
-        if tokenizer.eos_token_id is None:
+        end = tokenizer.eos_token_id if end is None else end
+        if end is None:
             raise ValueError("the tokenizer has no eos_token, so answers could not end; set one")
         self.action_dim = action_dim
         self.decimals = decimals
-        self.eos_token_id: int = tokenizer.eos_token_id
+        self.eos_token_id: int = end
+        """The token that ends an answer."""
         pad = tokenizer.pad_token_id
         self.pad_token_id: int = self.eos_token_id if pad is None else pad
         self._tokenizer = tokenizer
         self._context = context
+        self._leading = leading
+        self._opening = leading + OPENING
         half = 10**decimals
         words = [spell(step, decimals) for step in range(-half, half + 1)]
         self._spell_out(words)
@@ -115,7 +130,7 @@ class ActionGrammar:
         text: str = self._tokenizer.decode(
             tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        return text.strip()
+        return text.removeprefix(self._leading).strip()
 
     # ---- construction ----
 
@@ -133,8 +148,8 @@ class ActionGrammar:
 
     def _spell_out(self, words: list[str]) -> None:
         """Tokens of every grid value in every position (`_slots`), and of the end of an answer."""
-        first = OPENING + words[len(words) // 2]
-        opening = self._continuations("", [OPENING + word for word in words])
+        first = self._opening + words[len(words) // 2]
+        opening = self._continuations("", [self._opening + word for word in words])
         joined = self._continuations(first, [JOINER + word for word in words])
         self._slots = [opening, *[joined] * (self.action_dim - 1)]
         self._ending = [*self._continuations(first, [CLOSING])[0], self.eos_token_id]
@@ -149,14 +164,14 @@ class ActionGrammar:
         dim = min(self.action_dim, 3)
         # Neighbours are far apart on the grid: they differ in sign and digits.
         rows = [[(i + k * (size // 3 + 1)) % size for k in range(dim)] for i in range(size)]
-        texts = [OPENING + JOINER.join(words[i] for i in row) + CLOSING for row in rows]
+        texts = [self._opening + JOINER.join(words[i] for i in row) + CLOSING for row in rows]
         context = self._tokens_of([""])[0]
         for text, row, tokens in zip(texts, rows, self._tokens_of(texts), strict=True):
             expected = self._number_tokens(row)
             if tokens != context + expected + self._ending[:-1]:
                 raise self._cannot_spell(f"the tokens of {text!r} are not those of its parts")
             decoded = self._tokenizer.decode(expected, clean_up_tokenization_spaces=False)
-            if decoded.strip() != text.removesuffix(CLOSING):
+            if decoded.strip() != text.removesuffix(CLOSING).strip():
                 raise self._cannot_spell(f"{text!r} does not survive encoding and decoding")
 
     def _cannot_spell(self, reason: str) -> ValueError:

@@ -42,7 +42,7 @@ def make_replica(backbone: Backbone, mode: Literal["lora", "full"]) -> Backbone:
         backbone.model.requires_grad_(True)
     frozen = (p for p in backbone.model.parameters() if not p.requires_grad)
     shared = {id(x): x for x in (*frozen, *shared_state(backbone.model))}
-    return type(backbone)(copy.deepcopy(backbone.model, shared), backbone.processor)
+    return backbone.with_model(copy.deepcopy(backbone.model, shared))
 
 
 def snapshot(weights: list[Tensor]) -> list[Tensor]:

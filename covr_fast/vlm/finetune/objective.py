@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import ops
-from ...streams import Fetch
+from ...streams import Fetch, send
 from ..answer.grammar import ActionGrammar
 from ..decode.decoder import Layout
 from ..model.backbones import Backbone, ImageFeatures
@@ -108,7 +108,7 @@ class AnswerModel:
         """
         backbone, layout = self.backbone, self.layout
         count, length = answers.shape
-        answers = answers.to(backbone.device, non_blocking=True)
+        answers = send(answers, backbone.device)
         prompt = torch.cat((layout.prefix, layout.body)) if self.checkpointing else layout.body
         prefix_length = layout.prompt_length - len(prompt)
         tokens = torch.cat((prompt.expand(count, -1), answers[:, :-1]), 1)
@@ -169,7 +169,7 @@ class RoundImages:
         """The features of `rows` int64[M]."""
         if self._kept is None:
             return self._model.image(self._samples.frames[rows])
-        return self._kept.rows(self._place[rows].to(self._kept.tokens.device))
+        return self._kept.rows(send(self._place[rows], self._kept.tokens.device))
 
     def shifted(self, rows: Tensor) -> ImageFeatures:
         """The same for randomly shifted frames, for training."""

@@ -5,21 +5,30 @@ tokens to embeddings, frames to image features, embeddings and a KV cache to hid
 base class uses what all VLMs of transformers have; the subclass of a family changes what differs there.
 """
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import MethodType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
+from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from ...streams import send
+from ..answer.prompt import CLOSING, OPENING
 from .adapters import bare, check_adapters, check_savable, merge_for_good, untouched
 from .attention import SEGMENTED_SDPA
 from .patches import PatchPixels
+from .pixels import FramePixels
+from .resample import BICUBIC, resize
 from .rows import Padded
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,8 @@ class Backbone:
         if token is None or getattr(processor, "image_token", None) is None:
             raise ValueError(f"{type(processor).__name__} has no image token, so no frame can be shown to it")
         self.image_token_id = int(token)
+        self._image_size = 0
+        self._pixels = self._make_pixels()
 
     @property
     def model(self) -> Any:
@@ -96,7 +107,13 @@ class Backbone:
 
     def merged(self) -> "Backbone":
         """A backbone with the adapter merged into the weights. It takes over this one's model."""
-        return type(self)(merge_for_good(self.model), self.processor)
+        return self.with_model(merge_for_good(self.model))
+
+    def with_model(self, model: Any) -> Self:
+        """A backbone with another model of the same architecture, and all else as here."""
+        other = type(self)(model, self.processor)
+        other._image_size = self._image_size
+        return other
 
     @property
     def decoder(self) -> Any:
@@ -175,18 +192,42 @@ class Backbone:
                 f"the prompt holds {token!r}, which marks images or turns in this model's conversations; it "
                 "is put there for you: describe the task in words only"
             )
-        content = [{"type": "text", "text": prompt}, {"type": "image"}]
-        # By the tokenizer: some processors would read settings of their video half, which is not loaded.
-        text: str = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
-            chat_template=getattr(self.processor, "chat_template", None),
-            tokenize=False,
-            add_generation_prompt=True,
-        )
+        text = self._conversation(prompt)
         if self.processor.image_token not in text:
             raise ValueError(
                 f"the chat template of {type(self.processor).__name__} puts no image token into {text!r}"
             )
+        return text
+
+    def answer_frame(self, prompt: str) -> tuple[str, int | None]:
+        """The text between `render(prompt)` and an answer, and the special token after the answer.
+
+        Both are as in the conversations that the model was trained with, which the chat template writes:
+        LLaVA has a space after "ASSISTANT:". A template that writes no answer gives no text and no token.
+        """
+        before, answer = self.render(prompt), OPENING + CLOSING
+        for content in ([{"type": "text", "text": answer}], answer):  # templates take the one or the other
+            try:
+                text = self._conversation(prompt, {"role": "assistant", "content": content})
+            except (TemplateError, TypeError, ValueError):
+                continue
+            if text.startswith(before) and answer in text[len(before) :]:
+                leading, _, after = text[len(before) :].partition(answer)
+                tokens = self.tokenizer(after, add_special_tokens=False)["input_ids"]
+                special = self._special_tokens()
+                return leading, next((token for token in tokens if token in special), None)
+        return "", None
+
+    def _conversation(self, prompt: str, *answer: dict[str, Any]) -> str:
+        """The template's text of a turn of the user, and of the answer's turn or its beginning."""
+        content = [{"type": "text", "text": prompt}, {"type": "image"}]
+        # By the tokenizer: some processors would read settings of their video half, which is not loaded.
+        text: str = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}, *answer],
+            chat_template=getattr(self.processor, "chat_template", None),
+            tokenize=False,
+            add_generation_prompt=not answer,
+        )
         return text
 
     def _special_tokens(self) -> set[int | None]:
@@ -204,7 +245,8 @@ class Backbone:
 
     def process(self, text: str, images: Tensor) -> dict[str, Tensor]:
         """The processor's inputs for `model.generate`: one of uint8[B, 3, H, W] and the same text per row."""
-        return dict(self.processor(text=[text] * len(images), images=_nested(images), return_tensors="pt"))
+        nested = _nested(self.seen(images))
+        return dict(self.processor(text=[text] * len(images), images=nested, return_tensors="pt"))
 
     def positions(self, inputs: dict[str, Tensor], extra: int) -> Tensor:
         """Position ids [..., 1, S + extra] of one processed row followed by `extra` text tokens."""
@@ -212,19 +254,70 @@ class Backbone:
 
     # ---- the image ----
 
+    @property
+    def image_size(self) -> int:
+        """The longer side of the frames that the model sees, in pixels; 0 shows them as they are.
+
+        Setting it raises a ValueError for a size that is smaller than one image token.
+        """
+        return self._image_size
+
+    @image_size.setter
+    def image_size(self, size: int) -> None:
+        least = self.token_side
+        if size != 0 and size < least:
+            raise ValueError(
+                f"image_size={size} is too small for {self.base.config.model_type}: use at least {least}, or "
+                "0 to show frames as they are"
+            )
+        self._image_size = size
+
+    @property
+    def token_side(self) -> int:
+        """Least pixels along a side of the frame that an image token, or a patch of the tower, covers."""
+        return int(self.base.config.vision_config.patch_size)
+
+    def seen(self, images: Tensor) -> Tensor:
+        """uint8[B, 3, H, W] -> the same frames with a longer side of `image_size` and their aspect, resized
+        as by Pillow's bicubic filter on their device."""
+        height, width = images.shape[2:]
+        if self.image_size == 0:
+            return images
+        scale = self.image_size / max(height, width)
+        size = max(1, round(height * scale)), max(1, round(width * scale))
+        return resize(images, [size], BICUBIC)
+
+    def on_device(self, images: Tensor) -> Tensor:
+        """uint8 frames on the model's device. From host memory they go there without a wait of the host."""
+        return send(images, self.device) if images.is_cpu else images.to(self.device)
+
     def pixels(self, images: Tensor) -> Tensor:
-        """uint8[B, 3, H, W] -> the input of the vision tower; its leading dimension is a multiple of B."""
-        inputs = self.processor.image_processor(images=_nested(images), return_tensors="pt")
-        pixels: Tensor = inputs["pixel_values"]
-        return pixels.to(self.device)
+        """Frames uint8[B, 3, H, W] on any device -> the vision tower's input on the model's, B of it."""
+        return self._pixels(self.seen(self.on_device(images)))
+
+    def _make_pixels(self) -> Callable[[Tensor], Tensor]:
+        """What makes the tower's input of frames on the device, as the processor does."""
+        try:
+            return FramePixels(self.processor.image_processor)
+        except ValueError as error:
+            log.warning("frames go through the processor, one by one on the CPU: %s", error)
+            return self._processed
+
+    def _processed(self, images: Tensor) -> Tensor:
+        pixels: Tensor = self.processor.image_processor(images=_nested(images), return_tensors="pt")[
+            "pixel_values"
+        ]
+        return send(pixels.flatten(0, -4), self.device)
 
     def image_features(self, images: Tensor) -> ImageFeatures:
         """Features of frames uint8[B, 3, H, W]."""
-        pixels = self.pixels(images).to(self.dtype)
-        features = self.base.get_image_features(pixel_values=pixels).pooler_output
-        if not isinstance(features, Tensor):
-            features = torch.cat(tuple(features))
+        features = self._embed_frames(self.pixels(images).to(self.dtype))
         return ImageFeatures(features.reshape(len(images), -1, features.shape[-1]))
+
+    def _embed_frames(self, pixels: Tensor) -> Tensor:
+        """The image tokens' embeddings, those of a frame beside each other."""
+        features = self.base.get_image_features(pixel_values=pixels).pooler_output
+        return features if isinstance(features, Tensor) else torch.cat(tuple(features))
 
     # ---- the language model ----
 
@@ -279,7 +372,6 @@ class QwenVL(Backbone):
 
     def __init__(self, model: Any, processor: Any) -> None:
         super().__init__(model, processor)
-        self.patches = PatchPixels(processor.image_processor)
         self._plan = lru_cache(maxsize=16)(self._make_plan)
         patch_embed = bare(self.tower.patch_embed)
         # A method of this module, because a deep copy of the module then gets its own.
@@ -302,20 +394,42 @@ class QwenVL(Backbone):
         )[0]
         return positions
 
-    def pixels(self, images: Tensor) -> Tensor:
-        return self.patches(images.to(self.device))
+    @property
+    def token_side(self) -> int:
+        return int(self.patches.patch * self.patches.merge)
+
+    def _make_pixels(self) -> Callable[[Tensor], Tensor]:
+        self.patches = PatchPixels(self.processor.image_processor)
+        return self.patches
 
     def image_features(self, images: Tensor) -> ImageFeatures:
-        batch, _, height, width = images.shape
-        pixels = self.pixels(images).to(self.dtype)
-        grid, plan = self._plan(batch, (height, width))
+        batch = len(images)
+        images = self.seen(self.on_device(images))
+        pixels = self.patches(images).to(self.dtype)
+        grid, plan = self.plan(batch, (images.shape[2], images.shape[3]))
         out = self.tower(pixels, grid_thw=grid, **plan)
         features = (out.pooler_output, *(getattr(out, "deepstack_features", None) or ()))
         tokens, *deep = (x.reshape(batch, -1, x.shape[-1]) for x in features)
         return ImageFeatures(tokens, tuple(deep))
 
+    def plan(self, batch: int, size: tuple[int, int]) -> tuple[Tensor, dict[str, Any]]:
+        """The tower's index tensors for `batch` frames of `size`, as the tower sees them.
+
+        They are the beginning of those for the next power of two, because each frame adds as much to them as
+        the others: so batches of 1 to 64 rows need 7 plans.
+        """
+        rows = 1 << (batch - 1).bit_length()
+        grid, plan = self._plan(rows, size)
+
+        def beginning(name: str, x: Tensor) -> Tensor:
+            bounds = int(name.endswith("seqlens"))  # one more than there are segments
+            return x[: (len(x) - bounds) // rows * batch + bounds]
+
+        parts = {k: beginning(k, v) if isinstance(v, Tensor) else v for k, v in plan.items()}
+        return grid[:batch], parts
+
     def _make_plan(self, batch: int, size: tuple[int, int]) -> tuple[Tensor, dict[str, Any]]:
-        """The tower's index tensors. They depend on batch and size only; the host computes them once."""
+        """The same for any `batch`, computed by the host and copied to the device."""
         from transformers import vision_utils as vision
 
         config = self.tower.config
@@ -378,8 +492,20 @@ class SmolVLM(Backbone):
     model_types: ClassVar[tuple[str, ...]] = ("smolvlm",)
 
     def __init__(self, model: Any, processor: Any) -> None:
-        super().__init__(model, processor)
         processor.image_processor.do_image_splitting = False
+        super().__init__(model, processor)
+
+    def _embed_frames(self, pixels: Tensor) -> Tensor:
+        # transformers' own function looks for frames that are padding, and the host waits for what it finds.
+        # Here no frame is, and the patches of all are valid, so attention needs no mask.
+        model = self.base.model
+        tower = bare(model.vision_model)
+        height, width = (side // tower.patch_size for side in pixels.shape[2:])
+        valid = torch.ones(len(pixels), height, width, dtype=torch.bool, device=pixels.device)
+        x = tower.embeddings(pixel_values=pixels, patch_attention_mask=valid)
+        x = tower.post_layernorm(tower.encoder(inputs_embeds=x).last_hidden_state)
+        features: Tensor = model.connector(x)
+        return features
 
 
 BACKBONES: tuple[type[Backbone], ...] = (QwenVL, Qwen3VL, SmolVLM, Backbone)

@@ -40,6 +40,8 @@ class Settings:
     """Dtype of the weights, such as "bfloat16". None: the default of the device."""
     quantization: dict[str, Any] | None = None
     """How the base is quantized when it is loaded: see `quantized.quantization_settings`."""
+    image_size: int = 0
+    """The longer side of the frames that the VLM sees, in pixels; 0 for frames as they are."""
 
     def save(self, directory: Path) -> None:
         (directory / SETTINGS_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")

@@ -21,10 +21,14 @@ def load_processor(source: str, config: Any) -> Any:
     try:
         with quiet():
             cls: Any = PROCESSOR_MAPPING[type(config)]
+            # Where torchvision is installed, it would resize the frames by default, with other results.
+            images = AutoImageProcessor.from_pretrained(source, backend="pil")
             if VIDEO not in cls.get_attributes():
-                return AutoProcessor.from_pretrained(source)
+                processor = AutoProcessor.from_pretrained(source)
+                processor.image_processor = images
+                return processor
             parts: dict[str, Any] = {
-                "image_processor": AutoImageProcessor.from_pretrained(source),
+                "image_processor": images,
                 "tokenizer": AutoTokenizer.from_pretrained(source),
                 VIDEO: None,
             }

@@ -17,6 +17,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from ...streams import send
 from .attention import causal_mask, is_flash
 
 PACKED_SDPA = "covr_packed_sdpa"
@@ -64,9 +65,9 @@ class Packed(Padded):
 
     def __init__(self, lengths: Tensor, width: int, prefix_length: int, device: torch.device) -> None:
         super().__init__(len(lengths), width, prefix_length)
-        self._places = _places(lengths, width).to(device, non_blocking=True)
+        self._places = send(_places(lengths, width), device)
         source = torch.arange(width).minimum(lengths[:, None] - 1) + (lengths.cumsum(0) - lengths)[:, None]
-        self._sources = source.flatten().to(device, non_blocking=True)
+        self._sources = send(source.flatten(), device)
 
     def packed(self, x: Tensor) -> Tensor:
         return x.flatten(0, 1).index_select(0, self._places)[None]
@@ -114,10 +115,10 @@ class FlashPacked(Packed):
     def __init__(self, lengths: Tensor, width: int, prefix_length: int, device: torch.device) -> None:
         super().__init__(lengths, width, prefix_length, device)
         keys = lengths + prefix_length
-        self._key_places = _places(keys, prefix_length + width).to(device, non_blocking=True)
+        self._key_places = send(_places(keys, prefix_length + width), device)
         bounds = torch.zeros(2, len(lengths) + 1, dtype=torch.int32)
         bounds[0, 1:], bounds[1, 1:] = lengths.cumsum(0), keys.cumsum(0)
-        cu_q, cu_k = bounds.to(device, non_blocking=True)
+        cu_q, cu_k = send(bounds, device)
         self._attention = {
             "attention_mask": None,
             "cu_seq_lens_q": cu_q,
