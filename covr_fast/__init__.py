@@ -15,20 +15,25 @@ _HOME = {
     "SAC": "covr_fast.agents",
     "TrainConfig": "covr_fast.config",
     "Trainer": "covr_fast.trainer",
+    "load_policy": "covr_fast.checkpoint",
     "make_env": "covr_fast.envs",
+    "register_task": "covr_fast.tasks",
 }
 _SUBMODULES = {"ops", "vlm"}
 
 __all__ = [
-    "SAC", "EnvConfig", "ReplayBuffer", "TrainConfig", "Trainer", "__version__", "make_env", "ops", "vlm",
+    "SAC", "EnvConfig", "ReplayBuffer", "TrainConfig", "Trainer", "__version__", "load_policy", "make_env",
+    "ops", "register_task", "vlm",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from . import ops, vlm
     from .agents import SAC
     from .buffer import ReplayBuffer
+    from .checkpoint import load_policy
     from .config import TrainConfig
     from .envs import EnvConfig, make_env
+    from .tasks import register_task
     from .trainer import Trainer
 
 

@@ -18,7 +18,7 @@ from .config import TrainConfig, check_types
 from .errors import UserError
 from .evaluate import Policy, actor_policy
 from .files import flush_tree, read_json, replacing, writing
-from .tasks import action_labels
+from .tasks import find_task
 from .view import agent_obs_shape
 from .vlm import ActionPrior
 
@@ -195,11 +195,22 @@ def load_actor(run: Path) -> tuple[Policy, TrainConfig]:
     """The trained actor of a run, used as in the evaluations of training, and the run's settings."""
     config = load_config(run)
     config.check()
-    agent = SAC(agent_obs_shape(config), (len(action_labels(config.env)),), config.agent, seed=config.seed)
+    agent = SAC(agent_obs_shape(config), (find_task(config.env).action_dim,), config.agent, seed=config.seed)
     rescued = run / RESCUED
     path = rescued if rescued.is_file() else newest_folder(run / "checkpoint") / "agent.pt"
     restore_agent(agent, path)
     return actor_policy(agent, config), config
+
+
+def load_policy(run: Path | str) -> Policy:
+    """The trained actor of a run, which acts without the VLM: uint8[n, C, H, W] observations, as
+    `make_env(config.env)` gives them, -> actions float32[n, A] in [-1, 1].
+
+    Raises:
+        UserError: it is not the folder of a run, or a file in it is damaged.
+    """
+    policy, _ = load_actor(Path(run))
+    return policy
 
 
 def restore_agent(agent: SAC, path: Path) -> None:

@@ -53,7 +53,7 @@ class VLMConfig:
     model: str = "nano"
     """A checkpoint directory or hub id of a Qwen2.5-VL; "nano": the same architecture, tiny and untrained."""
     prompt: str | None = None
-    """Task prompt. None: the backbone's default."""
+    """What the VLM is told, with the format of the answer. None: the words of the environment's task."""
     decimals: int = 2
     """Digits after the point in the action text."""
     image_size: int = 0

@@ -1,6 +1,6 @@
-"""Batches of pixel environments from EnvPool, with action repeat and frame stacks.
+"""Batches of pixel environments, with action repeat and frame stacks.
 
-EnvPool resets on the step after the end of an episode: that step ignores its action and returns the first
+A simulator resets on the step after the end of an episode: that step ignores its action and returns the first
 frame of the next episode with reward 0. Such a row is not a transition, so this module takes it and never
 returns it.
 """
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from .errors import UserError
-from .opengl import DRAWING, import_envpool, require_frames, return_memory
+from .opengl import DRAWING, return_memory
 from .scalars import as_int
 from .seeds import SEEDS
 from .tasks import Task, find_task
@@ -26,13 +26,13 @@ class EnvConfig:
     """Which environment, how many of them, and the form of their observations."""
 
     id: str = "CarRacing-v3"
-    """EnvPool id: CarRacing-v3, or a DMControl task such as CheetahRun-v1."""
+    """CarRacing-v3, a DMControl task of EnvPool such as CheetahRun-v1, or a name given to register_task."""
     num_envs: int = 16
     """Total number of environments."""
     batch_size: int = 8
     """Environments stepped together; the other batches simulate meanwhile. Equal to num_envs: no overlap."""
     num_threads: int = 1
-    """Simulator threads per batch."""
+    """Simulator threads per batch, in EnvPool."""
     height: int = 84
     """Frame height in pixels, after resizing."""
     width: int = 84
@@ -94,8 +94,8 @@ class PixelEnvs:
     """
 
     def __init__(self, config: EnvConfig, simulators: list[Any], task: Task):
-        """`simulators`: one per batch, with EnvPool's Gymnasium interface: reset(), step(action, env_id) and,
-        where the task's observations contain no frames, render(env_ids) -> uint8[n, H, W, 3]."""
+        """`simulators`: one per batch, with EnvPool's Gymnasium interface: reset(), step(action, env_id),
+        close() and, where the task's observations contain no frames, render(env_ids) -> uint8[n, H, W, 3]."""
         self.config = config
         self.action_shape = (task.action_dim,)
         self.obs_shape = config.obs_shape
@@ -170,7 +170,8 @@ class PixelEnvs:
         self._sent.clear()
         # Not replaced: references to make_env's frame and its list may remain after EnvPool's import.
         with DRAWING:
-            self._simulators.clear()
+            while self._simulators:
+                self._simulators.pop().close()
         return_memory()
 
     def __enter__(self) -> Self:
@@ -290,18 +291,8 @@ def make_env(config: EnvConfig) -> PixelEnvs:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # gymnasium's about the precision of EnvPool's bounds
         task = find_task(config)
-        if task.to_rgb is None:
-            require_frames()
         simulators = [
-            import_envpool().make_gymnasium(
-                config.id,
-                num_envs=config.batch_size,
-                num_threads=config.num_threads,
-                seed=config.seed + first,
-                max_episode_steps=config.max_episode_steps,
-                **task.options,
-            )
-            for first in range(0, config.num_envs, config.batch_size)
+            task.simulate(config.seed + first) for first in range(0, config.num_envs, config.batch_size)
         ]
     return PixelEnvs(config, simulators, task)
 

@@ -62,8 +62,8 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def read_records(path: Path) -> tuple[list[dict[str, Any]], bool]:
-    """The lines of a metrics.jsonl, and whether the last one was incomplete, for example after a power cut,
-    and left out.
+    """The lines of a metrics.jsonl or answers.jsonl, and whether the last one was incomplete, for example
+    after a power cut, and left out.
 
     Raises:
         UserError: another line is damaged, or the file cannot be read.
@@ -83,6 +83,18 @@ def read_records(path: Path) -> tuple[list[dict[str, Any]], bool]:
                 return records, True
             raise UserError(f"{path} is damaged in line {number}: remove that line ({error})") from error
     return records, False
+
+
+def drop_lines_after(path: Path, step: int) -> bool:
+    """Removes the lines of a later step from a file of `read_records`, which a run wrote after the checkpoint
+    from which it goes on. Returns whether the last line was incomplete.
+
+    Raises:
+        UserError: as for `read_records`.
+    """
+    records, torn = read_records(path)
+    write_whole(path, "".join(json.dumps(r) + "\n" for r in records if r["step"] <= step))
+    return torn
 
 
 def flush_tree(folder: Path) -> None:

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Column
 from torch import Tensor
 
-from .files import read_records, write_whole, writing
+from .files import drop_lines_after, writing
 
 
 class Clock:
@@ -138,8 +138,8 @@ class RunLogger:
         self.console = console or display()
         self.clock = clock
         self._path = folder / "metrics.jsonl"
-        if self._path.exists():
-            self._drop_lines_after(start)
+        if self._path.exists() and drop_lines_after(self._path, start):
+            self.say(f"{self._path}: its last line was torn and is dropped")
         self._file = self._path.open("a")
         self._events = SummaryWriter(str(folder), purge_step=start + 1)
         self._previous_hook = threading.excepthook
@@ -194,13 +194,6 @@ class RunLogger:
     def say(self, text: str) -> None:
         """Prints a line that stays, above the bar."""
         self.console.print(text)
-
-    def _drop_lines_after(self, step: int) -> None:
-        """Removes what the run logged after the checkpoint from which it continues."""
-        records, torn = read_records(self._path)
-        if torn:
-            self.say(f"{self._path}: its last line was torn and is dropped")
-        write_whole(self._path, "".join(json.dumps(r) + "\n" for r in records if r["step"] <= step))
 
     def _thread_failed(self, failed: threading.ExceptHookArgs) -> None:
         """Prints no traceback for a failed write in TensorBoard's thread, which the next call raises

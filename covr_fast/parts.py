@@ -10,7 +10,9 @@ from .buffer.sampling import Sampling
 from .config import TrainConfig
 from .envs import PixelEnvs
 from .errors import UserError
-from .vlm import ActionPrior
+from .tasks import find_task
+from .view import MOTION_WORDS
+from .vlm import ActionPrior, task_prompt
 
 
 def compute_device(name: str) -> torch.device:
@@ -94,17 +96,30 @@ def new_batches(config: TrainConfig, buffer: ReplayBuffer) -> Sampling:
     )
 
 
+def task_words(config: TrainConfig) -> str:
+    """The prompt of the run's task and of its pictures."""
+    words = find_task(config.env).words
+    shown = f"{words.prompt} {MOTION_WORDS}" if config.vlm.motion else words.prompt
+    return task_prompt(shown, len(words.action_names), config.vlm.decimals)
+
+
 def load_prior(config: TrainConfig, action_dim: int, device: torch.device, model: str | Path) -> ActionPrior:
     """The VLM in `model` with the settings of config.vlm.
+
+    Without vlm.prompt, the model with which a run begins is told the task, and one in a run's checkpoint what
+    it was tuned with.
 
     Raises:
         UserError: one of its files is damaged. For other errors see ActionPrior.from_pretrained.
     """
+    prompt = config.vlm.prompt
+    if prompt is None and str(model) == config.vlm.model:
+        prompt = task_words(config)
     try:
         return ActionPrior.from_pretrained(
             model,
             action_dim=action_dim,
-            prompt=config.vlm.prompt,
+            prompt=prompt,
             decimals=config.vlm.decimals,
             image_size=config.vlm.image_size,
             attention=config.vlm.attention,

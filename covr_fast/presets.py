@@ -84,12 +84,16 @@ def _car_racing_gpu(nano: bool) -> TrainConfig:
     )
 
 
-def _dm_control(env_id: str, action_repeat: int) -> Callable[[bool], TrainConfig]:
-    """The paper's settings for DMControl: lambda 1, cold start 4, LoRA 128/16; with nano a smaller agent."""
+def _dm_control(env_id: str, action_repeat: int, steps: int = 100_000) -> Callable[[bool], TrainConfig]:
+    """The paper's settings for DMControl: lambda 1, cold start 4, LoRA 128/16, 100k steps (500k for its three
+    hard tasks); with nano a smaller agent.
+
+    Action repeats are those of CURL (Srinivas et al. 2020): 8 for cartpole, 2 for finger and walker, else 4.
+    """
 
     def make(nano: bool) -> TrainConfig:
         return TrainConfig(
-            steps=100_000,
+            steps=steps,
             env=EnvConfig(
                 id=env_id,
                 num_envs=4,
@@ -121,4 +125,9 @@ PRESETS: dict[str, Preset] = {
     "walker-walk": Preset("DMControl Walker Walk", _dm_control("WalkerWalk-v1", 2)),
     "finger-spin": Preset("DMControl Finger Spin", _dm_control("FingerSpin-v1", 2)),
     "ball-in-cup-catch": Preset("DMControl Ball in Cup Catch", _dm_control("BallInCupCatch-v1", 4)),
+    "hopper-hop": Preset("DMControl Hopper Hop", _dm_control("HopperHop-v1", 4, steps=500_000)),
+    "walker-run": Preset("DMControl Walker Run", _dm_control("WalkerRun-v1", 2, steps=500_000)),
+    "pendulum-swingup": Preset(
+        "DMControl Pendulum Swingup", _dm_control("PendulumSwingup-v1", 4, steps=500_000)
+    ),
 }

@@ -55,8 +55,9 @@ def open_resumed(run: Path, config: TrainConfig) -> Checkpoint:
     begun_with = saved.counters.get("settings")  # missing in checkpoints of the first version
     before = TrainConfig.from_dict(begun_with) if begun_with else load_config(run)
     _refuse_changes(before, config)
-    if (run / "metrics.jsonl").exists():
-        read_records(run / "metrics.jsonl")  # raises for a damaged file, before anything is built
+    for name in ("metrics.jsonl", "answers.jsonl"):
+        if (run / name).exists():
+            read_records(run / name)  # raises for a damaged file, before anything is built
     done = saved.counters["step"]
     if config.steps < min(done, before.steps):
         raise UserError(

@@ -1,15 +1,20 @@
-"""The environments of EnvPool that give pixels, and how their actions and frames map to the agent's."""
+"""A task: an environment that gives pixels, how its actions and frames map to the agent's, and what a VLM is
+told of it. EnvPool's tasks, and a user's own Gymnasium environments (`register_task`)."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .errors import UserError, unknown
-from .opengl import import_envpool
+from .gymnasium_simulator import GymnasiumSimulator, Spaces, inspect
+from .opengl import import_envpool, require_frames
+from .words import Words, words_for
 
 if TYPE_CHECKING:
+    import gymnasium
+
     from .envs import EnvConfig
 
 
@@ -21,7 +26,7 @@ _UNBOUNDED = 1e9
 
 @dataclass(frozen=True)
 class Task:
-    """How an environment's actions and frames map to the agent's."""
+    """An environment as the agent and the VLM know it."""
 
     action_dim: int
     to_sim: Callable[[np.ndarray], np.ndarray]
@@ -29,8 +34,10 @@ class Task:
     to_rgb: Callable[[np.ndarray], np.ndarray] | None
     """[n, ...] simulator observation -> uint8[n, H, W, 3] newest frame. None: observations contain no frame;
     frames are rendered on request."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of EnvPool."""
+    words: Words
+    """What the VLM is told, and the actions' names."""
+    simulate: Callable[[int], Any]
+    """Seed of the first environment -> a simulator of a batch of them; see `envs.PixelEnvs`."""
 
 
 def find_task(config: "EnvConfig") -> Task:
@@ -39,14 +46,38 @@ def find_task(config: "EnvConfig") -> Task:
     Raises:
         UserError: an unknown id, or an environment that cannot be driven from pixels by bounded actions.
     """
+    if config.id in _OWN:
+        return _own_task(config, _OWN[config.id])
     envpool = import_envpool()
     known = envpool.list_all_envs()
     if config.id not in known:
-        raise unknown("environment env.id", config.id, known)
-    if _is_car_racing(config):
-        return Task(2, _car_racing_action, lambda obs: obs[:, :_CAR_RACING_VIEW])
+        raise UserError(
+            f"{unknown('environment env.id', config.id, [*known, *_OWN])}; an environment of your own: call "
+            "covr_fast.register_task first, in every process that uses it"
+        )
+    if config.id.startswith("CarRacing-"):
+        return Task(
+            2,
+            _car_racing_action,
+            lambda obs: obs[:, :_CAR_RACING_VIEW],
+            words_for(config.id, 2),
+            lambda seed: _envpool_simulator(config, seed),
+        )
+    return _dm_control_task(config)
+
+
+# ---- EnvPool ---------------------------------------------------------------------------------------
+
+
+def _car_racing_action(action: np.ndarray) -> np.ndarray:
+    """(steering, signed gas/brake) in [-1, 1]^2 -> (steering, gas, brake)."""
+    steer, pedal = action[:, 0], action[:, 1]
+    return np.stack([steer, np.maximum(pedal, 0), np.maximum(-pedal, 0)], axis=1)
+
+
+def _dm_control_task(config: "EnvConfig") -> Task:
     try:
-        spec = envpool.make_spec(config.id)
+        spec = import_envpool().make_spec(config.id)
     except (ImportError, RuntimeError) as error:
         raise UserError(
             f"env.id={config.id!r} cannot be built ({' '.join(str(error).split())}): "
@@ -70,33 +101,30 @@ def find_task(config: "EnvConfig") -> Task:
             "choose another DMControl task, such as CheetahRun-v1"
         )
 
-    def to_sim(a: np.ndarray) -> np.ndarray:
-        return np.asarray(low + (a + 1) * 0.5 * (high - low), np.float32)
+    def simulate(seed: int) -> Any:
+        require_frames()
+        return _envpool_simulator(
+            config,
+            seed,
+            render_mode="rgb_array",
+            render_width=config.width,
+            render_height=config.height,
+            render_camera_id=_camera(config.id),
+        )
 
-    options = {
-        "render_mode": "rgb_array",
-        "render_width": config.width,
-        "render_height": config.height,
-        "render_camera_id": _camera(config.id),
-    }
-    return Task(action.shape[0], to_sim, None, options)
-
-
-def action_labels(config: "EnvConfig") -> list[str]:
-    """One label per dimension of the agent's action, for people: the effect of -1 and of +1."""
-    if _is_car_racing(config):
-        return ["left/right", "brake/gas"]
-    return [f"action {i}" for i in range(find_task(config).action_dim)]
+    (action_dim,) = action.shape
+    return Task(action_dim, _scaled(low, high), None, words_for(config.id, action_dim), simulate)
 
 
-def _is_car_racing(config: "EnvConfig") -> bool:
-    return config.id.startswith("CarRacing-")
-
-
-def _car_racing_action(action: np.ndarray) -> np.ndarray:
-    """(steering, signed gas/brake) in [-1, 1]^2 -> (steering, gas, brake)."""
-    steer, pedal = action[:, 0], action[:, 1]
-    return np.stack([steer, np.maximum(pedal, 0), np.maximum(-pedal, 0)], axis=1)
+def _envpool_simulator(config: "EnvConfig", seed: int, **options: Any) -> Any:
+    return import_envpool().make_gymnasium(
+        config.id,
+        num_envs=config.batch_size,
+        num_threads=config.num_threads,
+        seed=seed,
+        max_episode_steps=config.max_episode_steps,
+        **options,
+    )
 
 
 def _camera(env_id: str) -> int:
@@ -107,3 +135,92 @@ def _camera(env_id: str) -> int:
     ball.
     """
     return 2 if env_id.startswith(("Quadruped", "DogFetch")) else 0
+
+
+def _scaled(low: np.ndarray, high: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """[n, A] in [-1, 1] -> between `low` [A] and `high` [A]."""
+
+    def to_sim(a: np.ndarray) -> np.ndarray:
+        return np.asarray(low + (a + 1) * 0.5 * (high - low), np.float32)
+
+    return to_sim
+
+
+# ---- a user's own ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Own:
+    """A registered environment."""
+
+    make: Callable[[], "gymnasium.Env[Any, Any]"]
+    spaces: Spaces
+    words: Words
+
+
+_OWN: dict[str, _Own] = {}
+
+
+def register_task(
+    name: str,
+    make: Callable[[], "gymnasium.Env[Any, Any]"],
+    prompt: str,
+    action_names: Sequence[str],
+) -> None:
+    """Makes a Gymnasium environment usable as `EnvConfig(id=name)`, in this process.
+
+    One environment is made here, to look at its spaces and its first frame. A process that resumes or
+    evaluates a run with this task has to register it too.
+
+    Args:
+        name: the id.
+        make: makes one environment. Its actions are a Box of shape [A] with finite bounds, to which [-1, 1]
+            is scaled. Its frames are its observations if they are uint8 [H, W, 3], else what `render()`
+            returns with `render_mode="rgb_array"`; they are resized. Environment i gets seed + i in its first
+            `reset`, and is used by one thread only.
+        prompt: what the VLM is told: what it controls and sees, what is wanted, and what each number does,
+            with the direction of -1 and of 1. The format of the answer is added.
+        action_names: a short name for each of the A numbers, for people. `left/right` names the effect of -1
+            and of 1.
+
+    Raises:
+        UserError: the name is taken, an argument has a wrong type, the environment's actions are no bounded
+            Box, it gives no frames, or there are not A action names.
+    """
+    for argument, text in (("name", name), ("prompt", prompt)):
+        if not (isinstance(text, str) and text.strip()):
+            raise UserError(f"register_task: {argument}={text!r} must be text")
+    if not callable(make):
+        raise UserError(f"register_task: make={make!r} must be a function that makes one gymnasium.Env")
+    if isinstance(action_names, str) or not all(isinstance(each, str) for each in action_names):
+        raise UserError(f"register_task: action_names={action_names!r} must be a sequence of texts")
+    if name in _OWN or name in _envpool_ids():
+        raise UserError(f"register_task: name={name!r} is taken: choose another name")
+    spaces = inspect(make)
+    if len(action_names) != len(spaces.low):
+        raise UserError(
+            f"register_task: {len(action_names)} action_names for {len(spaces.low)} numbers in an action: "
+            "give one name per number"
+        )
+    _OWN[name] = _Own(make, spaces, Words(prompt.strip(), tuple(action_names)))
+
+
+def _own_task(config: "EnvConfig", own: _Own) -> Task:
+    spaces = own.spaces
+
+    def simulate(seed: int) -> GymnasiumSimulator:
+        return GymnasiumSimulator(
+            own.make, spaces, config.batch_size, seed=seed, max_episode_steps=config.max_episode_steps
+        )
+
+    to_rgb = (lambda frames: frames) if spaces.pixels else None
+    return Task(len(spaces.low), _scaled(spaces.low, spaces.high), to_rgb, own.words, simulate)
+
+
+def _envpool_ids() -> list[str]:
+    """EnvPool's environments; none where it is not installed."""
+    try:
+        ids: list[str] = import_envpool().list_all_envs()
+    except UserError:
+        return []
+    return ids

@@ -39,6 +39,7 @@ from .saving import Counters, RunSaver, deferred_interrupts
 from .schedule import is_due
 from .seeds import training_seed
 from .streams import Lane
+from .transcript import Transcript, write_prompt
 from .view import agent_obs_shape, agent_view, vlm_view
 from .vlm import VLMTuner
 
@@ -118,6 +119,7 @@ class Trainer:
             self.rounds = Rounds(config, self.agent, self.buffer, self.tuner, self.labeller)
         self.collector = Collector(self.envs, self.buffer)
         self.evaluations = Evaluations(config, self.agent, self.prior)
+        self.transcript = Transcript(self.out, config, self.prior, self.buffer)
         self.counters = Counters()
         self.clock = Clock()
         self._rng = np.random.default_rng(config.seed)
@@ -163,6 +165,8 @@ class Trainer:
                     f"the run in {self.out} has gone on since this trainer was built: build it again"
                 )
             write_whole(self.out / "config.json", json.dumps(self.config.to_dict(), indent=2) + "\n")
+            write_prompt(self.out, self.prior, (self.config.env.height, self.config.env.width))
+            self.transcript.resume(self.step)
             self.clock.start()
             with (
                 RunLogger(self.out, self.config.steps, self.clock, start=self.step) as self._log,
@@ -210,6 +214,7 @@ class Trainer:
     # ---- the loop ----------------------------------------------------------------------------------
 
     def _train(self, interrupted: list[int]) -> None:
+        stored = torch.empty(0, dtype=torch.int64, device="cpu")
         obs = self.envs.reset()
         for ids in self.envs.batches():
             self._act(obs[ids], ids)
@@ -217,10 +222,11 @@ class Trainer:
             before = self.step
             with self.clock("simulation"):
                 rows = self.envs.recv()
-            self._store(rows)
+            stored = self._store(rows)
             self._act(rows.obs, rows.env_ids)
             self._update_policy()
             self.rounds.advance(self.step, self._log)
+            self._write_answers(stored)
             if is_due(self.config.log_every, before, self.step):
                 self._log_figures()
             if is_due(self.config.eval.every, before, self.step):
@@ -231,6 +237,7 @@ class Trainer:
                 callback(rows)
         if not interrupted:
             self.rounds.finish(self.step, self._log)
+            self._write_answers(stored)
 
     def _act(self, obs: np.ndarray, env_ids: np.ndarray) -> None:
         """Sends the decision for `obs`; while it is simulated, the VLM gives its prior for them."""
@@ -260,7 +267,8 @@ class Trainer:
         """Whether the VLM is asked about the latest decision of these environments."""
         return self.collector.latest(env_ids) % self.config.vlm.every == 0
 
-    def _store(self, rows: Rows) -> None:
+    def _store(self, rows: Rows) -> Tensor:
+        """The new transitions' ids int64[n]."""
         with self.clock("replay"):
             stored, returns = self.collector.store(rows)
         if self.labeller is not None:
@@ -271,6 +279,11 @@ class Trainer:
         self.counters.returns += returns
         self.counters.step += len(rows.env_ids)
         self.counters.frames += rows.frames
+        return stored
+
+    def _write_answers(self, stored: Tensor) -> None:
+        with self.clock("prior"):
+            self.transcript.update(self.step, stored)
 
     def sample(self) -> Batch[Tensor]:
         """The batch of an update, on the agent's device."""

@@ -1,5 +1,6 @@
 """A video of an evaluation episode, with gauges of the agent's action and the VLM's prior."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -11,7 +12,7 @@ from .agents import SAC
 from .config import TrainConfig
 from .evaluate import actor_policy, evaluate
 from .files import writing
-from .tasks import action_labels
+from .tasks import find_task
 from .view import newest_frame, vlm_view
 from .vlm import ActionPrior
 
@@ -23,7 +24,7 @@ AGENT, PRIOR, INK, PAPER = (66, 133, 244), (244, 143, 34), (235, 235, 235), (24,
 class EpisodeVideo:
     """Collects frames and writes them as MP4, or as GIF where there is no H.264 encoder."""
 
-    def __init__(self, labels: list[str], fps: float):
+    def __init__(self, labels: Sequence[str], fps: float):
         self.labels, self.fps = labels, fps
         self.frames: list[np.ndarray] = []
         self._font = ImageFont.load_default(15)
@@ -84,7 +85,7 @@ class EpisodeVideo:
 
 def record_episode(config: TrainConfig, agent: SAC, prior: ActionPrior, run: Path) -> None:
     """Writes a video of one evaluation episode, with the actor's actions and the VLM's priors, into `run`."""
-    video = EpisodeVideo(action_labels(config.env), fps=50 / config.env.action_repeat)
+    video = EpisodeVideo(find_task(config.env).words.action_names, fps=50 / config.env.action_repeat)
 
     def watch(obs: np.ndarray, action: np.ndarray, total: float) -> None:
         stack = torch.from_numpy(obs[None])

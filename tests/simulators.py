@@ -5,8 +5,18 @@ from typing import Any
 import numpy as np
 
 from covr_fast.envs import EnvConfig, PixelEnvs, Task
+from covr_fast.words import Words
 
 SIZE = 12
+
+
+def known_task() -> Task:
+    """Of simulators that are given to PixelEnvs: one number, frames as observations."""
+
+    def simulate(seed: int) -> None:
+        raise AssertionError("the simulators are given")
+
+    return Task(1, lambda a: a, lambda o: o, Words("", ("number",)), simulate)
 
 
 class CountingSimulator:
@@ -58,6 +68,9 @@ class CountingSimulator:
                 truncated[row], terminated[row] = even, not even
         return self._frames(env_id), reward, terminated, truncated, {}
 
+    def close(self) -> None:
+        """Nothing to free."""
+
 
 class TargetSimulator:
     """A task that can only be solved by looking: the action has to point at a bright column.
@@ -91,6 +104,9 @@ class TargetSimulator:
         truncated = self.step_in_episode[env_id] == self.length
         return self._frames(env_id), reward, np.zeros(len(env_id), bool), truncated, {}
 
+    def close(self) -> None:
+        """Nothing to free."""
+
 
 def counting_envs(
     num_envs: int = 4,
@@ -105,11 +121,11 @@ def counting_envs(
         action_repeat=action_repeat,
     )  # fmt: skip
     simulators = [CountingSimulator(first, batch_size, lengths) for first in range(0, num_envs, batch_size)]
-    return PixelEnvs(config, list(simulators), Task(1, lambda a: a, lambda o: o)), simulators
+    return PixelEnvs(config, list(simulators), known_task()), simulators
 
 
 def target_envs(num_envs: int = 8) -> PixelEnvs:
     config = EnvConfig(
         num_envs=num_envs, batch_size=num_envs, height=SIZE, width=SIZE, frame_stack=1, action_repeat=1
     )
-    return PixelEnvs(config, [TargetSimulator(0, num_envs)], Task(1, lambda a: a, lambda o: o))
+    return PixelEnvs(config, [TargetSimulator(0, num_envs)], known_task())

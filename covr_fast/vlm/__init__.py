@@ -12,11 +12,13 @@ _HOME = {
     "RoundReport": "finetune.round",
     "TunerConfig": "finetune.config",
     "VLMTuner": "tuner",
+    "task_prompt": "answer.prompt",
 }
 
-__all__ = ["ActionPrior", "PriorBatch", "RoundReport", "TunerConfig", "VLMTuner"]
+__all__ = ["ActionPrior", "PriorBatch", "RoundReport", "TunerConfig", "VLMTuner", "task_prompt"]
 
 if TYPE_CHECKING:
+    from .answer.prompt import task_prompt
     from .finetune.config import TunerConfig
     from .finetune.round import RoundReport
     from .prior import ActionPrior, PriorBatch

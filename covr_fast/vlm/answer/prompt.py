@@ -35,12 +35,17 @@ def answer_format(action_dim: SupportsIndex, decimals: SupportsIndex) -> tuple[i
 
 def default_prompt(action_dim: int, decimals: int) -> str:
     """The prompt used when none is given. It gives the format of answers and says nothing about the task."""
+    return task_prompt("You control an agent.", action_dim, decimals)
+
+
+def task_prompt(words: str, action_dim: int, decimals: int) -> str:
+    """A prompt of a task's words, which name what is controlled, and the format of answers."""
     action_dim, decimals = answer_format(action_dim, decimals)
     unit = 10 ** (decimals - 1)
     # Numbers of alternating sign, so that the example shows both.
     example = JOINER.join(spell((-3 if i % 2 else 4) * unit, decimals) for i in range(action_dim))
     return (
-        f"You control an agent. Look at the image and choose its next action: {action_dim} "
+        f"{words} Look at the image and choose its next action: {action_dim} "
         f"{'number' if action_dim == 1 else 'numbers'} in [-1, 1]. "
         f"Answer in this format: {OPENING}{example}{CLOSING}"
     )
