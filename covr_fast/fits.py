@@ -16,6 +16,7 @@ from .buffer.storage import ring_shapes
 from .config import TrainConfig
 from .labeller import MAX_BATCH
 from .live_bytes import LiveBytes
+from .parts import task_words
 from .schedule import FineTuneSchedule
 from .tasks import find_task
 from .view import agent_obs_shape
@@ -104,22 +105,18 @@ def _request(config: TrainConfig, action_dim: int, device_type: Literal["cpu", "
     return Request(
         model=str(vlm.model),
         action_dim=action_dim,
-        size=_size(config),
+        size=(config.env.height, config.env.width),
         rows=max(asked),
         samples=_samples(config),
         tuner=config.tuner,
-        prompt=vlm.prompt,
+        prompt=task_words(config) if vlm.prompt is None else vlm.prompt,
         decimals=vlm.decimals,
+        image_size=vlm.image_size,
         device_type=device_type,
         dtype=None if vlm.dtype == "auto" else getattr(torch, vlm.dtype),
         quantization=vlm.quantization,
         graph=vlm.graph,
     )
-
-
-def _size(config: TrainConfig) -> tuple[int, int]:
-    """Height and width of the frames that the VLM sees."""
-    return config.env.height, config.env.width
 
 
 def _samples(config: TrainConfig) -> int:
@@ -228,6 +225,8 @@ def _changes(memory: RunMemory) -> Iterator[tuple[str, Any]]:
         yield "--tuner.gradient-checkpointing", tuned(gradient_checkpointing=True)
     if tuner.cache_image_features:
         yield "--tuner.no-cache-image-features", tuned(cache_image_features=False)
+    if config.vlm.image_size > max(config.env.height, config.env.width):
+        yield "--vlm.image-size 0", lambda c: setattr(c.vlm, "image_size", 0)
     if tuner.overlap:
         yield "--tuner.no-overlap", tuned(overlap=False)
     if config.replay.device != "cpu":
@@ -308,9 +307,11 @@ def print_answer(answer: Answer) -> None:
     vlm, beside = memory.vlm, config.tuner.overlap
     dtype = str(vlm.dtype).removeprefix("torch.")
     stored = f"{dtype}, linear layers in {vlm.bits} bits" if vlm.bits else dtype
-    height, width = _size(config)
+    height, width = config.env.height, config.env.width
     print(f"{config.vlm.model} in {stored}, in a run of {config.begun_as} on a {_KINDS[answer.device_type]}")
-    print(f"A frame of {height}x{width} is {vlm.image_tokens} of the {vlm.prompt_tokens} tokens of a prompt.")
+    shown = f", shown at {config.vlm.image_size}," if config.vlm.image_size else ""
+    tokens = f"{vlm.image_tokens} of the prompt's {vlm.prompt_tokens} tokens"
+    print(f"A frame of {height}x{width}{shown} is {tokens}.")
     print(f"GB from shapes, not measured on a {_KINDS[answer.device_type]}:")
     for owner, parts in memory.groups.items():
         if parts:

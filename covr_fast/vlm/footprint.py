@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from ..live_bytes import LiveBytes, nbytes, tensors_in
 from ..ops._projection import CHUNK_BYTES
 from .decode.decoder import Decoder, DecoderWeights
+from .decode.projection import BesideLora
 from .finetune.config import TunerConfig
+from .finetune.held_out import served_nll
 from .finetune.lora import make_replica, trainable
-from .finetune.objective import IGNORE, AnswerModel, Samples
+from .finetune.masters import Masters
+from .finetune.objective import IGNORE, AnswerModel, RoundImages, Samples
 from .mode import own_mode
 from .model.backbones import Backbone
 from .model.folder import ADAPTER_FILE, model_folder
@@ -48,7 +51,7 @@ class Request:
     """"nano", a checkpoint directory, the directory of an adapter, or a hub id."""
     action_dim: int
     size: tuple[int, int]
-    """Height and width of the frames that the VLM sees."""
+    """Height and width of the frames."""
     rows: int
     """Frames of one call."""
     samples: int
@@ -61,6 +64,8 @@ class Request:
     """None: that of a saved prior, else bfloat16 on a GPU and float32 on a CPU."""
     quantization: Literal["auto", "none", "8bit", "4bit"] = "auto"
     """auto: like the base of a saved adapter, else like the checkpoint."""
+    image_size: int = 0
+    """The longer side of the frames as the VLM sees them, in pixels; 0 for frames as they are."""
     graph: bool = True
     """Decode as CUDA graphs, whose memory is kept between calls."""
 
@@ -92,7 +97,15 @@ def footprint(request: Request) -> Footprint:
     dtype = request.dtype or (getattr(torch, saved.dtype) if saved and saved.dtype else None)
     dtype = dtype or (torch.bfloat16 if request.device_type == "cuda" else torch.float32)
     name = str(dtype).removeprefix("torch.")
-    settings = Settings(str(folder), 0, request.action_dim, request.decimals, request.prompt, name)
+    settings = Settings(
+        str(folder),
+        0,
+        request.action_dim,
+        request.decimals,
+        request.prompt,
+        name,
+        image_size=request.image_size,
+    )
     config = request.tuner
     model = _model(settings, config.mode, config.lora_rank)
     bits = _ASKED.get(request.quantization)
@@ -131,6 +144,7 @@ class _Model:
     def __init__(self, settings: Settings, mode: Literal["lora", "full"], rank: int) -> None:
         # SDPA: FlashAttention cannot be imported everywhere, and keeps no more.
         backbone = open_on_meta(settings.base, getattr(torch, str(settings.dtype)), "sdpa")
+        backbone.image_size = settings.image_size
         self.weights = (
             list(backbone.base.parameters())
             if not backbone.adapted
@@ -141,6 +155,7 @@ class _Model:
         self.tuner = VLMTuner(self.prior, TunerConfig(mode=mode, lora_rank=rank))
         self.answering = cache(self._answering)
         self.micro_batch = cache(self._micro_batch)
+        self.held_out = cache(self._held_out)
 
     def _answering(self, size: tuple[int, int], rows: int) -> "_Answering":
         prior, layout = self.prior, self.prior.layout(size)
@@ -150,12 +165,13 @@ class _Model:
             caches = nbytes(tensors_in(decoder.new_cache(rows)))
             prior._decoders[size] = decoder
             with LiveBytes("meta") as memory:
-                prior._decode(torch.zeros(rows, 3, *size, dtype=torch.uint8), 0.0, None)
+                prior._decode(_frames(rows, size), 0.0, None)
         model = list(tensors_in(prior.backbone.model))
-        merged = list(tensors_in(weights.transformer))
+        served = list(tensors_in(weights.transformer))
         return _Answering(
-            merged=nbytes(merged, without=model),
-            prompt=nbytes(tensors_in([weights, decoder]), without=[*model, *merged]) - caches,
+            served=nbytes(served, without=model),
+            beside=any(isinstance(x, BesideLora) for x in vars(weights.transformer._layers[0]).values()),
+            prompt=nbytes(tensors_in([weights, decoder]), without=[*model, *served]) - caches,
             caches=caches,
             capacity=decoder._capacity,
             working=memory.peak - caches,
@@ -171,7 +187,7 @@ class _Model:
             backbone = make_replica(backbone, self.tuner.config.mode)
             backbone.attention = attention
             backbone.checkpoint_activations()
-        frames = torch.zeros(rows, 3, *size, dtype=torch.uint8)
+        frames = _frames(rows, size)
         # Negative numbers have the longest spelling. One answer is shorter, so that rows are packed.
         actions = torch.full((rows, prior.action_dim), -0.4)
         actions[0] = 0.4
@@ -188,7 +204,6 @@ class _Model:
                 feature = nbytes([features.tokens, *features.deep]) // rows
                 hidden = model.hidden(features, samples.answers, lengths)
                 loss = _loss(backbone, hidden, samples.labels)
-                hidden_bytes = hidden.nbytes
                 del features, hidden
                 kept = memory.now
                 torch.autograd.backward(loss)
@@ -207,32 +222,50 @@ class _Model:
             kept=kept,
             peak=memory.peak,
             logits=logits,
-            # Of held-out samples: all logits, the same in float32, and their logarithms.
-            held_out=hidden_bytes + samples.answers.numel() * head.shape[0] * (head.itemsize + 8),
         )
 
+    def _held_out(self, size: tuple[int, int], rows: int) -> int:
+        """Bytes of the loss of `rows` samples that are held out, by the decoder that answers."""
+        prior, backbone, layout = self.prior, self.tuner._backbone, self.prior.layout(size)
+        actions = torch.full((rows, prior.action_dim), -0.4)
+        samples = Samples.build(prior.grammar, _frames(rows, size), actions, torch.ones(rows))
+        model, every = AnswerModel(backbone, layout, checkpointing=False), torch.arange(rows)
+        with own_mode(META), shapes_only(rows * len(layout.image_at)):
+            images = RoundImages(model, samples, every, TunerConfig(shift=1), torch.Generator())
+            with LiveBytes("meta") as memory:
+                served_nll(backbone, layout, samples, every, images, rows)
+        return memory.peak
+
     @cached_property
-    def optimizer(self) -> tuple[int, int]:
-        """Bytes of the optimizer of `round.run_round`: its state, and what a step needs besides."""
+    def optimizer(self) -> "_Optimizer":
+        """The optimizer of `round.run_round`."""
         weights = trainable(self.tuner._backbone.model)
         with own_mode(META, grad=True):
-            optimizer = torch.optim.AdamW(weights, foreach=True)
-            for weight in weights:
+            masters = Masters(weights)
+            optimizer = torch.optim.AdamW(masters.values, foreach=True)
+            for weight in masters.values:
                 weight.grad = torch.zeros_like(weight)
             with LiveBytes("meta") as memory:
                 optimizer.step()
                 state = memory.peak = memory.now
-                nn.utils.clip_grad_norm_(weights, 1.0)
+                nn.utils.clip_grad_norm_(masters.values, 1.0)
                 optimizer.step()
             for weight in weights:
                 weight.grad = None
-        return state, memory.peak - state
+        return _Optimizer(nbytes(masters.values, without=weights), state, memory.peak - state)
+
+
+def _frames(rows: int, size: tuple[int, int]) -> Tensor:
+    return torch.zeros(rows, 3, *size, dtype=torch.uint8, device=META)
 
 
 class _Answering(NamedTuple):
     """Bytes of a prior, for a call of some rows."""
 
-    merged: int
+    served: int
+    """Of the decoder's weights, besides the model's own."""
+    beside: bool
+    """LoRA is served beside the weights, and not merged into a copy."""
     prompt: int
     """Of the grammar's tokens, and of the prompt."""
     caches: int
@@ -240,6 +273,16 @@ class _Answering(NamedTuple):
     """Tokens of a cache's row."""
     working: int
     """During a call."""
+
+
+class _Optimizer(NamedTuple):
+    """Bytes of an optimizer."""
+
+    masters: int
+    """Float32 copies of half-precision weights."""
+    state: int
+    scratch: int
+    """What a step needs besides."""
 
 
 class _MicroBatch(NamedTuple):
@@ -256,8 +299,6 @@ class _MicroBatch(NamedTuple):
     peak: int
     logits: int
     """A chunk of the fused loss."""
-    held_out: int
-    """The logits of as many samples that are held out."""
 
 
 def _loss(backbone: Backbone, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -305,18 +346,28 @@ def _answering(model: _Model, request: Request, bits: int | None) -> list[Part]:
     cached = 2 * rows - 1 if graphed else 2 * rows
     when = "kept by the CUDA graphs" if graphed else "during a call"
     parts = [
-        Part("merged decoder", 0 if bits else took.merged, "a second copy, with its adapters"),
+        _served(model, took),
         Part("prompt", took.prompt, "its keys and values; embeddings and head rows of the grammar's tokens"),
         Part("KV caches", took.caches // rows * cached, f"{cached} rows of {took.capacity} tokens"),
         Part("answering", took.working, f"{rows} frames at a time, {when}", passing=not graphed),
     ]
     if bits:
-        parts[0] = Part("merged decoder", 0, "none: quantized layers are not merged")
+        parts[0] = Part("served decoder", 0, "quantized layers are called as they are")
     if model.prior.backbone.adapted:
         adapters = trainable(model.prior.backbone.model)
         how = f"{_count(adapters):,} weights of {adapters[0].itemsize} bytes"
         parts.insert(0, Part("adapters", nbytes(adapters), how))
     return parts
+
+
+def _served(model: _Model, took: _Answering) -> Part:
+    """What the decoder that answers has besides the model's weights."""
+    if not took.beside:
+        return Part("served decoder", took.served, "joined weights, a second copy")
+    linear = [m.base_layer for m in model.prior.backbone.decoder.layers.modules() if hasattr(m, "base_layer")]
+    copied = nbytes([module.weight for module in linear]) / 1e9
+    how = f"LoRA beside the weights; {copied:.2f} once it can be merged without loss"
+    return Part("served decoder", took.served, how)
 
 
 def _count(weights: list[Tensor]) -> int:
@@ -330,17 +381,20 @@ def _round(model: _Model, request: Request) -> list[Part]:
     took = model.micro_batch(
         request.size, config.micro_batch, config.gradient_checkpointing, request.device_type
     )
-    state, scratch = model.optimizer
+    masters, state, scratch = model.optimizer
     own = nbytes(tensors_in(backbone.model), without=tensors_in(model.prior.backbone.model))
-    trained, names = nbytes(weights), ["before", "best"] + ["average"] * (config.average > 0)
+    trained = nbytes(weights)
+    exact = masters or trained  # in float32
+    snapshots = 2 * trained + (exact if config.average else 0)
     frozen = took.frozen and config.cache_image_features and config.shift == 0
     features = took.feature * request.samples if frozen else 0
     # While the features are joined there are two of them, but no gradients, moments or best weights yet.
-    joined = features - 2 * trained - state
-    activations = max(took.peak, took.held_out, scratch, joined)
+    joined = features - exact - trained - state
+    held_out = model.held_out(request.size, config.micro_batch)
+    activations = max(took.peak, held_out, scratch, joined)
     largest = {
         took.peak: f"{config.micro_batch} samples of {took.tokens} tokens",
-        took.held_out: f"logits of {config.micro_batch} held-out samples",
+        held_out: f"the loss of {config.micro_batch} held-out samples, by the decoder that answers",
         scratch: "a step of AdamW",
         joined: "a second copy of the features while they are joined",
     }[activations]
@@ -348,9 +402,10 @@ def _round(model: _Model, request: Request) -> list[Part]:
     kept = f"for {request.samples:,} samples" if frozen else "not kept"
     return [
         Part("trained weights", own, f"{_count(weights):,} of {weights[0].itemsize} bytes, the tuner's copy"),
-        Part("gradients", trained, "of the trained weights", passing=True),
+        Part("masters", masters, "float32 copies, which AdamW changes", passing=True),
+        Part("gradients", exact, "of the trained weights, in float32", passing=True),
         Part("AdamW", state, "two moments of each", passing=True),
-        Part("snapshots", len(names) * trained, ", ".join(names), passing=True),
+        Part("snapshots", snapshots, "before, best" + ", average" * (config.average > 0), passing=True),
         Part("image features", features, kept, passing=True),
         Part("frames", 3 * math.prod(request.size) * request.samples, "copies of those frames", passing=True),
         Part("logits", took.logits, "a chunk of the fused loss", passing=True),

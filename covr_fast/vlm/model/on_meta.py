@@ -134,7 +134,8 @@ class _Masks(TorchFunctionMode):
     """Values that the models ask for, where a meta tensor has none: those of frames without padding.
 
     A mask of images (one dimension) is all True, one of tokens (two) at `image_tokens` places. A condition
-    (SmolVLM asks whether nothing is padded) holds. A list of numbers (of images in each row) has ones.
+    (SmolVLM asks whether nothing is padded) holds. A list of numbers (of images in each row) has ones. A
+    number is NaN: that is also what fresh LoRA gives where it is asked whether it can be merged.
     """
 
     def __init__(self, image_tokens: int) -> None:
@@ -148,6 +149,8 @@ class _Masks(TorchFunctionMode):
             return [1] * len(args[0])
         if func is Tensor.__bool__ and args[0].is_meta:
             return True
+        if func is Tensor.__float__ and args[0].is_meta:
+            return math.nan
         if func in (Tensor.__getitem__, Tensor.__setitem__) and args[0].is_meta:
             args = (args[0], self._places(args[1]), *args[2:])
         return func(*args, **(kwargs or {}))
