@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -341,7 +342,8 @@ def _doctor_of_memory(arguments: list[str]) -> int:
         from .fits import answer, as_json, print_answer
 
         _disable_progress_bars()
-        found = answer(parsed.config)
+        with warnings.catch_warnings(action="ignore"):  # those of transformers, about itself
+            found = answer(parsed.config)
     if parsed.json:
         print(json.dumps(as_json(found), indent=2))
     else:

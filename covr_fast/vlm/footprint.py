@@ -234,7 +234,8 @@ class _Model:
             images = RoundImages(model, samples, every, TunerConfig(shift=1), torch.Generator())
             with LiveBytes("meta") as memory:
                 served_nll(backbone, layout, samples, every, images, rows)
-        return memory.peak
+        peak: int = memory.peak
+        return peak
 
     @cached_property
     def optimizer(self) -> "_Optimizer":
@@ -402,7 +403,7 @@ def _round(model: _Model, request: Request) -> list[Part]:
     kept = f"for {request.samples:,} samples" if frozen else "not kept"
     return [
         Part("trained weights", own, f"{_count(weights):,} of {weights[0].itemsize} bytes, the tuner's copy"),
-        Part("masters", masters, "float32 copies, which AdamW changes", passing=True),
+        *([Part("masters", masters, "float32 copies, which AdamW changes", passing=True)] if masters else []),
         Part("gradients", exact, "of the trained weights, in float32", passing=True),
         Part("AdamW", state, "two moments of each", passing=True),
         Part("snapshots", snapshots, "before, best" + ", average" * (config.average > 0), passing=True),
