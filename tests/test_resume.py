@@ -183,7 +183,7 @@ def test_a_vlm_that_was_tuned_is_not_measured_as_if_untuned(copied):
 def test_config_json_is_left_alone_until_everything_is_built(copied, monkeypatch):
     before = contents(copied)
 
-    def broken(*_):
+    def broken(*_, **__):
         raise UserError("no VLM today")
 
     monkeypatch.setattr("covr_fast.trainer.VLMTuner", broken)

@@ -1,6 +1,8 @@
 """EDDF in the loop: what it selects of D_f, and when the tuner gets it."""
 
+import math
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +16,7 @@ from covr_fast.buffer import FineTuneView, ReplayBuffer
 from covr_fast.errors import DivergedError
 from covr_fast.rounds import Rounds
 from covr_fast.selection import Selection
+from covr_fast.vlm.finetune.round import RoundReport
 
 ENTROPY = torch.tensor(0.5)
 ON_GPU = pytest.param("cuda", marks=pytest.mark.needs_cuda)
@@ -146,3 +149,56 @@ def test_a_round_that_has_not_begun_when_the_steps_end_is_still_done(waiting, lo
     rounds.finish(10, log)
     assert len(rounds._tuner.given) == 1
     assert rounds.schedule.rounds == 1
+
+
+# ---- what is said of a round ----
+
+
+def told(log, **changes) -> dict:
+    """The record of a round with this report."""
+    report = RoundReport(
+        round=1,
+        samples=4,
+        trained=4,
+        held_out=0,
+        episodes=4,
+        nonzero_share=1.0,
+        loss_before=math.nan,
+        loss_after=math.nan,
+        lora_lost=None,
+        lora_beside=False,
+        steps=1,
+        seconds=1.0,
+    )
+    buffer = make_buffer()
+    add_episodes(buffer, 5.0, 4.0, 3.0, 2.0)
+    rounds = make_rounds(buffer)
+    rounds._tuner.wait = lambda: replace(report, **changes)
+    rounds._tuner.publish = lambda: 1
+    rounds.advance(10, log)
+    return rounds.records[0]
+
+
+def test_a_round_of_one_episode_says_that_it_has_no_loss(log):
+    record = told(log, episodes=1)
+    assert "loss_after" not in record
+    assert "no held-out loss: all samples are of one episode" in log.said[-1]
+    assert (record["episodes"], record["held_out"]) == (1, 0)
+
+
+def test_a_round_with_losses_says_them(log):
+    record = told(log, held_out=1, loss_before=2.0, loss_after=1.5)
+    assert (record["loss_before"], record["loss_after"], record["held_out"]) == (2.0, 1.5, 1)
+    assert "held-out loss 2.0000 -> 1.5000" in log.said[-1]
+    assert "one episode" not in log.said[-1]
+
+
+@pytest.mark.parametrize(
+    ("lost", "beside", "line"),
+    [(0.81, True, True), (0.001, False, False), (None, False, False), (math.nan, True, False)],
+)
+def test_a_round_says_why_lora_is_not_merged(lost, beside, line, log):
+    record = told(log, lora_lost=lost, lora_beside=beside)
+    said = "LoRA is served beside the base: merged into its half precision it would lose 81% of its change"
+    assert (said in log.said) == line
+    assert record.get("lora_lost") == (lost if lost in (0.81, 0.001) else None)

@@ -81,9 +81,9 @@ def test_the_vlm_is_tuned_on_the_images_that_it_is_asked_about(motion, tmp_path,
         asked.extend(images.clone())
         return call(prior, images, **options)
 
-    def watched_start(frames, actions, returns):
+    def watched_start(frames, *others):
         tuned.extend(frames)
-        start(frames, actions, returns)
+        start(frames, *others)
 
     monkeypatch.setattr(type(trainer.prior), "__call__", watched)
     monkeypatch.setattr(trainer.tuner, "start", watched_start)

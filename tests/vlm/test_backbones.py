@@ -37,7 +37,7 @@ def test_hidden_states_equal_the_models_own(opened):
             image=image,
         )[:, -1]
         inputs = backbone.process(prior.text, frames)
-        theirs = backbone.base.model(**inputs).last_hidden_state[:, -1]
+        theirs = backbone.base.model(**inputs).last_hidden_state[:, -1:]
     torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3)
 
 
