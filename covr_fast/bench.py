@@ -15,10 +15,15 @@ from .config import TrainConfig
 from .report import new_table
 from .trainer import Trainer
 from .view import vlm_view
+from .vlm import ActionPrior
 
 
 class CheckFailedError(RuntimeError):
     """A part computes something wrong, so its speed means nothing."""
+
+
+IMAGE_SIZES = (0, 112, 168, 224, 336, 448)
+"""Values of vlm.image_size that are compared."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,31 @@ class Timing:
     """float64[n], one per call."""
 
 
-def measure(config: TrainConfig, seconds: float) -> list[Timing]:
-    """Builds what `covr-fast train` builds with these settings, and times each part alone for `seconds`.
+@dataclass(frozen=True)
+class SizeTiming:
+    """The VLM's answers to frames of one `vlm.image_size`."""
+
+    image_size: int
+    tokens: int
+    """Image tokens of a frame."""
+    seconds: np.ndarray
+    """float64[n], one per batch."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What `measure` found."""
+
+    parts: list[Timing]
+    batch: tuple[int, ...]
+    """Shape [B, 3, H, W] of the frames that the VLM was asked about."""
+    sizes: list[SizeTiming]
+    """Only sizes that change the number of tokens, and the one in use."""
+
+
+def measure(config: TrainConfig, seconds: float) -> Figures:
+    """Builds what `covr-fast train` builds with these settings, and times each part alone for `seconds`, and
+    as long the VLM with other sizes of frames.
 
     Raises:
         CheckFailedError: a part is wrong.
@@ -45,20 +73,31 @@ def measure(config: TrainConfig, seconds: float) -> list[Timing]:
     trainer = Trainer(config, Path("unused"))  # it writes nothing before it runs
     with trainer.envs:
         simulation, stored = _simulation(trainer, seconds)
-        replay, prior = _replay(trainer, seconds, stored), _prior(trainer, seconds, stored[-1].obs)
-        return [simulation, replay, prior, _update(trainer, seconds)]
+        replay, images = _replay(trainer, seconds, stored), vlm_view(config, torch.from_numpy(stored[-1].obs))
+        parts = [simulation, replay, _prior(trainer, seconds, images), _update(trainer, seconds)]
+        return Figures(parts, tuple(images.shape), _image_sizes(trainer, seconds, images))
 
 
-def print_timings(timings: list[Timing], console: Console) -> None:
-    """Prints a line per part, with the spread over its calls, and what was checked."""
+def print_figures(figures: Figures, console: Console) -> None:
+    """Prints a line per part, with the spread over its calls, and what was checked; and a line per size."""
     numbers = ("median ms", "10-90 %", "calls/s")
     table = new_table("one part at a time, nothing beside it", ("part", "one call"), numbers)
-    for t in timings:
+    for t in figures.parts:
         low, median, high = np.quantile(t.seconds, [0.1, 0.5, 0.9]) * 1000
         table.add_row(t.part, t.call, f"{median:.2f}", f"{low:.2f}-{high:.2f}", f"{1000 / median:.0f}")
     console.print(table)
-    for t in timings:
+    for t in figures.parts:
         console.print(f"checked before: {t.part}: {t.checked}")
+
+    count, _, height, width = figures.batch
+    title = f"what the VLM sees: answers for {count} frames of {height}x{width}"
+    table = new_table(title, ["vlm.image_size"], ["tokens a frame", "median ms", "answers/s"])
+    for size in figures.sizes:
+        median = float(np.median(size.seconds))
+        name = str(size.image_size) if size.image_size else "0: as they are"
+        table.add_row(name, str(size.tokens), f"{1000 * median:.2f}", f"{count / median:.0f}")
+    console.print(table)
+    console.print(f"sizes up to {IMAGE_SIZES[-1]} that are not shown give the tokens of one that is")
 
 
 class _Stored(NamedTuple):
@@ -115,17 +154,46 @@ def _replay(trainer: Trainer, seconds: float, stored: list[_Stored]) -> Timing:
     return Timing("replay", call, f"{n} transitions come back bit for bit", took)
 
 
-def _prior(trainer: Trainer, seconds: float, obs: np.ndarray) -> Timing:
+def _prior(trainer: Trainer, seconds: float, images: Tensor) -> Timing:
     """Answers for a batch of environments, checked against transformers' own generate()."""
-    images = vlm_view(trainer.config, torch.from_numpy(obs))
-    answers, truth = trainer.prior(images), trainer.prior.reference(images)
-    equal = int((answers.token_ids.cpu() == truth.token_ids.cpu()).all(1).sum())
-    # In half precision, rounding decides between two tokens that are about equally likely.
-    if equal < len(images) and next(trainer.prior.backbone.base.parameters()).dtype == torch.float32:
-        raise CheckFailedError(f"prior: {len(images) - equal} of {len(images)} answers are not generate()'s")
+    equal = _check_answers(trainer.prior, images)
     took = _times(trainer, seconds, lambda: trainer.prior(images))
     call = f"{len(images)} frames, {trainer.config.vlm.model}"
     return Timing("prior", call, f"{equal} of {len(images)} answers as by transformers' generate()", took)
+
+
+def _check_answers(prior: ActionPrior, images: Tensor) -> int:
+    """How many answers are those of generate(). In float32 all must be."""
+    answers, truth = prior(images), prior.reference(images)
+    equal = int((answers.token_ids.cpu() == truth.token_ids.cpu()).all(1).sum())
+    # In half precision, rounding decides between two tokens that are about equally likely.
+    if equal < len(images) and next(prior.backbone.base.parameters()).dtype == torch.float32:
+        raise CheckFailedError(f"prior: {len(images) - equal} of {len(images)} answers are not generate()'s")
+    return equal
+
+
+def _image_sizes(trainer: Trainer, seconds: float, images: Tensor) -> list[SizeTiming]:
+    """The same for other sizes of what the VLM sees, in `seconds` in all. A frame is checked for each."""
+    prior, used = trainer.prior, trainer.prior.image_size
+    tokens: dict[int, int] = {}
+    for size in sorted({*IMAGE_SIZES, used}):
+        if size == 0 or size >= prior.backbone.token_side:
+            prior.image_size = size
+            tokens[size] = len(prior.layout((images.shape[2], images.shape[3])).image_at)
+    counts = list(tokens.values())
+    shown = [size for i, size in enumerate(tokens) if size == used or counts[i] not in counts[:i]]
+    timings = []
+    try:
+        for size in shown:
+            prior.image_size = size
+            _check_answers(prior, images[:1])
+            took = _times(trainer, seconds / len(shown), lambda: prior(images), least=2)
+            timings.append(SizeTiming(size, tokens[size], took))
+    except MemoryError:
+        pass  # nor do larger frames fit
+    finally:
+        prior.image_size = used
+    return timings
 
 
 def _update(trainer: Trainer, seconds: float) -> Timing:
@@ -141,10 +209,10 @@ def _update(trainer: Trainer, seconds: float) -> Timing:
     return Timing("policy update", call, "the actor moves, losses are finite", took)
 
 
-def _times(trainer: Trainer, seconds: float, call: Callable[[], object]) -> np.ndarray:
-    """float64[n], n >= 5: seconds of each call, for at least `seconds` in all. The first does not count."""
+def _times(trainer: Trainer, seconds: float, call: Callable[[], object], *, least: int = 5) -> np.ndarray:
+    """float64[n], n >= `least`: seconds of each call but the first, for at least `seconds` in all."""
     took: list[float] = []
-    while sum(took[1:]) < seconds or len(took) < 6:
+    while sum(took[1:]) < seconds or len(took) < 1 + least:
         start = time.perf_counter()
         call()
         if trainer.device.type == "cuda":

@@ -271,7 +271,7 @@ def _bench(arguments: list[str]) -> int:
     class Arguments:
         config: Annotated[TrainConfig, tyro.conf.arg(name="")]
         seconds: float = 3.0
-        """How long each part is timed."""
+        """How long each part is timed, and the VLM with all sizes of frames together."""
 
     with as_user_error():
         parsed = tyro.cli(
@@ -283,15 +283,15 @@ def _bench(arguments: list[str]) -> int:
         )
     from rich.console import Console
 
-    from .bench import CheckFailedError, measure, print_timings
+    from .bench import CheckFailedError, measure, print_figures
 
     _disable_progress_bars()
     try:
-        timings = measure(parsed.config, parsed.seconds)
+        figures = measure(parsed.config, parsed.seconds)
     except CheckFailedError as error:
         print(f"no figures, for something is wrong: {error}", file=sys.stderr)
         return 1
-    print_timings(timings, Console(highlight=False))
+    print_figures(figures, Console(highlight=False))
     return 0
 
 

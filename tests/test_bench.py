@@ -1,5 +1,7 @@
 """covr-fast bench: what is timed has been checked."""
 
+import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +11,7 @@ from small_runs import FLAGS, call
 from covr_fast.agents import SAC
 from covr_fast.buffer import ReplayBuffer
 from covr_fast.vlm import ActionPrior
+from covr_fast.vlm.model.nano import write_nano
 
 
 def bench(monkeypatch, *arguments: str) -> int:
@@ -30,6 +33,40 @@ def test_it_knows_presets_and_fields(monkeypatch, capsys):
     assert "did you mean carracing" in capsys.readouterr().err
     assert bench(monkeypatch, "--replay.batch-size", "5000") == 2
     assert "replay.batch_size=5000" in capsys.readouterr().err
+
+
+def sizes_shown(text: str) -> dict[str, int]:
+    """vlm.image_size -> image tokens, from the rows of the table."""
+    table = text.partition("tokens a frame")[2]
+    return {size: int(tokens) for size, tokens in re.findall(r"│ (\d+)\S* *[a-z ]*│ +(\d+) │", table)}
+
+
+def test_it_compares_sizes_of_what_the_vlm_sees(monkeypatch, capsys, tmp_path):
+    assert bench(monkeypatch) == 0
+    shown = capsys.readouterr().out
+    assert "answers for 2 frames of 48x48" in shown
+    assert sizes_shown(shown) == {"0": 4, "112": 16}, "nano takes no more than 112x112"
+
+    write_nano(tmp_path, seed=0)
+    file = tmp_path / "preprocessor_config.json"
+    settings = json.loads(file.read_text())
+    settings["size"]["longest_edge"] = 448 * 448
+    file.write_text(json.dumps(settings))
+    model = f"--vlm.model={tmp_path}"
+    assert bench(monkeypatch, model, "--vlm.image-size=230") == 0
+    table = {"0": 4, "112": 16, "168": 36, "224": 64, "230": 64, "336": 144, "448": 256}
+    assert sizes_shown(capsys.readouterr().out) == table
+
+    answer = ActionPrior._decode
+
+    def small_gpu(self, *arguments):
+        if self.image_size > 300:
+            raise MemoryError("out of GPU memory")
+        return answer(self, *arguments)
+
+    monkeypatch.setattr(ActionPrior, "_decode", small_gpu)
+    assert bench(monkeypatch, model) == 0
+    assert sizes_shown(capsys.readouterr().out) == {"0": 4, "112": 16, "168": 36, "224": 64}
 
 
 def other_pixel(batch):
