@@ -105,7 +105,7 @@ def random_model(name: str, device: torch.device) -> tuple[Model, Any]:
         write_processor(Path(folder), config, words)
         processor = load_processor(folder, config)
     with device, quiet():
-        attention = choose_attention("auto", device, dtype)
+        attention = choose_attention("auto", device, dtype).name
         model = Model._from_config(config, dtype=dtype, attn_implementation=attention).eval()
     model.generation_config = GenerationConfig(
         eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id

@@ -18,9 +18,11 @@ from .config import TrainConfig, check_types
 from .errors import UserError
 from .evaluate import Policy, actor_policy
 from .files import flush_tree, read_json, replacing, writing
+from .model_card import write_run_card
 from .tasks import find_task
 from .view import agent_obs_shape
 from .vlm import ActionPrior
+from .vlm.model.folder import name_nano_base
 
 RESCUED = "agent.pt"
 """File in the run folder with the agent alone. It exists if there was no room for the last checkpoint, so it
@@ -88,6 +90,8 @@ def save_checkpoint(
         _write(counters, new / "counters.pt")
         try:
             prior.save_pretrained(new / "vlm")
+            name_nano_base(new / "vlm", run / "checkpoint" / "vlm")
+            write_run_card(new / "vlm", counters, counters.get("before", {}))
         except SafetensorError as error:  # what safetensors raises for a failed write
             raise OSError(errno.EIO, str(error), str(new / "vlm")) from error
         if buffer is not None:

@@ -1,4 +1,4 @@
-"""The command line: covr-fast train | evaluate | report | bench | doctor."""
+"""The command line: covr-fast train | evaluate | report | push | bench | doctor."""
 
 import argparse
 import contextlib
@@ -21,6 +21,7 @@ USAGE = """usage: covr-fast COMMAND ...
   train PRESET [--out DIR] [--FIELD VALUE ...]   train COVR and write a run folder
   evaluate RUN [--episodes N] [--seed N]         let a run's trained actor play
   report RUN...                                  print runs' summaries and redraw their curves
+  push RUN REPO [--private] [--dry-run]          make a run's VLM a model on the Hugging Face Hub
   bench [PRESET] [--seconds S] [--FIELD VALUE]   time the parts of a preset's loop on this machine
   doctor [--json]                                say what this machine can do and what is missing
   doctor [PRESET] --vlm.model MODEL [--FIELD VALUE]  say whether a run with this VLM fits its memory
@@ -59,7 +60,10 @@ def _forget_output() -> None:
 
 def run(arguments: list[str]) -> int:
     """Runs one command and returns its exit code."""
-    commands = {"train": _train, "evaluate": _evaluate, "report": _report, "bench": _bench, "doctor": _doctor}
+    commands = {
+        "train": _train, "evaluate": _evaluate, "report": _report, "push": _push, "bench": _bench,
+        "doctor": _doctor,
+    }  # fmt: skip
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2
@@ -147,7 +151,8 @@ def _train(arguments: list[str]) -> int:
 
 
 def _check_preset(name: str, config: "TrainConfig", run: str) -> None:
-    """Raises a UserError if the run began as another preset, or in another environment than the preset's."""
+    """Raises a UserError if the run began as another preset or, where that was not recorded, in another
+    environment than the preset's."""
     from .config import TrainConfig
 
     begun = config.begun_as
@@ -155,7 +160,7 @@ def _check_preset(name: str, config: "TrainConfig", run: str) -> None:
         raise UserError(
             f"the run was begun as {begun}, not {name}: covr-fast train {begun} --resume {run} continues it"
         )
-    if config.env.id != (env := TrainConfig.preset(name).env.id):
+    if not begun and config.env.id != (env := TrainConfig.preset(name).env.id):
         raise UserError(f"the run was begun with env.id={config.env.id}, and preset {name} is of {env}")
 
 
@@ -255,6 +260,42 @@ def _report(arguments: list[str]) -> int:
             print(f"{run / 'metrics.jsonl'}: its last line is torn and was left out")
     if several:
         print_comparison(labels, summaries, console)
+    return 0
+
+
+def _push(arguments: list[str]) -> int:
+    import tyro
+
+    @dataclass
+    class Arguments:
+        run: Annotated[Path, tyro.conf.Positional]
+        """Folder of a run that is not training."""
+        repo: Annotated[str, tyro.conf.Positional]
+        """Name of the model on the hub: OWNER/NAME, or NAME for your own."""
+        private: bool = False
+        """Make it private. A model that exists stays as it is."""
+        base: str | None = None
+        """OWNER/NAME of the model that was tuned, where the run has it as a folder."""
+        dry_run: bool = False
+        """Check and list what would be uploaded, without a connection."""
+
+    parsed = tyro.cli(
+        Arguments,
+        prog="covr-fast push",
+        description="Make a run's VLM a model on the Hugging Face Hub, with its processor and a model card.",
+        args=arguments,
+    )
+    from .push import push
+
+    _disable_progress_bars()
+    address, upload = push(
+        parsed.run, parsed.repo, private=parsed.private, base=parsed.base, dry_run=parsed.dry_run
+    )
+    for name, size in upload.sizes().items():
+        print(f"{size:>13,} bytes  {name}")
+    print(f"{'would be' if parsed.dry_run else 'now'} on {address}")
+    if upload.base:
+        print(f"an adapter of {upload.base}")
     return 0
 
 

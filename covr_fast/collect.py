@@ -11,7 +11,8 @@ class Collector:
     """Sends decisions to the environments, and stores each with its prior and its outcome.
 
     Between `send` and `store` an environment simulates: its decision waits here, and the VLM has time to give
-    its prior. The replay buffer has the extras "prior" (A,), "prior_mask" () and "prior_version" ().
+    its prior. The replay buffer has the extras "prior" (A,), "prior_mask" () and "prior_version" (). The mask
+    is the prior's weight in Eq. 4: 0 without a prior, else 1, or the VLM's confidence (`covr.confidence`).
     """
 
     def __init__(self, envs: PixelEnvs, buffer: ReplayBuffer) -> None:
@@ -37,10 +38,13 @@ class Collector:
         """Number of the latest decision of these environments, from 0. It is the same for a whole batch."""
         return int(self._decisions[env_ids[0]]) - 1
 
-    def set_prior(self, prior: np.ndarray, version: int, env_ids: np.ndarray) -> None:
-        """The VLM's answers float32[n, A] for the latest decisions, and the version of its weights. They stay
-        for later decisions, up to the end of the episode or `mask_prior`."""
-        self._prior[env_ids], self._prior_mask[env_ids] = prior, 1.0
+    def set_prior(
+        self, prior: np.ndarray, version: int, env_ids: np.ndarray, weight: np.ndarray | float = 1.0
+    ) -> None:
+        """The VLM's answers float32[n, A] for the latest decisions, the version of its weights, and the
+        answers' weights in Eq. 4, float32[n] in [0, 1]. They stay for later decisions, up to the end of the
+        episode or `mask_prior`."""
+        self._prior[env_ids], self._prior_mask[env_ids] = prior, weight
         self._prior_version[env_ids] = version
 
     def mask_prior(self, env_ids: np.ndarray) -> None:

@@ -106,6 +106,9 @@ class COVRConfig:
     bootstrap: bool = False
     """Add the critic's value of the last state to the returns of truncated episodes. False: a truncated tail
     counts as the end, as in the paper."""
+    confidence: bool = False
+    """Weight the prior of each transition in Eq. 4 by how sure the VLM was of it: 1 - entropy / log of the
+    grid's size (docs/vlm.md). The paper weights all alike."""
     publish_after: int | None = None
     """With tuner.overlap, publish a round exactly this many steps after its start, and wait for it if
     necessary, so that reruns are bit-identical. None: as soon as it is done."""

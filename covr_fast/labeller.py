@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .buffer import ReplayBuffer
+from .logger import MeanMetrics
 from .streams import follow, mark
 from .vlm import ActionPrior, PriorBatch
 
@@ -30,6 +31,7 @@ class PriorLabeller:
         max_batch: most images of one call.
         temperature: of sampling; 0 takes the most probable answer.
         generator: randomness of sampling; nothing else may use it at the same time.
+        confidence: the mask is the VLM's confidence (`PriorBatch.confidence`) instead of 1.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class PriorLabeller:
         max_batch: int = MAX_BATCH,
         temperature: float = 0.0,
         generator: torch.Generator | None = None,
+        confidence: bool = False,
     ) -> None:
         if max_batch < 1:
             raise ValueError(f"max_batch is {max_batch}: it must be at least 1")
@@ -50,6 +53,7 @@ class PriorLabeller:
         self._max_batch = max_batch
         self._temperature = temperature
         self._generator = generator
+        self._confidence = confidence
         self._wanted = 0  # labels of older versions of the weights are made again
         self._due: list[int] = []
         self._stale: list[int] = []
@@ -59,6 +63,8 @@ class PriorLabeller:
         self._asked: tuple[Tensor, Future[PriorBatch]] | None = None
         self.dropped = 0
         """Transitions that the ring overwrote before the VLM had answered."""
+        self.metrics = MeanMetrics()
+        """"prior_confidence", the mean of what was written, if it is asked for."""
 
     def __len__(self) -> int:
         """Transitions that wait for a label, including those that the VLM is labelling."""
@@ -115,18 +121,28 @@ class PriorLabeller:
 
     def _ask(self, images: Tensor, ready: "torch.cuda.Event | None") -> PriorBatch:
         follow(ready, self._prior.device)
-        answer = self._prior(images, temperature=self._temperature, generator=self._generator)
+        answer = self._prior(
+            images,
+            temperature=self._temperature,
+            generator=self._generator,
+            confidence=self._confidence,
+        )
         # Here and not in `step`, because this waits for the device.
         answer.action = answer.action.cpu()
+        if answer.confidence is not None:
+            answer.confidence = answer.confidence.cpu()
         return answer
 
     def _write(self, ids: Tensor, answer: PriorBatch) -> int:
         answered = self._buffer.contains(ids)
         ids = self._stored(ids)
+        weight = torch.ones_like(ids) if answer.confidence is None else answer.confidence[answered]
+        if self._confidence and len(ids):
+            self.metrics.add({"prior_confidence": weight})
         self._buffer.set_extras(
             ids,
             prior=answer.action[answered],
-            prior_mask=torch.ones_like(ids),
+            prior_mask=weight,
             prior_version=torch.full_like(ids, answer.version),
         )
         (self._labelled if answer.version >= self._wanted else self._stale).extend(ids.tolist())

@@ -11,8 +11,8 @@ from .config import TrainConfig
 from .envs import PixelEnvs
 from .errors import UserError
 from .tasks import find_task
-from .view import MOTION_WORDS
 from .vlm import ActionPrior, task_prompt
+from .words import MOTION_WORDS
 
 
 def compute_device(name: str) -> torch.device:
@@ -113,7 +113,7 @@ def load_prior(config: TrainConfig, action_dim: int, device: torch.device, model
         UserError: one of its files is damaged. For other errors see ActionPrior.from_pretrained.
     """
     prompt = config.vlm.prompt
-    if prompt is None and str(model) == config.vlm.model:
+    if prompt is None and str(model) == str(config.vlm.model):
         prompt = task_words(config)
     try:
         return ActionPrior.from_pretrained(

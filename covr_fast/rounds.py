@@ -16,8 +16,12 @@ from .labeller import PriorLabeller
 from .logger import RunLogger
 from .schedule import FineTuneSchedule
 from .selection import Selection
+from .streams import send
 from .view import agent_view, vlm_view
 from .vlm import VLMTuner
+
+BEST = 64
+"""Samples of a round, those with the highest returns, whose likelihood is logged before and after it."""
 
 
 @dataclass
@@ -33,6 +37,8 @@ class _Round:
     """Its samples, until the tuner has them."""
     figures: dict[str, float] = field(default_factory=dict)
     """What is logged of it at its end."""
+    best: tuple[Tensor, Tensor] | None = None
+    """Images and actions of its samples with the highest returns, if it has any."""
 
     @property
     def waits(self) -> bool:
@@ -145,8 +151,10 @@ class Rounds:
                 log.say(f"the filter kept {len(ids)} samples: nothing to fine-tune on in this round")
                 return
             # The images are copies: the buffer may overwrite its frames while the round runs.
-            images = vlm_images(self._config, self._buffer, ids)
-            self._tuner.start(images, self._buffer.actions(ids), returns, episodes)
+            images, actions = vlm_images(self._config, self._buffer, ids), self._buffer.actions(ids)
+            best = returns.topk(min(BEST, len(returns))).indices
+            round.best = images[best], send(actions, best.device)[best]
+            self._tuner.start(images, actions, returns, episodes)
 
     def _end(self, round: _Round, step: int, log: RunLogger) -> None:
         """Waits for the round, publishes its weights and logs it."""
@@ -169,7 +177,9 @@ class Rounds:
                         "LoRA is served beside the base: merged into its half precision it would lose "
                         f"{lost:.0%} of its change"
                     )
+                round.figures["best_log_prob_before"] = self._best_log_prob(round)
                 self._tuner.publish()
+                round.figures["best_log_prob_after"] = self._best_log_prob(round)
                 if self._labeller is not None:
                     self._labeller.refresh()
         self._running = None
@@ -177,6 +187,12 @@ class Rounds:
         log.scalars(step, {f"round/{name}": value for name, value in round.figures.items()})
         log.say(_line(self.records[-1]))
         self.schedule.advance()
+
+    def _best_log_prob(self, round: _Round) -> float:
+        """How likely the VLM is, with the weights that it serves now, to answer as the agent acted in the
+        round's best samples: the mean log-probability of these answers, in nats."""
+        assert round.best is not None
+        return float(self._tuner.prior.log_prob(*round.best).mean())
 
     def values_after(self, ids: Tensor) -> Tensor:
         """float32[n], the critic's values of the observations that followed the transitions int64[n]."""
@@ -224,6 +240,11 @@ def _line(record: dict[str, float]) -> str:
         line += f", held-out loss {record['loss_before']:.4f} -> {record['loss_after']:.4f}"
     elif record.get("episodes") == 1:
         line += ", no held-out loss: all samples are of one episode"
+    if "best_log_prob_after" in record:
+        line += (
+            f", log p of the best actions {record['best_log_prob_before']:.2f} -> "
+            f"{record['best_log_prob_after']:.2f}"
+        )
     if "tuning_seconds" in record:
         line += f", {record['tuning_seconds']:.1f} s"
     return line

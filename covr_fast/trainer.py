@@ -23,6 +23,7 @@ from .evaluate import Evaluation, Evaluations
 from .files import write_whole
 from .labeller import PriorLabeller
 from .logger import Clock, MeanMetrics, RunLogger
+from .model_card import write_run_card
 from .parts import (
     compute_device,
     load_prior,
@@ -115,6 +116,7 @@ class Trainer:
                     lambda ids: vlm_images(config, self.buffer, ids),
                     temperature=config.vlm.temperature,
                     generator=self._prior_noise,
+                    confidence=config.covr.confidence,
                 )
             self.rounds = Rounds(config, self.agent, self.buffer, self.tuner, self.labeller)
         self.collector = Collector(self.envs, self.buffer)
@@ -185,6 +187,8 @@ class Trainer:
         self._saver = saver = RunSaver(
             self.config, self.out, self.agent, self.prior, self.buffer, self.counters, self._state_dict, log
         )
+        backbone = self.prior.backbone
+        log.say(f"attention of the VLM: {backbone.attention} ({backbone.attention_reason})")
         for doubt in self.config.doubts():
             log.say(f"note: {doubt}")
         with saver.saved_on(Exception, KeyboardInterrupt), self.clock("evaluation"):
@@ -204,6 +208,10 @@ class Trainer:
             evaluations = self.evaluations.measure_after(self.step, log)
         summary = self._summary(evaluations)
         write_whole(self.out / "summary.json", json.dumps(summary, indent=2) + "\n")
+        returns = {name: e.returns.tolist() for name, e in evaluations.items()}
+        if (vlm := self.out / "checkpoint" / "vlm").is_dir():  # nobody has taken it away meanwhile
+            with os_error_as_user_error("the run is finished but for the model card of its VLM"):
+                write_run_card(vlm, self._state_dict(), returns)
         if self.config.video:
             from .video import record_episode
 
@@ -249,8 +257,13 @@ class Trainer:
                     vlm_view(self.config, torch.from_numpy(obs)),
                     temperature=self.config.vlm.temperature,
                     generator=self._prior_noise,
+                    confidence=self.config.covr.confidence,
                 )
-            self.collector.set_prior(answer.action.cpu().numpy(), answer.version, env_ids)
+            weight: np.ndarray | float = 1.0
+            if answer.confidence is not None:
+                self._metrics.add({"prior_confidence": answer.confidence})
+                weight = answer.confidence.cpu().numpy()
+            self.collector.set_prior(answer.action.cpu().numpy(), answer.version, env_ids, weight)
         elif self.config.vlm.between == "mask":
             self.collector.mask_prior(env_ids)
 
@@ -316,6 +329,8 @@ class Trainer:
     def _log_figures(self) -> None:
         counters, rounds = self.counters, self.rounds
         figures = self._metrics.read()
+        if self.labeller is not None:
+            figures |= self.labeller.metrics.read()
         figures |= {f"time/{name}": share for name, share in self.clock.shares().items()}
         figures |= {
             "frames": counters.frames,

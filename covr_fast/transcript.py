@@ -23,9 +23,9 @@ def write_prompt(folder: Path, prior: ActionPrior, size: tuple[int, int]) -> Non
     """
     layout = prior.layout(size)
     note = (
-        f"{prior.backbone.processor.image_token} stands for a picture of {size[0]}x{size[1]} pixels, "
+        f"{prior.backbone.processor.image_token} stands for a frame of {size[0]}x{size[1]} pixels, as "
         f"{len(layout.image_at)} tokens. The conversation is {layout.prompt_length} tokens, of which all "
-        f"pictures share the first {len(layout.prefix)}. The answer follows."
+        f"frames share the first {len(layout.prefix)}. The answer follows."
     )
     write_whole(folder / "prompt.txt", f"{prior.text}\n\n---\n{note}\n")
 

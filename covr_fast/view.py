@@ -4,12 +4,6 @@ from torch import Tensor
 
 from .config import TrainConfig
 
-MOTION_WORDS = (
-    "The picture is three grey frames in one: red is the oldest, green the next, blue the newest; what moves "
-    "has coloured edges."
-)
-"""What the pictures of `vlm.motion` show, for the VLM."""
-
 
 def _margin(config: TrainConfig) -> int:
     return config.replay.pad if config.replay.augment == "crop" else 0

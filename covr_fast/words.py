@@ -5,7 +5,14 @@ the simulator to see that -1 and 1 do what the words say.
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+
+MOTION_WORDS = (
+    "The picture is three grey frames in one: red is the oldest, green the next, blue the newest; what moves "
+    "has coloured edges."
+)
+"""What the pictures of `vlm.motion` show."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +134,15 @@ _GOALS = {
     "HopperHop": "Hop to the right, fast, and do not fall.",
     "PendulumSwingup": "Swing the ball up, and keep it upright above the hinge.",
 }
+
+
+def all_prompts() -> Iterator[str]:
+    """The prompts of all tasks that have words of their own."""
+    for name in _GOALS:
+        for beginning, body in _BODIES.items():
+            if name.startswith(beginning):
+                yield words_for(f"{name}-v1", len(body.action_names)).prompt
+                break
 
 
 def words_for(env_id: str, action_dim: int) -> Words:

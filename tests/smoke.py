@@ -17,10 +17,12 @@ import torch
 from stable_baselines3 import SAC
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack
 from tensordict import TensorDict
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, default_data_collator
 
 import covr_fast
 from covr_fast import ReplayBuffer, ops
 from covr_fast.integrations import sb3, torchrl
+from covr_fast.integrations.transformers import return_weighted_loss
 from covr_fast.vlm import ActionPrior, TunerConfig, VLMTuner
 
 FRAME = (3, 16, 16)
@@ -120,6 +122,18 @@ def torchrl_replay() -> None:
     torch.save(replay.state_dict(), io.BytesIO())
 
 
+def weighted_fine_tuning() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3], "weight": weight} for weight in (0.0, 1.0)]
+    trained = return_weighted_loss(Trainer)(
+        LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes)),
+        TrainingArguments("trainer", max_steps=2, save_strategy="no", report_to=[], use_cpu=True),
+        train_dataset=rows,
+        data_collator=default_data_collator,
+    ).train()
+    assert 0.5 < trained.training_loss < 2  # half of log(8)
+
+
 def vlm() -> None:
     prior = ActionPrior.from_pretrained("nano", action_dim=2, decimals=1)
     images = torch.randint(256, (4, 3, 28, 28), dtype=torch.uint8)
@@ -149,8 +163,8 @@ def command_line() -> None:
 
 if __name__ == "__main__":
     for part in (
-        the_package_is_the_installed_one, operations, buffer, stable_baselines3, torchrl_replay, vlm,
-        command_line,
+        the_package_is_the_installed_one, operations, buffer, stable_baselines3, torchrl_replay,
+        weighted_fine_tuning, vlm, command_line,
     ):  # fmt: skip
         part()
         print(f"{part.__name__.replace('_', ' ')}: ok", flush=True)

@@ -217,6 +217,9 @@ def test_a_nan_reward_ends_the_run_with_one_line(monkeypatch, capsys, tmp_path):
                 frame, reward, *rest = step(simulator, *arguments)
                 return frame, reward * float("nan"), *rest
 
+            def close(self):
+                """Nothing to free."""
+
         self._simulators = [Poisoned()] * len(self._simulators)
         return advance(self, action, ids)
 

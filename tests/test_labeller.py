@@ -46,10 +46,10 @@ class Watched:
     def __getattr__(self, name: str):
         return getattr(self.prior, name)
 
-    def __call__(self, images: torch.Tensor, *, temperature: float, generator: torch.Generator | None):
+    def __call__(self, images: torch.Tensor, **options):
         assert self.gate.wait(30)
         self.calls.append(images)
-        return self.prior(images, temperature=temperature, generator=generator)
+        return self.prior(images, **options)
 
 
 def test_labels_equal_what_the_prior_says_of_the_frames(nano):
@@ -104,6 +104,43 @@ def test_what_the_ring_overwrites_is_dropped_and_its_heirs_stay_unlabelled(nano)
     assert not buffer.extras(new)["prior_mask"].any()
 
 
+def test_the_mask_is_the_confidence_of_the_vlm(nano):
+    buffer = make_buffer()
+    ids = fill(buffer, 6)
+    wanted = ids[::3]
+    labeller = PriorLabeller(nano, buffer, buffer.observations, max_batch=3, confidence=True)
+    labeller.due(wanted.tolist())
+    drain(labeller)
+    labeller.close()
+    mask = buffer.extras(ids)["prior_mask"]
+    asked = torch.isin(ids, wanted)
+    expected = nano(buffer.observations(wanted), confidence=True).confidence
+    torch.testing.assert_close(mask[asked], expected, rtol=0, atol=1e-5)
+    assert not mask[~asked].any()
+    assert len(set(mask[asked].tolist())) == len(wanted)
+    logged = labeller.metrics.read()["prior_confidence"]
+    assert expected.min() < logged < expected.max()
+
+
+def test_the_confidence_of_what_the_ring_overwrites_goes_with_it(nano):
+    buffer = make_buffer(capacity=16)
+    old = fill(buffer, 3)
+    prior = Watched(nano)
+    prior.gate.clear()
+    labeller = PriorLabeller(prior, buffer, buffer.observations, max_batch=12, confidence=True)
+    labeller.due(old.tolist())
+    labeller.step()
+    expected = nano(buffer.observations(old), confidence=True).confidence
+    fill(buffer, 2, seed=1)
+    stored = buffer.contains(old)
+    assert 0 < stored.sum() < len(old)
+    prior.gate.set()
+    drain(labeller)
+    labeller.close()
+    mask = buffer.extras(old[stored])["prior_mask"]
+    torch.testing.assert_close(mask, expected[stored], rtol=0, atol=1e-5)
+
+
 def test_refresh_labels_again_with_the_new_weights():
     prior = ActionPrior.from_pretrained("nano", action_dim=2, device="cpu", seed=0)
     buffer = make_buffer()
@@ -132,8 +169,8 @@ class Late(Watched):
         super().__init__(prior)
         self.answered = threading.Event()
 
-    def __call__(self, images: torch.Tensor, *, temperature: float, generator: torch.Generator | None):
-        answer = self.prior(images, temperature=temperature, generator=generator)
+    def __call__(self, images: torch.Tensor, **options):
+        answer = self.prior(images, **options)
         self.answered.set()
         assert self.gate.wait(30)
         return answer

@@ -11,7 +11,7 @@ from covr_fast.envs import PixelEnvs
 
 NAMES = (
     "carracing", "carracing-gpu", "cartpole-swingup", "reacher-easy", "cheetah-run", "walker-walk",
-    "finger-spin", "ball-in-cup-catch",
+    "finger-spin", "ball-in-cup-catch", "hopper-hop", "walker-run", "pendulum-swingup",
 )  # fmt: skip
 SMALL = {
     "steps": 72, "warmup": 24, "log-every": 12, "steps-per-update": 8, "threads": 1, "device": "cpu",

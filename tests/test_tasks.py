@@ -1,19 +1,22 @@
 """A user's own Gymnasium environment as a task."""
 
+import re
 from typing import ClassVar
 
 import gymnasium
 import numpy as np
 import pytest
 from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
+from small_runs import FLAGS
 
 import covr_fast
-from covr_fast import EnvConfig, make_env, register_task, tasks
+from covr_fast import EnvConfig, cli, make_env, register_task, tasks
 from covr_fast.errors import UserError
 from covr_fast.tasks import find_task
 
 FRAMES = Box(0, 255, (10, 14, 3), np.uint8)
-ACTIONS = Box(np.array([0.0, -4.0]), np.array([10.0, 2.0]), dtype=np.float64)
+ACTIONS = Box(np.array([0.0, -3.9]), np.array([10.0, 0.1]), dtype=np.float64)
+"""0.1 in float32 is larger than in float64: rounding may lead out of the box."""
 
 
 class Own(gymnasium.Env):
@@ -111,7 +114,7 @@ def test_actions_are_scaled_to_its_bounds():
         for action in ([-1, -1], [1, 1], [0, 0.5], [-9, 9]):
             envs.send(np.array([action]), np.array([0]))
             envs.recv()
-    assert np.allclose(Own.made[-1].actions, [[0, -4], [10, 2], [5, 0.5], [0, 2]])
+    assert np.allclose(Own.made[-1].actions, [[0, -3.9], [10, 0.1], [5, -0.9], [0, 0.1]])
     assert Own.made[-1].actions[0].dtype == np.float64
 
 
@@ -124,6 +127,27 @@ def test_long_episodes_are_truncated():
             envs.send(np.zeros((1, 2)), np.array([0]))
             rows = envs.recv()
             assert (rows.truncated.item(), rows.frames, rows.terminated.item()) == (truncated, frames, False)
+
+
+@pytest.mark.slow
+def test_the_command_line_trains_resumes_and_evaluates_with_it(tmp_path, capsys, monkeypatch):
+    register(lambda: Own(length=8), prompt="You control a dot.")
+    run = str(tmp_path / "run")
+    assert (
+        cli.run(["train", "carracing", "--env.id=own", "--out", run, "--save-replay", "--no-video", *FLAGS])
+        == 0
+    )
+    assert (
+        (tmp_path / "run/prompt.txt")
+        .read_text()
+        .startswith("<|im_start|>user\nYou control a dot. The picture is")
+    )
+    assert cli.run(["train", "carracing", "--resume", run, "--steps=72"]) == 0
+    assert cli.run(["evaluate", run, "--episodes=2"]) == 0
+    assert re.search("own: .* over 2 episodes", capsys.readouterr().out)
+    monkeypatch.setattr(tasks, "_OWN", {})
+    with pytest.raises(UserError, match=r"unknown environment env.id 'own'.*register_task first"):
+        cli.run(["evaluate", run])
 
 
 def test_frames_are_resized():

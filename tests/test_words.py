@@ -2,6 +2,7 @@
 
 import re
 from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -281,3 +282,9 @@ def test_every_dm_control_task_has_words():
         known = re.match("BallInCup|Cartpole|Cheetah|Finger|Hopper|Pendulum|Reacher|Walker", env_id)
         assert ("The task is" in words.prompt) == (known is None)
     assert "The task is Humanoid CMU Run," in words_for("HumanoidCMURun-v1", 56).prompt
+
+
+def test_the_documentation_shows_what_is_told():
+    page = (Path(__file__).parents[1] / "docs/environments.md").read_text()
+    shown = re.search(r"```text\n(You drive.*?)```", page, re.DOTALL)[1]
+    assert " ".join(shown.split()) == task_words(TrainConfig.preset("carracing-gpu"))

@@ -57,9 +57,10 @@ def critic_loss(
 
 
 def prior_loss(action: Tensor, prior: Tensor, mask: Tensor) -> Tensor:
-    """`|| a_v - a_r ||^2` of Eq. 4, averaged over the batch; rows without a prior (mask 0) add nothing.
+    """`|| a_v - a_r ||^2` of Eq. 4, averaged over the batch, each row with the weight in `mask`; rows without
+    a prior (mask 0) add nothing.
 
-    action, prior: [B, A]; mask: [B] in {0, 1}. The mean is over all B rows, like that of the actor's loss.
+    action, prior: [B, A]; mask: [B] in [0, 1]. The mean is over all B rows, like that of the actor's loss.
     """
     return ((action - prior).square().sum(-1) * mask).mean()
 

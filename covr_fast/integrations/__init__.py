@@ -1,1 +1,3 @@
-"""Drop-ins for other libraries: `sb3` (Stable-Baselines3) and `torchrl`."""
+"""Drop-ins for other libraries: buffers in `sb3` (Stable-Baselines3) and `torchrl`, and `transformers`, the
+weighted loss in the Hugging Face Trainer and TRL's.
+"""

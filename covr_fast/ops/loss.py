@@ -21,14 +21,15 @@ def return_weighted_cross_entropy(
 ) -> Tensor:
     """`(weights[:, None] * F.cross_entropy(logits.mT, labels, reduction="none")).sum() / N_v`.
 
-    RALW (Xia et al. 2026, Eq. 6). N_v is `(labels != ignore_index).sum()`: the labels of zero-weight
-    samples count too, but their logits are never read.
+    RALW (Xia et al. 2026, Eq. 6). N_v is `(labels != ignore_index).sum()`: labels of weight zero count too,
+    but their logits are never read.
 
     Args:
         logits: [B, T, V] of float32, bfloat16, float16 (or float64, which runs the reference), aligned with
             `labels`: the caller shifts.
         labels: int64 [B, T], in [0, V) or `ignore_index`.
-        weights: floating [B], not negative; constants of the loss.
+        weights: floating [B], one per sample, or [B, T], one per label; not negative, constants of the loss.
+            Those of ignored labels must be numbers too, but do not matter.
         label_smoothing: in [0, 1], as in torch.nn.functional.cross_entropy.
         backend: "auto", "reference", "cpp" or "triton".
 
@@ -125,9 +126,10 @@ def _check(name: str, labels: Tensor, weights: Tensor, shape: tuple[int, ...], s
         raise ValueError(
             f"{name}: labels must be int64 [{batch}, {steps}], not {labels.dtype} {list(labels.shape)}"
         )
-    if weights.shape != (batch,) or not weights.is_floating_point():
+    if weights.shape not in ((batch,), (batch, steps)) or not weights.is_floating_point():
         raise ValueError(
-            f"{name}: weights must be floating [{batch}], not {weights.dtype} {list(weights.shape)}"
+            f"{name}: weights must be floating [{batch}] or [{batch}, {steps}], "
+            f"not {weights.dtype} {list(weights.shape)}"
         )
     if vocabulary < 1:
         raise ValueError(f"{name}: the vocabulary is empty")
@@ -147,7 +149,7 @@ def _check_labels(name: str, labels: Tensor, vocabulary: int, ignore_index: int)
 
 
 def _row_scale(labels: Tensor, weights: Tensor, ignore_index: int) -> Tensor:
-    """float32 [B * T]: w_b / N_v where the label counts, 0 where the row can be skipped."""
+    """float32 [B * T]: weight / N_v where the label counts, 0 where the row can be skipped."""
     valid = labels != ignore_index
-    scale = weights.detach().float()[:, None] / valid.sum().clamp_min(1)
+    scale = reference.per_label(weights.detach().float()) / valid.sum().clamp_min(1)
     return torch.where(valid, scale, 0.0).flatten()

@@ -81,17 +81,22 @@ def return_weights(returns: Tensor) -> Tensor:
 def return_weighted_cross_entropy(
     logits: Tensor, labels: Tensor, weights: Tensor, label_smoothing: float, ignore_index: int
 ) -> Tensor:
-    """`sum(w_b * nll[b, t]) / N_v` over the labels that are not ignored."""
+    """`sum(w[b, t] * nll[b, t]) / N_v` over the labels that are not ignored; weights [B] hold for all t."""
     valid = labels != ignore_index
-    matters = valid & (weights > 0)[:, None]
+    weights = per_label(weights).expand_as(labels)
+    matters = valid & (weights > 0)
     nll = F.cross_entropy(
         logits[matters].to(_accumulator(logits)),
         labels[matters],
         reduction="none",
         label_smoothing=label_smoothing,
     )
-    row_weight = weights.to(nll.dtype)[:, None].expand_as(labels)[matters]
-    return (row_weight * nll).sum() / valid.sum().clamp_min(1)
+    return (weights[matters].to(nll.dtype) * nll).sum() / valid.sum().clamp_min(1)
+
+
+def per_label(weights: Tensor) -> Tensor:
+    """[B, 1] of weights [B], and [B, T] as it is: what spreads over labels [B, T]."""
+    return weights if weights.ndim == 2 else weights[:, None]
 
 
 def return_weighted_linear_cross_entropy(

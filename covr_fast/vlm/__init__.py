@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _HOME = {
+    "ActionDistribution": "decode.likelihood",
     "ActionPrior": "prior",
     "PriorBatch": "prior",
     "RoundReport": "finetune.round",
@@ -15,10 +16,14 @@ _HOME = {
     "task_prompt": "answer.prompt",
 }
 
-__all__ = ["ActionPrior", "PriorBatch", "RoundReport", "TunerConfig", "VLMTuner", "task_prompt"]
+__all__ = [
+    "ActionDistribution", "ActionPrior", "PriorBatch", "RoundReport", "TunerConfig", "VLMTuner",
+    "task_prompt",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     from .answer.prompt import task_prompt
+    from .decode.likelihood import ActionDistribution
     from .finetune.config import TunerConfig
     from .finetune.round import RoundReport
     from .prior import ActionPrior, PriorBatch

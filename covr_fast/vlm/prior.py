@@ -1,13 +1,15 @@
 """The action prior: a VLM that looks at frames and answers with actions (Xia et al. 2026, Sec. 3)."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..cuda_graph import CudaGraphs
@@ -17,12 +19,17 @@ from .answer.grammar import ActionGrammar
 from .answer.prompt import answer_format, default_prompt
 from .decode.decoder import Decoder, DecoderWeights, Layout, make_layout
 from .decode.graph import GraphedDecoder
+from .decode.likelihood import ActionDistribution, answer_log_prob, number_log_prob
+from .decode.numbers import batches
 from .decode.reference import generate_answers
 from .memory import out_of_memory
 from .mode import own_mode
 from .model.backbones import Backbone
-from .model.folder import model_folder, replaced_model, same_folder
-from .model.loading import Settings, load_backbone
+from .model.card import write_card
+from .model.folder import NANO_BASE, model_folder, name_nano_base, replaced_model, same_folder
+from .model.loading import Settings, find_model, load_backbone
+from .model.nano import write_nano
+from .model.processor import quiet
 from .model.quantized import quantization_settings
 
 
@@ -36,6 +43,11 @@ class PriorBatch:
     """int64[B, L], the answers with their end-of-turn token, padded at the right."""
     version: int
     """Of the weights that answered. It goes up by 1 with every change of the prior's weights."""
+    confidence: Tensor | None
+    """float32[B] in [0, 1], if it was asked for: 1 - H / (A log G). H is the sum of the entropies of the
+    answer's A numbers, each given the earlier numbers of this answer, be it greedy or sampled. log G is the
+    largest entropy of a number with G values. The entropies are those at temperature 1, whatever was sampled
+    at."""
     _grammar: ActionGrammar
 
     @cached_property
@@ -104,7 +116,8 @@ class ActionPrior:
 
         Args:
             model: "nano" (tiny, random, see `covr_fast.vlm.model.nano`), a checkpoint directory, what
-                `save_pretrained` wrote, a directory with a peft adapter, or a hub id.
+                `save_pretrained` wrote, a directory with a peft adapter, or the hub id of one of these. Code
+                in a checkpoint is never run.
             action_dim: numbers in an action.
             prompt: the task in words. None: the saved prior's, else a generic prompt.
             decimals: digits after the point in answers, 1 to 4. None: the saved prior's, else 2.
@@ -122,7 +135,10 @@ class ActionPrior:
                 recorded.
 
         Raises:
-            FileNotFoundError: the model's directory, or that of an adapter's base, does not exist.
+            FileNotFoundError: the model or an adapter's base is neither a directory nor on the hub, or it was
+                not downloaded and there is no connection.
+            PermissionError: the model on the hub is gated, and its terms have not been accepted.
+            OSError: a download failed.
             TypeError: `action_dim`, `decimals` or `image_size` is not an integer, or `prompt` is not text.
             ValueError: one of those is out of range; the prompt contains a token that marks images or turns
                 of a conversation; the architecture, the adapter's type or the quantization is not supported;
@@ -133,9 +149,12 @@ class ActionPrior:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if not isinstance(prompt, str | None):
             raise TypeError(f"prompt must be text, not {prompt!r}")
-        model = model_folder(model)
-        saved = Settings.load(Path(model)) if str(model) != "nano" else None
         asked = None if quantization is None else quantization_settings(quantization)
+        # Refused before a download.
+        answer_format(action_dim, 2 if decimals is None else decimals)
+        as_int(0 if image_size is None else image_size, "image_size")
+        source = find_model(model)
+        saved = Settings.load(source.folder) if source.folder is not None else None
         if saved is not None:
             seed = saved.seed
             prompt = saved.prompt if prompt is None else prompt
@@ -147,13 +166,13 @@ class ActionPrior:
         image_size = as_int(0 if image_size is None else image_size, "image_size")
         with own_mode(device, grad=True):
             backbone = load_backbone(
-                model, seed=seed, attention=attention, dtype=dtype, device=device, quantization=asked
+                source, seed=seed, attention=attention, dtype=dtype, device=device, quantization=asked
             )
             if graph and backbone.quantized:
                 raise ValueError("graph=True cannot record quantized layers: leave out graph or quantization")
             backbone.image_size = image_size
             settings = Settings(
-                base=backbone.source,
+                base=saved.base if saved is not None and not backbone.adapted else backbone.source,
                 seed=seed,
                 action_dim=action_dim,
                 decimals=decimals,
@@ -183,7 +202,12 @@ class ActionPrior:
             self._decoders.clear()
 
     def __call__(
-        self, images: Tensor, *, temperature: float = 0.0, generator: torch.Generator | None = None
+        self,
+        images: Tensor,
+        *,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+        confidence: bool = False,
     ) -> PriorBatch:
         """Answers for a batch of frames of one size.
 
@@ -191,12 +215,14 @@ class ActionPrior:
             images: uint8[B, 3, H, W], RGB, on any device.
             temperature: 0 takes the most probable tokens; above 0 tokens are sampled.
             generator: randomness of sampling, on the CPU. None uses torch's default generator.
+            confidence: also compute `PriorBatch.confidence`, which costs one more forward.
 
         Raises:
             TypeError, ValueError: images of another dtype or layout, or a negative temperature.
             MemoryError: the GPU's memory is full.
         """
-        return self._answer(self._decode, images, temperature, generator)
+        decode = partial(self._decode, confidence=confidence)
+        return self._answer(decode, images, temperature, generator)
 
     def reference(
         self, images: Tensor, *, temperature: float = 0.0, generator: torch.Generator | None = None
@@ -207,37 +233,120 @@ class ActionPrior:
         """
         return self._answer(self._generate, images, temperature, generator)
 
+    def log_prob(self, images: Tensor, actions: Tensor) -> Tensor:
+        """How likely the VLM is to answer these frames with these actions: float32[B] in nats, on its device.
+
+        It is the log-probability of the one answer that spells an action, among all answers of the grammar
+        (whose probabilities sum to 1): the sum over its choices of the log-softmax over the allowed tokens.
+        This is what sampling at temperature 1 draws from.
+
+        Args:
+            images: uint8[B, 3, H, W], RGB, on any device.
+            actions: float[B, A]; each number is clipped to [-1, 1] and rounded to the grid.
+
+        Raises:
+            TypeError, ValueError: images of another dtype or layout; actions of another shape, or not finite.
+            MemoryError: the GPU's memory is full.
+        """
+        self.check_images(images)
+        self._check_numbers(actions, "actions", (len(images), self.action_dim))
+        with self._working(f"computing likelihoods of {len(images)} answers", images, actions):
+            answers = self.grammar.encode(actions).to(self.device)
+            log_prob = self._in_parts(answer_log_prob, images, answers)
+        receive(log_prob)
+        return log_prob
+
+    def distribution(
+        self, images: Tensor, dim: int = 0, *, given: Tensor | None = None
+    ) -> ActionDistribution:
+        """What the VLM thinks of number `dim` of its answers: the exact distribution over the grid.
+
+        The probability of a value is that of its tokens, after the prompt and the earlier numbers. So the
+        distributions of all numbers, each given the earlier ones, multiply to the probability of an answer.
+
+        Args:
+            images: uint8[B, 3, H, W], RGB, on any device.
+            dim: which number, from 0.
+            given: float[B, dim], the earlier numbers, clipped to [-1, 1] and rounded to the grid. None: those
+                of the greedy answers.
+
+        Raises:
+            TypeError, ValueError: images of another dtype or layout; `dim` is no number of an action; `given`
+                has another shape, or is not finite.
+            MemoryError: the GPU's memory is full.
+        """
+        self.check_images(images)
+        dim = as_int(dim, "dim")
+        if not 0 <= dim < self.action_dim:
+            raise ValueError(f"dim must be between 0 and {self.action_dim - 1}, not {dim}")
+        if given is not None:
+            self._check_numbers(given, "given", (len(images), dim))
+        with self.lock:  # so that the greedy answers are of the same weights
+            if given is None:
+                # Nothing comes before the first number, and nothing has to be asked.
+                given = self(images).action[:, :dim] if dim else torch.empty(len(images), 0, device="cpu")
+            with self._working(f"computing distributions for {len(images)} frames", images, given):
+                # Any number may follow in the text: all begin with the same tokens.
+                answers = self.grammar.encode(F.pad(given, (0, 1))).to(self.device)
+                places = self.grammar.places(given).to(self.device)
+                log_prob = self._in_parts(partial(number_log_prob, slot=dim), images, answers, places)
+                values = self.grammar.grid.to(self.device)
+        receive(values, log_prob)
+        return ActionDistribution(values, log_prob)
+
+    def _in_parts(self, compute: Callable[..., Tensor], images: Tensor, *inputs: Tensor) -> Tensor:
+        """`compute(decoder, image features, *inputs)` for as many rows at a time as fit into one forward."""
+        found = self._decoder(_size(images))
+        decoder = found.decoder if isinstance(found, GraphedDecoder) else found
+        width = len(self.layout(_size(images)).body) + self.grammar.max_length
+        parts = [
+            compute(decoder, self.backbone.image_features(images[rows]), *(x[rows] for x in inputs))
+            for rows in batches(len(images), width)
+        ]
+        return torch.cat(parts)
+
     def _answer(
         self,
-        decode: Callable[[Tensor, float, Tensor | None], tuple[Tensor, Tensor]],
+        decode: Callable[[Tensor, float, Tensor | None], tuple[Tensor, ...]],
         images: Tensor,
         temperature: float,
         generator: torch.Generator | None,
     ) -> PriorBatch:
-        """Runs `decode(images, temperature, noise) -> action, tokens` on the prior's stream."""
+        """Runs `decode(images, temperature, noise) -> action, tokens[, confidence]` on the prior's stream."""
         self.check_images(images)
         noise = self._noise(len(images), temperature, generator)
+        with self.lock:
+            with self._working(f"answering for {len(images)} frames", images, noise):
+                action, tokens, *confidence = decode(images, temperature, noise)
+            receive(action, tokens, *confidence)
+            return PriorBatch(action, tokens, self.version, next(iter(confidence), None), self.grammar)
+
+    @contextmanager
+    def _working(self, doing: str, *inputs: Tensor | None) -> Iterator[None]:
+        """For a block of the model's work on `inputs`, on the prior's stream."""
         remedy = "ask about fewer at a time, or load a smaller or a quantized model"
-        doing = f"answering for {len(images)} frames"
         with self.lock, own_mode(self.device), out_of_memory(doing, remedy):
             if self.backbone.model.training:
                 self.backbone.model.eval()  # without dropout
-            with self.lane.work(images, noise):
-                action, tokens = decode(images, temperature, noise)
-            receive(action, tokens)
-            return PriorBatch(action, tokens, self.version, self.grammar)
+            with self.lane.work(*inputs):
+                yield
 
-    def _decode(self, images: Tensor, temperature: float, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-        size = (images.shape[2], images.shape[3])
+    def _decode(
+        self, images: Tensor, temperature: float, noise: Tensor | None, *, confidence: bool
+    ) -> tuple[Tensor, ...]:
         features = self.backbone.image_features(images)
+        return self._decoder(_size(images))(features, temperature, noise, confidence=confidence)
+
+    def _decoder(self, size: tuple[int, int]) -> Decoder | GraphedDecoder:
+        """Answers for frames of `size`."""
         if size not in self._decoders:
             if self._weights is None:
                 self._weights = DecoderWeights(self.backbone, self.grammar)
             decoder = Decoder(self._weights, self.layout(size))
             self._decoders[size] = GraphedDecoder(decoder, self._graphs) if self._graphs else decoder
-        return self._decoders[size](features, temperature, noise)
+        return self._decoders[size]
 
-    def _generate(self, images: Tensor, temperature: float, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _generate(self, images: Tensor, temperature: float, noise: Tensor | None) -> tuple[Tensor, ...]:
         tokens = generate_answers(self.backbone, self.text, self.grammar, images, temperature, noise)
         return self.grammar.actions(tokens), tokens
 
@@ -281,9 +390,10 @@ class ActionPrior:
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes a model that `from_pretrained(directory)` opens again.
 
-        An adapter is written in peft's format, and refers to its base by hub id or absolute path. Full
-        weights are written as a transformers checkpoint. The processor is written next to them. A model that
-        was in `directory` is replaced, as a whole or not at all; other files in it stay.
+        An adapter is written in peft's format, and refers to its base by hub id or absolute path; the base of
+        an adapter of nano is written next to it. Full weights are written as a transformers checkpoint. The
+        processor and a model card (README.md) are written next to them. A model that was in `directory` is
+        replaced, as a whole or not at all; other files in it stay, also a README.md of yours.
 
         Raises:
             ValueError: `directory` contains the base of the adapter.
@@ -292,7 +402,9 @@ class ActionPrior:
             OSError: the system cannot replace or write `directory`.
         """
         directory = Path(directory)
-        if self.backbone.adapted and same_folder(Path(self.backbone.source), Path(model_folder(directory))):
+        replaced = Path(model_folder(directory))
+        base = Path(self.backbone.source)
+        if self.backbone.adapted and any(same_folder(base, own) for own in (replaced, replaced / NANO_BASE)):
             raise ValueError(
                 f"{directory} holds the base of this adapter, which must stay: save into another directory"
             )
@@ -300,7 +412,24 @@ class ActionPrior:
             self.backbone.save(new)
             # A checkpoint with full weights says how they are quantized.
             quantization = self.settings.quantization if self.backbone.adapted else None
-            replace(self.settings, quantization=quantization).save(new)
+            named = self.backbone.source if self.backbone.adapted else self.settings.base
+            replace(self.settings, quantization=quantization, base=named).save(new)
+            if self.backbone.adapted and self.backbone.source == "nano":
+                (new / NANO_BASE).mkdir()
+                with quiet():
+                    write_nano(new / NANO_BASE, seed=self.settings.seed)
+                name_nano_base(new, directory)
+            write_card(new)
+
+    @staticmethod
+    def _check_numbers(numbers: Tensor, name: str, shape: tuple[int, int]) -> None:
+        if not isinstance(numbers, Tensor) or not numbers.is_floating_point():
+            got = numbers.dtype if isinstance(numbers, Tensor) else type(numbers).__name__
+            raise TypeError(f"{name} must be a float tensor {list(shape)}, not {got}")
+        if numbers.shape != shape:
+            raise ValueError(f"{name} must have shape {list(shape)}, not {list(numbers.shape)}")
+        if not torch.isfinite(numbers).all():
+            raise ValueError(f"{name} must be finite")
 
     @staticmethod
     def check_images(images: Tensor, name: str = "images") -> None:
@@ -326,3 +455,8 @@ class ActionPrior:
             uniform = torch.rand(batch, len(levels), widest, generator=generator, dtype=torch.float32)
             # At 0 and at 1 one of the logarithms would be infinite.
             return send(-(-uniform.clamp(1e-10, 1 - 1e-7).log()).log(), self.device)
+
+
+def _size(images: Tensor) -> tuple[int, int]:
+    """Height and width of frames [B, 3, H, W]."""
+    return images.shape[2], images.shape[3]

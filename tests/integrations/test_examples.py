@@ -1,6 +1,8 @@
 """The examples run as they are."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +33,26 @@ def test_torchrl_replay():
     assert "prioritized" in run("torchrl_replay.py", "600")
 
 
+@pytest.mark.slow
+def test_own_task(tmp_path):
+    out = tmp_path / "run"
+    said = run("own_task.py", "200", str(out))
+    assert "round 1 at" in said
+    assert "the trained actor's first actions: [" in said
+    assert "You control the small square." in (out / "prompt.txt").read_text()
+    assert json.loads((out / "summary.json").read_text())["environment"] == "Reach"
+    assert (out / "answers.jsonl").read_text().count('"version": 1') > 0
+
+
 def test_gpu_simulator():
     said = run("gpu_simulator.py", "4", "20")
     assert "steps/s" in said
     assert "ReplayBuffer(80/100000 transitions of 4 environments" in said
+
+
+def test_weighted_sft():
+    pytest.importorskip("datasets")
+    right = [int(count) for count in re.findall(r"(\d+) of 100 sums right", run("weighted_sft.py", "150"))]
+    before, alike, weighted = right
+    assert before < 20
+    assert weighted > alike + 20

@@ -26,6 +26,8 @@ WEIGHTS = {
     "half_zero": [0.0, 1.0, 0.0, 0.4],
     "all_zero": [0.0, 0.0, 0.0, 0.0],
 }
+PER_LABEL = "per_label"
+"""Instead of one of WEIGHTS: one weight for each label, half of them zero."""
 
 
 if INTERPRETED:
@@ -38,28 +40,32 @@ if INTERPRETED:
 
 
 def batch(vocabulary, weights="dense", *, steps=5, dim=16, dtype=torch.float32, device="cpu"):
-    """hidden, head, labels (one ignored in each sample) and weights, all of four samples."""
+    """hidden, head, labels (one ignored in each sample) and weights [4] or [4, steps], of four samples."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(4, steps, dim, generator=generator).to(dtype)
     head = (torch.randn(vocabulary, dim, generator=generator) / 4).to(dtype)
     labels = torch.randint(0, vocabulary, (4, steps), generator=generator)
     labels[:, 0] = -100
-    return [x.to(device) for x in (hidden, head, labels, torch.tensor(WEIGHTS[weights]))]
+    if weights == PER_LABEL:
+        chosen = torch.rand(4, steps, generator=generator).sub(0.5).clamp_min(0)
+    else:
+        chosen = torch.tensor(WEIGHTS[weights])
+    return [x.to(device) for x in (hidden, head, labels, chosen)]
 
 
 def truth(logits, labels, weights, smoothing=0.0, ignore_index=-100):
-    """Eq. 6 in float64 and plain loops over samples."""
+    """Eq. 6 in float64 and a plain loop over samples; weights [B] or [B, T]."""
     total = logits.flatten()[:0].sum()  # 0, and a graph where every weight is zero
     for b in range(logits.shape[0]):
-        if weights[b] > 0:
-            nll = F.cross_entropy(
-                logits[b].double(),
-                labels[b],
-                reduction="sum",
-                label_smoothing=smoothing,
-                ignore_index=ignore_index,
-            )
-            total = total + float(weights[b]) * nll
+        read = weights[b].expand(labels.shape[1]) > 0  # logits of weight zero may be NaN
+        nll = F.cross_entropy(
+            logits[b][read].double(),
+            labels[b][read],
+            reduction="none",
+            label_smoothing=smoothing,
+            ignore_index=ignore_index,
+        )
+        total = total + (weights[b].expand(labels.shape[1])[read].double() * nll).sum()
     return total / max(1, int((labels != ignore_index).sum()))
 
 
@@ -89,7 +95,7 @@ def fused(hidden, head, labels, weights, **options):
     )
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("weights", [*WEIGHTS, PER_LABEL])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("vocabulary", [2, 7, 4096, 4099, 9001])
 def test_logits_against_float64(vocabulary, smoothing, weights, backend):
@@ -104,7 +110,7 @@ def test_logits_against_float64(vocabulary, smoothing, weights, backend):
     )
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("weights", [*WEIGHTS, PER_LABEL])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("vocabulary, chunk_rows", [(2, 100), (1000, 100), (4099, 3)])
 def test_linear_against_float64(vocabulary, chunk_rows, smoothing, weights, backend, monkeypatch):
@@ -179,6 +185,34 @@ def test_zero_weight_rows_are_not_read(backend):
     torch.testing.assert_close(result, clean, rtol=0, atol=0)
     assert (result[1][0] == 0).all()
     assert (result[1][:, 0] == 0).all()
+
+
+def test_labels_of_weight_zero_are_not_read(backend):
+    hidden, head, labels, weights = batch(50, PER_LABEL)
+    logits = F.linear(hidden, head)
+    unread = weights == 0
+    assert 0 < unread[:, 1:].sum() < unread[:, 1:].numel()
+    clean = from_logits(logits, labels, weights, backend=backend)
+    result = from_logits(logits.masked_fill(unread[..., None], torch.nan), labels, weights, backend=backend)
+    torch.testing.assert_close(result, clean, rtol=0, atol=0)
+    assert (result[1][unread] == 0).all()
+    assert (result[1][~unread & (labels != -100)] != 0).any(-1).all()
+    if backend != "reference":  # which projects all rows
+        clean = fused(hidden, head, labels, weights, backend=backend)
+        result = fused(
+            hidden.masked_fill(unread[..., None], torch.nan), head, labels, weights, backend=backend
+        )
+        torch.testing.assert_close(result, clean, rtol=0, atol=0)
+
+
+def test_a_weight_per_sample_is_that_of_all_its_labels(backend):
+    hidden, head, labels, weights = batch(50, "half_zero")
+    spread = weights[:, None].expand_as(labels)  # not contiguous
+    for result, expected in (
+        (fused(hidden, head, labels, w, backend=backend) for w in (spread, weights)),
+        (from_logits(F.linear(hidden, head), labels, w, backend=backend) for w in (spread, weights)),
+    ):
+        torch.testing.assert_close(result, expected, rtol=0, atol=0)
 
 
 def test_without_a_valid_label_everything_is_zero(backend):
@@ -343,7 +377,10 @@ def test_label_out_of_range_is_an_error(label, backend):
         ({"head": torch.ones(50, 16, dtype=torch.float16)}, "head must be torch.float32"),
         ({"labels": torch.ones(4, 5)}, "labels must be int64"),
         ({"labels": torch.ones(4, 6, dtype=torch.int64)}, "labels must be int64"),
-        ({"weights": torch.ones(4, 5)}, r"weights must be floating \[4\]"),
+        ({"weights": torch.ones(5)}, r"weights must be floating \[4\] or \[4, 5\]"),
+        ({"weights": torch.ones(4, 1)}, r"weights must be floating \[4\] or \[4, 5\]"),
+        ({"weights": torch.ones(4, 5, dtype=torch.int64)}, "weights must be floating"),
+        ({"weights": -torch.ones(4, 5)}, "weights must not be negative"),
         ({"weights": torch.tensor([1.0, 1, -1, 1])}, "weights must not be negative"),
         ({"weights": torch.tensor([1.0, 1, torch.nan, 1])}, "weights must not be negative"),
         ({"label_smoothing": 1.5}, "label_smoothing must be in"),
@@ -376,8 +413,9 @@ def test_operator_checks(trained):
     )
 
 
-def test_compiles_into_one_graph():
-    hidden, head, labels, weights = batch(50, "half_zero")
+@pytest.mark.parametrize("weights", ["half_zero", PER_LABEL])
+def test_compiles_into_one_graph(weights):
+    hidden, head, labels, weights = batch(50, weights)
 
     def model(h, w):
         linear = return_weighted_linear_cross_entropy(h * 2, w, labels, weights, label_smoothing=0.1)
@@ -391,7 +429,7 @@ def test_compiles_into_one_graph():
 
 @pytest.mark.needs_cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("weights", [*WEIGHTS, PER_LABEL])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("vocabulary", [2, 4099, 151_936])
 def test_cuda_error_is_not_larger_than_that_of_torch(vocabulary, smoothing, weights, dtype, monkeypatch):

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from covr_fast.vlm.answer.grammar import ActionGrammar
 from covr_fast.vlm.answer.prompt import default_prompt, format_action, parse_action, spell
+from covr_fast.vlm.answer.tree import number_tree
 from covr_fast.vlm.model.nano import build_tokenizer
 
 CONTEXT = "<|im_end|>\n<|im_start|>assistant\n"
@@ -156,3 +157,69 @@ def test_a_tokenizer_without_an_end_is_refused():
 def test_text_that_is_no_action(text, problem):
     with pytest.raises(ValueError, match=problem):
         parse_action(text)
+
+
+# ---- the tree of a number ----
+
+
+def probabilities(tree, scores: torch.Tensor) -> torch.Tensor:
+    """float64[G]: those of the values, if the tokens after each node have these scores [N, U]."""
+    steps = scores.masked_fill(~tree.allowed, -torch.inf).log_softmax(1)
+    flat = torch.cat((steps.flatten(), steps.new_zeros(1)))
+    return flat[tree.paths].sum(0).exp()
+
+
+@pytest.mark.parametrize("decimals", [1, 2, 3])
+def test_a_tree_has_the_automatons_choices(tokenizer, decimals):
+    """Each value has the product of the automaton's steps along its tokens."""
+    grammar = ActionGrammar(tokenizer, CONTEXT, action_dim=2, decimals=decimals)
+    generator = torch.Generator().manual_seed(0)
+    tokens = grammar.number_tokens.tolist()
+    for slot, before in ((0, []), (1, grammar._slots[0][0])):
+        tree, words = grammar.trees[slot], grammar._slots[slot]
+        scores = torch.randn(*tree.allowed.shape, dtype=torch.float64, generator=generator)
+        found = probabilities(tree, scores)
+        torch.testing.assert_close(found.sum().item(), 1.0)
+        assert tree.lengths.tolist() == [len(word) for word in words]
+        lines = [[]]  # the tokens from the root to each node
+        for token, parent in zip(tree.tokens.tolist()[1:], tree.parents[1:], strict=True):
+            lines.append([*lines[parent], token])
+        node_of = {tuple(tree.shared + line): n for n, line in enumerate(lines)}
+        assert tree.depth.tolist() == [len(line) for line in lines]
+        for value in range(0, len(words), max(1, len(words) // 50)):
+            expected = 0.0
+            for t, token in enumerate(words[value]):
+                allowed = grammar.allowed([*before, *words[value][:t]])
+                if len(allowed) > 1:
+                    columns = [tokens.index(other) for other in allowed]
+                    row = scores[node_of[tuple(words[value][:t])], columns].log_softmax(0)
+                    expected += row[allowed.index(token)]
+            torch.testing.assert_close(found[value].log().item(), float(expected))
+
+
+@st.composite
+def separate_words(draw):
+    """Sequences of which none begins another, all with a common beginning."""
+    words = draw(
+        st.sets(st.lists(st.integers(0, 3), min_size=1, max_size=5).map(tuple), min_size=2, max_size=30)
+    )
+    words = [w for w in words if not any(w != other and other == w[: len(other)] for other in words)]
+    common = draw(st.lists(st.integers(0, 3), max_size=3))
+    return [[*common, *word] for word in words]
+
+
+@settings(deadline=None, max_examples=100)
+@given(separate_words(), st.integers(0, 100))
+def test_a_tree_of_any_words_is_a_distribution(words, seed):
+    if len(words) < 2:
+        return
+    tree = number_tree(words, range(4))
+    scores = torch.randn(
+        tree.allowed.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
+    torch.testing.assert_close(probabilities(tree, scores).sum().item(), 1.0)
+    assert all(word[: len(tree.shared)] == tree.shared for word in words)
+    assert tree.allowed[0].sum() > 1
+    # Nothing is run for nothing: the last node of every branch has a choice.
+    parents = set(tree.parents)
+    assert all(tree.allowed[n].sum() > 1 for n in range(len(tree.tokens)) if n not in parents)

@@ -67,6 +67,21 @@ def test_temperatures_share_a_graph(nano, shared_nano):
     assert events.count("capture") == 1
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_confidence_is_replayed_too(nano, shared_nano, temperature):
+    events = graphed(nano)
+    for call, count in enumerate((3, 4, 3, 4, 3)):
+        options = {"temperature": temperature, "confidence": True}
+        got, expected = (
+            prior(frames(count, call), generator=seeded(call), **options) for prior in (nano, shared_nano)
+        )
+        assert torch.equal(got.token_ids, expected.token_ids)
+        torch.testing.assert_close(got.confidence, expected.confidence, rtol=0, atol=1e-5)
+        assert nano(frames(count, call)).confidence is None
+    assert events.count("capture") == 2  # with and without
+    assert events.count("replay") == 6
+
+
 def test_every_backbone(checkpoint):
     prior = open_prior(checkpoint)
     decoder = make_decoder(prior)
@@ -88,7 +103,7 @@ def test_graphs_go_when_weights_are_published(nano):
     graphed(nano)
     for _ in range(4):
         nano(frames(2))
-    gone = weakref.ref(nano._decoders[SIZE]._decoder._weights)
+    gone = weakref.ref(nano._decoders[SIZE].decoder.weights)
     gc.disable()  # a copy of the model's weights must not wait for it
     try:
         nano.weights_changed()

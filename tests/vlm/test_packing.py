@@ -232,7 +232,7 @@ def test_flash_attention_gets_packed_rows_and_no_mask(opened, flash, checkpointi
 @pytest.mark.needs_cuda
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_flash_attention_on_a_gpu(checkpoint, checkpointing):
-    attention = choose_attention("auto", torch.device("cuda"), torch.bfloat16)
+    attention = choose_attention("auto", torch.device("cuda"), torch.bfloat16).name
     if attention == "sdpa":
         pytest.skip("no FlashAttention is installed that this GPU can run")
     prior = ActionPrior.from_pretrained(checkpoint, action_dim=2, device="cuda", attention=attention)

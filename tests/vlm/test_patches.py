@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import make_nano, random_frames, seeded
 
-from covr_fast.vlm.model.attention import choose_attention, segmented_sdpa
+from covr_fast.vlm.model.attention import segmented_sdpa
 
 
 @pytest.mark.parametrize("size", [(84, 84), (96, 96), (64, 64), (60, 84), (48, 48), (200, 120)])
@@ -33,12 +33,6 @@ def test_segmented_attention_is_attention_per_segment(lengths):
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs)
-
-
-def test_auto_takes_sdpa_on_the_cpu_and_says_why(caplog):
-    with caplog.at_level("INFO", logger="covr_fast.vlm.model.attention"):
-        assert choose_attention("auto", torch.device("cpu"), torch.float32) == "sdpa"
-    assert "flash_attention_4: the device is cpu" in caplog.text
 
 
 def test_eager_attention_gives_the_same_answers(shared_nano, frames):

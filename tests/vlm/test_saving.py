@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -337,3 +338,85 @@ def test_settings_for_videos_are_handed_on(nested, tmp_path):
         base = tmp_path / folder
         written = json.loads((base / "processor_config.json").read_text())
         assert written["video_processor"] == settings
+
+
+# ---------------------------------------------------------------------- for other tools
+
+
+@pytest.fixture
+def no_video_half(monkeypatch):
+    """Lets transformers make processors with None as their video half, which would need torchvision."""
+    from transformers import ProcessorMixin, processing_utils
+
+    check = ProcessorMixin.check_argument_for_proper_class
+    loaders = processing_utils.MODALITY_TO_AUTOPROCESSOR_MAPPING
+    halves = {name: loaders[name] for name in ("tokenizer", "image_processor")}
+    halves["video_processor"] = SimpleNamespace(from_pretrained=lambda *_, **__: None)
+
+    def check_if_given(self, name, argument):
+        return None if argument is None else check(self, name, argument)
+
+    monkeypatch.setattr(processing_utils, "MODALITY_TO_AUTOPROCESSOR_MAPPING", halves)
+    monkeypatch.setattr(ProcessorMixin, "check_argument_for_proper_class", check_if_given)
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_the_folder_has_a_processor_that_takes_images(checkpoint, mode, tmp_path, no_video_half):
+    from transformers import AutoProcessor
+
+    prior = tuned(ActionPrior.from_pretrained(checkpoint, **OPTIONS), LORA if mode == "lora" else FULL, 0)
+    prior.save_pretrained(tmp_path / "a")
+    processor = AutoProcessor.from_pretrained(tmp_path / "a")
+    pictures = [[image] for image in images().permute(0, 2, 3, 1).numpy()]
+    given = processor(text=[prior.text] * len(pictures), images=pictures, return_tensors="pt")
+    expected = prior.backbone.process(prior.text, images())
+    assert given.keys() == expected.keys() >= {"pixel_values", "input_ids"}
+    assert all(torch.equal(given[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_other_tools_open_an_adapter_of_nano(moved, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    prior = tuned(ActionPrior.from_pretrained("nano", **{**OPTIONS, "seed": 3}), LORA, 0)
+    prior.save_pretrained(tmp_path / "a")
+    folder = (tmp_path / "a").rename(tmp_path / "b") if moved else tmp_path / "a"
+    named = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    base = AutoModelForImageTextToText.from_pretrained(folder / "nano_base" if moved else named)
+    theirs = dict(PeftModel.from_pretrained(base, folder).named_parameters())
+    ours = contents(prior)
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[name], weight) for name, weight in ours.items())
+    assert_same(ActionPrior.from_pretrained(folder, **OPTIONS), prior)
+
+
+def test_an_adapter_of_nano_is_saved_anew_with_its_base(tmp_path):
+    prior = tuned(ActionPrior.from_pretrained("nano", **{**OPTIONS, "seed": 3}), LORA, 0)
+    prior.save_pretrained(tmp_path / "a")
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    opened = tuned(ActionPrior.from_pretrained(tmp_path / "b", **OPTIONS), LORA, 1)
+    opened.save_pretrained(tmp_path / "b")
+    opened.save_pretrained(tmp_path / "c")
+    shutil.rmtree(tmp_path / "b")
+    assert_same(ActionPrior.from_pretrained(tmp_path / "c", **OPTIONS), opened)
+
+
+def test_an_adapter_of_nano_as_older_versions_saved_it(tmp_path):
+    prior = tuned(ActionPrior.from_pretrained("nano", **{**OPTIONS, "seed": 3}), LORA, 0)
+    prior.save_pretrained(tmp_path / "a")
+    shutil.rmtree(tmp_path / "a" / "nano_base")
+    edit(tmp_path / "a" / "adapter_config.json", base_model_name_or_path="nano")
+    assert_same(ActionPrior.from_pretrained(tmp_path / "a", **OPTIONS), prior)
+
+
+def test_an_adapter_does_not_replace_its_base_beside_it(tmp_path):
+    """As peft alone leaves it: without the settings that say that the base is nano."""
+    prior = tuned(ActionPrior.from_pretrained("nano", **{**OPTIONS, "seed": 3}), LORA, 0)
+    prior.save_pretrained(tmp_path / "a")
+    (tmp_path / "a" / "action_prior.json").unlink()
+    opened = ActionPrior.from_pretrained(tmp_path / "a", **OPTIONS)
+    with pytest.raises(ValueError, match="holds the base of this adapter"):
+        opened.save_pretrained(tmp_path / "a")
+    opened.save_pretrained(tmp_path / "b")
+    assert_same(ActionPrior.from_pretrained(tmp_path / "b", **OPTIONS), opened)

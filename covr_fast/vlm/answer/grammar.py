@@ -8,6 +8,7 @@ depend on the other numbers, is checked over the whole grid when the grammar is 
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .prompt import CLOSING, JOINER, OPENING, answer_format, spell
+from .tree import NumberTree, number_tree
 
 
 @dataclass(frozen=True)
@@ -99,10 +101,34 @@ class ActionGrammar:
         Args:
             actions: float[N, A]; each number is clipped to [-1, 1] and rounded to the grid, halves to even.
         """
-        scale = 10**self.decimals
-        columns = (actions.double().clamp(-1, 1) * float(scale)).round().long() + scale
-        rows = [torch.tensor(self._number_tokens(row) + self._ending) for row in columns.tolist()]
+        places = self.places(actions).tolist()
+        rows = [torch.tensor(self._number_tokens(row) + self._ending) for row in places]
         return pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id)
+
+    def places(self, actions: Tensor) -> Tensor:
+        """The places int64[N, A] of numbers float[N, A] on the grid, as `encode` rounds them."""
+        scale = 10**self.decimals
+        places: Tensor = (actions.double().clamp(-1, 1) * float(scale)).round().long() + scale
+        return places
+
+    @cached_property
+    def grid(self) -> Tensor:
+        """float32[G], ascending: the values that a number may have."""
+        scale = 10**self.decimals
+        steps = torch.arange(-scale, scale + 1, dtype=torch.float64)
+        return steps.div(scale).float()
+
+    @cached_property
+    def number_tokens(self) -> Tensor:
+        """int64[U], ascending: the tokens of all numbers, and of the text that they are joined with."""
+        return torch.tensor(sorted({token for words in self._slots for word in words for token in word}))
+
+    @cached_property
+    def trees(self) -> list[NumberTree]:
+        """The tokens of each number as a tree. Those of the first number begin with the opening."""
+        choices = self.number_tokens.tolist()
+        trees = [number_tree(words, choices) for words in self._slots[:2]]
+        return [trees[min(slot, 1)] for slot in range(self.action_dim)]
 
     def allowed(self, answer: list[int]) -> list[int]:
         """The tokens that may follow `answer`, the beginning of one; after its end only the pad token."""

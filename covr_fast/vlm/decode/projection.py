@@ -38,11 +38,7 @@ class Joined(Projection):
 
     def __init__(self, parts: list[LinearParts]) -> None:
         self._weight = torch.cat([part.weight for part in parts])
-        self._bias: Tensor | None = None
-        if any(part.bias is not None for part in parts):
-            zeros = self._weight.new_zeros(len(self._weight))
-            biases = zip(parts, zeros.split([len(part.weight) for part in parts]), strict=True)
-            self._bias = torch.cat([zero if part.bias is None else part.bias for part, zero in biases])
+        self._bias = _joined_bias(parts)
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self._weight, self._bias)
@@ -54,34 +50,41 @@ class Joined(Projection):
 
 
 class BesideLora(Projection):
-    """One product per layer, to which its LoRA is added; the first factors of all are one product.
+    """One product per layer, which is added to that of its LoRA; the first factors of all are one product.
 
-    The LoRA's part is there first, and the layer's product is added to it: `addmm` adds up in float32 and
-    rounds once. The other way round, a part smaller than half a unit in the last place of the layer's product
-    would be rounded away.
+    LoRA's product is there first, and `addmm_` adds the layer's to it in float32 and rounds once. The other
+    way round, what is smaller than half a unit in the last place of the layer's product would be lost.
     """
 
     def __init__(self, parts: list[LinearParts]) -> None:
         self._parts = parts
+        self._bias = _joined_bias(parts)
         downs = [part.down for part in parts if part.down is not None]
         self._down = torch.cat(downs) if downs else None
         self._ranks = [0 if part.down is None else len(part.down) for part in parts]
+        self._sizes = [len(part.weight) for part in parts]
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
+        out = rows.new_empty(len(rows), sum(self._sizes))
         low = rows.new_empty(len(rows), 0) if self._down is None else rows @ self._down.t()
-        lows = low.split(self._ranks, 1)
-        outputs = [_product(part, low, rows) for part, low in zip(self._parts, lows, strict=True)]
-        out = torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
+        outs, lows = out.split(self._sizes, 1), low.split(self._ranks, 1)
+        for part, own, its_low in zip(self._parts, outs, lows, strict=True):
+            if part.up is None:
+                torch.mm(rows, part.weight.t(), out=own)
+            else:
+                torch.mm(its_low, part.up.t(), out=own).addmm_(rows, part.weight.t())
+        if self._bias is not None:
+            out += self._bias
         return out.view(*x.shape[:-1], -1)
 
 
-def _product(part: LinearParts, low: Tensor, x: Tensor) -> Tensor:
-    """[M, N] of inputs `x` [M, K], and `low` [M, R], which are x down'."""
-    if part.up is None:
-        return F.linear(x, part.weight, part.bias)
-    out = torch.addmm(low @ part.up.t(), x, part.weight.t())
-    return out if part.bias is None else out.add_(part.bias)
+def _joined_bias(parts: list[LinearParts]) -> Tensor | None:
+    """[N] of all parts, zero where one has none; None if none has one."""
+    if all(part.bias is None for part in parts):
+        return None
+    zeros = [part.weight.new_zeros(len(part.weight)) for part in parts]
+    return torch.cat([z if part.bias is None else part.bias for part, z in zip(parts, zeros, strict=True)])
 
 
 class Called(Projection):

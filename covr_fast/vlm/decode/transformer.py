@@ -153,6 +153,21 @@ class Layer:
         return x
 
 
+def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    """Rotary positions of [B, heads, n, dim]: the halves of a head change places, one with a minus."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
+
+
+def attend(heads: Heads, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """[B, n, kv * groups * dim] for queries [B, kv * groups, n, dim], keys and values [B, kv, T, dim], and a
+    mask [1 or B, 1, groups * n, T] that is added to the scores."""
+    batch, queries, count, dim = q.shape
+    # Query heads that share keys become further queries of one head, so that keys need not be repeated.
+    q = q.reshape(batch, heads.kv, heads.groups * count, dim)
+    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=heads.scale)
+    return out.view(batch, queries, count, -1).transpose(1, 2).reshape(batch, count, -1)
+
+
 class Attention:
     """Causal attention for the positions of one prompt. It has no weights.
 
@@ -161,9 +176,9 @@ class Attention:
 
     def __init__(self, heads: Heads, cos: Tensor, sin: Tensor) -> None:
         self.heads = heads
-        self._cos = cos
+        self.cos = cos
         first, second = sin.chunk(2, -1)
-        self._signed_sin = torch.cat((-first, second), -1)
+        self.signed_sin = torch.cat((-first, second), -1)
         self._masks: dict[tuple[int, int], Tensor] = {}
 
     def __call__(self, qkv: Tensor, cache: LayerCache, past: int, skip: int) -> Tensor:
@@ -175,25 +190,14 @@ class Attention:
             past: positions in the cache, which the new ones follow.
             skip: leading new positions whose output is not needed.
         """
-        batch, count, _ = qkv.shape
-        kv, groups, dim, scale = self.heads
-        queries, end = kv * groups, past + count
-        heads = qkv.view(batch, count, -1, dim).transpose(1, 2)
-        rotated = self._rotate(heads[:, : queries + kv], past, end)
+        kv, groups, dim, _ = self.heads
+        queries, end = kv * groups, past + qkv.shape[1]
+        heads = qkv.unflatten(-1, (-1, dim)).transpose(1, 2)
+        rotated = rotate(heads[:, : queries + kv], self.cos[past:end], self.signed_sin[past:end])
         cache.keys[:, :, past:end] = rotated[:, queries:]
         cache.values[:, :, past:end] = heads[:, queries + kv :]
-        # Query heads that share keys become further queries of one head, so that keys need not be repeated.
-        count -= skip
-        q = rotated[:, :queries, skip:].reshape(batch, kv, groups * count, dim)
-        keys, values = cache.keys[:, :, :end], cache.values[:, :, :end]
-        mask = self._mask(count, end - count, qkv)
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
-        return out.view(batch, queries, count, -1).transpose(1, 2).reshape(batch, count, -1)
-
-    def _rotate(self, x: Tensor, begin: int, end: int) -> Tensor:
-        """Rotary positions of [B, heads, n, dim]: the halves of a head change places, one with a minus."""
-        cos, sin = self._cos[begin:end], self._signed_sin[begin:end]
-        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+        q, keys, values = rotated[:, :queries, skip:], cache.keys[:, :, :end], cache.values[:, :, :end]
+        return attend(self.heads, q, keys, values, self._mask(q.shape[2], past + skip, qkv))
 
     def _mask(self, queries: int, before: int, like: Tensor) -> Tensor | None:
         """[1, 1, groups * queries, before + queries], added to the scores; None if all may be seen."""

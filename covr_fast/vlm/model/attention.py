@@ -1,6 +1,6 @@
 """Which attention implementation a model runs with, and attention within segments by torch's SDPA."""
 
-import logging
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,41 +13,51 @@ from transformers.utils.import_utils import (
     is_flash_attn_4_available,
 )
 
-log = logging.getLogger(__name__)
-
 CHOICES = ("auto", "flash_attention_4", "flash_attention_3", "flash_attention_2", "sdpa", "eager")
 SEGMENTED_SDPA = "covr_segmented_flash_sdpa"
 """`segmented_sdpa` in transformers' registry. Vision towers pass `cu_seqlens` to names that say "flash"."""
 
 _FLASH = {
-    # name: (package, transformers' check for it, lowest compute capability of the GPU). transformers compares
-    # the capability only where the package is missing, and accepts any dtype.
-    "flash_attention_4": ("flash-attn-4", is_flash_attn_4_available, (9, 0)),
-    "flash_attention_3": ("flash-attn-3", is_flash_attn_3_available, (9, 0)),
-    "flash_attention_2": ("flash-attn", is_flash_attn_2_available, (8, 0)),
+    # name: (package, transformers' check for it, compute capabilities of the GPUs from and below). Versions 2
+    # and 4 share the module `flash_attn`, so the check looks at the package's name too. transformers compares
+    # the capability only where the package is missing, and accepts any dtype. The kernels of version 3 are
+    # compiled for Hopper, and later GPUs cannot run them.
+    "flash_attention_4": ("flash-attn-4", is_flash_attn_4_available, (9, 0), None),
+    "flash_attention_3": ("flash-attn-3", is_flash_attn_3_available, (9, 0), (10, 0)),
+    "flash_attention_2": ("flash-attn", is_flash_attn_2_available, (8, 0), None),
 }
 
 
-def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The attention implementation to load a model with, by transformers' name.
+@dataclass(frozen=True)
+class AttentionChoice:
+    """The attention implementation to load a model with."""
+
+    name: str
+    """As transformers names it."""
+    reason: str
+    """Why this one and no other, for people."""
+
+
+def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -> AttentionChoice:
+    """The attention implementation that `requested` means here.
 
     "auto" takes the newest FlashAttention that is installed and fits the GPU and dtype, else torch's SDPA
-    (which on CUDA uses FlashAttention too). The choice and the reasons are logged. A ValueError says why
-    another request cannot run here.
+    (which on CUDA uses FlashAttention too). A ValueError says why another request cannot run here.
     """
     if requested not in CHOICES:
         raise ValueError(f"attention={requested!r} is not one of {', '.join(CHOICES)}")
-    reasons = []
-    for name in _FLASH if requested == "auto" else (requested,):
-        reason = _why_not(name, device, dtype)
-        if reason is None:
-            log.info("attention: %s on %s", name, device)
-            return name
-        reasons.append(f"{name}: {reason}")
     if requested != "auto":
-        raise ValueError(f"attention={requested!r} cannot run here: {reason}; use attention='auto'")
-    log.info("attention: sdpa (%s)", "; ".join(reasons))
-    return "sdpa"
+        if (reason := _why_not(requested, device, dtype)) is not None:
+            raise ValueError(f"attention={requested!r} cannot run here: {reason}; use attention='auto'")
+        return AttentionChoice(requested, "as asked")
+    if (reason := _no_flash(device, dtype)) is not None:
+        return AttentionChoice("sdpa", f"FlashAttention cannot run: {reason}")
+    reasons: list[str] = []
+    for name in _FLASH:
+        if (reason := _why_not(name, device, dtype)) is None:
+            return AttentionChoice(name, "; ".join([*reasons, "the newest that can run here"]))
+        reasons.append(f"{name}: {reason}")
+    return AttentionChoice("sdpa", "; ".join(reasons))
 
 
 def is_flash(attention: str) -> bool:
@@ -59,14 +69,23 @@ def _why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this implementation cannot run, or None. SDPA and eager attention always can."""
     if name not in _FLASH:
         return None
-    package, installed, capability = _FLASH[name]
+    if (reason := _no_flash(device, dtype)) is not None:
+        return reason
+    package, installed, first, end = _FLASH[name]
+    capability = torch.cuda.get_device_capability(device)
+    if capability < first or (end is not None and capability >= end):
+        needed = "at least {}.{}".format(*first) + (" and below {}.{}".format(*end) if end else "")
+        return f"it needs compute capability {needed}, and the GPU has {capability[0]}.{capability[1]}"
+    return None if installed() else f"{package} is not installed"
+
+
+def _no_flash(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why no version of FlashAttention can run, or None."""
     if device.type != "cuda":
         return f"the device is {device.type}, not cuda"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"the dtype is {dtype}, not float16 or bfloat16"
-    if torch.cuda.get_device_capability(device) < capability:
-        return f"the GPU is older than compute capability {capability[0]}.{capability[1]}"
-    return None if installed() else f"{package} is not installed"
+    return None
 
 
 def causal_mask(queries: int, past: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -23,6 +23,7 @@ from ...streams import send
 from ..answer.prompt import CLOSING, OPENING
 from .adapters import bare, check_adapters, check_savable, merge_for_good, untouched
 from .attention import SEGMENTED_SDPA
+from .folder import CARD_FILE
 from .patches import PatchPixels
 from .pixels import FramePixels
 from .resample import BICUBIC, resize
@@ -67,6 +68,8 @@ class Backbone:
         self.tokenizer = processor.tokenizer
         self.adapter_has_embeddings = False
         """Whether the adapter was saved together with embeddings, which replace those of the base."""
+        self.attention_reason = ""
+        """Why the model was loaded with its attention implementation."""
         token = getattr(self.base.config, "image_token_id", None)
         if token is None or getattr(processor, "image_token", None) is None:
             raise ValueError(f"{type(processor).__name__} has no image token, so no frame can be shown to it")
@@ -112,7 +115,7 @@ class Backbone:
     def with_model(self, model: Any) -> Self:
         """A backbone with another model of the same architecture, and all else as here."""
         other = type(self)(model, self.processor)
-        other._image_size = self._image_size
+        other._image_size, other.attention_reason = self._image_size, self.attention_reason
         return other
 
     @property
@@ -172,7 +175,7 @@ class Backbone:
             check_savable(self.model)
             # peft's default setting would look for the base on the hub.
             self.model.save_pretrained(directory, save_embedding_layers=self.adapter_has_embeddings)
-            (directory / "README.md").unlink(missing_ok=True)  # peft's empty form of a model card
+            (directory / CARD_FILE).unlink(missing_ok=True)  # peft's empty form of a model card
         else:
             # transformers cannot convert weights back that were quantized in the checkpoint.
             self.model.save_pretrained(directory, save_original_format=not self.quantized)

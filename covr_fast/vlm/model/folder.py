@@ -11,8 +11,13 @@ from pathlib import Path
 
 SETTINGS_FILE = "action_prior.json"
 ADAPTER_FILE = "adapter_config.json"
+CARD_FILE = "README.md"
+CARD_TAG = "covr_fast"
+"""A tag in the header of every model card that is written here."""
+NANO_BASE = "nano_base"
+"""Folder beside an adapter of nano: its base, for tools that cannot make nano from a seed."""
 
-_MODEL_FILES = (
+MODEL_FILES = (
     *(SETTINGS_FILE, "config.json", "generation_config.json"),
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json"),
@@ -29,8 +34,9 @@ _MODEL_FILES = (
 def replaced_model(folder: Path) -> Iterator[Path]:
     """A new folder to write into. It replaces `folder` when the block ends without an error.
 
-    The model in `folder` is deleted; files that belong to no model stay. If the process ends at any moment,
-    either the old or the new model is there and complete (`model_folder` finds it).
+    The model in `folder` is deleted; files that belong to no model stay. A README.md among them (one without
+    the header of a model card) takes the place of the new model's. If the process ends at any moment, either
+    the old or the new model is there and complete (`model_folder` finds it).
 
     Raises:
         FileExistsError: `folder` is a file, or contains a file that belongs to no model but has the name of
@@ -54,8 +60,12 @@ def replaced_model(folder: Path) -> Iterator[Path]:
     try:
         yield new
         if folder.exists():
-            for taken in (folder / path.name for path in new.iterdir()):
+            for path in list(new.iterdir()):
+                taken = folder / path.name
                 if taken.exists() and not _of_model(taken):
+                    if path.name == CARD_FILE:
+                        path.unlink()
+                        continue
                     remedy = "move it away, or save into another folder"
                     raise FileExistsError(f"{taken} belongs to no model: {remedy}")
             shutil.copymode(folder, new)
@@ -106,7 +116,31 @@ def _of_model(path: Path) -> bool:
         except (OSError, ValueError):
             return False
         return isinstance(config, dict) and "model_type" in config
-    return any(fnmatch(path.name, pattern) for pattern in _MODEL_FILES)
+    if path.name == CARD_FILE:
+        return _is_model_card(path)
+    if path.name == NANO_BASE:
+        return path.is_dir() and _of_model(path / "config.json")
+    return any(fnmatch(path.name, pattern) for pattern in MODEL_FILES)
+
+
+def name_nano_base(folder: Path, final: Path) -> None:
+    """Lets the adapter of nano in `folder` name its base as other tools need it: by the path that it has when
+    the folder has been moved to `final`. Does nothing to other models."""
+    file = folder / ADAPTER_FILE
+    if (folder / NANO_BASE).is_dir() and file.is_file():
+        config = json.loads(file.read_text())
+        config["base_model_name_or_path"] = os.path.abspath(final / NANO_BASE)
+        file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _is_model_card(path: Path) -> bool:
+    """Whether a README.md begins with a header that names the library of a model."""
+    try:
+        text = path.read_text()
+    except (OSError, ValueError):
+        return False
+    header = text.removeprefix("---\n").partition("\n---\n")[0] if text.startswith("---\n") else ""
+    return any(line.startswith("library_name:") for line in header.splitlines())
 
 
 def _irreplaceable(folder: Path, error: OSError) -> OSError:

@@ -14,7 +14,8 @@ from ...files import read_json
 from .adapters import check_adapter
 from .attention import choose_attention
 from .backbones import Backbone, backbone_class
-from .folder import ADAPTER_FILE, SETTINGS_FILE
+from .folder import ADAPTER_FILE, NANO_BASE, SETTINGS_FILE, model_folder
+from .hub import hub_folder, is_hub_id
 from .nano import write_nano
 from .processor import load_processor, quiet
 from .quantized import bitsandbytes_config, check_own_quantization, prepare
@@ -27,7 +28,8 @@ class Settings:
     """The settings of a saved prior that are not in its checkpoint: the content of `action_prior.json`."""
 
     base: str
-    """Where the weights without an adapter come from: "nano", a directory or a hub id."""
+    """Where the weights come from, before they were tuned: "nano", a directory or a hub id. An adapter needs
+    it."""
     seed: int
     """Seed of nano's random weights; unused otherwise."""
     action_dim: int
@@ -61,8 +63,42 @@ class Settings:
         return settings
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from."""
+
+    name: str
+    """"nano", an absolute directory or a hub id: what an adapter says of its base."""
+    folder: Path | None
+    """The directory with its files. None for nano, which is made from a seed."""
+
+    @property
+    def adapted(self) -> bool:
+        """Whether it is an adapter, which has a base."""
+        return self.folder is not None and (self.folder / ADAPTER_FILE).is_file()
+
+
+def find_model(model: str | Path) -> Source:
+    """Finds "nano", a directory, or a hub id, whose files are downloaded if necessary.
+
+    Raises:
+        OSError: there is no such model (FileNotFoundError), or it cannot be downloaded.
+    """
+    name, folder = str(model), Path(model_folder(model))
+    if name == "nano":
+        return Source(name, None)
+    if folder.is_dir():
+        # Absolute, because an adapter of this base may be opened from another working directory.
+        return Source(os.path.abspath(folder), folder)
+    if not is_hub_id(name):
+        raise FileNotFoundError(
+            f"no model directory at {name!r}; give 'nano', a checkpoint directory or a hub id"
+        )
+    return Source(name, hub_folder(name))
+
+
 def load_backbone(
-    model: str | Path,
+    model: str | Path | Source,
     *,
     seed: int,
     attention: str,
@@ -70,31 +106,33 @@ def load_backbone(
     device: torch.device,
     quantization: dict[str, Any] | None = None,
 ) -> Backbone:
-    """Loads a model and its processor, and the adapter if `model` is the directory of one.
+    """Loads a model and its processor, and the adapter if `model` is one.
 
     Quantization settings are those of `quantized.quantization_settings`; None loads the weights as they are
     stored. For the errors see `ActionPrior.from_pretrained`.
     """
+    source = model if isinstance(model, Source) else find_model(model)
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    attention = choose_attention(attention, device, dtype)
+    chosen = choose_attention(attention, device, dtype)
+    base = _base_of(source) if source.adapted else source
     load = partial(
-        _load_checkpoint, dtype=dtype, device=device, attention=attention, quantization=quantization
+        _load_checkpoint,
+        base.name,
+        dtype=dtype,
+        device=device,
+        attention=chosen.name,
+        quantization=quantization,
     )
-    source, directory = str(model), Path(model)
-    adapted = source != "nano" and (directory / ADAPTER_FILE).is_file()
-    if adapted:
-        source = _base_of(directory)
-    if source == "nano":
+    if base.folder is not None:
+        backbone = load(base.folder)
+    else:
         with tempfile.TemporaryDirectory() as folder, quiet():
             write_nano(folder, seed=seed)
-            backbone = load(folder)
-        backbone.base.name_or_path = backbone.base.config.name_or_path = "nano"  # the folder is gone
-    else:
-        # Absolute, because an adapter of this base may be opened from another working directory.
-        backbone = load(os.path.abspath(source) if Path(source).is_dir() else source)
-    if adapted:
-        _put_adapter_on(backbone, directory, source)
+            backbone = load(Path(folder))
+    backbone.attention_reason = chosen.reason
+    if source.adapted:
+        _put_adapter_on(backbone, source)
     return backbone
 
 
@@ -102,96 +140,104 @@ def load_backbone(
 
 
 def _load_checkpoint(
-    source: str,
+    name: str,
+    folder: Path,
     *,
     dtype: torch.dtype,
     device: torch.device,
     attention: str,
     quantization: dict[str, Any] | None,
 ) -> Backbone:
+    """The model in `folder`, which says that it comes from `name`."""
     from transformers import AutoModelForImageTextToText
 
-    config = _read_config(source)
+    config = _read_config(name, folder)
     cls = backbone_class(config.model_type)
-    check_own_quantization(source, config, asked=quantization is not None)
+    check_own_quantization(name, config, asked=quantization is not None)
     quantized = bool(quantization) or getattr(config, "quantization_config", None) is not None
-    options: dict[str, Any] = {"device_map": {"": device}} if quantized else {}
-    if quantization:
-        options["quantization_config"] = bitsandbytes_config(quantization, dtype)
-    processor = load_processor(source, config)
+    options = {"quantization_config": bitsandbytes_config(quantization, dtype)} if quantization else {}
+    processor = load_processor(folder, config)
     with quiet():
         model: Any = AutoModelForImageTextToText.from_pretrained(
-            source, dtype=dtype, attn_implementation=attention, **options
+            folder,
+            dtype=dtype,
+            attn_implementation=attention,
+            device_map={"": device},  # each tensor to its place as it is read: no copy in host memory
+            trust_remote_code=False,
+            **options,
         )
+    model.name_or_path = model.config.name_or_path = name
     if quantized:
         prepare(model)
-    return cls(model if quantized else model.to(device), processor)
+    return cls(model, processor)
 
 
-def _read_config(source: str) -> Any:
+def _read_config(name: str, folder: Path) -> Any:
     from transformers import AutoConfig
 
-    # A hub id is `owner/name`. Anything else that is not a directory is a path with a mistake in it.
-    if not Path(source).is_dir() and (source.startswith((".", "/", "~")) or source.count("/") != 1):
-        raise FileNotFoundError(
-            f"no model directory at {source!r}; give 'nano', a checkpoint directory or a hub id"
-        )
     try:
-        return AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read a model configuration from {source!r}: {error}") from error
+        raise ValueError(f"cannot read a model configuration from {name!r}: {error}") from error
 
 
 # ---- adapters ----
 
 
-def _base_of(directory: Path) -> str:
-    """The base that the adapter in a directory names. It exists, and the adapter is supported."""
-    file = directory / ADAPTER_FILE
+def _base_of(source: Source) -> Source:
+    """The base that an adapter names. It exists, and the adapter is supported."""
+    assert source.folder is not None
+    directory, file = source.folder, source.folder / ADAPTER_FILE
     config = read_json(file, _PUT_BACK)
     check_adapter(config)
     full = [*directory.glob("model*.safetensors*"), *directory.glob("pytorch_model*.bin*")]
     if full:
         weights = ", ".join(sorted(path.name for path in full))
         raise ValueError(
-            f"{str(directory)!r} holds full weights and an adapter, of which one is stale: remove "
+            f"{source.name!r} holds full weights and an adapter, of which one is stale: remove "
             f"{ADAPTER_FILE} and adapter_model.safetensors, or config.json and {weights}"
         )
     saved = Settings.load(directory)
     base: str | None = config.get("base_model_name_or_path") or (saved.base if saved else None)
     remedy = f'write where it is into "base_model_name_or_path" of {file}'
     if not base:
-        raise ValueError(f"the adapter in {str(directory)!r} names no base: {remedy}")
+        raise ValueError(f"the adapter in {source.name!r} names no base: {remedy}")
+    own = directory / NANO_BASE
+    if Path(base).name == NANO_BASE and own.is_dir():  # wherever the folder was when it was saved
+        return Source("nano" if saved and saved.base == "nano" else os.path.abspath(own), own)
     if (Path(base) / ADAPTER_FILE).is_file():
         raise ValueError(
-            f"the base {base!r} of the adapter in {str(directory)!r} is an adapter itself: merge it "
+            f"the base {base!r} of the adapter in {source.name!r} is an adapter itself: merge it "
             f"into its base, and {remedy}"
         )
-    if base != "nano":
-        try:
-            _read_config(base)
-        except (FileNotFoundError, ValueError) as error:
-            raise type(error)(
-                f"the base {base!r} of the adapter in {str(directory)!r} cannot be opened: put it back, or "
-                f"{remedy} ({error})"
-            ) from error
-    return base
+    try:
+        found = find_model(base)
+        if found.adapted:  # on the hub
+            raise ValueError("it is an adapter itself")
+        if found.folder is not None:
+            _read_config(found.name, found.folder)
+    except (OSError, ValueError) as error:
+        raise type(error)(
+            f"the base {base!r} of the adapter in {source.name!r} cannot be opened: put it back, or "
+            f"{remedy} ({error})"
+        ) from None
+    return found
 
 
-def _put_adapter_on(backbone: Backbone, directory: Path, base: str) -> None:
+def _put_adapter_on(backbone: Backbone, source: Source) -> None:
     from peft import PeftModel
     from peft.utils import load_peft_weights
 
-    source = backbone.source
+    base = backbone.source
     try:
-        model = PeftModel.from_pretrained(backbone.model, directory, is_trainable=True)
+        model = PeftModel.from_pretrained(backbone.model, str(source.folder), is_trainable=True)
     except (RuntimeError, ValueError) as error:
         raise ValueError(
-            f"the LoRA adapter in {str(directory)!r} does not fit its base {base!r}: {error}"
+            f"the LoRA adapter in {source.name!r} does not fit its base {base!r}: {error}"
         ) from error
-    model.peft_config["default"].base_model_name_or_path = source
+    model.peft_config["default"].base_model_name_or_path = base
     backbone.model = model
     embeddings = ("embed_tokens.weight", "lm_head.weight", "base_layer.weight")
     backbone.adapter_has_embeddings = any(
-        name.endswith(embeddings) for name in load_peft_weights(str(directory), device="cpu")
+        name.endswith(embeddings) for name in load_peft_weights(str(source.folder), device="cpu")
     )

@@ -8,7 +8,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ...words import MOTION_WORDS, all_prompts
 from ..answer.prompt import JOINER, OPENING, default_prompt
+from .folder import NANO_BASE
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}"
@@ -30,7 +32,7 @@ SPECIAL_TOKENS = (
 )
 # Parts of the answer that are one token each, as in a vocabulary learned from such text: answers stay short.
 ANSWER_TOKENS = (OPENING, JOINER, "0.", "1.", "-0.", "-1.")
-VOCAB_SIZE = 384
+VOCAB_SIZE = 768
 
 # An image token covers 28x28 pixels, 2x2 patches of the vision tower: an 84x84 frame has 3x3 tokens.
 PATCH_SIZE = 14
@@ -108,7 +110,7 @@ def is_nano(model: str | Path) -> bool:
         return True
     base = _json(Path(model) / "adapter_config.json").get("base_model_name_or_path")
     if base is not None and base != str(model):
-        return is_nano(base)
+        return Path(base).name == NANO_BASE or is_nano(base)
     text = _json(Path(model) / "config.json").get("text_config", {})
     shape = TEXT | {"vocab_size": VOCAB_SIZE}
     return all(text.get(name) == shape[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers"))
@@ -124,7 +126,8 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def build_tokenizer() -> Any:
-    """A byte-level BPE tokenizer with merges learned from the default prompts: it can write any text."""
+    """A byte-level BPE tokenizer with merges learned from the prompts: it can write any text, and prompts are
+    short. nano cannot read them, but each of their tokens costs it time."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -139,7 +142,7 @@ def build_tokenizer() -> Any:
         show_progress=False,
     )
     prompts = [default_prompt(dim, decimals) for dim in (1, 2, 3) for decimals in (1, 2)]
-    corpus = ["user\n", "assistant", *prompts] * 2
+    corpus = ["user\n", "assistant", *prompts, *all_prompts(), MOTION_WORDS] * 2
     tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in ANSWER_TOKENS])
     tokenizer.add_special_tokens([AddedToken(piece, special=True) for piece in SPECIAL_TOKENS])

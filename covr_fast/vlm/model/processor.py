@@ -13,41 +13,40 @@ from typing import Any
 VIDEO = "video_processor"
 
 
-def load_processor(source: str, config: Any) -> Any:
-    """The processor of the checkpoint `source`, whose model has the configuration `config`."""
+def load_processor(folder: str | Path, config: Any) -> Any:
+    """The processor of the checkpoint in `folder`, whose model has the configuration `config`."""
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
+    # A checkpoint may name code of its own, which is never run.
+    options: dict[str, Any] = {"pretrained_model_name_or_path": folder, "trust_remote_code": False}
     try:
         with quiet():
             cls: Any = PROCESSOR_MAPPING[type(config)]
             # Where torchvision is installed, it would resize the frames by default, with other results.
-            images = AutoImageProcessor.from_pretrained(source, backend="pil")
+            images = AutoImageProcessor.from_pretrained(**options, backend="pil")
             if VIDEO not in cls.get_attributes():
-                processor = AutoProcessor.from_pretrained(source)
+                processor = AutoProcessor.from_pretrained(**options)
                 processor.image_processor = images
                 return processor
             parts: dict[str, Any] = {
                 "image_processor": images,
-                "tokenizer": AutoTokenizer.from_pretrained(source),
+                "tokenizer": AutoTokenizer.from_pretrained(**options),
                 VIDEO: None,
             }
-            settings, _ = cls.get_processor_dict(source)
+            settings, _ = cls.get_processor_dict(folder)
             settings.setdefault("chat_template", parts["tokenizer"].chat_template)
             arguments = [parts[name] for name in cls.get_attributes()]
-            video = settings.get(VIDEO) or _video_settings(source)
+            video = settings.get(VIDEO) or _video_settings(Path(folder))
             return _without_video(cls, video).from_args_and_dict(arguments, settings)
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"cannot open the processor of {source!r}: {error}") from error
+        raise ValueError(f"cannot open the processor of {str(folder)!r}: {error}") from error
 
 
-def _video_settings(source: str) -> dict[str, Any]:
+def _video_settings(folder: Path) -> dict[str, Any]:
     """The settings for videos in a separate file; empty if there is no such file."""
-    from transformers.utils import VIDEO_PROCESSOR_NAME
-    from transformers.utils.hub import cached_file
-
-    file = cached_file(source, VIDEO_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False)
-    return {} if file is None else json.loads(Path(file).read_text())
+    file = folder / "video_preprocessor_config.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def _without_video(cls: Any, video: dict[str, Any]) -> Any:
