@@ -73,15 +73,20 @@ class RunMemory:
         return self.total(overlap=self.config.tuner.overlap)
 
 
-def run_memory(config: TrainConfig, device_type: Literal["cpu", "cuda"]) -> RunMemory:
+def run_memory(
+    config: TrainConfig, device_type: Literal["cpu", "cuda"], like: RunMemory | None = None
+) -> RunMemory:
     """The memory of a run with these settings on a CPU, or on a GPU, which need not be there.
+
+    Args:
+        like: of a run on the same kind of device with the same agent, which is not measured again.
 
     Raises:
         FileNotFoundError, ValueError: as for `footprint`; a UserError for an unknown environment.
     """
     action_dim = find_task(config.env).action_dim
     vlm = footprint(_request(config, action_dim, device_type))
-    agent = _agent(config, action_dim, device_type)
+    agent = _agent(config, action_dim, device_type) if like is None else like.groups["the agent"][-2:]
     tuning = vlm.tuning
     if device_type == "cpu" or config.replay.device != "cpu":
         agent.insert(0, _replay(config))
@@ -198,11 +203,11 @@ def remedies(memory: RunMemory, device_type: Literal["cpu", "cuda"]) -> tuple[li
     for flag, change in _changes(memory):
         config = deepcopy(memory.config)
         change(config)
-        saves = memory.needed - run_memory(config, device_type).needed
+        saves = memory.needed - run_memory(config, device_type, memory).needed
         if saves >= memory.needed // 100:
             found.append(Remedy(flag, saves))
             change(everything)
-    best = run_memory(everything, device_type).needed if found else memory.needed
+    best = run_memory(everything, device_type, memory).needed if found else memory.needed
     return sorted(found, key=lambda remedy: -remedy.saves), best
 
 

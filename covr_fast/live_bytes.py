@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
@@ -42,9 +41,14 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def _storages(self, values: Any) -> Iterator[torch.UntypedStorage]:
-        for value in [values] if isinstance(values, Tensor) else tree_leaves(values):
-            if isinstance(value, Tensor) and value.device.type == self._device_type:
-                yield value.untyped_storage()
+        if isinstance(values, Tensor):
+            if values.device.type == self._device_type:
+                yield values.untyped_storage()
+        elif isinstance(values, (tuple, list)):
+            for value in values:
+                yield from self._storages(value)
+        elif isinstance(values, dict):
+            yield from self._storages(list(values.values()))
 
     def _add(self, key: int, storage: torch.UntypedStorage) -> None:
         self._live[key] = storage.nbytes()

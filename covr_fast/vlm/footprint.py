@@ -8,7 +8,6 @@ of logits of the fused loss.
 import math
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from ..live_bytes import LiveBytes, nbytes, tensors_in
 from ..ops._projection import CHUNK_BYTES
-from .decode.decoder import Decoder, DecoderWeights
+from .decode.decoder import Decoder, DecoderWeights, Layout
 from .decode.projection import BesideLora
 from .finetune.config import TunerConfig
 from .finetune.held_out import served_nll
@@ -25,8 +24,7 @@ from .finetune.masters import Masters
 from .finetune.objective import IGNORE, AnswerModel, RoundImages, Samples
 from .mode import own_mode
 from .model.backbones import Backbone
-from .model.folder import ADAPTER_FILE, model_folder
-from .model.loading import Settings
+from .model.loading import Settings, Source, find_model
 from .model.on_meta import META, open_on_meta, quantized_bytes, shapes_only, weights_in_files
 from .prior import ActionPrior
 from .tuner import VLMTuner
@@ -89,31 +87,30 @@ def footprint(request: Request) -> Footprint:
     """The memory of a VLM that answers and is tuned as `request` says, in bytes. No weights are read.
 
     Raises:
-        FileNotFoundError: the model's directory does not exist.
+        OSError: there is no such model, or the base of this adapter cannot be found.
         ValueError: it has no configuration; the architecture or the adapter is not supported.
     """
-    folder = model_folder(request.model)
-    saved = Settings.load(Path(folder)) if request.model != "nano" else None
+    source = _found(request.model)
+    saved = Settings.load(source.folder) if source.folder is not None else None
     dtype = request.dtype or (getattr(torch, saved.dtype) if saved and saved.dtype else None)
     dtype = dtype or (torch.bfloat16 if request.device_type == "cuda" else torch.float32)
     name = str(dtype).removeprefix("torch.")
     settings = Settings(
-        str(folder),
+        source.name,
         0,
         request.action_dim,
         request.decimals,
         request.prompt,
         name,
-        image_size=request.image_size,
     )
     config = request.tuner
-    model = _model(settings, config.mode, config.lora_rank)
+    model = _model(source, settings, config.mode, config.lora_rank)
     bits = _ASKED.get(request.quantization)
     if request.quantization == "auto":
         own = getattr(model.prior.backbone.base.config, "quantization_config", None)
         bits = _bits(saved.quantization if saved else None) or _bits(own)
     serving = [_base(model, bits), *_answering(model, request, bits)]
-    layout = model.prior.layout(request.size)
+    layout = model.layout(request.image_size, request.size)
     return Footprint(serving, _round(model, request), dtype, bits, len(layout.image_at), layout.prompt_length)
 
 
@@ -134,17 +131,22 @@ def _bits(quantization: Any) -> Literal[4, 8] | None:
 
 
 @lru_cache(maxsize=4)
-def _model(settings: Settings, mode: Literal["lora", "full"], rank: int) -> "_Model":
-    return _Model(settings, mode, rank)
+def _found(model: str) -> Source:
+    return find_model(model, weights=False)
+
+
+@lru_cache(maxsize=4)
+def _model(source: Source, settings: Settings, mode: Literal["lora", "full"], rank: int) -> "_Model":
+    return _Model(source, settings, mode, rank)
 
 
 class _Model:
     """Prior and tuner on the meta device. What they take is found out once for each question."""
 
-    def __init__(self, settings: Settings, mode: Literal["lora", "full"], rank: int) -> None:
+    def __init__(self, source: Source, settings: Settings, mode: Literal["lora", "full"], rank: int) -> None:
+        self.source = source
         # SDPA: FlashAttention cannot be imported everywhere, and keeps no more.
-        backbone = open_on_meta(settings.base, getattr(torch, str(settings.dtype)), "sdpa")
-        backbone.image_size = settings.image_size
+        backbone = open_on_meta(source, getattr(torch, str(settings.dtype)), "sdpa")
         self.weights = (
             list(backbone.base.parameters())
             if not backbone.adapted
@@ -157,15 +159,22 @@ class _Model:
         self.micro_batch = cache(self._micro_batch)
         self.held_out = cache(self._held_out)
 
-    def _answering(self, size: tuple[int, int], rows: int) -> "_Answering":
-        prior, layout = self.prior, self.prior.layout(size)
+    def layout(self, image_size: int, size: tuple[int, int]) -> Layout:
+        """That of frames of `size` which the VLM sees with a longer side of `image_size`, from now on."""
+        if self.prior.image_size != image_size:
+            self.prior.image_size = self.tuner._backbone.image_size = image_size
+        return self.prior.layout(size)
+
+    def _answering(self, image_size: int, size: tuple[int, int], rows: int) -> "_Answering":
+        prior, layout = self.prior, self.layout(image_size, size)
         with own_mode(META), shapes_only(rows * len(layout.image_at)):
             weights = DecoderWeights(prior.backbone, prior.grammar)
             decoder = Decoder(weights, layout)
-            caches = nbytes(tensors_in(decoder.new_cache(rows)))
+            cache = decoder.new_cache(rows)
+            caches = nbytes(tensors_in(cache))
             prior._decoders[size] = decoder
             with LiveBytes("meta") as memory:
-                prior._decode(_frames(rows, size), 0.0, None)
+                prior._decode(_frames(rows, size), 0.0, None, confidence=False)
         model = list(tensors_in(prior.backbone.model))
         served = list(tensors_in(weights.transformer))
         return _Answering(
@@ -173,15 +182,15 @@ class _Model:
             beside=any(isinstance(x, BesideLora) for x in vars(weights.transformer._layers[0]).values()),
             prompt=nbytes(tensors_in([weights, decoder]), without=[*model, *served]) - caches,
             caches=caches,
-            capacity=decoder._capacity,
+            capacity=cache.layers[0].keys.shape[2],
             working=memory.peak - caches,
         )
 
     def _micro_batch(
-        self, size: tuple[int, int], rows: int, checkpointing: bool, device_type: str
+        self, image_size: int, size: tuple[int, int], rows: int, checkpointing: bool, device_type: str
     ) -> "_MicroBatch":
         """The training loss of `rows` samples, forward and backward."""
-        prior, backbone, layout = self.prior, self.tuner._backbone, self.prior.layout(size)
+        prior, backbone, layout = self.prior, self.tuner._backbone, self.layout(image_size, size)
         if checkpointing:
             attention = backbone.attention
             backbone = make_replica(backbone, self.tuner.config.mode)
@@ -224,9 +233,9 @@ class _Model:
             logits=logits,
         )
 
-    def _held_out(self, size: tuple[int, int], rows: int) -> int:
+    def _held_out(self, image_size: int, size: tuple[int, int], rows: int) -> int:
         """Bytes of the loss of `rows` samples that are held out, by the decoder that answers."""
-        prior, backbone, layout = self.prior, self.tuner._backbone, self.prior.layout(size)
+        prior, backbone, layout = self.prior, self.tuner._backbone, self.layout(image_size, size)
         actions = torch.full((rows, prior.action_dim), -0.4)
         samples = Samples.build(prior.grammar, _frames(rows, size), actions, torch.ones(rows))
         model, every = AnswerModel(backbone, layout, checkpointing=False), torch.arange(rows)
@@ -241,7 +250,7 @@ class _Model:
     def optimizer(self) -> "_Optimizer":
         """The optimizer of `round.run_round`."""
         weights = trainable(self.tuner._backbone.model)
-        with own_mode(META, grad=True):
+        with own_mode(META, grad=True), shapes_only(0):
             masters = Masters(weights)
             optimizer = torch.optim.AdamW(masters.values, foreach=True)
             for weight in masters.values:
@@ -326,13 +335,13 @@ def _loss(backbone: Backbone, hidden: Tensor, labels: Tensor) -> Tensor:
 
 
 def _base(model: _Model, bits: int | None) -> Part:
-    backbone, folder = model.prior.backbone, model.prior.settings.base
+    backbone, folder = model.prior.backbone, model.source.folder
     count = sum(p.numel() for p in model.weights)
     if bits is not None:
         nbytes_ = quantized_bytes([*model.weights, *backbone.base.buffers()], backbone.base, bits)
         return Part("base weights", nbytes_, f"{count:,} weights, linear layers in {bits} bits")
     how = f"{count:,} weights of {backbone.dtype.itemsize} bytes"
-    stored = None if (Path(folder) / ADAPTER_FILE).is_file() else weights_in_files(folder)
+    stored = None if folder is None or model.source.adapted else weights_in_files(folder)
     if stored is not None:
         how += ", as many as its files hold" if stored == count else f"; but its files hold {stored:,}"
     return Part("base weights", nbytes([*model.weights, *backbone.base.buffers()]), how)
@@ -342,7 +351,7 @@ def _answering(model: _Model, request: Request, bits: int | None) -> list[Part]:
     """What the prior has besides its base, after calls of `request.rows` frames."""
     graphed = request.graph and request.device_type == "cuda" and bits is None
     rows = 1 << (request.rows - 1).bit_length() if graphed else request.rows
-    took = model.answering(request.size, rows)
+    took = model.answering(request.image_size, request.size, rows)
     # Graphs have caches for all powers of two up to `rows`; else two caches are kept.
     cached = 2 * rows - 1 if graphed else 2 * rows
     when = "kept by the CUDA graphs" if graphed else "during a call"
@@ -379,9 +388,8 @@ def _round(model: _Model, request: Request) -> list[Part]:
     """What a round of fine-tuning takes."""
     config, backbone = request.tuner, model.tuner._backbone
     weights = trainable(backbone.model)
-    took = model.micro_batch(
-        request.size, config.micro_batch, config.gradient_checkpointing, request.device_type
-    )
+    seen = request.image_size, request.size
+    took = model.micro_batch(*seen, config.micro_batch, config.gradient_checkpointing, request.device_type)
     masters, state, scratch = model.optimizer
     own = nbytes(tensors_in(backbone.model), without=tensors_in(model.prior.backbone.model))
     trained = nbytes(weights)
@@ -391,7 +399,7 @@ def _round(model: _Model, request: Request) -> list[Part]:
     features = took.feature * request.samples if frozen else 0
     # While the features are joined there are two of them, but no gradients, moments or best weights yet.
     joined = features - exact - trained - state
-    held_out = model.held_out(request.size, config.micro_batch)
+    held_out = model.held_out(*seen, config.micro_batch)
     activations = max(took.peak, held_out, scratch, joined)
     largest = {
         took.peak: f"{config.micro_batch} samples of {took.tokens} tokens",

@@ -5,19 +5,20 @@ The code of prior and tuner runs on it as it is, so what they would allocate can
 
 import math
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .backbones import Backbone, backbone_class
-from .folder import ADAPTER_FILE
-from .loading import _base_of, _read_config
+from .loading import Source, base_of, read_config
 from .nano import write_nano
 from .processor import load_processor, quiet
 
@@ -26,51 +27,46 @@ _NF4_TABLES = 4 * (16 + 256 + 1)
 """Bytes per 4-bit layer: the 16 values of NF4, the 256 of its scales, and their offset."""
 
 
-@contextmanager
-def _checkpoint(source: str) -> Iterator[str]:
-    """A directory or hub id with the configuration of `source`, which may be "nano"."""
-    if source != "nano":
-        yield source
-        return
-    with tempfile.TemporaryDirectory() as folder, quiet():
-        write_nano(folder, seed=0)
-        yield folder
-
-
-def open_on_meta(model: str | Path, dtype: torch.dtype, attention: str) -> Backbone:
-    """The backbone of "nano", a checkpoint directory, the directory of an adapter, or a hub id. Of the files
-    only configuration and processor are read.
+def open_on_meta(source: Source, dtype: torch.dtype, attention: str) -> Backbone:
+    """The backbone of a model. Of its files only configuration and processor are read.
 
     Raises:
-        FileNotFoundError: there is no such directory.
+        OSError: there is no such model, or the base of this adapter cannot be found.
         ValueError: it has no configuration, or the architecture or the adapter is not supported.
     """
-    from transformers import AutoModelForImageTextToText
-
-    source, directory = str(model), Path(model)
-    adapted = source != "nano" and (directory / ADAPTER_FILE).is_file()
-    with _checkpoint(_base_of(directory) if adapted else source) as folder:
-        config = _read_config(folder)
-        cls = backbone_class(config.model_type)
-        with META, quiet():
-            base: Any = AutoModelForImageTextToText.from_config(
-                config, dtype=dtype, attn_implementation=attention
-            )
-        backbone = cls(base, load_processor(folder, config))
-    if adapted:
+    base = base_of(source, weights=False) if source.adapted else source
+    if base.folder is not None:
+        backbone = _open_checkpoint(base.name, base.folder, dtype, attention)
+    else:
+        with tempfile.TemporaryDirectory() as folder, quiet():
+            write_nano(folder, seed=0)
+            backbone = _open_checkpoint(base.name, Path(folder), dtype, attention)
+    if source.adapted:
         from peft import PeftConfig, get_peft_model
 
-        adapter = PeftConfig.from_pretrained(str(directory))
+        adapter = PeftConfig.from_pretrained(str(source.folder))
         adapter.inference_mode = False
         backbone.model = get_peft_model(backbone.model, adapter)
     return backbone
 
 
-def weights_in_files(source: str | Path) -> int | None:
+def _open_checkpoint(name: str, folder: Path, dtype: torch.dtype, attention: str) -> Backbone:
+    from transformers import AutoModelForImageTextToText
+
+    config = read_config(name, folder)
+    cls = backbone_class(config.model_type)
+    with META, quiet():
+        model: Any = AutoModelForImageTextToText.from_config(
+            config, dtype=dtype, attn_implementation=attention
+        )
+    return cls(model, load_processor(folder, config))
+
+
+def weights_in_files(folder: Path) -> int | None:
     """How many numbers the safetensors files of a checkpoint hold, by their headers; None without such."""
     from safetensors import safe_open
 
-    files = sorted(Path(source).glob("model*.safetensors"))
+    files = sorted(folder.glob("model*.safetensors"))
     count = 0
     for file in files:
         with safe_open(file, framework="pt") as opened:
@@ -107,8 +103,8 @@ def shapes_only(image_tokens: int) -> Iterator[None]:
     """Lets the code of a VLM run on meta tensors, in the places where it needs more than shapes.
 
     SDPA takes and keeps what a fused kernel does: torch would run its plain formula there, which keeps all
-    scores. It is replaced in torch's module, and not by a mode, because modes end where backward begins. See
-    `_Masks` for the others.
+    scores. It is replaced in torch's module, and not by a mode of functions, because these end where backward
+    begins. See `_Masks` for the others, and `_Remembered` for speed.
 
     Args:
         image_tokens: of all images of a call.
@@ -124,7 +120,7 @@ def shapes_only(image_tokens: int) -> Iterator[None]:
 
     F.scaled_dot_product_attention = attention
     try:
-        with _Masks(image_tokens):
+        with _Masks(image_tokens), _Remembered():
             yield
     finally:
         F.scaled_dot_product_attention = plain
@@ -182,3 +178,69 @@ class _FusedAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         query, key, value, *_ = ctx.saved_tensors
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
+
+
+class _Remembered(TorchDispatchMode):
+    """Gives the shapes that an operation gave the last time for arguments of the same shapes.
+
+    torch finds most shapes of meta tensors in Python, which takes 50 to 2000 us each, and the layers of a
+    model ask for the same ones. Views are always made anew.
+    """
+
+    _known: ClassVar[dict[Any, "Callable[..., Any] | None"]] = {}
+    """What makes an operation's result; None if only the operation can."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        try:
+            key = (func, _shapes(args), _shapes(tuple(kwargs.items())))
+            make = self._known.get(key, func)
+        except TypeError:  # an argument without a hash, such as a tensor with values
+            return func(*args, **kwargs)
+        if make is not func:
+            return func(*args, **kwargs) if make is None else make(*args, **kwargs)
+        result = func(*args, **kwargs)
+        self._known[key] = _maker(result, args, kwargs)
+        return result
+
+
+def _shapes(value: Any) -> Any:
+    """A key that is equal for arguments of which an operation makes the same shapes."""
+    if isinstance(value, Tensor):
+        if not value.is_meta:
+            raise TypeError("its values may matter")
+        return value.dtype, value.shape, value.stride()
+    if isinstance(value, (tuple, list)):
+        return tuple([_shapes(each) for each in value])
+    return type(value), value
+
+
+def _maker(result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Callable[..., Any] | None":
+    """What makes such a result again: new tensors, or the argument that was changed in place."""
+    if result is None:  # lists that were changed in place
+        return lambda *args, **kwargs: None
+    if args and result is args[0]:
+        return lambda *args, **kwargs: args[0]
+    if "out" in kwargs and result is kwargs["out"]:
+        return lambda *args, **kwargs: kwargs["out"]
+    results = [result] if isinstance(result, Tensor) else result
+    if not isinstance(results, (tuple, list)) or not all(
+        isinstance(x, Tensor) and x.is_meta for x in results
+    ):
+        return None
+    given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+    if len(given | {x.untyped_storage()._cdata for x in results}) < len(given) + len(results):
+        return None  # views of arguments, or of one another
+    shapes = [(x.shape, x.stride(), x.dtype) for x in results]
+
+    def make() -> list[Tensor]:
+        return [torch.empty_strided(*x, dtype=dtype, device=META) for *x, dtype in shapes]
+
+    if [x.untyped_storage().nbytes() for x in results] != [x.untyped_storage().nbytes() for x in make()]:
+        return None  # parts of a larger one
+    if results is not result:
+        return lambda *args, **kwargs: make()[0]
+    kind = type(result)
+    return lambda *args, **kwargs: kind(make())
