@@ -1,6 +1,5 @@
 """Checkpoints that are either whole or absent: written to a temporary folder, then renamed."""
 
-import errno
 import io
 import os
 import shutil
@@ -20,9 +19,9 @@ from .evaluate import Policy, actor_policy
 from .files import flush_tree, read_json, replacing, writing
 from .model_card import write_run_card
 from .tasks import find_task
+from .versions import RoundWeights, add_rounds, drop_staged, last_published, rounds_in, save_vlm
 from .view import agent_obs_shape
 from .vlm import ActionPrior
-from .vlm.model.folder import name_nano_base
 
 RESCUED = "agent.pt"
 """File in the run folder with the agent alone. It exists if there was no room for the last checkpoint, so it
@@ -60,26 +59,27 @@ def newest_folder(target: Path) -> Path:
     Raises:
         UserError: neither exists.
     """
-    for folder in (target, target.with_name(target.name + ".old")):
-        if folder.is_dir():
-            return folder
-    raise UserError(
-        f"no checkpoint in {target.parent}: is it the folder of a run? If so, it ended before any was saved"
-    )
+    if (folder := _newest(target)) is None:
+        said = "is it the folder of a run? If so, it ended before any was saved"
+        raise UserError(f"no checkpoint in {target.parent}: {said}")
+    return folder
+
+
+def _newest(target: Path) -> Path | None:
+    old = target.with_name(target.name + ".old")
+    return next((folder for folder in (target, old) if folder.is_dir()), None)
 
 
 def save_checkpoint(
     run: Path, agent: SAC, prior: ActionPrior, counters: dict[str, Any], buffer: ReplayBuffer | None
 ) -> None:
-    """Writes RUN/checkpoint: agent.pt, counters.pt, vlm/ (for ActionPrior.from_pretrained) and, with
-    `buffer`, replay.
+    """Writes RUN/checkpoint: agent.pt, counters.pt, vlm/ (for ActionPrior.from_pretrained), adapters/ (the
+    same after each round; see `versions`) and, with `buffer`, replay.
 
     Raises:
         UserError: the prior is an adapter of a model in the checkpoint that would be replaced.
         OSError: it could not be written; the former checkpoint is still there.
     """
-    from safetensors import SafetensorError
-
     if prior.needs(run / "checkpoint") or prior.needs(run / "checkpoint.old"):
         raise UserError(
             f"the VLM is an adapter of {prior.backbone.source}, which saving would remove: copy that model "
@@ -88,14 +88,12 @@ def save_checkpoint(
     with replaced_folder(run / "checkpoint") as new:
         _write(agent.state_dict(), new / "agent.pt")
         _write(counters, new / "counters.pt")
-        try:
-            prior.save_pretrained(new / "vlm")
-            name_nano_base(new / "vlm", run / "checkpoint" / "vlm")
-            write_run_card(new / "vlm", counters, counters.get("before", {}))
-        except SafetensorError as error:  # what safetensors raises for a failed write
-            raise OSError(errno.EIO, str(error), str(new / "vlm")) from error
+        save_vlm(prior, new / "vlm", run / "checkpoint" / "vlm")
+        write_run_card(new / "vlm", counters, counters.get("before", {}))
+        add_rounds(new, run, _newest(run / "checkpoint"), counters.get("rounds", []), prior)
         if buffer is not None:
             buffer.save(new / "replay")
+    drop_staged(run)
     (run / RESCUED).unlink(missing_ok=True)
 
 
@@ -146,6 +144,20 @@ class Checkpoint:
         self.vlm = self.folder / "vlm"
         self.counters = _read(self.folder / "counters.pt")
         self.written = (self.folder / "counters.pt").stat().st_mtime_ns
+
+    def rounds(self, config: TrainConfig) -> list[RoundWeights]:
+        """The rounds whose weights can be opened, in their order, from round 0 on: the VLM as it was before
+        any. `config` is that of the run.
+
+        Raises:
+            UserError: a record of them is damaged.
+        """
+        found = {kept.number: kept for kept in rounds_in(self.folder / "adapters")}
+        if version := self.counters["prior_version"]:  # vlm/ is there even if rounds are not kept
+            last = last_published(self.counters["rounds"])
+            number = last["round"] if last else self.counters["rounds_done"]
+            found.setdefault(number, RoundWeights(number, version, self.vlm))
+        return [RoundWeights(0, 0, config.vlm.model), *(found[number] for number in sorted(found))]
 
     def has_replay(self) -> bool:
         return (self.folder / "replay").is_file()

@@ -1,4 +1,4 @@
-"""The command line: covr-fast train | evaluate | report | push | bench | doctor."""
+"""The command line: covr-fast train | evaluate | report | audit | push | bench | doctor."""
 
 import argparse
 import contextlib
@@ -15,12 +15,15 @@ from .errors import UserError, as_user_error, unknown
 
 if TYPE_CHECKING:
     from .config import TrainConfig
+    from .evaluate import Policy
 
 USAGE = """usage: covr-fast COMMAND ...
 
   train PRESET [--out DIR] [--FIELD VALUE ...]   train COVR and write a run folder
   evaluate RUN [--episodes N] [--seed N]         let a run's trained actor play
+  evaluate RUN --vlm-alone [--round N]           let its VLM play, as it was after a round
   report RUN...                                  print runs' summaries and redraw their curves
+  audit RUN [--rows N] [--seed N]                recompute stored priors, and tell which differ
   push RUN REPO [--private] [--dry-run]          make a run's VLM a model on the Hugging Face Hub
   bench [PRESET] [--seconds S] [--FIELD VALUE]   time the parts of a preset's loop on this machine
   doctor [--json]                                say what this machine can do and what is missing
@@ -61,9 +64,14 @@ def _forget_output() -> None:
 def run(arguments: list[str]) -> int:
     """Runs one command and returns its exit code."""
     commands = {
-        "train": _train, "evaluate": _evaluate, "report": _report, "push": _push, "bench": _bench,
+        "train": _train,
+        "evaluate": _evaluate,
+        "report": _report,
+        "audit": _audit,
+        "push": _push,
+        "bench": _bench,
         "doctor": _doctor,
-    }  # fmt: skip
+    }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2
@@ -210,21 +218,59 @@ def _evaluate(arguments: list[str]) -> int:
         """Episodes to play."""
         seed: int = 2_000_000
         """Seed of the first episode's environment."""
+        vlm_alone: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+        """Let the VLM make every decision, instead of the actor."""
+        round: int | None = None
+        """With --vlm-alone, the round after which the VLM plays; 0: before any. None: the last."""
 
     parsed = tyro.cli(
-        Arguments, prog="covr-fast evaluate", description="Let a run's actor play, alone.", args=arguments
+        Arguments,
+        prog="covr-fast evaluate",
+        description="Let a run's actor play, alone, or its VLM.",
+        args=arguments,
     )
     from .checkpoint import load_actor
     from .evaluate import evaluate
 
-    for name, least in (("episodes", 1), ("seed", 0)):
-        if (value := getattr(parsed, name)) < least:
-            raise UserError(f"--{name} {value} must be at least {least}")
-    policy, config = load_actor(parsed.run)
+    _check_least(parsed, episodes=1, seed=0)
+    if parsed.vlm_alone:
+        _disable_progress_bars()
+        policy, config, player = _vlm_player(parsed.run, parsed.round)
+    elif parsed.round is not None:
+        raise UserError(f"--round {parsed.round} is of the VLM: add --vlm-alone")
+    else:
+        (policy, config), player = load_actor(parsed.run), ""
     result = evaluate(policy, config.env, parsed.episodes, seed=parsed.seed)
     print("returns: " + " ".join(f"{value:.0f}" for value in result.returns))
-    print(f"{config.env.id}: {result.mean:.1f} ± {result.std:.1f} over {parsed.episodes} episodes")
+    print(f"{config.env.id}{player}: {result.mean:.1f} ± {result.std:.1f} over {parsed.episodes} episodes")
     return 0
+
+
+def _vlm_player(run: Path, number: int | None) -> "tuple[Policy, TrainConfig, str]":
+    """The policy of a run's VLM after a round (None: the last), the run's settings, and who plays."""
+    from .checkpoint import Checkpoint, load_config
+    from .evaluate import vlm_policy
+    from .parts import load_round
+
+    config = load_config(run)
+    config.check()
+    saved = Checkpoint(run)
+    rounds = {weights.number: weights for weights in saved.rounds(config)}
+    if number is None:
+        number = max(rounds)
+    if number not in rounds:
+        known = ", ".join(map(str, rounds))
+        raise UserError(f"--round {number}: {run} has the weights after the rounds {known} (0: before any)")
+    prior = load_round(config, saved, rounds[number])
+    after = f"after round {number}" if number else "before any round"
+    return vlm_policy(prior, config), config, f", VLM alone {after} (version {prior.version} of its weights)"
+
+
+def _check_least(parsed: object, **least: int) -> None:
+    """Raises a UserError for an argument that is below its least value."""
+    for name, low in least.items():
+        if (value := getattr(parsed, name)) < low:
+            raise UserError(f"--{name} {value} must be at least {low}")
 
 
 def _report(arguments: list[str]) -> int:
@@ -261,6 +307,37 @@ def _report(arguments: list[str]) -> int:
     if several:
         print_comparison(labels, summaries, console)
     return 0
+
+
+def _audit(arguments: list[str]) -> int:
+    import tyro
+
+    @dataclass
+    class Arguments:
+        run: Annotated[Path, tyro.conf.Positional]
+        """Folder of a run whose checkpoint holds its replay buffer: one that was interrupted, or trained with
+        --save-replay."""
+        rows: int = 64
+        """Most priors to recompute."""
+        seed: int = 0
+        """Seed of their choice."""
+
+    parsed = tyro.cli(
+        Arguments,
+        prog="covr-fast audit",
+        description="Recompute priors in a run's replay buffer with the weights that gave them, and tell "
+        "which differ. The exit code is 1 if any does.",
+        args=arguments,
+    )
+    from rich.console import Console
+
+    from .audit import audit, print_audit
+
+    _check_least(parsed, rows=1, seed=0)
+    _disable_progress_bars()
+    result = audit(parsed.run, rows=parsed.rows, seed=parsed.seed)
+    print_audit(result, Console(highlight=False, soft_wrap=True))
+    return 1 if result.differences else 0
 
 
 def _push(arguments: list[str]) -> int:

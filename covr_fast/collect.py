@@ -12,7 +12,10 @@ class Collector:
 
     Between `send` and `store` an environment simulates: its decision waits here, and the VLM has time to give
     its prior. The replay buffer has the extras "prior" (A,), "prior_mask" () and "prior_version" (). The mask
-    is the prior's weight in Eq. 4: 0 without a prior, else 1, or the VLM's confidence (`covr.confidence`).
+    is the prior's weight in Eq. 4: 0 where there is none, or where it is too old to guide, else 1, or the
+    VLM's confidence (`covr.confidence`). The version is that of the weights that gave the prior, -1 where
+    there is none. A prior that is held for later decisions (vlm.between="hold") is stored with each of them,
+    with its version.
     """
 
     def __init__(self, envs: PixelEnvs, buffer: ReplayBuffer) -> None:
@@ -50,6 +53,12 @@ class Collector:
     def mask_prior(self, env_ids: np.ndarray) -> None:
         """The latest decisions have no prior."""
         self._prior_mask[env_ids] = 0.0
+        self._prior_version[env_ids] = -1
+
+    def mask_older(self, oldest: int) -> None:
+        """Priors of versions before `oldest` guide no more: those of decisions that are simulating, and those
+        that are held."""
+        self._prior_mask[self._prior_version < oldest] = 0.0
 
     def store(self, rows: Rows) -> tuple[Tensor, list[float]]:
         """Stores decisions with their outcome.

@@ -79,6 +79,9 @@ class VLMConfig:
     timing. False: the step waits for the prior, as in the paper."""
     refresh_priors: bool = False
     """With `background`, give stored transitions new priors after each round. The paper does not."""
+    max_staleness: int | None = None
+    """Most versions of the weights (published rounds) by which a stored prior may be older than the newest;
+    older priors are masked out of Eq. 4, for good. None: all guide, as in the paper."""
     graph: bool = True
     """On a GPU, decode answers with CUDA graphs (2.7 times as fast as kernel by kernel: benchmarks/GPU.md);
     not with quantized layers. A CPU ignores it."""
@@ -213,8 +216,9 @@ class TrainConfig:
             raise UserError(f"vlm.temperature={self.vlm.temperature} must not be negative")
         if not 0 < self.agent.tau <= 1:
             raise UserError(f"agent.tau={self.agent.tau} must lie in (0, 1]")
-        if (self.covr.publish_after or 0) < 0:
-            raise UserError(f"covr.publish_after={self.covr.publish_after} must not be negative")
+        for name in ("covr.publish_after", "vlm.max_staleness"):
+            if (values[name] or 0) < 0:
+                raise UserError(f"{name}={values[name]} must not be negative")
         if self.warmup < self.replay.n_step * self.env.num_envs:
             raise UserError(
                 f"warmup={self.warmup} steps over env.num_envs={self.env.num_envs} environments hold no "

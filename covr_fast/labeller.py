@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .buffer import ReplayBuffer
 from .logger import MeanMetrics
+from .staleness import oldest_guiding
 from .streams import follow, mark
 from .vlm import ActionPrior, PriorBatch
 
@@ -31,6 +32,8 @@ class PriorLabeller:
         max_batch: most images of one call.
         temperature: of sampling; 0 takes the most probable answer.
         generator: randomness of sampling; nothing else may use it at the same time.
+        max_staleness: an answer that is more versions older than the prior's weights when it arrives is
+            written, but does not guide. None: any guides.
         confidence: the mask is the VLM's confidence (`PriorBatch.confidence`) instead of 1.
     """
 
@@ -43,6 +46,7 @@ class PriorLabeller:
         max_batch: int = MAX_BATCH,
         temperature: float = 0.0,
         generator: torch.Generator | None = None,
+        max_staleness: int | None = None,
         confidence: bool = False,
     ) -> None:
         if max_batch < 1:
@@ -53,6 +57,7 @@ class PriorLabeller:
         self._max_batch = max_batch
         self._temperature = temperature
         self._generator = generator
+        self._max_staleness = max_staleness
         self._confidence = confidence
         self._wanted = 0  # labels of older versions of the weights are made again
         self._due: list[int] = []
@@ -136,13 +141,14 @@ class PriorLabeller:
     def _write(self, ids: Tensor, answer: PriorBatch) -> int:
         answered = self._buffer.contains(ids)
         ids = self._stored(ids)
+        guides = answer.version >= oldest_guiding(self._prior.version, self._max_staleness)
         weight = torch.ones_like(ids) if answer.confidence is None else answer.confidence[answered]
         if self._confidence and len(ids):
             self.metrics.add({"prior_confidence": weight})
         self._buffer.set_extras(
             ids,
             prior=answer.action[answered],
-            prior_mask=weight,
+            prior_mask=weight * guides,
             prior_version=torch.full_like(ids, answer.version),
         )
         (self._labelled if answer.version >= self._wanted else self._stale).extend(ids.tolist())

@@ -1,5 +1,7 @@
 """The parts of a run as its settings ask for them: the device, the replay buffer and the VLM."""
 
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -7,11 +9,14 @@ import torch
 from .architectures import kernel_obstacle, warn_once
 from .buffer import ReplayBuffer
 from .buffer.sampling import Sampling
+from .checkpoint import Checkpoint
 from .config import TrainConfig
 from .envs import PixelEnvs
-from .errors import UserError
+from .errors import UserError, as_user_error
+from .files import read_json
 from .tasks import find_task
-from .vlm import ActionPrior, task_prompt
+from .versions import RoundWeights
+from .vlm import ActionPrior, VLMTuner, task_prompt
 from .words import MOTION_WORDS
 
 
@@ -64,6 +69,12 @@ def use_tensor_cores(device: torch.device) -> None:
     whole process."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
+
+
+def loop_threads(config: TrainConfig) -> int:
+    """Threads of everything but the simulator, which keeps a core for itself: two thread pools on the same
+    cores slow each other down."""
+    return config.threads or max(1, (os.cpu_count() or 2) - config.env.num_threads)
 
 
 def new_buffer(config: TrainConfig, envs: PixelEnvs, device: torch.device) -> ReplayBuffer:
@@ -133,3 +144,27 @@ def load_prior(config: TrainConfig, action_dim: int, device: torch.device, model
         raise
     except Exception as error:  # safetensors and tokenizers report damaged files by their own exceptions
         raise UserError(f"{model} cannot be opened: {' '.join(str(error).split())}") from error
+
+
+def load_round(config: TrainConfig, saved: Checkpoint, weights: RoundWeights) -> ActionPrior:
+    """The VLM of a run with the weights of a round, to answer as it did in the run: with its threads and
+    precision, and on the device of the run if this machine has it.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
+    try:
+        device = compute_device(config.device)
+    except UserError:
+        device = compute_device("auto")
+    use_tensor_cores(device)
+    torch.set_num_threads(loop_threads(config))
+    # What the run left open, it has settled: the words of its prompt, and the dtype on its device.
+    settings = read_json(saved.vlm / "action_prior.json", "put back a copy of the checkpoint")
+    dtype = settings["dtype"] if config.vlm.dtype == "auto" else config.vlm.dtype
+    config = replace(config, vlm=replace(config.vlm, prompt=settings["prompt"], dtype=dtype))
+    with as_user_error():
+        prior = load_prior(config, settings["action_dim"], device, weights.model)
+        VLMTuner(prior, config.tuner)  # it adds LoRA to the model, or merges it, and so changes rounding
+    prior.version = weights.version
+    return prior

@@ -13,7 +13,8 @@ _TAKING_EFFECT = """
     env.batch_size env.num_threads
     agent.lr agent.alpha_lr agent.target_entropy agent.tau agent.prior_weight agent.graph agent.compile
     agent.encoder_dtype replay.batch_size replay.device
-    vlm.attention vlm.dtype vlm.every vlm.between vlm.temperature vlm.background vlm.refresh_priors vlm.graph
+    vlm.attention vlm.dtype vlm.every vlm.between vlm.temperature vlm.background vlm.refresh_priors
+    vlm.max_staleness vlm.graph
     tuner.learning_rate tuner.warmup tuner.weight_decay tuner.max_grad_norm tuner.epochs tuner.average
     tuner.max_steps tuner.batch_size tuner.micro_batch tuner.packing tuner.held_out tuner.label_smoothing
     tuner.shift tuner.gradient_checkpointing tuner.cache_image_features tuner.overlap

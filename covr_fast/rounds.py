@@ -2,6 +2,7 @@
 over (Xia et al. 2026, "RL-tuned VLM")."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +58,9 @@ class Rounds:
     On a GPU the filter's work is queued when the round is due, and the tuner begins in the next call: the
     host waits for no work that was queued in between. Samples that the ring overwrote in between are left
     out.
+
+    Args:
+        before_publish: called just before the weights of a round replace those that the prior has.
     """
 
     def __init__(
@@ -66,12 +70,14 @@ class Rounds:
         buffer: ReplayBuffer,
         tuner: VLMTuner,
         labeller: PriorLabeller | None = None,
+        before_publish: Callable[[], object] = lambda: None,
     ) -> None:
         self._config = config
         self._agent = agent
         self._buffer = buffer
         self._tuner = tuner
         self._labeller = labeller if config.vlm.refresh_priors else None
+        self._before_publish = before_publish
         self._running: _Round | None = None
         self._said_waiting = False
         self.schedule = FineTuneSchedule(config.covr.psi_0, config.covr.schedule)
@@ -178,7 +184,8 @@ class Rounds:
                         f"{lost:.0%} of its change"
                     )
                 round.figures["best_log_prob_before"] = self._best_log_prob(round)
-                self._tuner.publish()
+                self._before_publish()
+                round.figures["version"] = self._tuner.publish()
                 round.figures["best_log_prob_after"] = self._best_log_prob(round)
                 if self._labeller is not None:
                     self._labeller.refresh()

@@ -3,7 +3,7 @@
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from .config import TrainConfig
 from .errors import DivergedError, UserError, os_error_text
 from .logger import RunLogger
 from .schedule import is_due
+from .versions import LARGEST_FULL, are_kept, last_published, stage
 from .vlm import ActionPrior
 
 CHECKPOINT_SHARE = 0.02
@@ -57,6 +58,7 @@ class RunSaver:
     def __post_init__(self) -> None:
         self._saved_at = time.perf_counter()
         self._saving_took = 0.0
+        self._said_unkept = False
 
     def save_if_due(self, before: int) -> None:
         """A regular checkpoint, if it is due after the steps since `before`. If it cannot be written, the run
@@ -69,6 +71,23 @@ class RunSaver:
             stays = "the one before it stays" if self._has_checkpoint() else "there is none yet"
             why = os_error_text(error)
             self.log.say(f"no checkpoint at step {self.counters.step} ({why}): {stays}, and training goes on")
+
+    def keep_round(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Keeps the VLM's weights, those of the last of these rounds, because the next round is about to
+        replace them. If they cannot be written, the run says so and goes on."""
+        if not are_kept(self.prior) and not self._said_unkept:
+            self._said_unkept = True
+            self.log.say(
+                f"only the newest weights of the VLM are kept: tuner.mode={self.config.tuner.mode!r} makes "
+                f"more than {LARGEST_FULL // 10**6} MB in each round"
+            )
+        if (last := last_published(records)) is None:
+            return
+        try:
+            stage(self.folder, last, self.prior)
+        except OSError as error:
+            why = os_error_text(error)
+            self.log.say(f"the weights of round {last['round']} are not kept ({why}), and training goes on")
 
     def save_last(self, *, with_replay: bool) -> None:
         """The checkpoint at the end of a run. If the disk has no room for it, the agent alone is saved.

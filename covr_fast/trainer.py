@@ -1,7 +1,6 @@
 """The COVR loop (Xia et al. 2026, Alg. 1)."""
 
 import json
-import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -27,6 +26,7 @@ from .model_card import write_run_card
 from .parts import (
     compute_device,
     load_prior,
+    loop_threads,
     new_batches,
     new_buffer,
     replay_device,
@@ -39,8 +39,10 @@ from .run_folder import RunFolder
 from .saving import Counters, RunSaver, deferred_interrupts
 from .schedule import is_due
 from .seeds import training_seed
+from .staleness import age_figures, mask_older, oldest_guiding
 from .streams import Lane
 from .transcript import Transcript, write_prompt
+from .versions import drop_staged
 from .view import agent_obs_shape, agent_view, vlm_view
 from .vlm import VLMTuner
 
@@ -84,8 +86,7 @@ class Trainer:
         config = self.config
         self.device = compute_device(config.device)
         use_tensor_cores(self.device)
-        # The simulator keeps a core for itself: two thread pools on the same cores slow each other down.
-        self.threads = config.threads or max(1, (os.cpu_count() or 2) - config.env.num_threads)
+        self.threads = loop_threads(config)
         # Before anything is computed: the order of sums, and so even the initial weights, depends on it.
         torch.set_num_threads(self.threads)
         self._continues = saved.written if saved else None  # the time of the checkpoint
@@ -116,9 +117,12 @@ class Trainer:
                     lambda ids: vlm_images(config, self.buffer, ids),
                     temperature=config.vlm.temperature,
                     generator=self._prior_noise,
+                    max_staleness=config.vlm.max_staleness,
                     confidence=config.covr.confidence,
                 )
-            self.rounds = Rounds(config, self.agent, self.buffer, self.tuner, self.labeller)
+            self.rounds = Rounds(
+                config, self.agent, self.buffer, self.tuner, self.labeller, self._keep_weights
+            )
         self.collector = Collector(self.envs, self.buffer)
         self.evaluations = Evaluations(config, self.agent, self.prior)
         self.transcript = Transcript(self.out, config, self.prior, self.buffer)
@@ -166,6 +170,7 @@ class Trainer:
                 raise UserError(
                     f"the run in {self.out} has gone on since this trainer was built: build it again"
                 )
+            drop_staged(self.out)  # of a process that was killed
             write_whole(self.out / "config.json", json.dumps(self.config.to_dict(), indent=2) + "\n")
             write_prompt(self.out, self.prior, (self.config.env.height, self.config.env.width))
             self.transcript.resume(self.step)
@@ -233,7 +238,10 @@ class Trainer:
             stored = self._store(rows)
             self._act(rows.obs, rows.env_ids)
             self._update_policy()
+            version = self.prior.version
             self.rounds.advance(self.step, self._log)
+            if self.prior.version > version:
+                self._mask_old_priors()
             self._write_answers(stored)
             if is_due(self.config.log_every, before, self.step):
                 self._log_figures()
@@ -324,6 +332,19 @@ class Trainer:
                 self.buffer.update_priorities(batch.index, metrics["td_error"])
         return metrics
 
+    @property
+    def _oldest_guiding(self) -> int:
+        return oldest_guiding(self.prior.version, self.config.vlm.max_staleness)
+
+    def _mask_old_priors(self) -> None:
+        """Masks the priors that the newest weights have made too old (vlm.max_staleness)."""
+        mask_older(self.buffer, self._oldest_guiding)
+        self.collector.mask_older(self._oldest_guiding)
+
+    def _keep_weights(self) -> None:
+        """Before a round's weights replace those of the round before."""
+        self._saver.keep_round(self.rounds.records)
+
     # ---- figures -----------------------------------------------------------------------------------
 
     def _log_figures(self) -> None:
@@ -337,6 +358,7 @@ class Trainer:
             "updates": counters.updates,
             "steps_per_second": counters.step / self.clock.total,
             "guided": float(rounds.guiding),
+            **age_figures(self.buffer, self.prior.version, self._oldest_guiding),
         }
         if new := counters.returns[self._logged_returns :]:
             figures["episode_return"] = float(np.mean(new))
@@ -405,4 +427,5 @@ class Trainer:
                 f"{saved.folder / 'counters.pt'} does not fit this version of covr_fast "
                 f"({type(error).__name__}: {error})"
             ) from error
+        self._mask_old_priors()  # vlm.max_staleness may have changed
         self.buffer.cut()

@@ -96,12 +96,12 @@ def _signals():
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder as README's reader has it: an interrupted run, a finished one, and a model (no command
-    loads it: its configuration tells what suits it)."""
+    """A folder as README's reader has it: an interrupted run, a finished one with its replay buffer, and a
+    model (no command loads it: its configuration tells what suits it)."""
     folder = tmp_path_factory.mktemp("home")
     preset = TrainConfig.preset("carracing")
     run_until(Trainer(tiny(preset), folder / "runs/carracing-seed0"), 48)
-    Trainer(tiny(preset, seed=1), folder / "runs/carracing-seed1").run()
+    Trainer(tiny(preset, seed=1, save_replay=True), folder / "runs/carracing-seed1").run()
     Qwen2_5_VLConfig().save_pretrained(folder / "models/Qwen2.5-VL-3B-Instruct")
     return folder
 

@@ -193,6 +193,31 @@ def test_refresh_also_reaches_what_the_old_weights_were_being_asked_about():
     assert buffer.extras(ids)["prior_version"].tolist() == [1] * len(ids)
 
 
+@pytest.mark.parametrize("limit, guides", [(0, 0.0), (1, 1.0), (None, 1.0)])
+def test_a_label_that_arrives_too_late_does_not_guide(limit, guides):
+    prior = Late(ActionPrior.from_pretrained("nano", action_dim=2, device="cpu", seed=0))
+    prior.gate.clear()
+    buffer = make_buffer()
+    ids = fill(buffer, 2)
+    labeller = PriorLabeller(prior, buffer, buffer.observations, max_staleness=limit)
+    labeller.due(ids[:4].tolist())
+    labeller.step()
+    assert prior.answered.wait(30)
+    prior.prior.weights_changed()  # while these are on their way
+    prior.gate.set()
+    drain(labeller)
+    labeller.due(ids[4:].tolist())
+    drain(labeller)
+    extras = buffer.extras(ids)
+    assert extras["prior_mask"].tolist() == [guides] * 4 + [1.0] * 4
+    assert extras["prior_version"].tolist() == [0] * 4 + [1] * 4
+    labeller.refresh()
+    drain(labeller)
+    labeller.close()
+    assert buffer.extras(ids)["prior_mask"].tolist() == [1.0] * 8
+    assert buffer.extras(ids)["prior_version"].tolist() == [1] * 8
+
+
 def test_what_waits_and_what_is_labelled_survives_a_restart(nano):
     buffer = make_buffer()
     ids = fill(buffer, 4)

@@ -214,6 +214,7 @@ def test_held_priors_cover_the_steps_between_and_end_with_the_episode(tmp_path):
         ({"vlm__background": True, "vlm__between": "hold"}, "vlm.between='hold' needs the answer"),
         ({"vlm__refresh_priors": True}, "set vlm.background too"),
         ({"covr__publish_after": 5}, "set tuner.overlap too"),
+        ({"vlm__max_staleness": -1}, "vlm.max_staleness=-1 must not be negative"),
     ],
 )
 def test_bad_settings_are_one_line_errors(changes, message, tmp_path):

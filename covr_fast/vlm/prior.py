@@ -21,7 +21,7 @@ from .decode.decoder import Decoder, DecoderWeights, Layout, make_layout
 from .decode.graph import GraphedDecoder
 from .decode.likelihood import ActionDistribution, answer_log_prob, number_log_prob
 from .decode.numbers import batches
-from .decode.reference import generate_answers
+from .decode.reference import generate_answers, next_token_log_probs
 from .memory import out_of_memory
 from .mode import own_mode
 from .model.backbones import Backbone
@@ -232,6 +232,18 @@ class ActionPrior:
         With the same arguments `__call__` must give the same answers, token for token.
         """
         return self._answer(self._generate, images, temperature, generator)
+
+    def next_token(self, image: Tensor, answer: list[int]) -> dict[int, float]:
+        """What the model says of the next token of an answer: log p (nats) of each token that the grammar
+        allows there, normalized over them. By transformers' own forward pass, like `reference`.
+
+        Args:
+            image: uint8[1, 3, H, W].
+            answer: the tokens of the answer so far.
+        """
+        self.check_images(image, "image")
+        with self.lock, own_mode(self.device), self.lane.work(image):
+            return next_token_log_probs(self.backbone, self.text, self.grammar, image, answer)
 
     def log_prob(self, images: Tensor, actions: Tensor) -> Tensor:
         """How likely the VLM is to answer these frames with these actions: float32[B] in nats, on its device.

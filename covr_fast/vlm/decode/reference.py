@@ -52,10 +52,7 @@ def generate_answers(
     noise: Tensor | None,
 ) -> Tensor:
     """Answer tokens int64[B, grammar.max_length] for uint8 images [B, 3, H, W]."""
-    inputs = {
-        name: value.to(backbone.device, backbone.dtype if value.is_floating_point() else None)
-        for name, value in backbone.process(text, images).items()
-    }
+    inputs = _inputs(backbone, text, images)
     prompt_length = inputs["input_ids"].shape[1]
     config = GenerationConfig(
         max_new_tokens=grammar.max_length,
@@ -77,3 +74,27 @@ def generate_answers(
     answers = out[:, prompt_length:]
     missing = grammar.max_length - answers.shape[1]
     return torch.nn.functional.pad(answers, (0, missing), value=grammar.pad_token_id)
+
+
+def next_token_log_probs(
+    backbone: Backbone, text: str, grammar: ActionGrammar, image: Tensor, answer: list[int]
+) -> dict[int, float]:
+    """log p of each token that the grammar allows after `answer`, the beginning of one, normalized over them;
+    for an image uint8[1, 3, H, W]."""
+    inputs = _inputs(backbone, text, image)
+    added = torch.tensor([answer], dtype=torch.int64, device=backbone.device)
+    fills = {"input_ids": added, "attention_mask": torch.ones_like(added)}
+    fills["mm_token_type_ids"] = torch.zeros_like(added)  # of text
+    for name in fills.keys() & inputs.keys():
+        inputs[name] = torch.cat((inputs[name], fills[name]), 1)
+    allowed = grammar.allowed(answer)
+    logits = backbone.base(**inputs).logits[0, -1, allowed].float()
+    return dict(zip(allowed, logits.log_softmax(0).tolist(), strict=True))
+
+
+def _inputs(backbone: Backbone, text: str, images: Tensor) -> dict[str, Tensor]:
+    """The arguments of transformers' model."""
+    return {
+        name: value.to(backbone.device, backbone.dtype if value.is_floating_point() else None)
+        for name, value in backbone.process(text, images).items()
+    }
