@@ -121,6 +121,7 @@ def _request(config: TrainConfig, action_dim: int, device_type: Literal["cpu", "
         dtype=None if vlm.dtype == "auto" else getattr(torch, vlm.dtype),
         quantization=vlm.quantization,
         graph=vlm.graph,
+        confidence=config.covr.confidence,
     )
 
 

@@ -66,6 +66,8 @@ class Request:
     """The longer side of the frames as the VLM sees them, in pixels; 0 for frames as they are."""
     graph: bool = True
     """Decode as CUDA graphs, whose memory is kept between calls."""
+    confidence: bool = False
+    """Answers come with their confidences."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ class _Model:
             self.prior.image_size = self.tuner._backbone.image_size = image_size
         return self.prior.layout(size)
 
-    def _answering(self, image_size: int, size: tuple[int, int], rows: int) -> "_Answering":
+    def _answering(self, image_size: int, size: tuple[int, int], rows: int, confidence: bool) -> "_Answering":
         prior, layout = self.prior, self.layout(image_size, size)
         with own_mode(META), shapes_only(rows * len(layout.image_at)):
             weights = DecoderWeights(prior.backbone, prior.grammar)
@@ -174,7 +176,7 @@ class _Model:
             caches = nbytes(tensors_in(cache))
             prior._decoders[size] = decoder
             with LiveBytes("meta") as memory:
-                prior._decode(_frames(rows, size), 0.0, None, confidence=False)
+                prior._decode(_frames(rows, size), 0.0, None, confidence=confidence)
         model = list(tensors_in(prior.backbone.model))
         served = list(tensors_in(weights.transformer))
         return _Answering(
@@ -351,7 +353,7 @@ def _answering(model: _Model, request: Request, bits: int | None) -> list[Part]:
     """What the prior has besides its base, after calls of `request.rows` frames."""
     graphed = request.graph and request.device_type == "cuda" and bits is None
     rows = 1 << (request.rows - 1).bit_length() if graphed else request.rows
-    took = model.answering(request.image_size, request.size, rows)
+    took = model.answering(request.image_size, request.size, rows, request.confidence)
     # Graphs have caches for all powers of two up to `rows`; else two caches are kept.
     cached = 2 * rows - 1 if graphed else 2 * rows
     when = "kept by the CUDA graphs" if graphed else "during a call"

@@ -177,6 +177,10 @@ def test_a_larger_image_takes_more_tokens():
     assert found.image_tokens == 16
 
 
+def test_confidences_take_a_forward_over_the_trees_of_all_numbers():
+    assert parts("nano", confidence=True)["answering"] > 1.2 * parts("nano")["answering"]
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantized_weights_are_as_large_as_those_of_bitsandbytes(bits, tmp_path):
     checkpoint = write_checkpoint("qwen2_vl", tmp_path)

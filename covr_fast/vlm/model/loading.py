@@ -187,17 +187,17 @@ def read_config(name: str, folder: Path) -> Any:
 
 
 def base_of(source: Source, *, weights: bool = True) -> Source:
-    """The base that an adapter names, which is found with or without its weights. The adapter is supported."""
+    """The base that an adapter names, found with or without its weights. The adapter is supported."""
     assert source.folder is not None
     directory, file = source.folder, source.folder / ADAPTER_FILE
     config = read_json(file, _PUT_BACK)
     check_adapter(config)
     full = [*directory.glob("model*.safetensors*"), *directory.glob("pytorch_model*.bin*")]
     if full:
-        weights = ", ".join(sorted(path.name for path in full))
+        names = ", ".join(sorted(path.name for path in full))
         raise ValueError(
             f"{source.name!r} holds full weights and an adapter, of which one is stale: remove "
-            f"{ADAPTER_FILE} and adapter_model.safetensors, or config.json and {weights}"
+            f"{ADAPTER_FILE} and adapter_model.safetensors, or config.json and {names}"
         )
     saved = Settings.load(directory)
     base: str | None = config.get("base_model_name_or_path") or (saved.base if saved else None)

@@ -59,6 +59,7 @@ def _open_checkpoint(name: str, folder: Path, dtype: torch.dtype, attention: str
         model: Any = AutoModelForImageTextToText.from_config(
             config, dtype=dtype, attn_implementation=attention
         )
+    model.name_or_path = model.config.name_or_path = name
     return cls(model, load_processor(folder, config))
 
 
@@ -120,7 +121,7 @@ def shapes_only(image_tokens: int) -> Iterator[None]:
 
     F.scaled_dot_product_attention = attention
     try:
-        with _Masks(image_tokens), _Remembered():
+        with _Masks(image_tokens), _Remembered():  # type: ignore[no-untyped-call]
             yield
     finally:
         F.scaled_dot_product_attention = plain
