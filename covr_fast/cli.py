@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,6 +27,7 @@ USAGE = """usage: covr-fast COMMAND ...
   push RUN REPO [--private] [--dry-run]          make a run's VLM a model on the Hugging Face Hub
   bench [PRESET] [--seconds S] [--FIELD VALUE]   time the parts of a preset's loop on this machine
   doctor [--json]                                say what this machine can do and what is missing
+  doctor [PRESET] --vlm.model MODEL [--FIELD VALUE]  say whether a run with this VLM fits its memory
 
 covr-fast train --help lists the presets; covr-fast train PRESET --help every field."""
 
@@ -412,9 +414,13 @@ def _bench(arguments: list[str]) -> int:
 
 
 def _doctor(arguments: list[str]) -> int:
+    if _value_of("--vlm.model", arguments) is not None:
+        return _doctor_of_memory(arguments)
     # Not tyro: it may be missing.
     parser = argparse.ArgumentParser(
-        "covr-fast doctor", description="Say what this machine can do.", allow_abbrev=False
+        "covr-fast doctor",
+        description="Say what this machine can do. With --vlm.model MODEL: whether a run with it fits.",
+        allow_abbrev=False,
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines for people")
     parsed = parser.parse_args(arguments)
@@ -426,6 +432,41 @@ def _doctor(arguments: list[str]) -> int:
     else:
         print_diagnosis(diagnosis)
     return 0 if diagnosis["ready_to_train"] else 1
+
+
+def _doctor_of_memory(arguments: list[str]) -> int:
+    import tyro
+
+    from .config import TrainConfig
+
+    given = not arguments[0].startswith("-")
+    name, rest = (arguments[0], arguments[1:]) if given else ("carracing-gpu", arguments)
+    preset = TrainConfig.preset(name, _value_of("--vlm.model", rest))
+
+    @dataclass
+    class Arguments:
+        config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+        json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+        """Print JSON instead of lines for people."""
+
+    with as_user_error():
+        parsed = tyro.cli(
+            Arguments,
+            prog=f"covr-fast doctor {name}",
+            description="Say whether a run with these settings fits the memory of this machine.",
+            default=Arguments(preset),
+            args=rest,
+        )
+        from .fits import answer, as_json, print_answer
+
+        _disable_progress_bars()
+        with warnings.catch_warnings(action="ignore"):  # those of transformers, about itself
+            found = answer(parsed.config)
+    if parsed.json:
+        print(json.dumps(as_json(found), indent=2))
+    else:
+        print_answer(found)
+    return 0 if found.fits_here else 1
 
 
 if __name__ == "__main__":

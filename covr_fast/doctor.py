@@ -16,8 +16,9 @@ import torch
 from .opengl import INSTALL
 
 REQUIRED = (
-    "envpool", "gymnasium", "transformers", "tokenizers", "peft", "safetensors", "tyro", "filelock", "rich",
-    "tensorboard", "matplotlib", "imageio", "imageio-ffmpeg", "pillow",
+    "envpool", "gymnasium", "transformers", "tokenizers", "peft", "accelerate", "huggingface_hub",
+    "safetensors", "tyro", "filelock", "rich", "tensorboard", "matplotlib", "imageio", "imageio-ffmpeg",
+    "pillow",
 )  # fmt: skip
 OPTIONAL = {
     "triton": "triton", "bitsandbytes": "quantize", "flash-attn-4": "flash", "stable-baselines3": "sb3",

@@ -13,6 +13,9 @@ from .staleness import oldest_guiding
 from .streams import follow, mark
 from .vlm import ActionPrior, PriorBatch
 
+MAX_BATCH = 64
+"""Images of one call, unless the labeller is told otherwise."""
+
 
 class PriorLabeller:
     """Asks the VLM about stored transitions in a thread, and writes its answers into their extras.
@@ -40,7 +43,7 @@ class PriorLabeller:
         buffer: ReplayBuffer,
         images: Callable[[Tensor], Tensor],
         *,
-        max_batch: int = 64,
+        max_batch: int = MAX_BATCH,
         temperature: float = 0.0,
         generator: torch.Generator | None = None,
         max_staleness: int | None = None,

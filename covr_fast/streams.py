@@ -81,7 +81,7 @@ def send(values: Tensor, device: torch.device) -> Tensor:
     """A tensor of host memory on `device`. Its way there is queued on the caller's stream, by way of a copy
     in pinned memory, so that the host does not wait, and `values` may change as soon as the call returns."""
     if device.type != "cuda":
-        return values
+        return values.to(device)
     # Not `values.pin_memory()`, which is the same memory if it is pinned already.
     staged = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True).copy_(values)
     return staged.to(device, non_blocking=True)

@@ -2,14 +2,16 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 import covr_fast._C
-from covr_fast.doctor import print_diagnosis, problem_of
+from covr_fast.doctor import REQUIRED, print_diagnosis, problem_of
 
 
 @pytest.mark.parametrize(
@@ -26,6 +28,12 @@ from covr_fast.doctor import print_diagnosis, problem_of
 def test_how_a_process_ended(code, problem):
     found = problem_of(code, "handed over")
     assert found is None if problem is None else found.endswith(problem)
+
+
+def test_the_packages_of_the_extra_for_training_are_looked_for():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    needed = {re.split("[<>=;~ ]", package)[0] for package in project["optional-dependencies"]["train"]}
+    assert set(REQUIRED) == needed
 
 
 def test_a_process_that_hangs_is_ended():

@@ -4,6 +4,7 @@ What C++ reads or writes is made with a dtype and a device here and in the other
 defaults are the process's, and other libraries change them while they work.
 """
 
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .options import Options
+from .options import KeySpec, Options
 from .pinned import pinned_empty
 
 # The memory of the C++ object: one entry per stream, or one per row of transitions.
@@ -151,6 +152,18 @@ def size_text(nbytes: float) -> str:
     return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"
 
 
+def ring_shapes(keys: Sequence[KeySpec], num_envs: int, rows_per_stream: int) -> list[tuple[int, ...]]:
+    """Shape of each key's frames: [num_envs, slots, *frame_shape]."""
+    # An episode of n transitions has n + 1 frames. There is room for the extra frames of episodes of at least
+    # 32 steps (of all, if 64 KiB per stream are enough), and for the stack of the oldest transition.
+    shapes = []
+    for key in keys:
+        spare = max(-(-rows_per_stream // 32), (64 << 10) // key.frame_bytes)
+        slots = rows_per_stream + min(rows_per_stream, spare) + key.stack + 1
+        shapes.append((num_envs, slots, *key.frame_shape))
+    return shapes
+
+
 def _frame_rings(options: Options, rows_per_stream: int, device: torch.device, pinned: bool) -> list[Tensor]:
     """One per key: [num_envs, slots, *frame_shape].
 
@@ -158,14 +171,10 @@ def _frame_rings(options: Options, rows_per_stream: int, device: torch.device, p
         MemoryError: the frames cannot fit. The system gives host memory only as it is written, so a buffer
             that may never be full causes a warning instead.
     """
-    # An episode of n transitions has n + 1 frames. There is room for the extra frames of episodes of at least
-    # 32 steps (of all, if 64 KiB per stream are enough), and for the stack of the oldest transition.
-    shapes, nbytes = [], 0
-    for key in options.keys:
-        spare = max(-(-rows_per_stream // 32), (64 << 10) // key.frame_bytes)
-        slots = rows_per_stream + min(rows_per_stream, spare) + key.stack + 1
-        shapes.append((options.num_envs, slots, *key.frame_shape))
-        nbytes += options.num_envs * slots * key.frame_bytes
+    shapes = ring_shapes(options.keys, options.num_envs, rows_per_stream)
+    nbytes = sum(
+        math.prod(shape) * key.dtype.itemsize for key, shape in zip(options.keys, shapes, strict=True)
+    )
     short = _shortage(nbytes, options.capacity, device, pinned)
     if short and device.type == "cuda":
         raise MemoryError(short)

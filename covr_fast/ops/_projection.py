@@ -12,7 +12,7 @@ from ._memory import empty
 
 # Memory for one chunk of logits in the fused loss. On the CPU its first touch costs more than larger products
 # gain; on a GPU every further chunk reads and writes the sum of the head's gradient once more.
-_CHUNK_BYTES = {"cpu": 160 * 2**20, "cuda": 300 * 2**20}
+CHUNK_BYTES = {"cpu": 160 * 2**20, "cuda": 300 * 2**20}
 
 # Probabilities of a large vocabulary are subnormal in float16 (1 / 151,936 = 6.6e-6, and N_v divides them
 # further), so there the gradient of the logits is kept at this multiple until after the matrix product.
@@ -43,7 +43,7 @@ def _linear_cross_entropy(
     losses = torch.zeros(max(1, rows.shape[0]), dtype=torch.float32, device=hidden.device)
     row_gradient = torch.empty_like(rows) if hidden_needs_gradient else None
     upstream = torch.ones((), dtype=torch.float32, device="cpu" if backend == "cpp" else hidden.device)
-    chunks = _chunks(rows.shape[0], head.shape[0] * head.element_size(), _CHUNK_BYTES[hidden.device.type])
+    chunks = _chunks(rows.shape[0], head.shape[0] * head.element_size(), CHUNK_BYTES[hidden.device.type])
     largest = max((end - begin for begin, end in chunks), default=0)
     buffer = empty((largest, head.shape[0]), head.dtype, head.device)
     head_sum: Tensor | None = None

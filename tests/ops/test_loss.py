@@ -114,7 +114,7 @@ def test_logits_against_float64(vocabulary, smoothing, weights, backend):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("vocabulary, chunk_rows", [(2, 100), (1000, 100), (4099, 3)])
 def test_linear_against_float64(vocabulary, chunk_rows, smoothing, weights, backend, monkeypatch):
-    monkeypatch.setitem(_projection._CHUNK_BYTES, "cpu", chunk_rows * vocabulary * 4)
+    monkeypatch.setitem(_projection.CHUNK_BYTES, "cpu", chunk_rows * vocabulary * 4)
     hidden, head, labels, weights = batch(vocabulary, weights)
     expected = exact(hidden, head, labels, weights, smoothing)
     result = fused(hidden, head, labels, weights, label_smoothing=smoothing, backend=backend)
@@ -136,7 +136,7 @@ def test_the_interpreter_truncates_bfloat16():
 def test_error_is_not_larger_than_that_of_torch_in_the_same_dtype(dtype, smoothing, backend, monkeypatch):
     if backend == "triton" and dtype == torch.bfloat16:
         pytest.skip("the interpreter's bfloat16 stores truncate (test_the_interpreter_truncates_bfloat16)")
-    monkeypatch.setitem(_projection._CHUNK_BYTES, "cpu", 8 * 3001 * 4)
+    monkeypatch.setitem(_projection.CHUNK_BYTES, "cpu", 8 * 3001 * 4)
     hidden, head, labels, weights = batch(3001, steps=9, dtype=dtype)
     expected = exact(hidden, head, labels, weights, smoothing)
 
@@ -165,7 +165,7 @@ def test_head_gradient_with_and_without_products_added_in_float32(available, mon
 
     monkeypatch.setattr(torch, "addmm", addmm)
     monkeypatch.setattr(_projection, "_adds_in_float32", _projection._adds_in_float32.__wrapped__)
-    monkeypatch.setitem(_projection._CHUNK_BYTES, "cpu", 4 * 50 * 2)
+    monkeypatch.setitem(_projection.CHUNK_BYTES, "cpu", 4 * 50 * 2)
     hidden, head, labels, weights = batch(50, dtype=torch.bfloat16)
     expected = exact(hidden, head, labels, weights)
     result = fused(hidden, head, labels, weights)
@@ -433,7 +433,7 @@ def test_compiles_into_one_graph(weights):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("vocabulary", [2, 4099, 151_936])
 def test_cuda_error_is_not_larger_than_that_of_torch(vocabulary, smoothing, weights, dtype, monkeypatch):
-    monkeypatch.setitem(_projection._CHUNK_BYTES, "cuda", 7 * vocabulary * 4)
+    monkeypatch.setitem(_projection.CHUNK_BYTES, "cuda", 7 * vocabulary * 4)
     hidden, head, labels, weights = batch(vocabulary, weights, steps=9, dim=64, dtype=dtype, device="cuda")
     options = {"label_smoothing": smoothing, "backend": "reference"}
     expected = fused(hidden.double(), head.double(), labels, weights, **options)

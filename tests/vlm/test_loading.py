@@ -13,6 +13,7 @@ from tiny import WRITERS, equal, open_prior, random_frames, weights_of, write_ch
 from transformers import AutoModelForImageTextToText
 
 from covr_fast.vlm import ActionPrior, TunerConfig, VLMTuner
+from covr_fast.vlm.footprint import Request, footprint
 from covr_fast.vlm.model.loading import find_model, load_backbone
 
 LORA = TunerConfig(mode="lora", lora_rank=2, lora_alpha=4)
@@ -156,6 +157,23 @@ def test_pickled_weights_are_taken_where_there_are_no_others(hub, qwen):
     files = hub.models["maker/old"]
     files["pytorch_model.bin"] = files.pop("model.safetensors")
     assert (find_model("maker/old").folder / "pytorch_model.bin").is_file()
+
+
+def test_memory_is_counted_without_downloading_weights(hub, qwen, tmp_path):
+    put(hub, "maker/qwen", qwen)
+    tuned = open_prior(qwen)
+    VLMTuner(tuned, LORA)
+    tuned.save_pretrained(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "maker/qwen"
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    put(hub, "maker/adapter", tmp_path / "adapter")
+    base, *others = (
+        footprint(Request(model, 2, (60, 84), 4, 10, LORA, device_type="cpu")).serving[0].nbytes
+        for model in (str(qwen), "maker/qwen", "maker/adapter")
+    )
+    assert others == [base, base]
+    assert not [asked for asked in hub.requests if "safetensors" in asked]
 
 
 def one_line(error: pytest.ExceptionInfo) -> str:

@@ -442,6 +442,12 @@ def test_cached_image_features_change_nothing(monkeypatch):
     assert calls[2] > 30, "features of shifted frames were cached"
 
 
+def test_checkpointing_does_not_differentiate_a_frozen_vision_tower(nano):
+    tuner = quick(nano, mode="lora", gradient_checkpointing=True)
+    with torch.enable_grad():
+        assert not tuner._backbone.image_features(colours(2)[0]).requires_grad
+
+
 def test_training_sees_shifted_frames_and_the_held_out_loss_does_not(nano, monkeypatch):
     frames, actions = colours(12)
     pad = 2

@@ -213,8 +213,8 @@ def write_checkpoint(name: str, parent: Path) -> Path:
     return directory
 
 
-def open_prior(model: Any) -> ActionPrior:
-    return ActionPrior.from_pretrained(model, action_dim=2, prompt="Drive.", device="cpu")
+def open_prior(model: Any, **options: Any) -> ActionPrior:
+    return ActionPrior.from_pretrained(model, action_dim=2, prompt="Drive.", device="cpu", **options)
 
 
 def make_nano(**options: Any) -> ActionPrior:

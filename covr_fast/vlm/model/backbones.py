@@ -157,6 +157,9 @@ class Backbone:
         from transformers.modeling_layers import GradientCheckpointingLayer
 
         self.base.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers made the inputs of both towers require gradients, which only reentrant
+        # checkpoints need. A frozen vision tower would be differentiated, and its features not be kept.
+        self.base.disable_input_require_grads()
         for module in self.model.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 module.training = True

@@ -12,6 +12,7 @@ from .folder import MODEL_FILES, NANO_BASE
 _WANTED = [*MODEL_FILES, "additional_chat_templates/*", f"{NANO_BASE}/*", "README.md"]
 _PICKLES = ["pytorch_model*", "adapter_model.bin"]
 """The older format of weights. It is downloaded only from models that have no other."""
+_WEIGHTS = [*_PICKLES, "*.safetensors"]
 
 
 def is_hub_id(model: str) -> bool:
@@ -19,15 +20,17 @@ def is_hub_id(model: str) -> bool:
     return model.count("/") == 1 and not model.startswith((".", "/", "~")) and not model.endswith("/")
 
 
-def hub_folder(repo: str) -> Path:
-    """The folder with the files of a model on the hub. What is missing or out of date is downloaded; without
-    a connection the version that was downloaded last is taken.
+def hub_folder(repo: str, *, weights: bool = True) -> Path:
+    """The folder with the files of a model on the hub, with or without its weights. What is missing or out of
+    date is downloaded; without a connection the version that was downloaded last is taken.
 
     Raises:
         PermissionError: the model is gated, and its terms have not been accepted.
         FileNotFoundError: the hub has no such model, or it was not downloaded and the hub cannot be reached.
         OSError: a download failed.
     """
+    if not weights:
+        return _download(repo, ignore=_WEIGHTS)
     folder = _download(repo, ignore=_PICKLES)
     if _lacks_weights(folder):
         folder = _download(repo, ignore=[])

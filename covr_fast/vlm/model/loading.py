@@ -78,8 +78,9 @@ class Source:
         return self.folder is not None and (self.folder / ADAPTER_FILE).is_file()
 
 
-def find_model(model: str | Path) -> Source:
-    """Finds "nano", a directory, or a hub id, whose files are downloaded if necessary.
+def find_model(model: str | Path, *, weights: bool = True) -> Source:
+    """Finds "nano", a directory, or a hub id, whose files are downloaded if necessary, with or without the
+    weights.
 
     Raises:
         OSError: there is no such model (FileNotFoundError), or it cannot be downloaded.
@@ -94,7 +95,7 @@ def find_model(model: str | Path) -> Source:
         raise FileNotFoundError(
             f"no model directory at {name!r}; give 'nano', a checkpoint directory or a hub id"
         )
-    return Source(name, hub_folder(name))
+    return Source(name, hub_folder(name, weights=weights))
 
 
 def load_backbone(
@@ -115,7 +116,7 @@ def load_backbone(
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     chosen = choose_attention(attention, device, dtype)
-    base = _base_of(source) if source.adapted else source
+    base = base_of(source) if source.adapted else source
     load = partial(
         _load_checkpoint,
         base.name,
@@ -151,7 +152,7 @@ def _load_checkpoint(
     """The model in `folder`, which says that it comes from `name`."""
     from transformers import AutoModelForImageTextToText
 
-    config = _read_config(name, folder)
+    config = read_config(name, folder)
     cls = backbone_class(config.model_type)
     check_own_quantization(name, config, asked=quantization is not None)
     quantized = bool(quantization) or getattr(config, "quantization_config", None) is not None
@@ -172,7 +173,8 @@ def _load_checkpoint(
     return cls(model, processor)
 
 
-def _read_config(name: str, folder: Path) -> Any:
+def read_config(name: str, folder: Path) -> Any:
+    """The configuration of the model in `folder`, which says that it comes from `name`. Raises ValueError."""
     from transformers import AutoConfig
 
     try:
@@ -184,18 +186,18 @@ def _read_config(name: str, folder: Path) -> Any:
 # ---- adapters ----
 
 
-def _base_of(source: Source) -> Source:
-    """The base that an adapter names. It exists, and the adapter is supported."""
+def base_of(source: Source, *, weights: bool = True) -> Source:
+    """The base that an adapter names, found with or without its weights. The adapter is supported."""
     assert source.folder is not None
     directory, file = source.folder, source.folder / ADAPTER_FILE
     config = read_json(file, _PUT_BACK)
     check_adapter(config)
     full = [*directory.glob("model*.safetensors*"), *directory.glob("pytorch_model*.bin*")]
     if full:
-        weights = ", ".join(sorted(path.name for path in full))
+        names = ", ".join(sorted(path.name for path in full))
         raise ValueError(
             f"{source.name!r} holds full weights and an adapter, of which one is stale: remove "
-            f"{ADAPTER_FILE} and adapter_model.safetensors, or config.json and {weights}"
+            f"{ADAPTER_FILE} and adapter_model.safetensors, or config.json and {names}"
         )
     saved = Settings.load(directory)
     base: str | None = config.get("base_model_name_or_path") or (saved.base if saved else None)
@@ -211,11 +213,11 @@ def _base_of(source: Source) -> Source:
             f"into its base, and {remedy}"
         )
     try:
-        found = find_model(base)
+        found = find_model(base, weights=weights)
         if found.adapted:  # on the hub
             raise ValueError("it is an adapter itself")
         if found.folder is not None:
-            _read_config(found.name, found.folder)
+            read_config(found.name, found.folder)
     except (OSError, ValueError) as error:
         raise type(error)(
             f"the base {base!r} of the adapter in {source.name!r} cannot be opened: put it back, or "

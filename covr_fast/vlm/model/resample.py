@@ -69,7 +69,7 @@ def resize(images: Tensor, sizes: Sequence[tuple[int, int]], filter_: int) -> Te
         old = new
     if not passes:
         return images
-    return torch.cat([_through(passes, part) for part in images.split(_AT_A_TIME[images.device.type])])
+    return torch.cat([_through(passes, part) for part in images.split(_AT_A_TIME[_kind(images.device)])])
 
 
 def _through(passes: list[tuple[int, Band]], images: Tensor) -> Tensor:
@@ -136,9 +136,14 @@ def band(inputs: int, outputs: int, filter_: int, device: torch.device) -> Band:
     dense *= (begin[:, None] <= place) & (place < end[:, None])
     dense /= dense.sum(1, keepdims=True)
     weights = torch.from_numpy(np.trunc(dense * _ONE + np.copysign(0.5, dense)) / _ONE)
-    size = max(1, round(_BLOCK[device.type] / stretch))
+    size = max(1, round(_BLOCK[_kind(device)] / stretch))
     blocks = []
     for i in range(0, outputs, size):
         low, high = int(begin[i]), int(end[i : i + size].max())
         blocks.append(Block(low, high, weights[i : i + size, low:high].to(device)))
     return blocks
+
+
+def _kind(device: torch.device) -> str:
+    """On the meta device memory is counted as on a GPU."""
+    return "cuda" if device.type == "meta" else device.type
