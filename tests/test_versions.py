@@ -237,9 +237,10 @@ def test_a_damaged_record_is_named(tmp_path):
     trainer = Trainer(rounds_config(steps=40), tmp_path)
     trainer.run()
     path = tmp_path / "checkpoint" / "adapters" / "round-1" / "round.json"
-    path.write_text('{"round": 1')
-    with pytest.raises(UserError, match=r"round-1/round.json is damaged .*: put back a copy"):
-        Checkpoint(tmp_path).rounds(trainer.config)
+    for content in ('{"round": 1', '{"round": 1}', '{"round": "first", "version": 1}'):
+        path.write_text(content)
+        with pytest.raises(UserError, match=r"round-1/round.json is damaged .*: put back a copy"):
+            Checkpoint(tmp_path).rounds(trainer.config)
 
 
 class FakePrior:
