@@ -348,7 +348,7 @@ def doubled(layer: nn.Linear) -> nn.Linear:
 def test_linear_layers_of_another_type_and_hooked_ones_are_called(frames):
     for change in ("type", "hook", "forward"):
         prior = make_nano()
-        plain = prior(frames).token_ids
+        plain = prior.log_prob(frames, torch.zeros(len(frames), 2))
         for layer in (
             *(block.mlp for block in prior.backbone.decoder.layers),
             *(block.mlp for block in prior.backbone.tower.blocks),
@@ -363,9 +363,8 @@ def test_linear_layers_of_another_type_and_hooked_ones_are_called(frames):
         if change == "type":
             prior.backbone.base.lm_head = doubled(prior.backbone.head)
         prior.weights_changed()
-        answers = prior(frames).token_ids
-        assert not torch.equal(answers, plain)
-        assert torch.equal(answers, prior.reference(frames).token_ids)
+        assert not torch.allclose(prior.log_prob(frames, torch.zeros(len(frames), 2)), plain, atol=1e-2)
+        assert torch.equal(prior(frames).token_ids, prior.reference(frames).token_ids)
         check_loss(prior, frames[:4])
 
 

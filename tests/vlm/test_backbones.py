@@ -35,7 +35,7 @@ def test_hidden_states_equal_the_models_own(opened):
             decoder.new_cache(len(frames)),
             image_at=layout.image_at,
             image=image,
-        )[:, -1]
+        )
         inputs = backbone.process(prior.text, frames)
         theirs = backbone.base.model(**inputs).last_hidden_state[:, -1:]
     torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3)

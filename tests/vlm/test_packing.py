@@ -1,6 +1,7 @@
 """Packed rows: the same losses, gradients and rounds as padded ones, without their padding."""
 
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -211,6 +212,7 @@ def flash(monkeypatch) -> str:
         raise AssertionError("only the function for rows of different lengths takes packed rows")
 
     package = ModuleType("flash_attn_interface")
+    package.__spec__ = ModuleSpec("flash_attn_interface", None)  # transformers looks for it
     package.flash_attn_varlen_func = strict_varlen
     package.flash_attn_func = package.flash_attn_with_kvcache = refused
     monkeypatch.setitem(sys.modules, "flash_attn_interface", package)

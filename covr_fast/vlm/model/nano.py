@@ -63,7 +63,7 @@ INITIALIZER_RANGE = 0.08
 
 
 def write_nano(directory: str | Path, *, seed: int) -> None:
-    """Writes the nano checkpoint, 2.1 M float32 weights drawn from `seed`, into an existing directory."""
+    """Writes the nano checkpoint, 2.3 M float32 weights drawn from `seed`, into an existing directory."""
     import torch
     from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
