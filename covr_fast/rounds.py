@@ -186,14 +186,20 @@ class Rounds:
                 round.figures["best_log_prob_before"] = self._best_log_prob(round)
                 self._before_publish()
                 round.figures["version"] = self._tuner.publish()
-                round.figures["best_log_prob_after"] = self._best_log_prob(round)
                 if self._labeller is not None:
                     self._labeller.refresh()
+        # Before anything else is computed: if that fails, the run is saved, and its records must say of which
+        # round the weights are.
+        record: dict[str, float] = {"step": round.step, "published": step, **round.figures}
         self._running = None
-        self.records.append({"step": round.step, "published": step, **round.figures})
-        log.scalars(step, {f"round/{name}": value for name, value in round.figures.items()})
-        log.say(_line(self.records[-1]))
+        self.records.append(record)
         self.schedule.advance()
+        if report:
+            with log.clock("fine-tuning"):
+                record["best_log_prob_after"] = self._best_log_prob(round)
+        figures = {name: value for name, value in record.items() if name not in ("step", "published")}
+        log.scalars(step, {f"round/{name}": value for name, value in figures.items()})
+        log.say(_line(record))
 
     def _best_log_prob(self, round: _Round) -> float:
         """How likely the VLM is, with the weights that it serves now, to answer as the agent acted in the

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .errors import UserError
 from .files import read_json, write_whole, writing
 from .vlm import ActionPrior
 from .vlm.model.folder import name_nano_base
@@ -61,8 +62,12 @@ def rounds_in(adapters: Path) -> list[RoundWeights]:
     """
     found = []
     for folder in _folders(adapters):
-        record = read_json(folder / _RECORD, "put back a copy of the checkpoint")
-        found.append(RoundWeights(int(record["round"]), int(record["version"]), folder))
+        record = read_json(folder / _RECORD, remedy := "put back a copy of the checkpoint")
+        try:
+            found.append(RoundWeights(int(record["round"]), int(record["version"]), folder))
+        except (KeyError, TypeError, ValueError) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise UserError(f"{folder / _RECORD} is damaged ({why}): {remedy}") from error
     return sorted(found)
 
 

@@ -19,6 +19,7 @@ from covr_fast import Trainer
 from covr_fast import versions as module
 from covr_fast.checkpoint import Checkpoint, newest_folder, replaced_folder
 from covr_fast.errors import UserError
+from covr_fast.rounds import Rounds
 from covr_fast.versions import add_rounds, drop_staged, rounds_in, stage
 from covr_fast.vlm import ActionPrior, VLMTuner
 
@@ -156,12 +157,35 @@ def test_a_round_that_is_dropped_leaves_none(tmp_path):
     assert not (tmp_path / ".rounds").exists()
 
 
+def test_an_error_right_after_publishing_mixes_no_rounds_up(tmp_path, monkeypatch):
+    """The likelihood after a round is computed with new weights, for which a GPU may have no room."""
+    trainer = Trainer(rounds_config(), tmp_path)
+    known, likelihood = remembered(trainer), Rounds._best_log_prob
+
+    def full(rounds, round_):
+        if trainer.prior.version == 2:
+            raise MemoryError("the GPU's memory is full")
+        return likelihood(rounds, round_)
+
+    monkeypatch.setattr(Rounds, "_best_log_prob", full)
+    with pytest.raises(UserError, match="memory is full"):
+        trainer.run()
+    monkeypatch.undo()
+    assert kept(tmp_path) == {1: 1, 2: 2}
+    adapters = tmp_path / "checkpoint" / "adapters"
+    assert_close(weights_in(adapters / "round-1"), known[1], rtol=0, atol=0)
+    published = trainer.prior.backbone.model.state_dict()
+    assert_close(weights_in(adapters / "round-2"), published, rtol=0, atol=0)
+    summary = Trainer(rounds_config(), tmp_path, resume=True).run()
+    assert [record["version"] for record in summary["rounds"]] == [1, 2, 3]
+
+
 def test_a_round_without_samples_leaves_none(tmp_path, monkeypatch):
     start, number = VLMTuner.start, iter((1, 2, 3))
 
-    def second_is_empty(tuner, frames, actions, returns):
+    def second_is_empty(tuner, *samples):
         if next(number) != 2:
-            start(tuner, frames, actions, returns)
+            start(tuner, *samples)
 
     monkeypatch.setattr(VLMTuner, "start", second_is_empty)
     summary = Trainer(rounds_config(), tmp_path).run()
@@ -213,9 +237,10 @@ def test_a_damaged_record_is_named(tmp_path):
     trainer = Trainer(rounds_config(steps=40), tmp_path)
     trainer.run()
     path = tmp_path / "checkpoint" / "adapters" / "round-1" / "round.json"
-    path.write_text('{"round": 1')
-    with pytest.raises(UserError, match=r"round-1/round.json is damaged .*: put back a copy"):
-        Checkpoint(tmp_path).rounds(trainer.config)
+    for content in ('{"round": 1', '{"round": 1}', '{"round": "first", "version": 1}'):
+        path.write_text(content)
+        with pytest.raises(UserError, match=r"round-1/round.json is damaged .*: put back a copy"):
+            Checkpoint(tmp_path).rounds(trainer.config)
 
 
 class FakePrior:

@@ -132,8 +132,9 @@ class _ReturnWeighted(Trainer):
             if model.training:
                 raise ValueError('train_dataset: a batch has no "weight"; give every example one')
             weights = torch.ones(len(labels), device=labels.device)
-        if num_items_in_batch is None:
-            num_items_in_batch = (labels[:, 1:] != IGNORE).sum()
+        # In evaluation the trainer gives none, and the base class may not get ours: it multiplies a loss that
+        # was divided by the labels of all devices by their number.
+        valid = (labels[:, 1:] != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
         if not self._keep_logits:
             inputs, weights = _without_weightless(inputs, weights)
         self._at_head = LossAtHead(
@@ -141,7 +142,7 @@ class _ReturnWeighted(Trainer):
             inputs["labels"],
             weights,
             label_smoothing=self.args.label_smoothing_factor,
-            valid=num_items_in_batch,
+            valid=valid,
             keep_logits=self._keep_logits,
         )
         with self._at_head:

@@ -186,8 +186,9 @@ class VLMTuner:
             weights = trainable(self._backbone.model)
             self._before = before = snapshot(weights)
             try:
-                self._backbone.image_size = self.prior.image_size
-                layout = self.prior.layout((samples.frames.shape[2], samples.frames.shape[3]))
+                with self.prior.lock:  # so that both are of the same size, if another thread sets it
+                    self._backbone.image_size = self.prior.image_size
+                    layout = self.prior.layout((samples.frames.shape[2], samples.frames.shape[3]))
                 model = AnswerModel(self._backbone, layout, checkpointing=config.gradient_checkpointing)
                 report = run_round(
                     model, samples, weights, before, config, self.seed, self.rounds, self._stop

@@ -1,5 +1,6 @@
 """return_weighted_loss in the Hugging Face Trainer: against the plain weighted loss from logits."""
 
+import json
 import math
 import os
 import subprocess
@@ -179,6 +180,8 @@ trainer = return_weighted_loss(Trainer)(
 )
 trainer.train()
 trainer.save_model()
+rows = Dataset.from_list(random_rows(1) * 4)  # all alike: the mean over batches is the loss of each
+trainer.save_metrics("eval", trainer.evaluate(rows))
 """
 
 
@@ -201,6 +204,8 @@ def test_two_processes_end_where_one_ends(tmp_path):
         optimizer.zero_grad()
     trained = LlamaForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(list(trained.parameters()), list(other.parameters()), rtol=1e-4, atol=1e-5)
+    measured = json.loads((tmp_path / "eval_results.json").read_text())["eval_loss"]
+    assert measured == pytest.approx(plain_loss(trained, random_rows(1)).item(), rel=1e-4)
 
 
 def test_logits_never_exist(tmp_path):

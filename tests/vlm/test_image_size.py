@@ -1,6 +1,7 @@
 """The size of the frames as the VLM sees them: the same for every part that looks at frames."""
 
 import json
+import threading
 
 import pytest
 import torch
@@ -101,6 +102,26 @@ def test_a_round_sees_the_frames_as_the_prior_does(checkpoint, mode, monkeypatch
     tuner.start(frames, ACTIONS, torch.ones(4))
     tuner.poll()
     assert set(seen) == {0}
+
+
+def test_setting_it_while_a_round_begins(nano, frames, monkeypatch):
+    """The round sees one size throughout: the new one comes after its layout."""
+    layout = ActionPrior.layout
+    setters: list[threading.Thread] = []
+
+    def set_meanwhile(prior, size):
+        if not setters:
+            setters.append(threading.Thread(target=setattr, args=(prior, "image_size", LARGE)))
+            setters[0].start()
+            setters[0].join(0.2)
+        return layout(prior, size)
+
+    monkeypatch.setattr(ActionPrior, "layout", set_meanwhile)
+    tuner = VLMTuner(nano, TunerConfig(mode="full", max_steps=1))
+    tuner.start(frames[:4], ACTIONS, torch.arange(4.0))
+    assert tuner.poll().steps == 1
+    setters[0].join()
+    assert nano.image_size == LARGE
 
 
 def test_frames_are_shifted_before_they_are_resized(frames):
