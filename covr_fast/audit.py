@@ -1,5 +1,6 @@
 """Whether stored priors are what the VLM said: they are recomputed with the weights of their version."""
 
+import gc
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,6 +111,8 @@ def audit(run: Path, *, rows: int = 64, seed: int = 0) -> Audit:
         if result.weights is not None and len(asked):
             prior = load_round(config, saved, result.weights)
             result.checked, result.differences = len(asked), list(_compare(config, buffer, prior, asked))
+            del prior
+            gc.collect()  # models refer to themselves: without this, two of them would be in memory
     return Audit(found, held)
 
 

@@ -56,7 +56,9 @@ def prepare(run: Path, repo: str, base: str | None = None) -> Upload:
     """
     folder = newest_folder(run / "checkpoint") / "vlm"
     files: dict[str, Path | bytes] = {
-        path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.suffix != ".tmp"  # what a killed process left
     }
     settings = Settings.load(folder)
     if settings is None:

@@ -183,7 +183,7 @@ class Rounds:
                         "LoRA is served beside the base: merged into its half precision it would lose "
                         f"{lost:.0%} of its change"
                     )
-                round.figures["best_log_prob_before"] = self._best_log_prob(round)
+                round.figures |= self._best_log_prob(round, "before", log)
                 self._before_publish()
                 round.figures["version"] = self._tuner.publish()
                 if self._labeller is not None:
@@ -196,16 +196,21 @@ class Rounds:
         self.schedule.advance()
         if report:
             with log.clock("fine-tuning"):
-                record["best_log_prob_after"] = self._best_log_prob(round)
+                record |= self._best_log_prob(round, "after", log)
         figures = {name: value for name, value in record.items() if name not in ("step", "published")}
         log.scalars(step, {f"round/{name}": value for name, value in figures.items()})
         log.say(_line(record))
 
-    def _best_log_prob(self, round: _Round) -> float:
+    def _best_log_prob(self, round: _Round, when: str, log: RunLogger) -> dict[str, float]:
         """How likely the VLM is, with the weights that it serves now, to answer as the agent acted in the
-        round's best samples: the mean log-probability of these answers, in nats."""
+        round's best samples: the mean log-probability of these answers, in nats. A run does without this
+        figure if there is no memory for it."""
         assert round.best is not None
-        return float(self._tuner.prior.log_prob(*round.best).mean())
+        try:
+            return {f"best_log_prob_{when}": float(self._tuner.prior.log_prob(*round.best).mean())}
+        except MemoryError as error:
+            log.say(f"the likelihood of the best actions {when} the round is not known: {error}")
+            return {}
 
     def values_after(self, ids: Tensor) -> Tensor:
         """float32[n], the critic's values of the observations that followed the transitions int64[n]."""
@@ -253,7 +258,7 @@ def _line(record: dict[str, float]) -> str:
         line += f", held-out loss {record['loss_before']:.4f} -> {record['loss_after']:.4f}"
     elif record.get("episodes") == 1:
         line += ", no held-out loss: all samples are of one episode"
-    if "best_log_prob_after" in record:
+    if {"best_log_prob_before", "best_log_prob_after"} <= record.keys():
         line += (
             f", log p of the best actions {record['best_log_prob_before']:.2f} -> "
             f"{record['best_log_prob_after']:.2f}"

@@ -125,3 +125,15 @@ def test_rounds_log_how_likely_the_best_actions_became(tmp_path, capsys, monkeyp
     assert said in capsys.readouterr().out
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert any(line.get("round/best_log_prob_after") == figures[1] for line in lines)
+
+
+def test_a_round_without_memory_for_the_likelihood(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise MemoryError("out of GPU memory while reading")
+
+    monkeypatch.setattr("covr_fast.vlm.ActionPrior.log_prob", full)
+    (record, *_) = Trainer(small_config(), tmp_path).run()["rounds"]
+    assert "loss_after" in record
+    assert not any("best_log_prob" in name for name in record)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "the likelihood of the best actions after the round is not known: out of GPU memory" in shown

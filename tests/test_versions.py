@@ -162,10 +162,10 @@ def test_an_error_right_after_publishing_mixes_no_rounds_up(tmp_path, monkeypatc
     trainer = Trainer(rounds_config(), tmp_path)
     known, likelihood = remembered(trainer), Rounds._best_log_prob
 
-    def full(rounds, round_):
+    def full(rounds, round_, when, log):
         if trainer.prior.version == 2:
             raise MemoryError("the GPU's memory is full")
-        return likelihood(rounds, round_)
+        return likelihood(rounds, round_, when, log)
 
     monkeypatch.setattr(Rounds, "_best_log_prob", full)
     with pytest.raises(UserError, match="memory is full"):
