@@ -97,7 +97,8 @@ def print_figures(figures: Figures, console: Console) -> None:
         name = str(size.image_size) if size.image_size else "0: as they are"
         table.add_row(name, str(size.tokens), f"{1000 * median:.2f}", f"{count / median:.0f}")
     console.print(table)
-    console.print(f"sizes up to {IMAGE_SIZES[-1]} that are not shown give the tokens of one that is")
+    tried = ", ".join(map(str, IMAGE_SIZES))
+    console.print(f"tried: {tried}; a size without a line has as many tokens as one with a line")
 
 
 class _Stored(NamedTuple):

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -137,7 +138,7 @@ def _train(arguments: list[str]) -> int:
     from .run_folder import RunFolder
     from .trainer import Trainer
 
-    _disable_progress_bars()
+    _quiet_libraries()
     _interrupt_when_ended()
     console = display()
     given = parsed.resume or parsed.out
@@ -172,11 +173,14 @@ def _check_preset(name: str, config: "TrainConfig", run: str) -> None:
         raise UserError(f"the run was begun with env.id={config.env.id}, and preset {name} is of {env}")
 
 
-def _disable_progress_bars() -> None:
-    """Those of transformers would disturb ours."""
+def _quiet_libraries() -> None:
+    """Progress bars of transformers would disturb ours. Two warnings tell a user nothing: peft reads an old
+    name in transformers, and bitsandbytes misses a faster kernel even where nothing is quantized."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # type: ignore[no-untyped-call, unused-ignore]
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def _interrupt_when_ended() -> None:
@@ -212,7 +216,7 @@ def _evaluate(arguments: list[str]) -> int:
 
     @dataclass
     class Arguments:
-        run: Annotated[Path, tyro.conf.Positional]
+        run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
         """Folder of a run."""
         episodes: int = 10
         """Episodes to play."""
@@ -220,7 +224,7 @@ def _evaluate(arguments: list[str]) -> int:
         """Seed of the first episode's environment."""
         vlm_alone: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
         """Let the VLM make every decision, instead of the actor."""
-        round: int | None = None
+        round: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
         """With --vlm-alone, the round after which the VLM plays; 0: before any. None: the last."""
 
     parsed = tyro.cli(
@@ -234,7 +238,7 @@ def _evaluate(arguments: list[str]) -> int:
 
     _check_least(parsed, episodes=1, seed=0)
     if parsed.vlm_alone:
-        _disable_progress_bars()
+        _quiet_libraries()
         policy, config, player = _vlm_player(parsed.run, parsed.round)
     elif parsed.round is not None:
         raise UserError(f"--round {parsed.round} is of the VLM: add --vlm-alone")
@@ -278,7 +282,7 @@ def _report(arguments: list[str]) -> int:
 
     @dataclass
     class Arguments:
-        runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+        runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]
         """Folders of finished runs."""
 
     parsed = tyro.cli(
@@ -294,7 +298,7 @@ def _report(arguments: list[str]) -> int:
 
     if not parsed.runs:
         raise UserError("report needs at least one run folder: covr-fast report runs/carracing-seed0")
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     summaries = [read_summary(run) for run in parsed.runs]
     labels = run_labels(parsed.runs)
     several = len(parsed.runs) > 1
@@ -314,7 +318,7 @@ def _audit(arguments: list[str]) -> int:
 
     @dataclass
     class Arguments:
-        run: Annotated[Path, tyro.conf.Positional]
+        run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
         """Folder of a run whose checkpoint holds its replay buffer: one that was interrupted, or trained with
         --save-replay."""
         rows: int = 64
@@ -334,7 +338,7 @@ def _audit(arguments: list[str]) -> int:
     from .audit import audit, print_audit
 
     _check_least(parsed, rows=1, seed=0)
-    _disable_progress_bars()
+    _quiet_libraries()
     result = audit(parsed.run, rows=parsed.rows, seed=parsed.seed)
     print_audit(result, Console(highlight=False, soft_wrap=True))
     return 1 if result.differences else 0
@@ -345,15 +349,15 @@ def _push(arguments: list[str]) -> int:
 
     @dataclass
     class Arguments:
-        run: Annotated[Path, tyro.conf.Positional]
+        run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
         """Folder of a run that is not training."""
-        repo: Annotated[str, tyro.conf.Positional]
+        repo: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="REPO")]
         """Name of the model on the hub: OWNER/NAME, or NAME for your own."""
-        private: bool = False
+        private: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
         """Make it private. A model that exists stays as it is."""
-        base: str | None = None
+        base: Annotated[str | None, tyro.conf.arg(metavar="OWNER/NAME")] = None
         """OWNER/NAME of the model that was tuned, where the run has it as a folder."""
-        dry_run: bool = False
+        dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
         """Check and list what would be uploaded, without a connection."""
 
     parsed = tyro.cli(
@@ -364,7 +368,7 @@ def _push(arguments: list[str]) -> int:
     )
     from .push import push
 
-    _disable_progress_bars()
+    _quiet_libraries()
     address, upload = push(
         parsed.run, parsed.repo, private=parsed.private, base=parsed.base, dry_run=parsed.dry_run
     )
@@ -403,13 +407,13 @@ def _bench(arguments: list[str]) -> int:
 
     from .bench import CheckFailedError, measure, print_figures
 
-    _disable_progress_bars()
+    _quiet_libraries()
     try:
         figures = measure(parsed.config, parsed.seconds)
     except CheckFailedError as error:
         print(f"no figures, for something is wrong: {error}", file=sys.stderr)
         return 1
-    print_figures(figures, Console(highlight=False))
+    print_figures(figures, Console(highlight=False, soft_wrap=True))
     return 0
 
 

@@ -26,9 +26,9 @@ ROUND_COLUMNS = {
     "tau": ("tau", "{:.2f}"),
     "kept": ("kept", "{:.0f}"),
     "weight > 0": ("nonzero_share", "{:.0%}"),
-    "loss before": ("loss_before", "{:.4f}"),
-    "loss after": ("loss_after", "{:.4f}"),
-    "seconds": ("tuning_seconds", "{:.1f}"),
+    "loss before": ("loss_before", "{:.3f}"),
+    "loss after": ("loss_after", "{:.3f}"),
+    "sec.": ("tuning_seconds", "{:.1f}"),
 }
 """Heading -> (key of a round's record, format); the losses are those of the held-out samples."""
 

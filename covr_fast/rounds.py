@@ -253,15 +253,15 @@ def _line(record: dict[str, float]) -> str:
         f"tau {record['tau']:.2f}, kept {record['kept']:.0f}"
     )
     if "nonzero_share" in record:
-        line += f", non-zero weight {record['nonzero_share']:.0%}"
+        line += f" ({record['nonzero_share']:.0%} with weight)"
     if "loss_after" in record:
-        line += f", held-out loss {record['loss_before']:.4f} -> {record['loss_after']:.4f}"
+        line += f", held-out loss {record['loss_before']:.3f} -> {record['loss_after']:.3f}"
     elif record.get("episodes") == 1:
         line += ", no held-out loss: all samples are of one episode"
     if {"best_log_prob_before", "best_log_prob_after"} <= record.keys():
         line += (
-            f", log p of the best actions {record['best_log_prob_before']:.2f} -> "
-            f"{record['best_log_prob_after']:.2f}"
+            f", log p of best actions {record['best_log_prob_before']:.1f} -> "
+            f"{record['best_log_prob_after']:.1f}"
         )
     if "tuning_seconds" in record:
         line += f", {record['tuning_seconds']:.1f} s"

@@ -55,7 +55,7 @@ class RunFolder:
             yield
             return
         if resume and not self.has_run():
-            raise UserError(f"{self.path} holds no run to resume: is it the folder of a run?")
+            raise UserError(f"{self.path} holds no run: give the folder of a run")
         if not resume:
             self._make(exist_ok=True)
         try:

@@ -282,6 +282,22 @@ def test_help_lists_presets_and_fields(monkeypatch, capsys):
     assert "--vlm.quantization {auto,none,8bit,4bit}" in text
 
 
+@pytest.mark.parametrize(
+    "command, usage",
+    [
+        ("evaluate", "RUN [--episodes INT]"),
+        ("audit", "RUN [--rows INT]"),
+        ("push", "RUN REPO"),
+        ("report", "RUN..."),
+    ],
+)
+def test_help_names_what_a_command_takes(command, usage, monkeypatch, capsys):
+    assert call(monkeypatch, command, "--help") == 0
+    said = capsys.readouterr().out
+    assert usage in said
+    assert "--no-" not in said
+
+
 def test_importing_the_package_is_light():
     code = (
         "import sys, torch, time; t = time.perf_counter();"

@@ -98,7 +98,7 @@ def test_places_where_no_folder_can_be(tmp_path):
         (tmp_path / "file", "file is a file, not a folder"),
         (tmp_path / "file" / "run", "file is a file, not a folder"),
         (Path("/proc/run"), "cannot be made"),
-        (tmp_path / "none", "holds no run to resume"),
+        (tmp_path / "none", "holds no run: give"),
     ):
         refuses(path, message, resume=path.name == "none")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -190,7 +190,7 @@ def test_a_round_of_one_episode_says_that_it_has_no_loss(log):
 def test_a_round_with_losses_says_them(log):
     record = told(log, held_out=1, loss_before=2.0, loss_after=1.5)
     assert (record["loss_before"], record["loss_after"], record["held_out"]) == (2.0, 1.5, 1)
-    assert "held-out loss 2.0000 -> 1.5000" in log.said[-1]
+    assert "held-out loss 2.000 -> 1.500" in log.said[-1]
     assert "one episode" not in log.said[-1]
 
 
