@@ -140,11 +140,12 @@ class ActionPrior:
             PermissionError: the model on the hub is gated, and its terms have not been accepted.
             OSError: a download failed.
             TypeError: `action_dim`, `decimals` or `image_size` is not an integer, or `prompt` is not text.
-            ValueError: one of those is out of range; the prompt contains a token that marks images or turns
-                of a conversation; the architecture, the adapter's type or the quantization is not supported;
-                `image_size` is too small for the model; the model has no image token; its tokenizer cannot
-                spell the answers; the attention cannot run here; the adapter does not fit its base;
-                bitsandbytes is missing.
+            ValueError: one of those is out of range; the saved prompt asks for another count of numbers than
+                `action_dim`; `model` is the folder of a run; the prompt contains a token that marks images or
+                turns of a conversation; the architecture, the adapter's type or the quantization is not
+                supported; `image_size` is too small for the model; the model has no image token; its
+                tokenizer cannot spell the answers; the attention cannot run here; the adapter does not fit
+                its base; bitsandbytes is missing.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if not isinstance(prompt, str | None):
@@ -156,6 +157,11 @@ class ActionPrior:
         source = find_model(model)
         saved = Settings.load(source.folder) if source.folder is not None else None
         if saved is not None:
+            if prompt is None and saved.prompt is not None and action_dim != saved.action_dim:
+                raise ValueError(
+                    f"action_dim={action_dim}: the saved prompt of {str(model)!r} asks for "
+                    f"{saved.action_dim} numbers: give action_dim={saved.action_dim}, or another prompt"
+                )
             seed = saved.seed
             prompt = saved.prompt if prompt is None else prompt
             decimals = saved.decimals if decimals is None else decimals
@@ -420,7 +426,7 @@ class ActionPrior:
             raise ValueError(
                 f"{directory} holds the base of this adapter, which must stay: save into another directory"
             )
-        with self.lock, replaced_model(directory) as new:
+        with self.lock, replaced_model(directory) as new, quiet():
             self.backbone.save(new)
             # A checkpoint with full weights says how they are quantized.
             quantization = self.settings.quantization if self.backbone.adapted else None
@@ -428,8 +434,7 @@ class ActionPrior:
             replace(self.settings, quantization=quantization, base=named).save(new)
             if self.backbone.adapted and self.backbone.source == "nano":
                 (new / NANO_BASE).mkdir()
-                with quiet():
-                    write_nano(new / NANO_BASE, seed=self.settings.seed)
+                write_nano(new / NANO_BASE, seed=self.settings.seed)
                 name_nano_base(new, directory)
             write_card(new)
 

@@ -223,6 +223,23 @@ def test_a_directory_without_a_model_or_with_another_architecture(tmp_path):
         ActionPrior.from_pretrained(tmp_path, action_dim=2)
 
 
+def test_the_folder_of_a_run_is_not_that_of_its_vlm(tmp_path):
+    write_nano(tmp_path / "checkpoint" / "vlm", seed=0)
+    with pytest.raises(
+        ValueError, match=re.escape(f"the folder of a run: give that of its VLM, '{tmp_path}/ch")
+    ):
+        ActionPrior.from_pretrained(tmp_path, action_dim=2)
+
+
+def test_a_saved_prompt_is_for_its_count_of_numbers(tmp_path):
+    make_nano(prompt="Two numbers.").save_pretrained(tmp_path / "own")
+    with pytest.raises(ValueError, match="asks for 2 numbers: give action_dim=2, or another prompt"):
+        ActionPrior.from_pretrained(tmp_path / "own", action_dim=3)
+    assert ActionPrior.from_pretrained(tmp_path / "own", action_dim=3, prompt="Three.").action_dim == 3
+    make_nano().save_pretrained(tmp_path / "default")  # whose prompt follows the count
+    assert "3 numbers" in ActionPrior.from_pretrained(tmp_path / "default", action_dim=3).prompt
+
+
 def test_a_chat_template_that_does_not_show_the_image(tmp_path):
     write_nano(tmp_path, seed=0)
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0]['content'][0]['text'] }}")

@@ -84,11 +84,14 @@ def find_model(model: str | Path, *, weights: bool = True) -> Source:
 
     Raises:
         OSError: there is no such model (FileNotFoundError), or it cannot be downloaded.
+        ValueError: it is the folder of a run, which contains the model further down.
     """
     name, folder = str(model), Path(model_folder(model))
     if name == "nano":
         return Source(name, None)
     if folder.is_dir():
+        if (inside := Path(model_folder(folder / "checkpoint" / "vlm"))).is_dir():
+            raise ValueError(f"{name!r} is the folder of a run: give that of its VLM, {str(inside)!r}")
         # Absolute, because an adapter of this base may be opened from another working directory.
         return Source(os.path.abspath(folder), folder)
     if not is_hub_id(name):
