@@ -18,8 +18,11 @@ def write_run_card(folder: Path, state: Mapping[str, Any], returns: Mapping[str,
         state: of the run, as in counters.pt.
         returns: by name in `report.EVALUATIONS`, the returns of the episodes that were evaluated.
     """
-    training = [_training(state["settings"], state["step"], state["rounds"])] if state else []
-    write_card(folder, *training, *_returns(returns))
+    if not state:
+        write_card(folder, *_returns(returns))
+        return
+    training, env = _training(state["settings"], state["step"], state["rounds"]), state["settings"]["env"]
+    write_card(folder, training, *_returns(returns), frame=(env["height"], env["width"]))
 
 
 def _training(settings: Mapping[str, Any], step: int, rounds: list[dict[str, float]]) -> str:

@@ -17,8 +17,9 @@ _PLACE = 'folder = "."'
 _LICENCE = ("license", "license_name", "license_link")
 
 
-def write_card(folder: Path, *sections: str) -> None:
-    """Writes README.md for the saved prior in `folder`. `sections` are Markdown, each with a heading."""
+def write_card(folder: Path, *sections: str, frame: tuple[int, int] = (84, 84)) -> None:
+    """Writes README.md for the saved prior in `folder`. `sections` are Markdown, each with a heading; `frame`
+    is the (height, width) of the frames in the example."""
     settings = Settings.load(folder)
     assert settings is not None
     adapted = (folder / ADAPTER_FILE).is_file()
@@ -34,7 +35,7 @@ def write_card(folder: Path, *sections: str) -> None:
             "([Xia et al. 2026](https://arxiv.org/abs/2601.06122)), the program covr_fast.",
             _task(settings),
             *sections,
-            _use(settings, adapted=adapted),
+            _use(settings, frame, adapted=adapted),
             _base(settings.base, header, adapted=adapted),
             "## Limits\n\nThe model was tuned for this task alone. It was not tested on other tasks, other "
             "pictures or frame sizes, not as a chat model, and not for safety: let it control nothing real. "
@@ -76,14 +77,15 @@ def _task(settings: Settings) -> str:
     return text
 
 
-def _use(settings: Settings, *, adapted: bool) -> str:
+def _use(settings: Settings, frame: tuple[int, int], *, adapted: bool) -> str:
     code = f"""import torch
 from covr_fast.vlm import ActionPrior
 
 {_PLACE}  # or the name of this model on the hub
 prior = ActionPrior.from_pretrained(folder, action_dim={settings.action_dim})
-frames = torch.zeros(1, 3, 84, 84, dtype=torch.uint8)  # RGB
-print(prior(frames).text, prior(frames).action)"""
+frames = torch.zeros(1, 3, {frame[0]}, {frame[1]}, dtype=torch.uint8)  # like those in training
+answer = prior(frames)
+print(answer.text, answer.action)"""
     blocks = ["## Use", f"```python\n{code}\n```"]
     if adapted and is_hub_id(settings.base):
         code = f"""from peft import PeftModel
