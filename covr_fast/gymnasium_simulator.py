@@ -50,7 +50,13 @@ def inspect(make: "Make") -> Spaces:
                 f"render_mode is {env.render_mode!r}",
                 "give it uint8 observations [H, W, 3], or render_mode='rgb_array'",
             )
-        observation, _ = env.reset(seed=0)
+        begun: Any = env.reset(seed=0)
+        if not isinstance(begun, tuple) or len(begun) != 2:  # as in the older Gym
+            got = f"{len(begun)} values" if isinstance(begun, tuple) else f"a {type(begun).__name__}"
+            raise _refused(
+                f"makes an environment whose reset() returns {got}", "it must return observation, info"
+            )
+        observation = begun[0]
         frame: Any = observation if pixels else env.render()
         if not (isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and _is_rgb(frame.shape)):
             got = f"{frame.dtype} {frame.shape}" if isinstance(frame, np.ndarray) else type(frame).__name__

@@ -52,8 +52,8 @@ def find_task(config: "EnvConfig") -> Task:
     known = envpool.list_all_envs()
     if config.id not in known:
         raise UserError(
-            f"{unknown('environment env.id', config.id, [*known, *_OWN])}; an environment of your own: call "
-            "covr_fast.register_task first, in every process that uses it"
+            f"{unknown('environment env.id', config.id, [*known, *_OWN])} (an environment of your own: call "
+            "covr_fast.register_task first, in every process that uses it)"
         )
     if config.id.startswith("CarRacing-"):
         return Task(

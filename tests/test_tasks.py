@@ -140,7 +140,7 @@ def test_the_command_line_trains_resumes_and_evaluates_with_it(tmp_path, capsys,
     assert (
         (tmp_path / "run/prompt.txt")
         .read_text()
-        .startswith("<|im_start|>user\nYou control a dot. The picture is")
+        .startswith("<|im_start|>userYou control a dot. The picture is")
     )
     assert cli.run(["train", "carracing", "--resume", run, "--steps=72"]) == 0
     assert cli.run(["evaluate", run, "--episodes=2"]) == 0
@@ -217,6 +217,11 @@ class FloatFrames(Own):
         return super().render() / 255
 
 
+class OldReset(Own):
+    def reset(self, **options):
+        return super().reset(**options)[0]
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -236,6 +241,7 @@ class FloatFrames(Own):
         ({"make": lambda: Own(observations=Box(-1, 1, (2,)))}, "render_mode is None: give it uint8"),
         ({"make": lambda: Own(observations=IN_A_DICT["observations"])}, "frames: its observations are Dict"),
         ({"make": Chw}, r"without frames: .*\(3, 10, 14\).*: give it uint8 observations \[H, W, 3\]"),
+        ({"make": OldReset}, r"reset\(\) returns a ndarray: it must return observation, info"),
         ({"make": FloatFrames}, r"render\(\) is float64 \(10, 14, 3\): it must be a numpy uint8 \[H, W, 3\]"),
     ],
 )  # fmt: skip
