@@ -463,7 +463,7 @@ def _doctor_of_memory(arguments: list[str]) -> int:
         )
         from .fits import answer, as_json, print_answer
 
-        _disable_progress_bars()
+        _quiet_libraries()
         with warnings.catch_warnings(action="ignore"):  # those of transformers, about itself
             found = answer(parsed.config)
     if parsed.json:

@@ -260,8 +260,8 @@ def _line(record: dict[str, float]) -> str:
         line += ", no held-out loss: all samples are of one episode"
     if {"best_log_prob_before", "best_log_prob_after"} <= record.keys():
         line += (
-            f", log p of best actions {record['best_log_prob_before']:.1f} -> "
-            f"{record['best_log_prob_after']:.1f}"
+            f", log p of best actions {record['best_log_prob_before']:.2f} -> "
+            f"{record['best_log_prob_after']:.2f}"
         )
     if "tuning_seconds" in record:
         line += f", {record['tuning_seconds']:.1f} s"

@@ -121,7 +121,7 @@ def test_rounds_log_how_likely_the_best_actions_became(tmp_path, capsys, monkeyp
     figures = [r[f"best_log_prob_{when}"] for r in rounds for when in ("before", "after")]
     assert figures == pytest.approx(expected, abs=1e-4)
     assert figures[0] != figures[1]
-    said = f"log p of best actions {figures[0]:.1f} -> {figures[1]:.1f}"
+    said = f"log p of best actions {figures[0]:.2f} -> {figures[1]:.2f}"
     assert said in capsys.readouterr().out
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert any(line.get("round/best_log_prob_after") == figures[1] for line in lines)
