@@ -53,6 +53,9 @@ class Road:
         self._over[env_id] = terminated | truncated
         return self._frames(env_id), reward, terminated, truncated, {}
 
+    def close(self) -> None:
+        """It holds nothing."""
+
     def _begin(self, env_id: np.ndarray) -> None:
         self._car[env_id] = self._bend[env_id] = 0
         self._steps[env_id] = 0
