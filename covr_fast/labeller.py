@@ -66,6 +66,8 @@ class PriorLabeller:
         threads = torch.get_num_threads()  # a new thread would use the count set last in any thread
         self._worker = ThreadPoolExecutor(1, "prior-labeller", torch.set_num_threads, (threads,))
         self._asked: tuple[Tensor, Future[PriorBatch]] | None = None
+        self.latest: tuple[Tensor, PriorBatch] | None = None
+        """The transitions int64[n] of the VLM's last answers, and these."""
         self.dropped = 0
         """Transitions that the ring overwrote before the VLM had answered."""
         self.metrics = MeanMetrics()
@@ -99,7 +101,8 @@ class PriorLabeller:
             if not answer.done():
                 return 0
             self._asked = None
-            written = self._write(ids, answer.result())
+            self.latest = ids, answer.result()
+            written = self._write(*self.latest)
         queue = self._due or self._stale
         ids = self._stored(torch.tensor(queue[-self._max_batch :], dtype=torch.int64, device="cpu"))
         del queue[-self._max_batch :]

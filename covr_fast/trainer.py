@@ -304,7 +304,10 @@ class Trainer:
 
     def _write_answers(self, stored: Tensor) -> None:
         with self.clock("prior"):
-            self.transcript.update(self.step, stored)
+            if self.labeller is None:
+                self.transcript.update(self.step, stored)
+            elif self.labeller.latest is not None:
+                self.transcript.note(self.step, *self.labeller.latest)
 
     def sample(self) -> Batch[Tensor]:
         """The batch of an update, on the agent's device."""

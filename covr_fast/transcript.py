@@ -9,7 +9,7 @@ from .buffer import ReplayBuffer
 from .config import TrainConfig
 from .files import drop_lines_after, read_records, write_whole, writing
 from .rounds import vlm_images
-from .vlm import ActionPrior
+from .vlm import ActionPrior, PriorBatch
 
 MOST_LINES = 4
 """Most answers that are written for one version of the weights."""
@@ -31,8 +31,13 @@ def write_prompt(folder: Path, prior: ActionPrior, size: tuple[int, int]) -> Non
 
 
 class Transcript:
-    """answers.jsonl: what each version of the VLM answers about the transitions that were stored last when it
-    came, and the action that the agent executed there. The VLM takes the most probable tokens."""
+    """answers.jsonl: what each version of the VLM answers about a few transitions, and the action that the
+    agent executed there.
+
+    `update` asks about the transitions that were stored last when the version came, and takes the most
+    probable tokens. With vlm.background nothing may wait for the VLM: `note` takes the first answers of a
+    version that the labeller got.
+    """
 
     def __init__(self, folder: Path, config: TrainConfig, prior: ActionPrior, buffer: ReplayBuffer) -> None:
         self._path = folder / "answers.jsonl"
@@ -52,14 +57,28 @@ class Transcript:
     def update(self, step: int, ids: Tensor) -> None:
         """Writes answers about some of the transitions int64[n], if there are any, and if the weights are not
         those of the last answers."""
-        if self._prior.version == self._written or not len(ids):
-            return
-        ids = ids[:MOST_LINES]
-        answers = self._prior(vlm_images(self._config, self._buffer, ids))
-        executed = self._buffer.actions(ids).tolist()
+        if self._prior.version > self._written and len(ids):
+            ids = ids[:MOST_LINES]
+            self._write(step, ids, self._prior(vlm_images(self._config, self._buffer, ids)))
+
+    def note(self, step: int, ids: Tensor, answers: PriorBatch) -> None:
+        """Writes some of the VLM's answers about the transitions int64[n], if they are the first of a
+        version."""
+        if answers.version > self._written:
+            self._write(step, ids, answers)
+
+    def _write(self, step: int, ids: Tensor, answers: PriorBatch) -> None:
+        rows = self._buffer.contains(ids).nonzero()[:MOST_LINES, 0]
+        executed = self._buffer.actions(ids[rows]).tolist()
         with writing(self._path), self._path.open("a") as file:
-            for text, action in zip(answers.text, executed, strict=True):
+            for row, action in zip(rows.tolist(), executed, strict=True):
                 rounded = [round(number, 4) for number in action]
-                line = {"step": step, "version": answers.version, "text": text, "executed": rounded}
+                line = {
+                    "step": step,
+                    "version": answers.version,
+                    "text": answers.text[row],
+                    "executed": rounded,
+                }
                 file.write(json.dumps(line) + "\n")
-        self._written = answers.version
+        if len(rows):
+            self._written = answers.version

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from small_runs import run_until_killed, small_config
+from small_runs import roundless, run_until_killed, small_config
 
 from covr_fast import Trainer, load_policy, tasks
 from covr_fast.errors import UserError
@@ -108,6 +108,26 @@ def test_a_resumed_run_goes_on_with_them(tmp_path):
     assert versions == sorted(versions)
     assert set(versions) == set(range(saved.prior.version + 1))
     assert max(Counter(versions).values()) <= MOST_LINES
+
+
+def test_in_the_background_they_are_the_labellers(tmp_path, monkeypatch):
+    trainer = Trainer(roundless(steps=120, vlm__background=True), tmp_path)
+
+    def wait_for_labels(_rows):
+        while trainer.step >= 40 and trainer.labeller.latest is None:
+            trainer.labeller.step()
+
+    trainer.on_step(wait_for_labels)
+    given, note = [], trainer.transcript.note
+    monkeypatch.setattr(trainer.transcript, "note", lambda *args: (given.append(args[1]), note(*args)))
+    trainer.run()
+    lines = answers(tmp_path)
+    ids = given[0][:MOST_LINES]
+    assert [line["version"] for line in lines] == [0] * len(ids)
+    said = trainer.prior(vlm_images(trainer.config, trainer.buffer, ids))
+    assert [line["text"] for line in lines] == said.text
+    executed = torch.tensor([line["executed"] for line in lines])
+    torch.testing.assert_close(executed, trainer.buffer.actions(ids), rtol=0, atol=1e-4)
 
 
 def test_a_damaged_line_is_named_before_anything_is_built(tmp_path):
