@@ -25,7 +25,7 @@ def run(name: str, *args: str) -> str:
 def test_sb3_sac_carracing():
     for module in ("stable_baselines3", "Box2D", "pygame"):
         pytest.importorskip(module)
-    assert "(9, 96, 96) uint8 x3" in run("sb3_sac_carracing.py", "200")
+    assert "(9, 96, 96) uint8 x3" in run("sb3_sac_carracing.py", "120")
 
 
 def test_torchrl_replay():
