@@ -9,7 +9,9 @@ from small_runs import roundless, run_until, small_config
 from test_overlap import label_all_before_the_end
 
 from covr_fast import Trainer
-from covr_fast.agents.losses import prior_loss
+from covr_fast.agents import Guidance
+from covr_fast.agents.guidance import prior_loss
+from covr_fast.agents.networks import ActorSample
 from covr_fast.rounds import vlm_images
 
 
@@ -71,9 +73,9 @@ def test_it_changes_what_the_actor_learns(tmp_path):
 
 def test_the_term_of_eq_4_is_scaled_row_by_row():
     action, prior, mask = torch.rand(6, 2), torch.rand(6, 2), torch.tensor([0.0, 1.0, 0.5, 0.25, 0.0, 1.0])
-    one = torch.ones(1)
-    rows = [prior_loss(a[None], p[None], one) for a, p in zip(action, prior, strict=True)]
-    torch.testing.assert_close(prior_loss(action, prior, mask), (torch.stack(rows) * mask).mean())
+    expected = ((action - prior).square().sum(1) * mask).sum() / 4  # rows that carry a prior
+    sample = ActorSample(action, torch.zeros(6), action)
+    torch.testing.assert_close(prior_loss(sample, prior, mask, Guidance()), expected)
 
 
 def test_a_resumed_run_goes_on_with_the_same_weights(tmp_path):

@@ -1,5 +1,6 @@
 """Visual RL agents."""
 
+from .guidance import Guidance
 from .sac import SAC, SACConfig
 
-__all__ = ["SAC", "SACConfig"]
+__all__ = ["SAC", "Guidance", "SACConfig"]

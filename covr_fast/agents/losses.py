@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..buffer.batch import Batch
+from .guidance import Guidance, prior_loss
 from .networks import Actor, Encoder, TwinQ
 
 
@@ -56,15 +57,6 @@ def critic_loss(
     return loss, latent.detach(), metrics
 
 
-def prior_loss(action: Tensor, prior: Tensor, mask: Tensor) -> Tensor:
-    """`|| a_v - a_r ||^2` of Eq. 4, averaged over the batch, each row with the weight in `mask`; rows without
-    a prior (mask 0) add nothing.
-
-    action, prior: [B, A]; mask: [B] in [0, 1]. The mean is over all B rows, like that of the actor's loss.
-    """
-    return ((action - prior).square().sum(-1) * mask).mean()
-
-
 def policy_loss(
     networks: Networks,
     latent: Tensor,
@@ -73,6 +65,7 @@ def policy_loss(
     *,
     guide: bool,
     prior_weight: float,
+    guidance: Guidance,
     target_entropy: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum of the actor's and the temperature's loss, and metrics. Neither loss has a gradient for the
@@ -89,7 +82,7 @@ def policy_loss(
     entropy = -sample.log_prob.detach().mean()
     metrics = {"entropy": entropy}
     if guide:
-        distance = prior_loss(sample.action, extras["prior"], extras["prior_mask"])
+        distance = prior_loss(sample, extras["prior"], extras["prior_mask"], guidance)
         loss = loss + prior_weight * distance
         metrics["prior_loss"] = distance.detach()
     metrics |= {"actor_loss": loss.detach(), "alpha": alpha.detach()}

@@ -13,6 +13,7 @@ from ..buffer.batch import Batch, BatchSource
 from ..cuda_graph import CudaGraphs
 from .captured import CapturedUpdate
 from .compiled import compiled
+from .guidance import Guidance
 from .losses import Networks, critic_loss, policy_loss
 from .networks import Actor, ActorSample, Encoder, TwinQ
 
@@ -70,8 +71,10 @@ class SAC:
         *,
         device: str | torch.device = "cpu",
         seed: int = 0,
+        guidance: Guidance | None = None,
     ):
         self.config = c = config or SACConfig()
+        self.guidance = guidance or Guidance()
         self.device = torch.device(device)
         (self.action_dim,) = action_shape
         self.generator = torch.Generator(self.device).manual_seed(seed)
@@ -188,6 +191,7 @@ class SAC:
             self._noise(len(latent)),
             guide=guide,
             prior_weight=self.config.prior_weight,
+            guidance=self.guidance,
             target_entropy=self.target_entropy,
         )
         _descend(loss, self.actor_optimizer, self.alpha_optimizer)

@@ -7,9 +7,10 @@ from simulators import target_envs
 from small_agents import SHAPE, SMALL, assert_same, eager_agent, make_batch
 
 from covr_fast import ReplayBuffer
-from covr_fast.agents import SAC, SACConfig
-from covr_fast.agents.losses import bellman_target, policy_loss, prior_loss
-from covr_fast.agents.networks import Actor
+from covr_fast.agents import SAC, Guidance, SACConfig
+from covr_fast.agents.guidance import prior_loss
+from covr_fast.agents.losses import bellman_target, policy_loss
+from covr_fast.agents.networks import Actor, ActorSample
 from covr_fast.errors import UserError
 
 
@@ -40,15 +41,20 @@ def test_bellman_target_tells_terminated_from_truncated():
     torch.testing.assert_close(target[rows], (0.5 * batch.reward + 0.9 * value)[rows])
 
 
+def sample_of(action):
+    return ActorSample(action, torch.zeros(len(action)), action)
+
+
 def test_prior_loss_gradient_by_hand():
-    """d/da of lambda * mean_b m_b ||a_v - a_r||^2 is 2 lambda m_b (a_r - a_v) / B."""
+    """d/da of lambda / n * sum_b m_b ||a_v - a_r||^2 is 2 lambda m_b (a_r - a_v) / n, with n rows that carry
+    a prior."""
     action = torch.tensor([[0.5, -0.5], [0.1, 0.2], [0.9, 0.0]], requires_grad=True)
     prior = torch.tensor([[0.0, 0.5], [1.0, 1.0], [-1.0, 0.0]])
     mask = torch.tensor([1.0, 0.0, 1.0])
-    loss = 2.0 * prior_loss(action, prior, mask)
+    loss = 2.0 * prior_loss(sample_of(action), prior, mask, Guidance())
     loss.backward()
-    assert loss.item() == pytest.approx(2.0 * (0.25 + 1.0 + 3.61) / 3)
-    expected = 2 * 2.0 * mask[:, None] * (action.detach() - prior) / 3
+    assert loss.item() == pytest.approx(2.0 * (1.25 + 3.61) / 2)
+    expected = 2 * 2.0 * mask[:, None] * (action.detach() - prior) / 2
     torch.testing.assert_close(action.grad, expected)
 
 
@@ -63,15 +69,16 @@ def test_guidance_adds_exactly_eq_4_to_the_actor_gradient():
     def gradient(guide):
         agent.actor.zero_grad()
         loss, _ = policy_loss(
-            agent.networks, latent, batch.extras, noise, guide=guide, prior_weight=2.0, target_entropy=-2.0
-        )
+            agent.networks, latent, batch.extras, noise, guide=guide, prior_weight=2.0, target_entropy=-2.0,
+            guidance=Guidance(),
+        )  # fmt: skip
         loss.backward()
         return torch.cat([p.grad.flatten() for p in agent.actor.parameters()])
 
     difference = gradient(True) - gradient(False)
     agent.actor.zero_grad()
     action = agent.actor(latent, noise).action
-    action.backward(4.0 * batch.extras["prior_mask"][:, None] * (action.detach() - batch.extras["prior"]) / 8)
+    action.backward(4.0 * batch.extras["prior_mask"][:, None] * (action.detach() - batch.extras["prior"]) / 4)
     by_hand = torch.cat([p.grad.flatten() for p in agent.actor.parameters()])
     assert by_hand.norm() > 0
     torch.testing.assert_close(difference, by_hand, rtol=1e-4, atol=1e-6)
