@@ -42,7 +42,7 @@ class EnvConfig:
     frame_stack: int = 3
     """Frames stacked along the channels, oldest first."""
     action_repeat: int = 4
-    """Simulator frames per decision; their rewards are summed."""
+    """Simulator frames (environment steps) per decision; their rewards are summed."""
     max_episode_steps: int = 1000
     """Simulator frames after which an episode is truncated."""
     seed: int = 0
@@ -275,9 +275,14 @@ class PixelEnvs:
         if frames.shape[-2:] != size:
             frames = torch.nn.functional.interpolate(frames, size=size, mode="bilinear", antialias=True)
         if self.config.grayscale:
-            luma = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float32, device="cpu")
-            frames = torch.einsum("nchw,c->nhw", frames.float(), luma).round().to(torch.uint8)[:, None]
+            frames = luma(frames)
         return frames.contiguous().numpy()
+
+
+def luma(rgb: torch.Tensor) -> torch.Tensor:
+    """uint8[n, 3, H, W] -> uint8[n, 1, H, W], the weighted mean of the colours by ITU-R BT.601."""
+    weights = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float32, device=rgb.device)
+    return torch.einsum("nchw,c->nhw", rgb.float(), weights).round().to(torch.uint8)[:, None]
 
 
 def make_env(config: EnvConfig) -> PixelEnvs:

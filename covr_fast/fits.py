@@ -126,14 +126,14 @@ def _request(config: TrainConfig, action_dim: int, device_type: Literal["cpu", "
 
 
 def _samples(config: TrainConfig) -> int:
-    """The most samples of a round: half of the steps since the round before. EDDF keeps those above a
+    """The most samples of a round: half of the decisions since the round before. EDDF keeps those above a
     threshold that is not below the median (Xia et al. 2026, Eq. 5)."""
     schedule = FineTuneSchedule(config.covr.psi_0, config.covr.schedule)
     steps = schedule.psi
     while schedule.due(config.steps):
         steps = schedule.psi
         schedule.advance()
-    return min(steps, config.steps, config.replay.capacity) // 2
+    return min(config.decisions(min(steps, config.steps)), config.replay.capacity) // 2
 
 
 def _replay(config: TrainConfig) -> Part:
@@ -143,7 +143,7 @@ def _replay(config: TrainConfig) -> Part:
     (shape,) = ring_shapes(keys, envs, -(-count // envs))
     frame = "x".join(map(str, shape[2:]))
     return Part(
-        "replay buffer", math.prod(shape), f"{shape[0] * shape[1]:,} frames of {frame} for {count:,} steps"
+        "replay buffer", math.prod(shape), f"{shape[0] * shape[1]:,} frames of {frame} for {count:,} decisions"
     )
 
 

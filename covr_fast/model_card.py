@@ -30,7 +30,7 @@ def _training(settings: Mapping[str, Any], step: int, rounds: list[dict[str, flo
     kept = sum(round["kept"] for round in rounds)
     lines = [
         f"- Environment: `{env['id']}`, frames of {env['height']}x{env['width']}, one action per "
-        f"{env['action_repeat']} simulator frames, {step} decisions of the agent",
+        f"{env['action_repeat']} simulator frames, {step} environment steps",
         f"- Tuned: {'LoRA' if tuner['mode'] == 'lora' else 'all weights'}, peak learning rate "
         f"{tuner['learning_rate']:g}, seed {settings['seed']}",
         f"- Rounds: {len(rounds)}, on {kept:.0f} samples of the agent's own that the filter kept",

@@ -33,7 +33,7 @@ _WHY_FIXED = {
     "the agent's networks have that form": """
         agent.channels agent.strides agent.latent agent.hidden replay.augment replay.pad""",
     "the agent has learnt with it": "agent.init_alpha agent.reward_scale",
-    "updates so far were counted by it": "warmup steps_per_update",
+    "updates so far were counted by it": "warmup decisions_per_update",
     "the run goes on with the VLM in its checkpoint, which was tuned with it": """
         vlm.model vlm.quantization vlm.prompt vlm.decimals vlm.image_size vlm.motion
         tuner.mode tuner.lora_rank tuner.lora_alpha""",

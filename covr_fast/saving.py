@@ -30,9 +30,11 @@ class Counters:
     """How far a run is."""
 
     step: int = 0
-    """Environment steps: decisions, summed over environments."""
+    """Environment steps, summed over environments: decisions times env.action_repeat."""
+    decisions: int = 0
+    """Decisions, summed over environments."""
     frames: int = 0
-    """Simulator frames."""
+    """Simulator frames: fewer than environment steps where episodes ended within a decision."""
     updates: int = 0
     """Policy updates."""
     returns: list[float] = field(default_factory=list)

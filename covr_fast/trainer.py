@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .agents import SAC
+from .agents import make_agent
 from .buffer import Batch
 from .checkpoint import Checkpoint, reserved_room, restore_agent
 from .collect import Collector
@@ -95,7 +95,7 @@ class Trainer:
         self.envs = make_env(replace(config.env, seed=env_seed))
         (action_dim,) = self.envs.action_shape
         with as_user_error():
-            self.agent = SAC(
+            self.agent = make_agent(
                 agent_obs_shape(config), (action_dim,), config.agent, device=self.device, seed=config.seed
             )
             frames_on = replay_device(config.replay.device, self.device)
@@ -138,13 +138,13 @@ class Trainer:
 
     @property
     def step(self) -> int:
-        """Environment steps so far: decisions, summed over environments."""
+        """Environment steps so far, summed over environments: decisions times env.action_repeat."""
         return self.counters.step
 
     def on_step(self, callback: Callable[[Rows], object]) -> None:
-        """Calls `callback(rows)` at the end of every step of the loop, in the thread that calls `run`.
+        """Calls `callback(rows)` at the end of every turn of the loop, in the thread that calls `run`.
 
-        A step is one decision of one batch of environments. By then its transitions `rows` (see envs.Rows)
+        That is once per decision of a batch of environments. By then its transitions `rows` (see envs.Rows)
         are in the replay buffer, the next decisions of these environments are simulating, and the policy
         updates, the fine-tuning round, the metrics, the evaluation and the checkpoint that were due are done.
         An exception that the callback raises ends the run like an error in the loop. Callbacks are called in
@@ -286,7 +286,8 @@ class Trainer:
 
     def _prior_due(self, env_ids: np.ndarray) -> bool:
         """Whether the VLM is asked about the latest decision of these environments."""
-        return self.collector.latest(env_ids) % self.config.vlm.every == 0
+        repeat, number = self.config.env.action_repeat, self.collector.latest(env_ids)
+        return number == 0 or is_due(self.config.vlm.every, (number - 1) * repeat, number * repeat)
 
     def _store(self, rows: Rows) -> Tensor:
         """The new transitions' ids int64[n]."""
@@ -298,7 +299,8 @@ class Trainer:
                     self.labeller.due(stored.tolist())
                 self.labeller.step()
         self.counters.returns += returns
-        self.counters.step += len(rows.env_ids)
+        self.counters.decisions += len(rows.env_ids)
+        self.counters.step += len(rows.env_ids) * self.config.env.action_repeat
         self.counters.frames += rows.frames
         return stored
 
@@ -315,9 +317,9 @@ class Trainer:
         return batch if self.buffer.device == self.device else batch.to(self.device)
 
     def _update_policy(self) -> None:
-        """As many updates as are due for the steps since the warm-up."""
+        """As many updates as are due for the decisions since the warm-up."""
         config, counters = self.config, self.counters
-        due = (counters.step - config.warmup) // config.steps_per_update
+        due = (counters.decisions - config.decisions(config.warmup)) // config.decisions_per_update
         while counters.updates < due:
             self._metrics.add(self._update_once())
             counters.updates += 1
@@ -357,6 +359,7 @@ class Trainer:
             figures |= self.labeller.metrics.read()
         figures |= {f"time/{name}": share for name, share in self.clock.shares().items()}
         figures |= {
+            "decisions": counters.decisions,
             "frames": counters.frames,
             "updates": counters.updates,
             "steps_per_second": counters.step / self.clock.total,
@@ -383,6 +386,7 @@ class Trainer:
             "seed": self.config.seed,
             "device": str(self.device),
             "steps": counters.step,
+            "decisions": counters.decisions,
             "frames": counters.frames,
             "updates": counters.updates,
             "episodes": len(counters.returns),

@@ -1,8 +1,10 @@
 """What each learner gets of an observation: the agent a centre crop, the VLM one RGB image."""
 
+import torch
 from torch import Tensor
 
 from .config import TrainConfig
+from .envs import luma
 
 
 def _margin(config: TrainConfig) -> int:
@@ -25,8 +27,11 @@ def agent_view(config: TrainConfig, obs: Tensor) -> Tensor:
 
 def vlm_view(config: TrainConfig, obs: Tensor) -> Tensor:
     """uint8[n, C, H, W] stacks -> uint8[n, 3, H, W]: the newest frame. With `vlm.motion` the newest three
-    grey frames as red, green and blue, so that moving objects are coloured."""
-    return obs[:, -3:] if config.vlm.motion else newest_frame(config, obs)
+    frames, in grey, as red, green and blue, so that moving objects are coloured."""
+    if not config.vlm.motion:
+        return newest_frame(config, obs)
+    frames = obs[:, -3 * config.env.channels :]
+    return frames if config.env.grayscale else torch.cat([luma(f) for f in frames.split(3, dim=1)], dim=1)
 
 
 def newest_frame(config: TrainConfig, obs: Tensor) -> Tensor:

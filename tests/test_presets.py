@@ -14,12 +14,18 @@ NAMES = (
     "finger-spin", "ball-in-cup-catch", "hopper-hop", "walker-run", "pendulum-swingup",
 )  # fmt: skip
 SMALL = {
-    "steps": 72, "warmup": 24, "log-every": 12, "steps-per-update": 8, "threads": 1, "device": "cpu",
+    "decisions-per-update": 8, "threads": 1, "device": "cpu",
     "env.num-envs": 4, "env.batch-size": 2, "env.num-threads": 1, "agent.hidden": 32,
-    "replay.batch-size": 16, "replay.capacity": 200, "vlm.model": "nano", "vlm.every": 2,
-    "tuner.mode": "full", "tuner.max-steps": 3, "covr.psi-0": 24, "covr.min-samples": 4,
+    "replay.batch-size": 16, "replay.capacity": 200, "vlm.model": "nano",
+    "tuner.mode": "full", "tuner.max-steps": 3, "covr.min-samples": 4,
     "covr.cold-start": 1, "eval.episodes": 1,
 }  # fmt: skip
+
+
+DECISIONS = {
+    "steps": 72, "warmup": 24, "log-every": 12, "vlm.every": 2, "covr.psi-0": 24, "env.max-episode-steps": 8,
+}  # fmt: skip
+"""What is given in environment steps."""
 
 
 def test_no_preset_is_left_out(capsys):
@@ -58,8 +64,9 @@ def test_it_trains_fine_tunes_and_guides(name, monkeypatch, tmp_path):
         return rows._replace(reward=rows.reward + rng.random(len(rows.reward), np.float32))
 
     monkeypatch.setattr(PixelEnvs, "recv", paid)
-    episode = 8 * TrainConfig.preset(name).env.action_repeat
-    fields = [f"--{key}={value}" for key, value in (SMALL | {"env.max-episode-steps": episode}).items()]
+    repeat = TrainConfig.preset(name).env.action_repeat
+    steps = {key: value * repeat for key, value in DECISIONS.items()}
+    fields = [f"--{key}={value}" for key, value in (SMALL | steps).items()]
     networks = ["--agent.channels", "8", "8", "--agent.strides", "4", "2"]
     assert cli.run(["train", name, "--out", str(tmp_path), *fields, *networks]) == 0
 
