@@ -10,7 +10,7 @@ from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hin
 
 import numpy as np
 
-from .agents.sac import SACConfig
+from .agents import AgentConfig
 from .envs import EnvConfig
 from .errors import UserError, unknown
 from .files import full_names
@@ -161,7 +161,7 @@ class TrainConfig:
     save_replay: bool = False
     """Also write the replay buffer into the final checkpoint, so that the run can train on (--steps)."""
     env: EnvConfig = field(default_factory=EnvConfig)
-    agent: SACConfig = field(default_factory=SACConfig)
+    agent: AgentConfig = field(default_factory=AgentConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     vlm: VLMConfig = field(default_factory=VLMConfig)
     tuner: TunerConfig = field(default_factory=TunerConfig)

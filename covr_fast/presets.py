@@ -9,7 +9,7 @@ and the schedule are the same.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .agents.sac import SACConfig
+from .agents import AgentConfig
 from .config import COVRConfig, ReplayConfig, TrainConfig, VLMConfig
 from .envs import EnvConfig
 from .vlm import TunerConfig
@@ -49,9 +49,9 @@ def _vlm(nano: bool) -> VLMConfig:
     return VLMConfig(decimals=1, motion=True) if nano else VLMConfig(image_size=224)
 
 
-def _small_agent(prior_weight: float) -> SACConfig:
+def _small_agent(prior_weight: float) -> AgentConfig:
     """An agent for a CPU."""
-    return SACConfig(
+    return AgentConfig(
         channels=(16, 32, 32), strides=(3, 2, 2), latent=64, hidden=256, prior_weight=prior_weight
     )
 
@@ -77,7 +77,7 @@ def _car_racing_gpu(nano: bool) -> TrainConfig:
         steps=500_000,
         warmup=5_000,
         env=EnvConfig(num_envs=64, batch_size=32, num_threads=8, grayscale=nano),
-        agent=SACConfig(prior_weight=0.25 if nano else 2.0),
+        agent=AgentConfig(prior_weight=0.25 if nano else 2.0),
         replay=ReplayConfig(capacity=500_000, n_step=3),
         tuner=_tuner(nano),
         vlm=_vlm(nano),
@@ -104,7 +104,7 @@ def _dm_control(env_id: str, action_repeat: int, steps: int = 100_000) -> Callab
                 action_repeat=action_repeat,
                 max_episode_steps=1000,
             ),
-            agent=_small_agent(0.25) if nano else SACConfig(prior_weight=1.0),
+            agent=_small_agent(0.25) if nano else AgentConfig(prior_weight=1.0),
             replay=ReplayConfig(pad=8, batch_size=128 if nano else 256),
             tuner=_tuner(nano, lora_alpha=16),
             vlm=_vlm(nano),
