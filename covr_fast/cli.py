@@ -104,7 +104,9 @@ def _train(arguments: list[str]) -> int:
         print("\ncovr-fast train PRESET --help lists every field with its default in that preset.")
         return 0 if arguments else 2
     name, rest = arguments[0], arguments[1:]
-    suited = TrainConfig.preset(name, _value_of("--vlm.model", rest), _value_of("--agent.kind", rest))  # first: raises for an unknown name
+    suited = TrainConfig.preset(
+        name, _value_of("--vlm.model", rest), _value_of("--agent.kind", rest)
+    )  # first: raises for an unknown name
 
     @dataclass
     class Arguments:

@@ -204,8 +204,8 @@ class TrainConfig:
         """Raises a UserError for settings that have a wrong type or value, or do not fit together."""
         check_types(self)
         least = {
-            "steps": 1, "seed": 0, "warmup": 1, "decisions_per_update": 1, "log_every": 1, "checkpoint_every": 0,
-            "checkpoint_minutes": 0, "threads": 0,
+            "steps": 1, "seed": 0, "warmup": 1, "decisions_per_update": 1, "log_every": 1,
+            "checkpoint_every": 0, "checkpoint_minutes": 0, "threads": 0,
             "replay.batch_size": 1, "replay.n_step": 1, "replay.pad": 0, "vlm.every": 1, "vlm.decimals": 1,
             "vlm.image_size": 0,
             "covr.cold_start": 0, "covr.min_samples": 2, "eval.episodes": 1, "eval.every": 0,
@@ -224,8 +224,8 @@ class TrainConfig:
         self.agent.check()
         if self.agent.batch_form.augments and self.replay.augment != "none":
             raise UserError(
-                f"replay.augment={self.replay.augment!r}, but agent.kind={self.agent.kind!r} augments its batches "
-                "itself: set replay.augment='none'"
+                f"replay.augment={self.replay.augment!r}, but agent.kind={self.agent.kind!r} augments its "
+                "batches itself: set replay.augment='none'"
             )
         for name in ("covr.publish_after", "vlm.max_staleness"):
             if (values[name] or 0) < 0:
@@ -239,8 +239,8 @@ class TrainConfig:
             )
         if begun < self.replay.batch_size:
             raise UserError(
-                f"replay.batch_size={self.replay.batch_size} is larger than what is stored when updates begin "
-                f"({warmup}, so {begun} decisions): raise warmup or lower the batch size"
+                f"replay.batch_size={self.replay.batch_size} is larger than what is stored when updates "
+                f"begin ({warmup}, so {begun} decisions): raise warmup or lower the batch size"
             )
         if self.replay.capacity < begun:
             raise UserError(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .agents import SAC
+from .agents import Agent
 from .config import TrainConfig
 from .envs import EnvConfig, make_env
 from .logger import RunLogger
@@ -67,7 +67,7 @@ def random_policy(action_dim: int, seed: int) -> Policy:
     return lambda obs: rng.uniform(-1, 1, (len(obs), action_dim)).astype(np.float32)
 
 
-def actor_policy(agent: SAC, config: TrainConfig) -> Policy:
+def actor_policy(agent: Agent, config: TrainConfig) -> Policy:
     """The actor without the VLM, as it is deployed: mean actions."""
     return lambda obs: agent.act(agent_view(config, torch.from_numpy(obs)), explore=False).cpu().numpy()
 
@@ -80,7 +80,7 @@ def vlm_policy(prior: ActionPrior, config: TrainConfig) -> Policy:
 class Evaluations:
     """Evaluates a run's policies, and logs and says the results."""
 
-    def __init__(self, config: TrainConfig, agent: SAC, prior: ActionPrior) -> None:
+    def __init__(self, config: TrainConfig, agent: Agent, prior: ActionPrior) -> None:
         self._config = config
         self._agent = agent
         self._prior = prior

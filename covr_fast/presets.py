@@ -141,8 +141,12 @@ def _rad(summary: str, make: Callable[[bool, Kind], TrainConfig]) -> Preset:
 
 
 PRESETS: dict[str, Preset] = {
-    "carracing": Preset("CarRacing in a small picture, ten minutes on two CPU cores", _car_racing(400, 112_000)),
-    "carracing-full": Preset("CarRacing in a small picture, episodes of 1000 frames", _car_racing(1000, 400_000)),
+    "carracing": Preset(
+        "CarRacing in a small picture, ten minutes on two CPU cores", _car_racing(400, 112_000)
+    ),
+    "carracing-full": Preset(
+        "CarRacing in a small picture, episodes of 1000 frames", _car_racing(1000, 400_000)
+    ),
     "carracing-gpu": Preset(
         "CarRacing at full size on one GPU", _car_racing_gpu, "Qwen/Qwen2.5-VL-3B-Instruct"
     ),
@@ -154,5 +158,7 @@ PRESETS: dict[str, Preset] = {
     "ball-in-cup-catch": _rad("DMControl Ball in Cup Catch", _dm_control("BallInCupCatch-v1", 4)),
     "hopper-hop": _rad("DMControl Hopper Hop", _dm_control("HopperHop-v1", 4, steps=500_000)),
     "walker-run": _rad("DMControl Walker Run", _dm_control("WalkerRun-v1", 2, steps=500_000)),
-    "pendulum-swingup": _rad("DMControl Pendulum Swingup", _dm_control("PendulumSwingup-v1", 4, steps=500_000)),
+    "pendulum-swingup": _rad(
+        "DMControl Pendulum Swingup", _dm_control("PendulumSwingup-v1", 4, steps=500_000)
+    ),
 }

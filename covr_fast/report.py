@@ -33,8 +33,8 @@ ROUND_COLUMNS = {
 """Heading -> (key of a round's record, format); the losses are those of the held-out samples."""
 
 _SUMMARY_PARTS = {
-    "environment", "seed", "device", "steps", "decisions", "frames", "updates", "episodes", "seconds", "time_shares",
-    "rounds", "evaluations",
+    "environment", "seed", "device", "steps", "decisions", "frames", "updates", "episodes", "seconds",
+    "time_shares", "rounds", "evaluations",
 }  # fmt: skip
 _MOST_SETTINGS = 4  # in a label
 _IGNORED = {"log_every", "video", "checkpoint_minutes", "checkpoint_every", "save_replay"}  # in labels
@@ -116,9 +116,9 @@ def print_summary(summary: dict[str, Any], console: Console, run: str | None = N
 
     shares = sorted(summary["time_shares"].items(), key=lambda item: -item[1])
     console.print(
-        f"{summary['steps']} environment steps ({summary['decisions']} decisions), {summary['updates']} updates, "
-        f"{summary['episodes']} episodes in {summary['seconds']:.0f} s on {summary['device']}: "
-        f"{summary['steps_per_second']:.0f} steps/s"
+        f"{summary['steps']} environment steps ({summary['decisions']} decisions), "
+        f"{summary['updates']} updates, {summary['episodes']} episodes in {summary['seconds']:.0f} s on "
+        f"{summary['device']}: {summary['steps_per_second']:.0f} steps/s"
     )
     console.print("wall time: " + ", ".join(f"{name} {share:.0%}" for name, share in shares))
 

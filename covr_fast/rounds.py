@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .agents import SAC
+from .agents import Agent
 from .buffer import FineTuneView, ReplayBuffer
 from .buffer.batch import pixels
 from .config import TrainConfig
@@ -66,7 +66,7 @@ class Rounds:
     def __init__(
         self,
         config: TrainConfig,
-        agent: SAC,
+        agent: Agent,
         buffer: ReplayBuffer,
         tuner: VLMTuner,
         labeller: PriorLabeller | None = None,

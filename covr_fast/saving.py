@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .agents import SAC
+from .agents import Agent
 from .buffer import ReplayBuffer
 from .checkpoint import RESCUED, rescue_agent, save_checkpoint
 from .config import TrainConfig
@@ -49,7 +49,7 @@ class RunSaver:
     """Of the run; says when regular checkpoints are due."""
     folder: Path
     """The run folder."""
-    agent: SAC
+    agent: Agent
     prior: ActionPrior
     buffer: ReplayBuffer
     counters: Counters

@@ -302,6 +302,7 @@ class Trainer:
         self.counters.decisions += len(rows.env_ids)
         self.counters.step += len(rows.env_ids) * self.config.env.action_repeat
         self.counters.frames += rows.frames
+        self.agent.observe_decisions(self.counters.decisions)
         return stored
 
     def _write_answers(self, stored: Tensor) -> None:

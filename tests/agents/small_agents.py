@@ -8,11 +8,11 @@ from fake_graphs import FakeGraphs
 from simulators import SIZE
 
 from covr_fast import ReplayBuffer
-from covr_fast.agents import SAC, SACConfig
+from covr_fast.agents import SAC, AgentConfig
 from covr_fast.agents.captured import CapturedUpdate
 
 SHAPE = (3, SIZE, SIZE)
-SMALL = SACConfig(channels=(8, 8), strides=(2, 2), latent=16, hidden=32, graph=False)
+SMALL = AgentConfig(channels=(8, 8), strides=(2, 2), latent=16, hidden=32, graph=False)
 
 
 def make_batch(seed=0, n=6, device="cpu", **changes):

@@ -7,16 +7,16 @@ from simulators import target_envs
 from small_agents import SHAPE, SMALL, assert_same, eager_agent, make_batch
 
 from covr_fast import ReplayBuffer
-from covr_fast.agents import SAC, Guidance, SACConfig
+from covr_fast.agents import SAC, AgentConfig, Guidance
 from covr_fast.agents.guidance import prior_loss
 from covr_fast.agents.losses import bellman_target, policy_loss
-from covr_fast.agents.networks import Actor, ActorSample
+from covr_fast.agents.networks import Actor, ActorSample, mlp
 from covr_fast.errors import UserError
 
 
 def test_log_prob_is_that_of_the_squashed_gaussian():
     torch.manual_seed(0)
-    actor = Actor(4, 8, 3).double()
+    actor = Actor(torch.nn.Identity(), mlp(4, 8, 6, 1.0), (-5.0, 2.0)).double()
     latent, noise = torch.randn(5, 4).double(), torch.randn(5, 3).double()
     sample = actor(latent, noise)
     mean, raw = actor.net(latent).chunk(2, -1)
@@ -145,7 +145,7 @@ def test_a_state_dict_continues_bit_for_bit_and_shares_nothing(reload):
 
 def test_frames_too_small_for_the_network():
     with pytest.raises(UserError, match=r"too small for agent\.strides"):
-        SAC((3, 8, 8), (2,), SACConfig(channels=(8, 8, 8), strides=(2, 2, 2)))
+        SAC((3, 8, 8), (2,), AgentConfig(channels=(8, 8, 8), strides=(2, 2, 2)))
 
 
 def test_convolutions_in_bfloat16_give_nearly_the_same_update():
@@ -162,7 +162,7 @@ def test_convolutions_in_bfloat16_give_nearly_the_same_update():
     for name in ("critic_loss", "actor_loss", "entropy"):
         assert other[name].item() == pytest.approx(one[name].item(), rel=0.05, abs=0.02), name
     assert all(weight.dtype == torch.float32 for weight in rounded.encoder.parameters())
-    gradient, rounded_gradient = (a.encoder.convolutions[0].weight.grad for a in (exact, rounded))
+    gradient, rounded_gradient = (a.encoder[0].layers[0].weight.grad for a in (exact, rounded))
     assert torch.cosine_similarity(gradient.flatten(), rounded_gradient.flatten(), dim=0) > 0.98
 
 
@@ -174,7 +174,7 @@ def test_learns_a_task_that_needs_its_eyes():
     """
     torch.manual_seed(0)
     envs = target_envs(16)
-    config = SACConfig(channels=(8, 16), strides=(2, 1), latent=3, hidden=64, lr=1e-3)
+    config = AgentConfig(channels=(8, 16), strides=(2, 1), latent=3, hidden=64, lr=1e-3)
     agent = SAC(envs.obs_shape, envs.action_shape, config, seed=0)
     shapes = {"obs_shape": envs.obs_shape, "action_shape": envs.action_shape}
     buffer = ReplayBuffer(4000, num_envs=16, gamma=0.0, seed=0, **shapes)

@@ -16,9 +16,9 @@ from covr_fast.vlm.model.nano import is_nano
 
 SMALL = {
     "steps": 60, "warmup": 32, "decisions-per-update": 8, "threads": 1, "log-every": 30,
-    "env.num-envs": 2, "env.batch-size": 2, "env.action-repeat": 1, "env.max-episode-steps": 6, "replay.batch-size": 16,
-    "replay.capacity": 200, "covr.psi-0": 30, "covr.min-samples": 4, "eval.episodes": 2,
-    "vlm.every": 10, "tuner.max-steps": 2, "tuner.lora-rank": 4,
+    "env.num-envs": 2, "env.batch-size": 2, "env.action-repeat": 1, "env.max-episode-steps": 6,
+    "replay.batch-size": 16, "replay.capacity": 200, "covr.psi-0": 30, "covr.min-samples": 4,
+    "eval.episodes": 2, "vlm.every": 10, "tuner.max-steps": 2, "tuner.lora-rank": 4,
 }  # fmt: skip
 
 
