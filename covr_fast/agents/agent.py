@@ -3,13 +3,14 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from copy import deepcopy
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..buffer.batch import Batch, BatchSource
 from ..cuda_graph import CudaGraphs
+from ..errors import UserError
 from .captured import CapturedUpdate, Plan
 from .config import AgentConfig
 from .guidance import Guidance
@@ -30,6 +31,9 @@ class Agent(ABC):
         UserError: settings that do not fit together, or frames that are too small for them.
     """
 
+    kinds: ClassVar[tuple[str, ...]]
+    """Values of `config.kind` that this class is for."""
+
     def __init__(
         self,
         obs_shape: tuple[int, ...],
@@ -42,6 +46,10 @@ class Agent(ABC):
     ):
         self.config = config or AgentConfig()
         self.config.check()
+        if self.config.kind not in self.kinds:
+            raise UserError(
+                f"agent.kind={self.config.kind!r} is none of {type(self).__name__}: use agents.make_agent"
+            )
         self.guidance = guidance or Guidance()
         self.device = torch.device(device)
         (self.action_dim,) = action_shape
@@ -162,6 +170,7 @@ class Agent(ABC):
             **{name: tensor.detach().clone() for name, tensor in self._tensors().items()},
             **{name: optimizer.state_dict() for name, optimizer in self.optimizers().items()},
             "updates": self.updates,
+            "decisions": self.decisions,
             "generator": self.generator.get_state(),
         }
         return deepcopy(state)
@@ -184,6 +193,7 @@ class Agent(ABC):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["capturable"], group["lr"] = self._capturable, rate
         self.updates = state["updates"]
+        self.observe_decisions(state["decisions"])
         if self._captured is not None:
             self._captured.forget()  # loading replaced the tensors of the optimizers' state
         random_state = state["generator"].cpu()  # on another type of device it has another size

@@ -4,6 +4,7 @@ import torch
 
 from .agent import Agent
 from .config import AgentConfig
+from .drqv2 import DrQV2
 from .guidance import Guidance
 from .sac import SAC
 
@@ -18,4 +19,5 @@ def make_agent(
     guidance: Guidance | None = None,
 ) -> Agent:
     """The agent of `config.kind`; arguments and errors as for `Agent`."""
-    return SAC(obs_shape, action_shape, config, device=device, seed=seed, guidance=guidance)
+    kind = DrQV2 if config.kind in DrQV2.kinds else SAC
+    return kind(obs_shape, action_shape, config, device=device, seed=seed, guidance=guidance)

@@ -9,6 +9,9 @@ from torch.nn import functional as F
 
 from .encoder import MADE, orthogonal_
 
+EDGE = 1 - 1e-6
+"""Greatest action of a NoisyActor."""
+
 
 def mlp(inputs: int, hidden: int, outputs: int, gain: float) -> nn.Sequential:
     """A network with two hidden layers and ReLU, its weights orthogonal with this gain."""
@@ -54,6 +57,32 @@ class Actor(nn.Module):
         # log(1 - tanh(x)^2), in a form that stays accurate for large |x|.
         log_prob = log_prob - (2 * (math.log(2) - action - F.softplus(-2 * action))).sum(-1)
         return ActorSample(torch.tanh(action), log_prob, torch.tanh(mean))
+
+
+class NoisyActor(nn.Module):
+    """Deterministic policy on features [B, F] with noise of a given size.
+
+    Args:
+        trunk: features -> latent [B, latent].
+        net: latent -> mean actions [B, A], which a tanh squashes.
+    """
+
+    def __init__(self, trunk: nn.Module, net: nn.Module):
+        super().__init__()
+        self.trunk, self.net = trunk, net
+
+    def forward(self, features: Tensor, noise: Tensor, std: Tensor, clip: float) -> ActorSample:
+        """The mean plus std * noise, which lies within +- clip; noise [B, A] is standard normal, std is a
+        scalar.
+
+        An action beyond (-1, 1) is set to its edge, with the gradient of the action itself. log_prob is that
+        of a Gaussian which neither is clipped nor ends there.
+        """
+        mean = torch.tanh(self.net(self.trunk(features)))
+        free = mean + (std * noise).clamp(-clip, clip)
+        action = free + (free.clamp(-EDGE, EDGE) - free).detach()
+        log_prob = (-0.5 * ((action - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
+        return ActorSample(action, log_prob, mean)
 
 
 class TwinQ(nn.Module):

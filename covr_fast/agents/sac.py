@@ -37,6 +37,8 @@ class SAC(Agent):
       latents from before the critic's step. docs/agents.md says what this saves and costs.
     """
 
+    kinds = ("sac", "rad", "drq", "deepmdp", "fast")
+
     def _make_networks(self, obs_shape: tuple[int, ...]) -> None:
         c = self.config
         self.models: LatentModels | None = None
