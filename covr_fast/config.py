@@ -101,8 +101,20 @@ class COVRConfig:
     """How the steps between rounds grow; see FineTuneSchedule."""
     threshold: Literal["described", "equation"] = "described"
     """Sign of the entropy in Eq. 5: Sigmoid(-H) as the text describes, or Sigmoid(+H) as printed."""
+    entropy: Literal["sum", "mean"] = "sum"
+    """H in Eq. 5: the policy's entropy, a sum over the numbers of an action as in the paper, or its mean per
+    number, which does not saturate the sigmoid when actions have many."""
     cold_start: int = 2
-    """Rounds before the priors guide the actor (the paper: 2 on CARLA, 4 on DMControl)."""
+    """Rounds that must have tuned the VLM before its priors guide the actor (the paper: 2 on CARLA, 4 on
+    DMControl). A round whose filter kept nothing to learn from does not count."""
+    trust_from: Literal["round", "start"] = "round"
+    """Priors that were given before the cold start's end: never guide (round), or guide after it (start)."""
+    normalise: Literal["guided", "batch"] = "guided"
+    """Eq. 4 averages over the transitions of a batch that carry a prior (guided), or over all (batch), where
+    the same lambda weighs about vlm.every times less. The paper does not say."""
+    distance: Literal["sample", "mean"] = "sample"
+    """Eq. 4 measures from the actor's sampled action, as the paper's a_r, or from its mean action, which
+    leaves its entropy to the temperature."""
     min_samples: int = 256
     """Fewest samples of finished episodes (D_f) for a round; it waits for them."""
     horizon: int | None = None

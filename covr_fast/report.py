@@ -30,7 +30,8 @@ ROUND_COLUMNS = {
     "loss after": ("loss_after", "{:.3f}"),
     "sec.": ("tuning_seconds", "{:.1f}"),
 }
-"""Heading -> (key of a round's record, format); the losses are those of the held-out samples."""
+"""Heading -> (key of a round's record, format); the losses are those of the held-out samples. A round that
+tuned nothing has no weight, loss and time."""
 
 _SUMMARY_PARTS = {
     "environment", "seed", "device", "steps", "decisions", "frames", "updates", "episodes", "seconds",
@@ -191,7 +192,7 @@ def plot_curves(run: Path) -> Path:
     ax.set(title="where the time went", xlabel="share of wall time", xlim=(0, 1))
 
     for ax in (axes[0, 0], axes[1, 0]):
-        for i, m in enumerate(rounds):
+        for i, m in enumerate(m for m in metrics if "round/version" in m):  # the others tuned nothing
             name = "_" if i else "fine-tuning round"  # one entry in the legend for all of them
             ax.axvline(m["step"], color="tab:orange", alpha=0.35, linewidth=1, label=name)
         ax.grid(alpha=0.25)

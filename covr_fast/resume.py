@@ -19,7 +19,7 @@ _TAKING_EFFECT = """
     tuner.max_steps tuner.batch_size tuner.micro_batch tuner.packing tuner.held_out tuner.label_smoothing
     tuner.shift tuner.gradient_checkpointing tuner.cache_image_features tuner.overlap
     covr.psi_0 covr.schedule covr.threshold covr.cold_start covr.min_samples covr.horizon covr.bootstrap
-    covr.confidence covr.publish_after
+    covr.confidence covr.publish_after covr.trust_from covr.normalise covr.distance covr.entropy
     eval.episodes eval.every eval.vlm
     """
 MAY_CHANGE = frozenset(_TAKING_EFFECT.split())

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .agents import make_agent
+from .agents import Guidance, make_agent
 from .buffer import Batch
 from .checkpoint import Checkpoint, reserved_room, restore_agent
 from .collect import Collector
@@ -39,7 +39,7 @@ from .run_folder import RunFolder
 from .saving import Counters, RunSaver, deferred_interrupts
 from .schedule import is_due
 from .seeds import training_seed
-from .staleness import age_figures, mask_older, oldest_guiding
+from .staleness import Trust, age_figures, mask_older
 from .streams import Lane
 from .transcript import Transcript, write_prompt
 from .versions import drop_staged
@@ -96,7 +96,12 @@ class Trainer:
         (action_dim,) = self.envs.action_shape
         with as_user_error():
             self.agent = make_agent(
-                agent_obs_shape(config), (action_dim,), config.agent, device=self.device, seed=config.seed
+                agent_obs_shape(config),
+                (action_dim,),
+                config.agent,
+                device=self.device,
+                seed=config.seed,
+                guidance=Guidance(config.covr.normalise, config.covr.distance),
             )
             frames_on = replay_device(config.replay.device, self.device)
             if saved and saved.has_replay():
@@ -117,7 +122,7 @@ class Trainer:
                     lambda ids: vlm_images(config, self.buffer, ids),
                     temperature=config.vlm.temperature,
                     generator=self._prior_noise,
-                    max_staleness=config.vlm.max_staleness,
+                    trust=Trust.of(config),
                     confidence=config.covr.confidence,
                 )
             self.rounds = Rounds(
@@ -340,10 +345,10 @@ class Trainer:
 
     @property
     def _oldest_guiding(self) -> int:
-        return oldest_guiding(self.prior.version, self.config.vlm.max_staleness)
+        return Trust.of(self.config).oldest(self.prior.version)
 
     def _mask_old_priors(self) -> None:
-        """Masks the priors that the newest weights have made too old (vlm.max_staleness)."""
+        """Masks the priors that are trusted no more: see staleness.Trust."""
         mask_older(self.buffer, self._oldest_guiding)
         self.collector.mask_older(self._oldest_guiding)
 
@@ -435,5 +440,5 @@ class Trainer:
                 f"{saved.folder / 'counters.pt'} does not fit this version of covr_fast "
                 f"({type(error).__name__}: {error})"
             ) from error
-        self._mask_old_priors()  # vlm.max_staleness may have changed
+        self._mask_old_priors()  # the settings of trust may have changed
         self.buffer.cut()

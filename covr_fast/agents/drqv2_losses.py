@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..buffer.batch import Batch
-from .guidance import Guidance, prior_loss
+from .guidance import Guidance, guidance_figures, prior_loss
 from .networks import NoisyActor, TwinQ
 
 
@@ -83,10 +83,11 @@ def policy_loss(
     "prior" [B, A] and "prior_mask" [B] of the extras are read only then. noise [B, A] is standard normal.
     """
     sample = networks.actor(features, noise, std, std_clip)
-    loss = -networks.critic(features, sample.action).amin(0).mean()
+    q = networks.critic(features, sample.action).amin(0)
+    loss = -q.mean()
     metrics = {}
     if guide:
-        distance = prior_loss(sample, extras["prior"], extras["prior_mask"], guidance)
-        loss = loss + prior_weight * distance
-        metrics["prior_loss"] = distance.detach()
+        prior, mask = extras["prior"], extras["prior_mask"]
+        loss = loss + prior_weight * prior_loss(sample, prior, mask, guidance)
+        metrics = guidance_figures(sample, prior, mask, q, guidance, prior_weight)
     return loss, metrics | {"actor_loss": loss.detach(), "noise": std.clone()}

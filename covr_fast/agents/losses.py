@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..buffer.batch import Batch
-from .guidance import Guidance, prior_loss
+from .guidance import Guidance, guidance_figures, prior_loss
 from .networks import Actor, TwinQ
 
 
@@ -100,8 +100,8 @@ def policy_loss(
     entropy = -sample.log_prob.detach().mean()
     metrics = {"entropy": entropy}
     if guide:
-        distance = prior_loss(sample, extras["prior"], extras["prior_mask"], guidance)
-        loss = loss + prior_weight * distance
-        metrics["prior_loss"] = distance.detach()
+        prior, mask = extras["prior"], extras["prior_mask"]
+        loss = loss + prior_weight * prior_loss(sample, prior, mask, guidance)
+        metrics |= guidance_figures(sample, prior, mask, q, guidance, prior_weight)
     metrics |= {"actor_loss": loss.detach(), "alpha": alpha.detach()}
     return loss + alpha * (entropy - target_entropy), metrics
