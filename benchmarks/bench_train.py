@@ -15,6 +15,7 @@ gymnasium[box2d], highway-env and dm_control.
 
 import argparse
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from fractions import Fraction
@@ -64,7 +65,8 @@ def compare(
 
     Returns:
         a row of `race.race` whose times are those of an environment step; and, by name, "steps_per_second",
-        "updates_per_second", "shares" of the time by activity, and "facts".
+        "updates_per_second", "cpu_per_step" (seconds of processors), "shares" of the time by activity, and
+        "facts".
     """
     running: dict[str, Contestant] = {}
     facts: dict[str, Facts] = {}
@@ -101,6 +103,10 @@ def compare(
         },
         "updates_per_second": {
             name: statistics.median(chunk.updates / chunk.took for chunk in of) for name, of in chunks.items()
+        },
+        "cpu_per_step": {
+            name: sum(chunk.cpu for chunk in of) / sum(repeat * chunk.decisions for chunk in of)
+            for name, of in chunks.items()
         },
         "shares": {name: shares(of) for name, of in chunks.items()},
     }
@@ -140,8 +146,8 @@ def environment_rows(
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| row | contestant | environment steps/s | updates/s | slower than covr_fast | its time |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| row | contestant | env steps/s | updates/s | slower than covr_fast | CPU per step | its time |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row, info in rows.items():
         for name in info["seconds"]:
@@ -152,10 +158,10 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
             time = ", ".join(
                 f"{share:.0%} {what}" for what, share in info["shares"][name].items() if share > 0.005
             )
-            lines.append(f"| {row} | {name} | {steps:,.0f} | {updates:.1f} | {slower} | {time} |")
-        lines += [
-            f"| {row} | {name} | not measured: {why} | | | |" for name, why in info["unavailable"].items()
-        ]
+            cpu = f"{1e3 * info['cpu_per_step'][name]:.2f} ms"
+            lines.append(f"| {row} | {name} | {steps:,.0f} | {updates:.1f} | {slower} | {cpu} | {time} |")
+        for name, why in info["unavailable"].items():
+            lines.append(f"| {row} | {name} | not measured: {why} | | | | |")
     return "\n".join(lines)
 
 
@@ -183,6 +189,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows: dict[str, dict[str, Any]] = {}
     for environment in arguments.environments:
+        print(f"{environment} ...", file=sys.stderr, flush=True)
         rows |= environment_rows(
             environment,
             arguments.decisions_per_update,

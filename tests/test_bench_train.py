@@ -1,5 +1,6 @@
 """benchmarks/bench_train.py: contestants are compared only if both train the same, and only while timed."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 from training.checks import Seen, check_finite, check_updates, operations, parameters  # noqa: E402
-from training.chunks import Chunk, Contestant, Pauses, Progress, Stop  # noqa: E402
+from training.chunks import Chunk, Contestant, Pauses, Progress, Stop, cpu_seconds  # noqa: E402
 
 
 def count(connection, ready_at):
@@ -30,6 +31,11 @@ def count(connection, ready_at):
 
 def fail(connection):
     raise ValueError("no such simulator")
+
+
+def burn(seconds):
+    while time.process_time() < seconds:
+        pass
 
 
 class Pipe:
@@ -53,6 +59,7 @@ def test_a_chunk_counts_what_was_done_while_the_clock_ran():
         assert chunk.took >= 0.05
         assert chunk.decisions == 2 * chunk.updates
         assert chunk.seconds["sleep"] == pytest.approx(0.001 * chunk.updates)
+        assert chunk.cpu < chunk.took  # it sleeps
         assert 1 <= chunk.updates <= chunk.took / 0.001  # sleeps are never shorter
     finally:
         contestant.close()
@@ -68,7 +75,19 @@ def test_steps_that_simulated_during_a_pause_are_not_counted(monkeypatch):
     with pytest.raises(Stop):
         pauses(Progress(6, 0, {}), dict)
     # Step 1 ends the warm-up, 2 to 4 settle, and the clock runs from the end of 4 to that of 6.
-    assert pipe.sent == [{}, Chunk(decisions=2, updates=0, took=2, seconds={})]
+    facts, chunk = pipe.sent
+    assert facts == {}
+    assert chunk._replace(cpu=0.0) == Chunk(decisions=2, updates=0, took=2, cpu=0.0, seconds={})
+
+
+def test_the_processors_of_children_are_counted():
+    begin = cpu_seconds()
+    child = multiprocessing.get_context("fork").Process(target=burn, args=(0.3,))
+    child.start()
+    while cpu_seconds() - begin < 0.2:
+        assert child.is_alive()
+        time.sleep(0.01)
+    child.join()
 
 
 def test_a_contestant_that_fails_says_why():

@@ -5,11 +5,13 @@ command, so that others have the machine for themselves.
 """
 
 import multiprocessing
+import os
 import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, NamedTuple
 
 Facts = dict[str, Any]
@@ -30,6 +32,8 @@ class Chunk(NamedTuple):
     decisions: int
     updates: int
     took: float
+    cpu: float
+    """Seconds of processors, with those of the processes of its environments."""
     seconds: Mapping[str, float]
     """By activity; the rest of `took` is spent elsewhere."""
 
@@ -63,13 +67,12 @@ class Pauses:
         elif self._begin is None:
             self._skip -= 1
             if self._skip <= 0:
-                self._begin, self._began = now, time.perf_counter()
+                self._begin, self._began, self._cpu = now, time.perf_counter(), cpu_seconds()
         elif (took := time.perf_counter() - self._began) >= self._duration:
             begin = self._begin
             spent = {name: now.seconds[name] - begin.seconds.get(name, 0.0) for name in now.seconds}
-            self._connection.send(
-                Chunk(now.decisions - begin.decisions, now.updates - begin.updates, took, spent)
-            )
+            decisions, updates = now.decisions - begin.decisions, now.updates - begin.updates
+            self._connection.send(Chunk(decisions, updates, took, cpu_seconds() - self._cpu, spent))
             self._await()
 
     def _await(self) -> None:
@@ -77,6 +80,15 @@ class Pauses:
         if command is None:
             raise Stop
         self._duration, self._begin, self._skip = command, None, self._settle
+
+
+def cpu_seconds() -> float:
+    """What this process and its living children have used of the processors (Linux)."""
+    seconds = time.process_time()
+    for child in multiprocessing.active_children():
+        user, system = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        seconds += (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    return seconds
 
 
 class Contestant:

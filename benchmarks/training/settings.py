@@ -7,7 +7,7 @@ from race import sized
 from covr_fast import TrainConfig
 
 ENVIRONMENTS = ("carracing", "racetrack", "cartpole")
-WARMUP = sized(512, 32)
+WARMUP = sized(256, 32)
 """Decisions with random actions, before the updates begin."""
 
 

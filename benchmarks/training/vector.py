@@ -1,6 +1,7 @@
 """Gymnasium's vector environments as Stable-Baselines3 wants them."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -8,13 +9,18 @@ import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from stable_baselines3.common.vec_env import VecEnv
 
-VECTORS = {"async": AsyncVectorEnv, "sync": SyncVectorEnv}
+# A contestant's process is spawned, and would spawn the environments' too, each with all its imports.
+VECTORS: dict[str, Callable[..., gym.vector.VectorEnv[Any, Any, Any]]] = {
+    "async": partial(AsyncVectorEnv, context="fork"),
+    "sync": SyncVectorEnv,
+}
+"""Environments in a process each, or all in this one."""
 
 
 def vector_env(
     makers: Sequence[Callable[[], gym.Env[Any, Any]]], how: str
 ) -> gym.vector.VectorEnv[Any, Any, Any]:
-    """Environments in a process each ("async"), or in this one ("sync")."""
+    """Environments that reset in the step in which an episode ends; `how`: see VECTORS."""
     return VECTORS[how](makers, autoreset_mode=AutoresetMode.SAME_STEP)
 
 
