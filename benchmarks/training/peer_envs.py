@@ -101,12 +101,13 @@ def car_racing(config: EnvConfig) -> gym.Env[Any, Any]:
 
 
 def racetrack(config: EnvConfig) -> gym.Env[Any, Any]:
+    """The picture shows 20 m, like ours (covr_fast/driving.py)."""
     import highway_env
 
     gym.register_envs(highway_env)
     grey = {
         "type": "GrayscaleObservation", "observation_shape": (config.width, config.height), "stack_size": 1,
-        "weights": _LUMA.tolist(), "scaling": 5.5 * config.width / 600,  # that of 600 pixels, its default
+        "weights": _LUMA.tolist(), "scaling": config.width / 20,
     }  # fmt: skip
     env = gym.make(
         "racetrack-v0",

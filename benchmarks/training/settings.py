@@ -31,7 +31,7 @@ def settings_of(settings: Settings) -> TrainConfig:
     """
     config = TrainConfig.preset("carracing")
     if settings.environment == "racetrack":
-        config.env = replace(config.env, id="racetrack-v0", height=84, width=84, action_repeat=1)
+        config.env = replace(config.env, id="racetrack-v0", action_repeat=1, max_episode_steps=300)
     if settings.environment == "cartpole":
         config.env = replace(
             config.env, id="CartpoleSwingup-v1", height=84, width=84, action_repeat=8, max_episode_steps=1000
