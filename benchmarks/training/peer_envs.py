@@ -101,13 +101,13 @@ def car_racing(config: EnvConfig) -> gym.Env[Any, Any]:
 
 
 def racetrack(config: EnvConfig) -> gym.Env[Any, Any]:
-    """The picture shows 20 m, like ours (covr_fast/driving.py)."""
+    """The picture shows 31 m, like that of EnvPool."""
     import highway_env
 
     gym.register_envs(highway_env)
     grey = {
         "type": "GrayscaleObservation", "observation_shape": (config.width, config.height), "stack_size": 1,
-        "weights": _LUMA.tolist(), "scaling": config.width / 20,
+        "weights": _LUMA.tolist(), "scaling": config.width / 31,
     }  # fmt: skip
     env = gym.make(
         "racetrack-v0",
