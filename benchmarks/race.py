@@ -18,7 +18,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -190,8 +190,8 @@ def version(package: str) -> str | None:
         return None
 
 
-def heading(device: str = "cpu") -> str:
-    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES if version(name))
+def heading(device: str = "cpu", packages: Sequence[str] = PACKAGES) -> str:
+    versions = ", ".join(f"{name} {version(name)}" for name in packages if version(name))
     date, python = time.strftime("%Y-%m-%d"), platform.python_version()
     return f"{device_name(device)}; {date}; Python {python}, {versions}.\n"
 
