@@ -47,6 +47,7 @@ void gather_interleaved(const FrameLayout& frames, const StackPlan& plan, const 
         cut_plane(from, frames.size(), {plan.shift_y, plan.shift_x}, target.beyond, target.out_size(), cut);
         from = cut;
       }
+#pragma GCC unroll 4  // a loop this short takes half as long again where its jump crosses a cache line
       for (int64_t i = 0; i < plane; ++i) to[i * planes] = from[i];
     }
   }
