@@ -38,10 +38,10 @@ class ReplayConfig:
     """Discount per decision, in the Bellman target and in the returns that EDDF filters."""
     sampler: Literal["uniform", "prioritized", "recent"] = "uniform"
     """How transitions are drawn."""
-    augment: Literal["none", "shift", "crop"] = "crop"
-    """Random crop (RAD), random shift (DrQ), or neither."""
+    augment: Literal["none", "shift", "crop", "translate"] = "crop"
+    """Random crop or random translation (RAD), random shift (DrQ), or none."""
     pad: int = 4
-    """Pixels that a crop removes, or a shift adds, on each side."""
+    """Pixels on each side: that a crop removes, that a translation adds, black, or by which a shift moves."""
     device: str = "auto"
     """Where frames are stored: auto (where the agent computes), cpu, cuda, or a GPU by number: cuda:1."""
 
@@ -275,6 +275,8 @@ class TrainConfig:
             raise UserError("vlm.motion shows three frames as one image: set env.frame_stack=3")
         if not 0 <= self.replay.gamma <= 1:
             raise UserError(f"replay.gamma={self.replay.gamma} must lie in [0, 1]")
+        if self.replay.pad > 1024:
+            raise UserError(f"replay.pad={self.replay.pad} must be at most 1024")
         if self.replay.augment == "crop" and min(self.env.height, self.env.width) <= 2 * self.replay.pad:
             raise UserError(
                 f"replay.pad={self.replay.pad} crops away all of a {self.env.height}x{self.env.width} frame"

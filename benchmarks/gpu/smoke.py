@@ -151,7 +151,7 @@ def gather(device: str) -> None:
     for storage in ("device", "pinned") if device == "cuda" else ("device",):
         ours, truth = replay(device, storage=storage), replay("cpu")
         for dtype in (torch.uint8, torch.float32, torch.bfloat16):
-            for augment in (None, "shift", "crop"):
+            for augment in (None, "shift", "crop", "translate"):
                 for memory_format in (torch.contiguous_format, torch.channels_last):
                     options = {"dtype": dtype, "augment": augment, "memory_format": memory_format}
                     found, expected = (buffer.sample(64, **options) for buffer in (ours, truth))
