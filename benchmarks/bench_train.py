@@ -16,7 +16,7 @@ gymnasium[box2d], highway-env and dm_control.
 import argparse
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from fractions import Fraction
 from functools import partial
@@ -124,14 +124,14 @@ def shares(chunks: Sequence[Chunk]) -> dict[str, float]:
 
 def environment_rows(
     environment: str, ratios: Sequence[int], rounds: int, seconds: float, threads: int
-) -> dict[str, dict[str, Any]]:
-    """The simulation alone, then training, by decisions per update."""
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows with their names: the simulation alone, then training, by decisions per update."""
     settings = Settings(environment, ratios[0], threads)
     repeat, source = settings_of(settings).env.action_repeat, SOURCES[environment]
     peers = {f"{source}, {how}": how for how in VECTORS}
     simulations = {name: (peer_alone, settings, how) for name, how in peers.items()}
     alone = compare({OURS: (ours_alone, settings), **simulations}, rounds, seconds, repeat)
-    rows = {f"{environment}, simulation alone": alone}
+    yield f"{environment}, simulation alone", alone
     if alone["seconds"]:
         fastest = min(alone["seconds"].keys() - {OURS}, key=alone["seconds"].get)
         for ratio in ratios:
@@ -139,8 +139,7 @@ def environment_rows(
             name = f"Stable-Baselines3 on {fastest}"
             contestants = {OURS: (ours.train, settings), name: (sb3.train, settings, peers[fastest])}
             row = compare(contestants, rounds, seconds, repeat, check_same)
-            rows[f"{environment}, {Fraction(1, ratio)} updates per decision"] = row
-    return rows
+            yield f"{environment}, {Fraction(1, ratio)} updates per decision", row
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
@@ -185,19 +184,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=5.0, help="that a contestant trains in a round")
     parser.add_argument("--threads", type=int, default=1, help="of torch, for both")
-    parser.add_argument("--json", type=Path, help="also write the figures there, after every environment")
+    parser.add_argument("--json", type=Path, help="also write the figures there, after every row")
     arguments = parser.parse_args()
     rows: dict[str, dict[str, Any]] = {}
     for environment in arguments.environments:
-        print(f"{environment} ...", file=sys.stderr, flush=True)
-        rows |= environment_rows(
+        found = environment_rows(
             environment,
             arguments.decisions_per_update,
             arguments.rounds,
             arguments.seconds,
             arguments.threads,
         )
-        write_rows(arguments.json, rows)
+        for name, row in found:
+            rows[name] = row
+            write_rows(arguments.json, rows)
+            print(table({name: row}), file=sys.stderr, flush=True)
     simulators = ("gymnasium", "envpool", "highway-env", "dm_control", "mujoco")
     print(f"{heading(packages=(*PACKAGES, *simulators))}\n{table(rows)}\n\n{work(rows)}")
 

@@ -20,6 +20,7 @@ from .envs import Rows, make_env
 from .errors import DivergedError, UserError, as_user_error, os_error_as_user_error
 from .evaluate import Evaluation, Evaluations
 from .files import write_whole
+from .host_memory import keep_freed_memory
 from .labeller import PriorLabeller
 from .logger import Clock, MeanMetrics, RunLogger
 from .model_card import write_run_card
@@ -86,6 +87,8 @@ class Trainer:
         config = self.config
         self.device = compute_device(config.device)
         use_tensor_cores(self.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.threads = loop_threads(config)
         # Before anything is computed: the order of sums, and so even the initial weights, depends on it.
         torch.set_num_threads(self.threads)
