@@ -84,6 +84,41 @@ def _car_racing_gpu(nano: bool) -> TrainConfig:
     )
 
 
+def _racetrack(nano: bool) -> TrainConfig:
+    """One lap and a half of a road, on two CPU cores. docs/environments.md tells what its picture shows."""
+    size = 56 if nano else 84
+    return TrainConfig(
+        steps=20_000,
+        warmup=1_000,
+        steps_per_update=2,
+        env=EnvConfig(
+            id="racetrack-v0", height=size, width=size, grayscale=nano, action_repeat=1, max_episode_steps=300
+        ),
+        agent=_small_agent(0.25 if nano else 2.0),
+        replay=ReplayConfig(capacity=20_000, batch_size=128, n_step=3, gamma=0.95),
+        tuner=_tuner(nano),
+        vlm=_vlm(nano),
+        covr=COVRConfig(psi_0=2_000, cold_start=2, horizon=30),
+    )
+
+
+def _highway(nano: bool) -> TrainConfig:
+    """Four lanes with fifty cars, on two CPU cores: the counterpart of the paper's highway in CARLA."""
+    return TrainConfig(
+        steps=20_000,
+        warmup=1_000,
+        steps_per_update=2,
+        env=EnvConfig(
+            id="highway-v0", height=42, width=126, grayscale=nano, action_repeat=1, max_episode_steps=40
+        ),
+        agent=_small_agent(0.25 if nano else 2.0),
+        replay=ReplayConfig(capacity=20_000, batch_size=128, gamma=0.9),
+        tuner=_tuner(nano),
+        vlm=_vlm(nano),
+        covr=COVRConfig(psi_0=2_000, cold_start=2),
+    )
+
+
 def _dm_control(env_id: str, action_repeat: int, steps: int = 100_000) -> Callable[[bool], TrainConfig]:
     """The paper's settings for DMControl: lambda 1, cold start 4, LoRA 128/16, 100k steps (500k for its three
     hard tasks); with nano a smaller agent.
@@ -119,6 +154,8 @@ PRESETS: dict[str, Preset] = {
     "carracing-gpu": Preset(
         "CarRacing at full size on one GPU", _car_racing_gpu, "Qwen/Qwen2.5-VL-3B-Instruct"
     ),
+    "racetrack": Preset("Steering along a winding road, on two CPU cores", _racetrack),
+    "highway": Preset("Driving among fifty cars on four lanes, on two CPU cores", _highway),
     "cartpole-swingup": Preset("DMControl Cartpole Swingup", _dm_control("CartpoleSwingup-v1", 8)),
     "reacher-easy": Preset("DMControl Reacher Easy", _dm_control("ReacherEasy-v1", 4)),
     "cheetah-run": Preset("DMControl Cheetah Run", _dm_control("CheetahRun-v1", 4)),

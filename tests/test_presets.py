@@ -10,8 +10,8 @@ from covr_fast import TrainConfig, cli, make_env
 from covr_fast.envs import PixelEnvs
 
 NAMES = (
-    "carracing", "carracing-gpu", "cartpole-swingup", "reacher-easy", "cheetah-run", "walker-walk",
-    "finger-spin", "ball-in-cup-catch", "hopper-hop", "walker-run", "pendulum-swingup",
+    "carracing", "carracing-gpu", "racetrack", "highway", "cartpole-swingup", "reacher-easy", "cheetah-run",
+    "walker-walk", "finger-spin", "ball-in-cup-catch", "hopper-hop", "walker-run", "pendulum-swingup",
 )  # fmt: skip
 SMALL = {
     "steps": 72, "warmup": 24, "log-every": 12, "steps-per-update": 8, "threads": 1, "device": "cpu",
@@ -45,7 +45,7 @@ def test_its_environment_steps_and_shows_what_moves(name):
             before, now = r.next_obs[:, : config.channels], r.next_obs[:, -config.channels :]
             assert (before != now).any(axis=(1, 2, 3)).all(), "nothing moves in the picture"
             assert np.isfinite(r.reward).all()
-            assert not r.terminated.any()
+            assert not r.terminated.all()  # who drives at random on the highway may crash
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -58,7 +58,7 @@ def test_it_trains_fine_tunes_and_guides(name, monkeypatch, tmp_path):
         return rows._replace(reward=rows.reward + rng.random(len(rows.reward), np.float32))
 
     monkeypatch.setattr(PixelEnvs, "recv", paid)
-    episode = 8 * TrainConfig.preset(name).env.action_repeat
+    episode = 10 * TrainConfig.preset(name).env.action_repeat  # whole seconds of the racetrack too
     fields = [f"--{key}={value}" for key, value in (SMALL | {"env.max-episode-steps": episode}).items()]
     networks = ["--agent.channels", "8", "8", "--agent.strides", "4", "2"]
     assert cli.run(["train", name, "--out", str(tmp_path), *fields, *networks]) == 0
