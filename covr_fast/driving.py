@@ -64,8 +64,8 @@ def five_actions(action: np.ndarray) -> np.ndarray:
     return np.where(idle, IDLE, np.where(steers, lane, speed)).astype(np.int32)
 
 
-# The scale of the racetracks is fixed, 5.5 pixels a metre: 15 m to all sides, which the car drives in 1.5 s.
-_TRACK = Drive(1, lambda action: action, 5, {"screen_width": 168, "screen_height": 168})
+# The scale of the racetracks is fixed, 5.5 pixels a metre: 10 m to all sides, a second ahead of the car.
+_TRACK = Drive(1, lambda action: action, 5, {"screen_width": 112, "screen_height": 112})
 
 DRIVES = {
     "racetrack-v0": _TRACK,

@@ -114,7 +114,7 @@ def test_1_steers_to_the_right_and_the_speed_is_constant(env_id):
 
 def test_the_picture_shows_the_turn_about_the_car_at_its_centre():
     assert "at the centre of the picture, its lights are at its front" in words_for("racetrack-v0", 1).prompt
-    with make_env(config("racetrack-v0", height=168, width=168, frame_stack=1)) as envs:
+    with make_env(config("racetrack-v0", height=112, width=112, frame_stack=1)) as envs:
         envs.reset()
         (ids,) = envs.batches()
         for _ in range(2):
@@ -123,8 +123,8 @@ def test_the_picture_shows_the_turn_about_the_car_at_its_centre():
     for frame, turned in zip(frames, (-1, 1), strict=True):
         yellow = (frame[2] < 50) & (frame[0] > 150)
         y, x = np.nonzero(yellow)
-        assert abs(y.mean() - 84) < 4
-        assert abs(x.mean() - 84) < 4
+        assert abs(y.mean() - 56) < 4
+        assert abs(x.mean() - 56) < 4
         lights_y, lights_x = np.nonzero(yellow & (frame[0] > 230))
         assert lights_x.mean() > x.mean() + 8
         assert (lights_y.mean() - y.mean()) * turned > 2

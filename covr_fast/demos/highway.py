@@ -42,7 +42,8 @@ def _decide(frame: np.ndarray) -> tuple[float, float]:
     def lane(shift: int) -> np.ndarray:
         """bool[rows, WIDTH], the other cars in a lane; the one to the right has shift 1."""
         middle = _ROW + shift * _LANE
-        return others[middle - 4 : middle + 5]
+        rows: np.ndarray = others[middle - 4 : middle + 5]
+        return rows
 
     def gap(cars: np.ndarray) -> int:
         ahead = np.flatnonzero(cars[:, _COLUMN + 8 :].any(0))

@@ -1,7 +1,8 @@
 """A driver for the racetracks that reads the picture and follows the left edge of the road.
 
-Pure pursuit (Coulter 1992): steer along the circle that leads from the rear axle to a point of the lane ahead.
-The simulator's car is a kinematic bicycle, so its steering angle is atan(wheelbase x curvature of that circle).
+Pure pursuit (Coulter 1992): steer along the circle that leads from the rear axle to a point of the lane
+ahead. The simulator's car is a kinematic bicycle, whose steering angle on a circle is atan(wheelbase x
+curvature).
 """
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from ..envs import EnvConfig
 from ..evaluate import Policy
 
-SIZE = 168
+SIZE = 112
 _METRE = 5.5  # in pixels
 _WHEELBASE = 5.0  # metres; the car's centre is midway
 _HALF_LANE = 2.5
@@ -33,7 +34,7 @@ def camera(env_id: str, num_envs: int, max_episode_steps: int) -> EnvConfig:
 
 
 def driver() -> Policy:
-    """uint8[n, 3, 168, 168], pictures of `camera` -> steering float32[n, 1].
+    """uint8[n, 3, 112, 112], pictures of `camera` -> steering float32[n, 1].
 
     It keeps to the left lane. Where it sees neither its car nor the line, it goes straight on.
     """

@@ -8,7 +8,8 @@ from covr_fast.evaluate import evaluate
 
 
 def picture(*cars: tuple[int, int], lane: int = 1) -> np.ndarray:
-    """uint8[1, 3, 84, 252]: four lanes, the driver's car in one, others at (metres ahead, lanes to the right)."""
+    """uint8[1, 3, 84, 252]: four lanes, the driver's car in one, others at (metres ahead, lanes to its right)
+    from it."""
     frame = np.full((1, 3, 84, 252), 100, np.uint8)
     top = 42 - 6 - 12 * lane
     for edge in (top, top + 48):

@@ -25,4 +25,4 @@ def test_the_large_track_s_road_ends_after_its_first_curve():
 
 @pytest.mark.parametrize("level", [0, 100])
 def test_it_goes_straight_on_where_it_sees_no_car(level):
-    assert driver()(np.full((2, 3, 168, 168), level, np.uint8)).tolist() == [[0], [0]]
+    assert driver()(np.full((2, 3, 112, 112), level, np.uint8)).tolist() == [[0], [0]]
