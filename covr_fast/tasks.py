@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .driving import DRIVES
 from .errors import UserError, unknown
 from .gymnasium_simulator import GymnasiumSimulator, Spaces, inspect
 from .opengl import import_envpool, require_frames
@@ -63,6 +64,8 @@ def find_task(config: "EnvConfig") -> Task:
             words_for(config.id, 2),
             lambda seed: _envpool_simulator(config, seed),
         )
+    if config.id in DRIVES:
+        return _driving_task(config)
     return _dm_control_task(config)
 
 
@@ -73,6 +76,18 @@ def _car_racing_action(action: np.ndarray) -> np.ndarray:
     """(steering, signed gas/brake) in [-1, 1]^2 -> (steering, gas, brake)."""
     steer, pedal = action[:, 0], action[:, 1]
     return np.stack([steer, np.maximum(pedal, 0), np.maximum(-pedal, 0)], axis=1)
+
+
+def _driving_task(config: "EnvConfig") -> Task:
+    drive = DRIVES[config.id]
+    options = drive.options(config.id, config.max_episode_steps)
+    return Task(
+        drive.action_dim,
+        drive.to_sim,
+        None,
+        words_for(config.id, drive.action_dim),
+        lambda seed: _envpool_simulator(config, seed, **options),
+    )
 
 
 def _dm_control_task(config: "EnvConfig") -> Task:

@@ -1,0 +1,1 @@
+"""Scripted drivers: reference rows beside what an agent learns."""
