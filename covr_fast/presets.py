@@ -114,6 +114,33 @@ def _dm_control(env_id: str, action_repeat: int, steps: int = 100_000) -> Callab
     return make
 
 
+def _carla(env_id: str) -> Callable[[bool], TrainConfig]:
+    """The paper's settings for CARLA: lambda 2, cold start 2, LoRA 128/256, 100k steps, episodes of at most
+    1000 frames. One environment, and a decision for every frame, as in Xu et al. 2024 (DMR). With nano a
+    smaller agent."""
+
+    def make(nano: bool) -> TrainConfig:
+        return TrainConfig(
+            env=EnvConfig(
+                id=env_id,
+                num_envs=1,
+                batch_size=1,
+                height=100,
+                width=100,
+                grayscale=nano,
+                action_repeat=1,
+                max_episode_steps=1000,
+            ),
+            agent=_small_agent(0.25) if nano else SACConfig(prior_weight=2.0),
+            replay=ReplayConfig(pad=8, batch_size=128 if nano else 256),
+            tuner=_tuner(nano),
+            vlm=_vlm(nano),
+            covr=COVRConfig(cold_start=2),
+        )
+
+    return make
+
+
 PRESETS: dict[str, Preset] = {
     "carracing": Preset("CarRacing in a small picture, ten minutes on two CPU cores", _car_racing),
     "carracing-gpu": Preset(
@@ -129,5 +156,15 @@ PRESETS: dict[str, Preset] = {
     "walker-run": Preset("DMControl Walker Run", _dm_control("WalkerRun-v1", 2, steps=500_000)),
     "pendulum-swingup": Preset(
         "DMControl Pendulum Swingup", _dm_control("PendulumSwingup-v1", 4, steps=500_000)
+    ),
+    "carla-highway": Preset(
+        "CARLA, a highway with traffic (needs a server: docs/carla.md)",
+        _carla("carla-highway"),
+        "Qwen/Qwen2.5-VL-3B-Instruct",
+    ),
+    "carla-pedestrians": Preset(
+        "CARLA, pedestrians behind parked cars (needs a server: docs/carla.md)",
+        _carla("carla-pedestrians"),
+        "Qwen/Qwen2.5-VL-3B-Instruct",
     ),
 }
