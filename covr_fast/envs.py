@@ -26,7 +26,10 @@ class EnvConfig:
     """Which environment, how many of them, and the form of their observations."""
 
     id: str = "CarRacing-v3"
-    """CarRacing-v3, a DMControl task of EnvPool such as CheetahRun-v1, or a name given to register_task."""
+    """CarRacing-v3, a DMControl task of EnvPool such as CheetahRun-v1, carla-highway, carla-pedestrians, or a
+    name given to register_task."""
+    server: str = "localhost:2000"
+    """CARLA only: HOST:PORT of the first environment's server. The next ones are at PORT + 10, + 20, ..."""
     num_envs: int = 16
     """Total number of environments."""
     batch_size: int = 8

@@ -12,6 +12,7 @@ from .agents import Agent
 from .config import TrainConfig
 from .envs import EnvConfig, make_env
 from .logger import RunLogger
+from .tasks import find_task
 from .view import agent_view, vlm_view
 from .vlm import ActionPrior
 
@@ -42,8 +43,22 @@ def evaluate(
     """Runs `episodes` episodes, each in its own environment, with the seeds seed, seed + 1, ...
 
     Only the first episode of each environment counts, because short episodes would otherwise count more
-    often.
+    often. Tasks that cannot run so many at once run them in turns.
     """
+    together = find_task(config).evaluated_together or episodes
+    returns = [
+        _evaluate_together(
+            policy, config, min(together, episodes - first), seed + first, watch if first == 0 else None
+        )
+        for first in range(0, episodes, together)
+    ]
+    return Evaluation(np.concatenate(returns))
+
+
+def _evaluate_together(
+    policy: Policy, config: EnvConfig, episodes: int, seed: int, watch: Watcher | None
+) -> np.ndarray:
+    """float64[episodes], their returns."""
     with make_env(replace(config, num_envs=episodes, batch_size=episodes, num_threads=2, seed=seed)) as envs:
         obs = envs.reset()
         (ids,) = envs.batches()
@@ -58,7 +73,7 @@ def evaluate(
             returns += rows.reward * running
             running &= ~(rows.terminated | rows.truncated)
             obs = rows.obs
-    return Evaluation(returns)
+    return returns
 
 
 def random_policy(action_dim: int, seed: int) -> Policy:

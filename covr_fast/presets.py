@@ -172,6 +172,34 @@ def _dm_control(env_id: str, action_repeat: int, steps: int = 100_000) -> Callab
     return make
 
 
+def _carla(env_id: str) -> Callable[[bool, Kind], TrainConfig]:
+    """The paper's settings for CARLA: lambda 2, cold start 2, LoRA 128/256, 100k steps, episodes of at most
+    1000 frames. One environment, and a decision for every frame, as in Xu et al. 2024 (DMR)."""
+
+    def make(nano: bool, kind: Kind) -> TrainConfig:
+        env = EnvConfig(
+            id=env_id,
+            num_envs=1,
+            batch_size=1,
+            height=100,
+            width=100,
+            grayscale=nano,
+            action_repeat=1,
+            max_episode_steps=1000,
+        )
+        config = TrainConfig(
+            env=env,
+            agent=_small_agent(),
+            replay=ReplayConfig(pad=8, batch_size=128),
+            tuner=_tuner(nano),
+            vlm=_vlm(nano),
+            covr=COVRConfig(cold_start=2),
+        )
+        return _completed(config, nano, kind, prior_weight=2.0)
+
+    return make
+
+
 def _completed(config: TrainConfig, nano: bool, kind: Kind, prior_weight: float) -> TrainConfig:
     """The same with a kind of agent, as published, and with lambda: nano's own, or that of the paper."""
     learn_as_published(config, kind)
@@ -206,5 +234,17 @@ PRESETS: dict[str, Preset] = {
     "walker-run": _rad("DMControl Walker Run", _dm_control("WalkerRun-v1", 2, steps=500_000)),
     "pendulum-swingup": _rad(
         "DMControl Pendulum Swingup", _dm_control("PendulumSwingup-v1", 4, steps=500_000)
+    ),
+    "carla-highway": Preset(
+        "CARLA, a highway with traffic (needs a server: docs/carla.md)",
+        _carla("carla-highway"),
+        "Qwen/Qwen2.5-VL-3B-Instruct",
+        "rad",
+    ),
+    "carla-pedestrians": Preset(
+        "CARLA, pedestrians behind parked cars (needs a server: docs/carla.md)",
+        _carla("carla-pedestrians"),
+        "Qwen/Qwen2.5-VL-3B-Instruct",
+        "rad",
     ),
 }

@@ -10,7 +10,7 @@ from .files import full_names, read_json, read_records
 
 _TAKING_EFFECT = """
     steps device threads log_every video checkpoint_minutes checkpoint_every save_replay
-    env.batch_size env.num_threads
+    env.batch_size env.num_threads env.server
     agent.lr agent.alpha_lr agent.target_entropy agent.tau agent.prior_weight agent.graph agent.compile
     agent.encoder_dtype replay.batch_size replay.device
     vlm.attention vlm.dtype vlm.every vlm.between vlm.temperature vlm.background vlm.refresh_priors

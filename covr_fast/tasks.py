@@ -1,5 +1,5 @@
 """A task: an environment that gives pixels, how its actions and frames map to the agent's, and what a VLM is
-told of it. EnvPool's tasks, and a user's own Gymnasium environments (`register_task`)."""
+told of it. EnvPool's tasks, CARLA's, and a user's own Gymnasium environments (`register_task`)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .carla.task import SCENARIOS, carla_simulator
 from .driving import DRIVES
 from .errors import UserError, unknown
 from .gymnasium_simulator import GymnasiumSimulator, Spaces, inspect
@@ -39,6 +40,8 @@ class Task:
     """What the VLM is told, and the actions' names."""
     simulate: Callable[[int], Any]
     """Seed of the first environment -> a simulator of a batch of them; see `envs.PixelEnvs`."""
+    evaluated_together: int | None = None
+    """Most episodes of an evaluation that run at the same time. None: all of them."""
 
 
 def find_task(config: "EnvConfig") -> Task:
@@ -49,12 +52,14 @@ def find_task(config: "EnvConfig") -> Task:
     """
     if config.id in _OWN:
         return _own_task(config, _OWN[config.id])
+    if config.id in SCENARIOS:
+        return _carla_task(config)
     envpool = import_envpool()
     known = envpool.list_all_envs()
     if config.id not in known:
         raise UserError(
-            f"{unknown('environment env.id', config.id, [*known, *_OWN])} (an environment of your own: call "
-            "covr_fast.register_task first, in every process that uses it)"
+            f"{unknown('environment env.id', config.id, [*known, *SCENARIOS, *_OWN])} (an environment of "
+            "your own: call covr_fast.register_task first, in every process that uses it)"
         )
     if config.id.startswith("CarRacing-"):
         return Task(
@@ -161,6 +166,22 @@ def _scaled(low: np.ndarray, high: np.ndarray) -> Callable[[np.ndarray], np.ndar
     return to_sim
 
 
+# ---- CARLA -----------------------------------------------------------------------------------------
+
+
+def _carla_task(config: "EnvConfig") -> Task:
+    """Every environment needs a server of its own, so evaluations run one episode after the other."""
+    _, words = SCENARIOS[config.id]
+    return Task(
+        2,
+        lambda action: action,
+        lambda pictures: pictures,
+        words,
+        lambda seed: carla_simulator(config, seed),
+        evaluated_together=1,
+    )
+
+
 # ---- a user's own ----------------------------------------------------------------------------------
 
 
@@ -209,7 +230,7 @@ def register_task(
         raise UserError(f"register_task: make={make!r} must be a function that makes one gymnasium.Env")
     if isinstance(action_names, str) or not all(isinstance(each, str) for each in action_names):
         raise UserError(f"register_task: action_names={action_names!r} must be a sequence of texts")
-    if name in _OWN or name in _envpool_ids():
+    if name in _OWN or name in SCENARIOS or name in _envpool_ids():
         raise UserError(f"register_task: name={name!r} is taken: choose another name")
     spaces = inspect(make)
     if len(action_names) != len(spaces.low):
