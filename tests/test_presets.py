@@ -10,7 +10,8 @@ from covr_fast import TrainConfig, cli, make_env
 from covr_fast.envs import PixelEnvs
 
 NAMES = (
-    "carracing", "carracing-full", "carracing-gpu", "racetrack", "racetrack-large", "highway", "cartpole-swingup", "reacher-easy", "cheetah-run", "walker-walk",
+    "carracing", "carracing-full", "carracing-gpu", "racetrack", "racetrack-large", "highway",
+    "cartpole-swingup", "reacher-easy", "cheetah-run", "walker-walk",
     "finger-spin", "ball-in-cup-catch", "hopper-hop", "walker-run", "pendulum-swingup",
 )  # fmt: skip
 SERVED = ("carla-highway", "carla-pedestrians")
