@@ -10,7 +10,7 @@ from covr_fast import TrainConfig, cli, make_env
 from covr_fast.envs import PixelEnvs
 
 NAMES = (
-    "carracing", "carracing-full", "carracing-gpu", "racetrack", "racetrack-large", "highway",
+    "carracing", "carracing-full", "carracing-gpu", "racetrack", "highway",
     "cartpole-swingup", "reacher-easy", "cheetah-run", "walker-walk",
     "finger-spin", "ball-in-cup-catch", "hopper-hop", "walker-run", "pendulum-swingup",
 )  # fmt: skip
