@@ -14,7 +14,7 @@ ACTION_REPEATS = {
     "cartpole-swingup": 8, "reacher-easy": 4, "cheetah-run": 4, "walker-walk": 2, "finger-spin": 2,
     "ball-in-cup-catch": 4, "hopper-hop": 4, "walker-run": 2, "pendulum-swingup": 4,
 }  # fmt: skip
-"""Those of CURL and RAD: 8 for cartpole, 2 for finger and walker, else 4. The last three go by the same rule."""
+"""Those of CURL and RAD: 8 for cartpole, 2 for finger and walker, else 4. The last three go by this rule."""
 
 
 def simulator(env_id: str, seed: int, num_envs: int = 1) -> tuple[Any, int]:
@@ -120,7 +120,8 @@ def test_the_ball_has_to_be_in_the_cup_whole():
         [[0, 0, x, z] for x, z in [(0, 0.35), (0.024, 0.35), (0.026, 0.35), (0, 0.374), (0, 0.376)]]
     )
     assert ball_in_target(ball).tolist() == [True, True, False, True, False]
-    assert ball_in_target(ball + [0.3, -0.2, 0.3, -0.2]).tolist() == [True, True, False, True, False]
+    moved = ball + np.array([0.3, -0.2, 0.3, -0.2])
+    assert ball_in_target(moved).tolist() == [True, True, False, True, False]
 
 
 def test_an_episode_of_cartpole_is_drawn_once_a_decision_and_its_end_has_a_future():
