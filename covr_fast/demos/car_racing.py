@@ -39,7 +39,8 @@ def _moved() -> np.ndarray:
     down, right = places[..., 0], places[..., 1]
     # A car that turns to the right sees the ground turn to the left.
     turned = np.stack([cos * down - sin * right, sin * down + cos * right], -1)
-    return np.rint(_CAR + _SCALE * turned).astype(int).clip(0, SIZE - 1)
+    pixels: np.ndarray = np.rint(_CAR + _SCALE * turned).astype(int)
+    return pixels.clip(0, SIZE - 1)
 
 
 _AFTER = _moved()
