@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .carla.task import SCENARIOS, carla_simulator
+from .dm_control import BallInCup, models_without_tip
 from .driving import DRIVES
 from .errors import UserError, unknown
 from .gymnasium_simulator import GymnasiumSimulator, Spaces, inspect
@@ -106,8 +107,8 @@ def _dm_control_task(config: "EnvConfig") -> Task:
     action = spec.action_space
     if not (hasattr(action, "low") and np.issubdtype(action.dtype, np.floating)):
         raise UserError(
-            f"env.id={config.id!r} has a discrete action space: COVR's actor and its priors are continuous; "
-            "choose an environment with a Box action space, such as CarRacing-v3 or CheetahRun-v1"
+            f"env.id={config.id!r} has discrete actions: COVR's actor and its priors are continuous; "
+            "highway-v0 has an adapter (two numbers), CarRacing-v3 and CheetahRun-v1 have a Box"
         )
     if not type(spec).__name__.startswith("Dmc"):
         raise UserError(
@@ -123,14 +124,17 @@ def _dm_control_task(config: "EnvConfig") -> Task:
 
     def simulate(seed: int) -> Any:
         require_frames()
-        return _envpool_simulator(
-            config,
-            seed,
-            render_mode="rgb_array",
-            render_width=config.width,
-            render_height=config.height,
-            render_camera_id=_camera(config.id),
-        )
+        view = {
+            "render_mode": "rgb_array",
+            "render_width": config.width,
+            "render_height": config.height,
+            "render_camera_id": _camera(config.id),
+        }
+        if config.id.startswith("FingerSpin-"):
+            with models_without_tip(spec.config.base_path) as models:
+                return _envpool_simulator(config, seed, **view, base_path=models)
+        simulator = _envpool_simulator(config, seed, **view)
+        return BallInCup(simulator) if config.id.startswith("BallInCupCatch-") else simulator
 
     (action_dim,) = action.shape
     return Task(action_dim, _scaled(low, high), None, words_for(config.id, action_dim), simulate)
