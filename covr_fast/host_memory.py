@@ -15,8 +15,8 @@ def keep_freed_memory() -> bool:
 
     An update on a CPU allocates and frees the same tensors each time. With the agent of the preset
     `carracing` that were 3,200 page faults, 7 of 31 ms (2026-11-27, one core of an AMD EPYC). It holds for
-    the whole process, which keeps up to 512 MiB at the end of its heap until `malloc_trim`. Blocks of more than
-    32 MiB are given back all the same.
+    the whole process, which keeps up to 512 MiB at the end of its heap until `malloc_trim`. Blocks of more
+    than 32 MiB are given back all the same.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

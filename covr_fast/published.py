@@ -33,11 +33,15 @@ PUBLISHED: dict[Kind, Pace] = {
 """All but `fast`, which is trained as a preset says."""
 
 
+_HARDER = ("Reacher", "Cheetah", "Hopper", "WalkerRun")
+"""Tasks of the presets for which DrQ-v2's code has the schedule of its medium ones (cfgs/task/*.yaml)."""
+
+
 def learn_as_published(config: TrainConfig, kind: Kind) -> None:
     """Gives the run this kind of agent, and what belongs to it. `fast` leaves it as it is.
 
-    Two tasks have settings of their own in the agents' code: RAD's cheetah learns at 2e-4, and DrQ-v2's
-    walker run takes one-step returns and batches of 512.
+    Some tasks have settings of their own in the agents' code: RAD's cheetah learns at 2e-4; DrQ-v2's walker
+    tasks take one-step returns and batches of 512, and its noise falls more slowly in harder tasks.
     """
     if kind == "fast":
         return
@@ -51,5 +55,7 @@ def learn_as_published(config: TrainConfig, kind: Kind) -> None:
     replay.augment, replay.pad = pace.augment, pace.pad
     if kind == "rad" and env.id.startswith("Cheetah"):
         config.agent.lr = 2e-4
-    if kind == "drqv2" and env.id.startswith("WalkerRun"):
+    if kind == "drqv2" and env.id.startswith("Walker"):
         replay.batch_size, replay.n_step = 512, 1
+    if kind == "drqv2" and env.id.startswith(_HARDER):
+        config.agent.std_decisions = 500_000
