@@ -12,7 +12,7 @@ from one_step_episodes import ENVS, SHAPE, make_buffer
 from small_runs import small_config
 
 from covr_fast import ops
-from covr_fast.agents import SAC, SACConfig
+from covr_fast.agents import SAC, AgentConfig
 from covr_fast.buffer import FineTuneView, ReplayBuffer
 from covr_fast.errors import DivergedError
 from covr_fast.rounds import Rounds
@@ -115,7 +115,7 @@ def coefficients(action_dim: int, reduction: str, nats_per_number: float) -> flo
 
 def untrained_entropy(action_dim: int) -> float:
     """Nats per number of an action, of the policy before any update."""
-    agent = SAC((3, 21, 21), (action_dim,), SACConfig(channels=(8,), strides=(2,), hidden=64))
+    agent = SAC((3, 21, 21), (action_dim,), AgentConfig(channels=(8,), strides=(2,), hidden=64))
     obs = torch.randint(0, 256, (2048, 3, 21, 21), generator=torch.Generator().manual_seed(0)).byte()
     return agent.entropy(obs).item() / action_dim
 
