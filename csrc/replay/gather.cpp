@@ -27,6 +27,19 @@ void gather_planes(const FrameLayout& frames, const StackPlan& plan, const Gathe
   }
 }
 
+// Every `planes`-th byte of `to`. Four a turn: one byte a turn takes half as long again where the loop
+// happens to cross a cache line.
+void interleave(const uint8_t* from, int64_t plane, int64_t planes, uint8_t* to) {
+  int64_t i = 0;
+  for (; i + 4 <= plane; i += 4, to += 4 * planes) {
+    to[0] = from[i];
+    to[planes] = from[i + 1];
+    to[2 * planes] = from[i + 2];
+    to[3 * planes] = from[i + 3];
+  }
+  for (; i < plane; ++i, to += planes) *to = from[i];
+}
+
 // All planes of the stack are interleaved as bytes first: then one contiguous span is converted.
 template <typename Out>
 void gather_interleaved(const FrameLayout& frames, const StackPlan& plan, const GatherTarget& target,
@@ -47,8 +60,7 @@ void gather_interleaved(const FrameLayout& frames, const StackPlan& plan, const 
         cut_plane(from, frames.size(), {plan.shift_y, plan.shift_x}, target.beyond, target.out_size(), cut);
         from = cut;
       }
-#pragma GCC unroll 4  // a loop this short takes half as long again where its jump crosses a cache line
-      for (int64_t i = 0; i < plane; ++i) to[i * planes] = from[i];
+      interleave(from, plane, planes, to);
     }
   }
   convert_pixels(interleaved, out, planes * plane, streaming);
