@@ -281,6 +281,44 @@ def check_shift(buffer: ReplayBuffer) -> None:
         assert torch.equal(batch.obs[i], padded[i, :, y : y + 84, x : x + 84])
 
 
+# ---- random translation as others do it, to float32 in [0, 1] ----
+
+
+def pad_and_gather(obs: torch.Tensor) -> torch.Tensor:
+    """All at once: on black by twice the padding, of which each picture takes its window."""
+    size, at = 84 + 2 * PAD, torch.randint(0, 2 * PAD + 1, (2, len(obs), 1))
+    padded = F.pad(obs, (2 * PAD,) * 4)
+    y, x = at + torch.arange(size)
+    every = torch.arange(len(obs))[:, None, None]
+    return padded[every, :, y[:, :, None], x[:, None]].permute(0, 3, 1, 2).float().div_(255)
+
+
+def one_by_one(obs: torch.Tensor) -> torch.Tensor:
+    """Into zeros, picture after picture, as bytes; one cast at the end."""
+    size, pictures = 84 + 2 * PAD, obs.numpy()
+    out = np.zeros((len(obs), obs.shape[1], size, size), np.uint8)
+    places = np.random.default_rng(0).integers(0, 2 * PAD + 1, (len(obs), 2))
+    for to, picture, (y, x) in zip(out, pictures, places, strict=True):
+        to[:, y : y + 84, x : x + 84] = picture
+    return torch.from_numpy(out).float().div_(255)
+
+
+TRANSLATIONS = {
+    "numpy ring + F.pad and gather": pad_and_gather,
+    "numpy ring + picture by picture": one_by_one,
+}
+
+
+def check_translation(buffer: ReplayBuffer) -> None:
+    batch = buffer.sample(64, augment="translate", pad=PAD)
+    expected = torch.zeros_like(batch.obs)
+    for to, picture, (y, x) in zip(
+        expected, buffer.observations(batch.index), batch.obs_offset.tolist(), strict=True
+    ):
+        to[:, y : y + 84, x : x + 84] = picture.float() / 255
+    assert torch.equal(batch.obs, expected)
+
+
 # ---- jobs: name -> (how it is called in the table, the function that is timed), made in its own process ----
 
 Job = Callable[[str], tuple[str, Function]]
@@ -305,6 +343,15 @@ def shifting(name: str) -> tuple[str, Function]:
         return name, partial(ours.sample, BATCH, augment="shift", pad=PAD, dtype=torch.float32)
     ring, shift = filled("numpy ring"), SHIFTS[name]
     return name, lambda: [shift(obs) for obs in ring.sample()[:2]]
+
+
+def translating(name: str) -> tuple[str, Function]:
+    if name == "ours":
+        ours = filled(name).buffer
+        check_translation(ours)
+        return name, partial(ours.sample, BATCH, augment="translate", pad=PAD, dtype=torch.float32)
+    ring, translation = filled("numpy ring"), TRANSLATIONS[name]
+    return name, lambda: [translation(obs) for obs in ring.sample()[:2]]
 
 
 def adding(name: str) -> tuple[str, Function]:
@@ -413,6 +460,10 @@ def test_sample_uint8(benchmark):
 
 def test_sample_float32_with_shift(benchmark):
     compare(benchmark, dict.fromkeys(["ours", *SHIFTS], shifting), rounds=7, items=BATCH)
+
+
+def test_sample_float32_with_translation(benchmark):
+    compare(benchmark, dict.fromkeys(["ours", *TRANSLATIONS], translating), rounds=7, items=BATCH)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -94,15 +94,16 @@ def share_of_the_longer(row: dict[str, Any]) -> float:
     return seconds["overlapped"] / max(seconds["policy"], seconds["tuner"])
 
 
-def simulation(repeats: int, device: str, steps: int) -> dict[str, Any]:
-    """The loop's time with each kind of priors; the items per second are environment steps."""
+def simulation(repeats: int, device: str, decisions: int) -> dict[str, Any]:
+    """The loop's time with each kind of priors; the items per second are decisions."""
 
     def loop_seconds(vlm: dict[str, object]) -> float:
         config = TrainConfig.preset("carracing")
-        config.device, config.steps, config.video = device, steps, False
-        config.warmup = sized(256, 96)  # updates nearly from the start
+        config.device, config.video = device, False
+        config.steps = decisions * config.env.action_repeat
+        config.warmup = sized(256, 96) * config.env.action_repeat  # updates nearly from the start
         config.replay.batch_size = sized(config.replay.batch_size, 8)
-        config.covr.psi_0 = 10 * steps  # no rounds
+        config.covr.psi_0 = 10 * config.steps  # no rounds
         config.eval.episodes, config.eval.vlm, config.env.max_episode_steps = 1, False, 40
         vars(config.vlm).update(vlm)
         with tempfile.TemporaryDirectory() as folder:
@@ -116,7 +117,7 @@ def simulation(repeats: int, device: str, steps: int) -> dict[str, Any]:
     priors = {"off": {"every": 10**9}, "in the step": {}, "background": {"background": True}}
     runs = {name: partial(loop_seconds, vlm) for name, vlm in priors.items()}
     result = race(runs, repeats, lambda run: run(), warmups=0)
-    return {**result, "items": steps}
+    return {**result, "items": decisions}
 
 
 def draw_timeline(model: str, device: str, out: Path) -> None:

@@ -145,7 +145,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--preset", help="carracing on a CPU and carracing-gpu on a GPU if not given")
-    parser.add_argument("--augment", choices=("crop", "shift"), default="crop", help="shift keeps 84x84")
+    parser.add_argument(
+        "--augment", choices=("crop", "shift", "translate"), default="crop", help="shift keeps 84x84"
+    )
     parser.add_argument("--kinds", nargs="+", choices=KINDS, help="of agents; all if not given")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)

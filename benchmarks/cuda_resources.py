@@ -25,7 +25,8 @@ Shared memory is what a kernel declares, with the 1,024 bytes that the system re
 and without what the launch asks for. Loops are the innermost ones that read or write global memory, if longer
 than {short} instructions. The second loop of `pixel_kernel` handles twelve pixels a turn: four neighbours in
 three planes. Its last template argument says that rows are whole words; the one before, that channels come
-last: then the third loop converts and writes vectors of 16 bytes (float: four of them a turn).
+last: then the third loop converts and writes vectors of 16 bytes (float: four of them a turn). The second one
+says that the picture lies on black (`augment="translate"`).
 
 | kernel | registers | shared bytes | stack bytes | instructions | of its loops |
 | --- | --- | --- | --- | --- | --- |"""

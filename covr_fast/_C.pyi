@@ -104,7 +104,7 @@ class Recency:
     def __init__(self, recency: float, floor: int) -> None: ...
 
 class GatherTarget:
-    def __init__(self, channels_last: bool, shifted: bool, height: int, width: int) -> None: ...
+    def __init__(self, channels_last: bool, shifted: bool, black: bool, height: int, width: int) -> None: ...
 
 class ObservationsOut:
     def __init__(self, ids: Tensor) -> None: ...
@@ -125,6 +125,7 @@ class BatchOut(ObservationsOut):
         next_obs_offset: Tensor | None,
         offset_range: int,
         shift_origin: int,
+        translate: bool,
     ) -> None: ...
 
 class Lock:
@@ -214,6 +215,7 @@ class CudaBatchOut(CudaObservationsOut):
         next_obs_offset: Tensor | None,
         offset_range: int,
         shift_origin: int,
+        translate: bool,
     ) -> None: ...
 
 class CudaMirror:

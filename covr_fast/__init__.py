@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "DrQV2": "covr_fast.agents",
     "EnvConfig": "covr_fast.envs",
     "ReplayBuffer": "covr_fast.buffer",
     "SAC": "covr_fast.agents",
@@ -22,13 +23,13 @@ _HOME = {
 _SUBMODULES = {"ops", "vlm"}
 
 __all__ = [
-    "SAC", "EnvConfig", "ReplayBuffer", "TrainConfig", "Trainer", "__version__", "load_policy", "make_env",
-    "ops", "register_task", "vlm",
+    "SAC", "DrQV2", "EnvConfig", "ReplayBuffer", "TrainConfig", "Trainer", "__version__", "load_policy",
+    "make_env", "ops", "register_task", "vlm",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from . import ops, vlm
-    from .agents import SAC
+    from .agents import SAC, DrQV2
     from .buffer import ReplayBuffer
     from .checkpoint import load_policy
     from .config import TrainConfig

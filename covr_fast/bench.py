@@ -200,9 +200,10 @@ def _image_sizes(trainer: Trainer, seconds: float, images: Tensor) -> list[SizeT
 def _update(trainer: Trainer, seconds: float) -> Timing:
     """Guided updates, all on one batch."""
     batch = trainer.sample()
-    before = [p.detach().clone() for p in trainer.agent.actor.parameters()]
+    weights = list(trainer.agent.modules()["actor"].parameters())
+    before = [p.detach().clone() for p in weights]
     metrics = trainer.agent.update(batch, guide=True)
-    moved = any((a != b).any() for a, b in zip(before, trainer.agent.actor.parameters(), strict=True))
+    moved = any((a != b).any() for a, b in zip(before, weights, strict=True))
     if not moved or not all(torch.isfinite(value).all() for value in metrics.values()):
         raise CheckFailedError("policy update: the actor did not move, or a loss is not finite")
     took = _times(trainer, seconds, lambda: trainer.agent.update(batch, guide=True))

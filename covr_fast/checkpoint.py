@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .agents import SAC
+from .agents import Agent, make_agent
 from .buffer import ReplayBuffer
 from .config import TrainConfig, check_types
 from .errors import UserError
@@ -71,7 +71,7 @@ def _newest(target: Path) -> Path | None:
 
 
 def save_checkpoint(
-    run: Path, agent: SAC, prior: ActionPrior, counters: dict[str, Any], buffer: ReplayBuffer | None
+    run: Path, agent: Agent, prior: ActionPrior, counters: dict[str, Any], buffer: ReplayBuffer | None
 ) -> None:
     """Writes RUN/checkpoint: agent.pt, counters.pt, vlm/ (for ActionPrior.from_pretrained), adapters/ (the
     same after each round; see `versions`) and, with `buffer`, replay.
@@ -98,7 +98,7 @@ def save_checkpoint(
 
 
 @contextmanager
-def reserved_room(run: Path, agent: SAC) -> Iterator[None]:
+def reserved_room(run: Path, agent: Agent) -> Iterator[None]:
     """Reserves room on the disk for `rescue_agent` until the block ends.
 
     Raises:
@@ -114,7 +114,7 @@ def reserved_room(run: Path, agent: SAC) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
-def rescue_agent(run: Path, agent: SAC) -> None:
+def rescue_agent(run: Path, agent: Agent) -> None:
     """Writes the agent alone, as RUN/agent.pt, into the reserved room.
 
     Raises:
@@ -211,7 +211,9 @@ def load_actor(run: Path) -> tuple[Policy, TrainConfig]:
     """The trained actor of a run, used as in the evaluations of training, and the run's settings."""
     config = load_config(run)
     config.check()
-    agent = SAC(agent_obs_shape(config), (find_task(config.env).action_dim,), config.agent, seed=config.seed)
+    agent = make_agent(
+        agent_obs_shape(config), (find_task(config.env).action_dim,), config.agent, seed=config.seed
+    )
     rescued = run / RESCUED
     path = rescued if rescued.is_file() else newest_folder(run / "checkpoint") / "agent.pt"
     restore_agent(agent, path)
@@ -229,7 +231,7 @@ def load_policy(run: Path | str) -> Policy:
     return policy
 
 
-def restore_agent(agent: SAC, path: Path) -> None:
+def restore_agent(agent: Agent, path: Path) -> None:
     """Loads an agent.pt.
 
     Raises:

@@ -104,7 +104,9 @@ def _train(arguments: list[str]) -> int:
         print("\ncovr-fast train PRESET --help lists every field with its default in that preset.")
         return 0 if arguments else 2
     name, rest = arguments[0], arguments[1:]
-    suited = TrainConfig.preset(name, _value_of("--vlm.model", rest))  # first: raises for an unknown name
+    suited = TrainConfig.preset(
+        name, _value_of("--vlm.model", rest), _value_of("--agent.kind", rest)
+    )  # first: raises for an unknown name
 
     @dataclass
     class Arguments:
@@ -151,7 +153,7 @@ def _train(arguments: list[str]) -> int:
             f"into {folder.path}{begun}"
         )
         if not resumed and (changed := _differences(TrainConfig.preset(name), suited)):
-            console.print(f"for this VLM the preset sets {', '.join(changed)}")
+            console.print(f"for this VLM and agent the preset sets {', '.join(changed)}")
         summary = trainer.run()
     print_summary(summary, console)
     names = sorted(path.name for path in folder.path.iterdir() if not path.name.startswith("."))
@@ -192,11 +194,12 @@ def _interrupt_when_ended() -> None:
 
 
 def _differences(before: "TrainConfig", after: "TrainConfig") -> list[str]:
-    """The settings of sections in which `after` differs, except vlm.model, as `section.name=value`."""
+    """The settings in which `after` differs, except those that were asked for, as `name=value`."""
     from .files import full_names
 
     old, new = full_names(before.to_dict()), full_names(after.to_dict())
-    changed = (name for name in new if "." in name and name != "vlm.model" and new[name] != old[name])
+    asked = {"vlm.model", "agent.kind", "begun_as"}
+    changed = (name for name in new if name not in asked and new[name] != old[name])
     return [f"{name}={new[name]}" for name in changed]
 
 
@@ -387,7 +390,7 @@ def _bench(arguments: list[str]) -> int:
 
     given = bool(arguments) and not arguments[0].startswith("-")
     name, rest = (arguments[0], arguments[1:]) if given else ("carracing", arguments)
-    preset = TrainConfig.preset(name, _value_of("--vlm.model", rest))
+    preset = TrainConfig.preset(name, _value_of("--vlm.model", rest), _value_of("--agent.kind", rest))
 
     @dataclass
     class Arguments:
@@ -445,7 +448,7 @@ def _doctor_of_memory(arguments: list[str]) -> int:
 
     given = not arguments[0].startswith("-")
     name, rest = (arguments[0], arguments[1:]) if given else ("carracing-gpu", arguments)
-    preset = TrainConfig.preset(name, _value_of("--vlm.model", rest))
+    preset = TrainConfig.preset(name, _value_of("--vlm.model", rest), _value_of("--agent.kind", rest))
 
     @dataclass
     class Arguments:

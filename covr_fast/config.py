@@ -10,7 +10,7 @@ from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hin
 
 import numpy as np
 
-from .agents.sac import SACConfig
+from .agents import AgentConfig, Kind
 from .envs import EnvConfig
 from .errors import UserError, unknown
 from .files import full_names
@@ -38,10 +38,10 @@ class ReplayConfig:
     """Discount per decision, in the Bellman target and in the returns that EDDF filters."""
     sampler: Literal["uniform", "prioritized", "recent"] = "uniform"
     """How transitions are drawn."""
-    augment: Literal["none", "shift", "crop"] = "crop"
-    """Random crop (RAD), random shift (DrQ), or neither."""
+    augment: Literal["none", "shift", "crop", "translate"] = "crop"
+    """Random crop or random translation (RAD), random shift (DrQ), or none."""
     pad: int = 4
-    """Pixels that a crop removes, or a shift adds, on each side."""
+    """Pixels on each side: that a crop removes, that a translation adds, black, or by which a shift moves."""
     device: str = "auto"
     """Where frames are stored: auto (where the agent computes), cpu, cuda, or a GPU by number: cuda:1."""
 
@@ -69,7 +69,8 @@ class VLMConfig:
     """Store the linear layers in 8 or 4 bits (bitsandbytes), for tuner.mode="lora". auto: like the base of a
     saved adapter, else like the checkpoint."""
     every: int = 10
-    """The VLM gives a prior for every n-th decision of an environment (the paper: every 10 frames)."""
+    """Environment steps of an environment between two priors of the VLM (the paper: 10). No decision gets
+    two: with a longer env.action_repeat each gets one."""
     between: Literal["mask", "hold"] = "mask"
     """Transitions between two priors: left out of Eq. 4 (mask), or used with the last prior (hold)."""
     temperature: float = 0.0
@@ -86,8 +87,8 @@ class VLMConfig:
     """On a GPU, decode answers with CUDA graphs (2.7 times as fast as kernel by kernel: benchmarks/GPU.md);
     not with quantized layers. A CPU ignores it."""
     motion: bool = False
-    """With env.grayscale, show the newest three frames as red, green and blue, so one image shows motion.
-    False: show the newest frame."""
+    """Show the newest three frames, in grey, as red, green and blue, so one image shows motion. False: show
+    the newest frame."""
 
 
 @dataclass
@@ -95,17 +96,29 @@ class COVRConfig:
     """The filter, the schedule of rounds and the guidance."""
 
     psi_0: int = 5000
-    """Environment steps (decisions) before the first fine-tuning round."""
+    """Environment steps before the first fine-tuning round."""
     schedule: Rule = "linear"
     """How the steps between rounds grow; see FineTuneSchedule."""
     threshold: Literal["described", "equation"] = "described"
     """Sign of the entropy in Eq. 5: Sigmoid(-H) as the text describes, or Sigmoid(+H) as printed."""
+    entropy: Literal["sum", "mean"] = "sum"
+    """H in Eq. 5: the policy's entropy, a sum over the numbers of an action as in the paper, or its mean per
+    number, which does not saturate the sigmoid when actions have many."""
     cold_start: int = 2
-    """Rounds before the priors guide the actor (the paper: 2 on CARLA, 4 on DMControl)."""
+    """Rounds that must have tuned the VLM before its priors guide the actor (the paper: 2 on CARLA, 4 on
+    DMControl). A round whose filter kept nothing to learn from does not count."""
+    trust_from: Literal["round", "start"] = "round"
+    """Priors that were given before the cold start's end: never guide (round), or guide after it (start)."""
+    normalise: Literal["guided", "batch"] = "guided"
+    """Eq. 4 averages over the transitions of a batch that carry a prior (guided), or over all (batch), where
+    the same lambda weighs about vlm.every times less. The paper does not say."""
+    distance: Literal["sample", "mean"] = "sample"
+    """Eq. 4 measures from the actor's sampled action, as the paper's a_r, or from its mean action, which
+    leaves its entropy to the temperature."""
     min_samples: int = 256
     """Fewest samples of finished episodes (D_f) for a round; it waits for them."""
     horizon: int | None = None
-    """Steps of reward in a return g_t. None: up to the end of the episode, as in the paper."""
+    """Decisions whose reward is in a return g_t. None: up to the end of the episode, as in the paper."""
     bootstrap: bool = False
     """Add the critic's value of the last state to the returns of truncated episodes. False: a truncated tail
     counts as the end, as in the paper."""
@@ -113,8 +126,8 @@ class COVRConfig:
     """Weight the prior of each transition in Eq. 4 by how sure the VLM was of it: 1 - entropy / log of the
     grid's size (docs/vlm.md). The paper weights all alike."""
     publish_after: int | None = None
-    """With tuner.overlap, publish a round exactly this many steps after its start, and wait for it if
-    necessary, so that reruns are bit-identical. None: as soon as it is done."""
+    """With tuner.overlap, publish a round exactly this many environment steps after its start, and wait
+    for it if necessary, so that reruns are bit-identical. None: as soon as it is done."""
 
 
 @dataclass
@@ -136,11 +149,12 @@ class TrainConfig:
     """A run of COVR."""
 
     steps: int = 100_000
-    """Environment steps (decisions, summed over environments). One decision is env.action_repeat frames."""
-    warmup: int = 2000
-    """Steps of random actions before the actor takes over and updates begin."""
-    steps_per_update: int = 2
-    """Environment steps per policy update."""
+    """Environment steps, summed over environments: simulator frames, env.action_repeat of them for each
+    decision of the agent."""
+    warmup: int = 4000
+    """Environment steps of random actions before the actor takes over and updates begin."""
+    decisions_per_update: int = 2
+    """Decisions, summed over environments, per policy update."""
     seed: int = 0
     """Seed of everything. The same seed gives the same run, bit for bit, unless parts run in the
     background."""
@@ -161,7 +175,7 @@ class TrainConfig:
     save_replay: bool = False
     """Also write the replay buffer into the final checkpoint, so that the run can train on (--steps)."""
     env: EnvConfig = field(default_factory=EnvConfig)
-    agent: SACConfig = field(default_factory=SACConfig)
+    agent: AgentConfig = field(default_factory=AgentConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     vlm: VLMConfig = field(default_factory=VLMConfig)
     tuner: TunerConfig = field(default_factory=TunerConfig)
@@ -171,8 +185,8 @@ class TrainConfig:
     """Name of the preset from which the settings were made. Only a record."""
 
     @staticmethod
-    def preset(name: str, model: str | None = None) -> "TrainConfig":
-        """A preset by name, with the settings that suit `model`.
+    def preset(name: str, model: str | None = None, agent: str | None = None) -> "TrainConfig":
+        """A preset by name, with the settings that suit `model` and `agent`.
 
         What suits a VLM depends on what it knows: the tuning that teaches nano's random weights destroys the
         knowledge of a pretrained model.
@@ -180,16 +194,21 @@ class TrainConfig:
         Args:
             name: of the preset; `covr-fast train --help` lists them.
             model: for `vlm.model`. None: that of the preset.
+            agent: for `agent.kind`, with the settings of its publication. None: that of the preset.
 
         Raises:
-            UserError: unknown preset; the message suggests similar names.
+            UserError: unknown preset or kind of agent; the message suggests similar names.
         """
         from .presets import PRESETS
 
         if name not in PRESETS:
             raise unknown("preset", name, PRESETS)
-        model = PRESETS[name].model if model is None else model
-        config = PRESETS[name].make(is_nano(model))
+        preset = PRESETS[name]
+        model = preset.model if model is None else model
+        kind = preset.agent if agent is None else agent
+        if kind not in get_args(Kind):
+            raise unknown("kind of agent", kind, get_args(Kind))
+        config = preset.make(is_nano(model), cast(Kind, kind))
         config.vlm.model, config.begun_as = model, name
         return config
 
@@ -197,8 +216,8 @@ class TrainConfig:
         """Raises a UserError for settings that have a wrong type or value, or do not fit together."""
         check_types(self)
         least = {
-            "steps": 1, "seed": 0, "warmup": 1, "steps_per_update": 1, "log_every": 1, "checkpoint_every": 0,
-            "checkpoint_minutes": 0, "threads": 0,
+            "steps": 1, "seed": 0, "warmup": 1, "decisions_per_update": 1, "log_every": 1,
+            "checkpoint_every": 0, "checkpoint_minutes": 0, "threads": 0,
             "replay.batch_size": 1, "replay.n_step": 1, "replay.pad": 0, "vlm.every": 1, "vlm.decimals": 1,
             "vlm.image_size": 0,
             "covr.cold_start": 0, "covr.min_samples": 2, "eval.episodes": 1, "eval.every": 0,
@@ -214,23 +233,31 @@ class TrainConfig:
             raise UserError(f"vlm.decimals={self.vlm.decimals} must be at most 4")
         if not self.vlm.temperature >= 0:
             raise UserError(f"vlm.temperature={self.vlm.temperature} must not be negative")
-        if not 0 < self.agent.tau <= 1:
-            raise UserError(f"agent.tau={self.agent.tau} must lie in (0, 1]")
+        self.agent.check()
+        if self.agent.batch_form.augments and self.replay.augment != "none":
+            raise UserError(
+                f"replay.augment={self.replay.augment!r}, but agent.kind={self.agent.kind!r} augments its "
+                "batches itself: set replay.augment='none'"
+            )
         for name in ("covr.publish_after", "vlm.max_staleness"):
             if (values[name] or 0) < 0:
                 raise UserError(f"{name}={values[name]} must not be negative")
-        if self.warmup < self.replay.n_step * self.env.num_envs:
+        begun = self.decisions(self.warmup)
+        warmup = f"warmup={self.warmup} steps of env.action_repeat={self.env.action_repeat}"
+        if begun < self.replay.n_step * self.env.num_envs:
             raise UserError(
-                f"warmup={self.warmup} steps over env.num_envs={self.env.num_envs} environments hold no "
+                f"{warmup} over env.num_envs={self.env.num_envs} environments hold no "
                 f"{self.replay.n_step}-step transition yet when updates begin: raise warmup"
             )
-        if self.warmup < self.replay.batch_size:
+        if begun < self.replay.batch_size:
             raise UserError(
-                f"replay.batch_size={self.replay.batch_size} is larger than what is stored when "
-                f"updates begin (warmup={self.warmup} steps): raise warmup or lower the batch size"
+                f"replay.batch_size={self.replay.batch_size} is larger than what is stored when updates "
+                f"begin ({warmup}, so {begun} decisions): raise warmup or lower the batch size"
             )
-        if self.replay.capacity < self.warmup:
-            raise UserError(f"replay.capacity={self.replay.capacity} is smaller than warmup={self.warmup}")
+        if self.replay.capacity < begun:
+            raise UserError(
+                f"replay.capacity={self.replay.capacity} is smaller than the {begun} decisions of {warmup}"
+            )
         if self.vlm.quantization in ("8bit", "4bit") and self.tuner.mode == "full":
             raise UserError(
                 f"vlm.quantization={self.vlm.quantization!r} makes weights that tuner.mode='full' cannot "
@@ -244,16 +271,20 @@ class TrainConfig:
             raise UserError("vlm.refresh_priors labels in the background: set vlm.background too")
         if self.covr.publish_after is not None and not self.tuner.overlap:
             raise UserError("covr.publish_after delays overlapped rounds: set tuner.overlap too")
-        if self.vlm.motion and not (self.env.grayscale and self.env.frame_stack >= 3):
-            raise UserError(
-                "vlm.motion shows three grey frames as one image: set env.grayscale and env.frame_stack=3"
-            )
+        if self.vlm.motion and self.env.frame_stack < 3:
+            raise UserError("vlm.motion shows three frames as one image: set env.frame_stack=3")
         if not 0 <= self.replay.gamma <= 1:
             raise UserError(f"replay.gamma={self.replay.gamma} must lie in [0, 1]")
+        if self.replay.pad > 1024:
+            raise UserError(f"replay.pad={self.replay.pad} must be at most 1024")
         if self.replay.augment == "crop" and min(self.env.height, self.env.width) <= 2 * self.replay.pad:
             raise UserError(
                 f"replay.pad={self.replay.pad} crops away all of a {self.env.height}x{self.env.width} frame"
             )
+
+    def decisions(self, steps: int) -> int:
+        """Decisions that make `steps` environment steps, the last one perhaps begun earlier."""
+        return -(-steps // self.env.action_repeat)
 
     def doubts(self) -> list[str]:
         """Warnings about settings that are allowed but do not suit the VLM. Each names the remedy."""
@@ -309,6 +340,11 @@ class TrainConfig:
         known = {part.name for part in fields(TrainConfig)}
         known |= {f"{name}.{part.name}" for name, cls in nested.items() for part in fields(cls)}
         try:
+            if "steps_per_update" in data:
+                raise UserError(
+                    "config.json is of a version that counted decisions as steps: begin a new run, with "
+                    "steps, warmup and vlm.every times env.action_repeat"
+                )
             for key in [*data, *(f"{name}.{key}" for name in nested for key in data.get(name, {}))]:
                 if key not in known:
                     raise UserError(f"{unknown('setting', key, known)} (rename it there, or remove it)")

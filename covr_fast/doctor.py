@@ -22,7 +22,7 @@ REQUIRED = (
 )  # fmt: skip
 OPTIONAL = {
     "triton": "triton", "bitsandbytes": "quantize", "flash-attn-4": "flash", "stable-baselines3": "sb3",
-    "torchrl": "torchrl",
+    "torchrl": "torchrl", "carla": "carla",
 }  # fmt: skip
 """Package -> the extra of covr-fast that brings it."""
 ENVIRONMENTS = {

@@ -26,7 +26,10 @@ class EnvConfig:
     """Which environment, how many of them, and the form of their observations."""
 
     id: str = "CarRacing-v3"
-    """CarRacing-v3, a DMControl task of EnvPool such as CheetahRun-v1, or a name given to register_task."""
+    """CarRacing-v3, a DMControl task of EnvPool such as CheetahRun-v1, carla-highway, carla-pedestrians, or a
+    name given to register_task."""
+    server: str = "localhost:2000"
+    """CARLA only: HOST:PORT of the first environment's server. The next ones are at PORT + 10, + 20, ..."""
     num_envs: int = 16
     """Total number of environments."""
     batch_size: int = 8
@@ -42,7 +45,7 @@ class EnvConfig:
     frame_stack: int = 3
     """Frames stacked along the channels, oldest first."""
     action_repeat: int = 4
-    """Simulator frames per decision; their rewards are summed."""
+    """Simulator frames (environment steps) per decision; their rewards are summed."""
     max_episode_steps: int = 1000
     """Simulator frames after which an episode is truncated."""
     seed: int = 0
@@ -275,9 +278,14 @@ class PixelEnvs:
         if frames.shape[-2:] != size:
             frames = torch.nn.functional.interpolate(frames, size=size, mode="bilinear", antialias=True)
         if self.config.grayscale:
-            luma = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float32, device="cpu")
-            frames = torch.einsum("nchw,c->nhw", frames.float(), luma).round().to(torch.uint8)[:, None]
+            frames = luma(frames)
         return frames.contiguous().numpy()
+
+
+def luma(rgb: torch.Tensor) -> torch.Tensor:
+    """uint8[n, 3, H, W] -> uint8[n, 1, H, W], the weighted mean of the colours by ITU-R BT.601."""
+    weights = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float32, device=rgb.device)
+    return torch.einsum("nchw,c->nhw", rgb.float(), weights).round().to(torch.uint8)[:, None]
 
 
 def make_env(config: EnvConfig) -> PixelEnvs:

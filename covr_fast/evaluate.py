@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .agents import SAC
+from .agents import Agent
 from .config import TrainConfig
 from .envs import EnvConfig, make_env
 from .logger import RunLogger
+from .tasks import find_task
 from .view import agent_view, vlm_view
 from .vlm import ActionPrior
 
@@ -42,8 +43,22 @@ def evaluate(
     """Runs `episodes` episodes, each in its own environment, with the seeds seed, seed + 1, ...
 
     Only the first episode of each environment counts, because short episodes would otherwise count more
-    often.
+    often. Tasks that cannot run so many at once run them in turns.
     """
+    together = find_task(config).evaluated_together or episodes
+    returns = [
+        _evaluate_together(
+            policy, config, min(together, episodes - first), seed + first, watch if first == 0 else None
+        )
+        for first in range(0, episodes, together)
+    ]
+    return Evaluation(np.concatenate(returns))
+
+
+def _evaluate_together(
+    policy: Policy, config: EnvConfig, episodes: int, seed: int, watch: Watcher | None
+) -> np.ndarray:
+    """float64[episodes], their returns."""
     with make_env(replace(config, num_envs=episodes, batch_size=episodes, num_threads=2, seed=seed)) as envs:
         obs = envs.reset()
         (ids,) = envs.batches()
@@ -58,7 +73,7 @@ def evaluate(
             returns += rows.reward * running
             running &= ~(rows.terminated | rows.truncated)
             obs = rows.obs
-    return Evaluation(returns)
+    return returns
 
 
 def random_policy(action_dim: int, seed: int) -> Policy:
@@ -67,7 +82,7 @@ def random_policy(action_dim: int, seed: int) -> Policy:
     return lambda obs: rng.uniform(-1, 1, (len(obs), action_dim)).astype(np.float32)
 
 
-def actor_policy(agent: SAC, config: TrainConfig) -> Policy:
+def actor_policy(agent: Agent, config: TrainConfig) -> Policy:
     """The actor without the VLM, as it is deployed: mean actions."""
     return lambda obs: agent.act(agent_view(config, torch.from_numpy(obs)), explore=False).cpu().numpy()
 
@@ -80,7 +95,7 @@ def vlm_policy(prior: ActionPrior, config: TrainConfig) -> Policy:
 class Evaluations:
     """Evaluates a run's policies, and logs and says the results."""
 
-    def __init__(self, config: TrainConfig, agent: SAC, prior: ActionPrior) -> None:
+    def __init__(self, config: TrainConfig, agent: Agent, prior: ActionPrior) -> None:
         self._config = config
         self._agent = agent
         self._prior = prior

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from .agents.sac import SAC
+from .agents import make_agent
 from .buffer.batch import Batch
 from .buffer.options import key_specs
 from .buffer.storage import ring_shapes
@@ -126,14 +126,14 @@ def _request(config: TrainConfig, action_dim: int, device_type: Literal["cpu", "
 
 
 def _samples(config: TrainConfig) -> int:
-    """The most samples of a round: half of the steps since the round before. EDDF keeps those above a
+    """The most samples of a round: half of the decisions since the round before. EDDF keeps those above a
     threshold that is not below the median (Xia et al. 2026, Eq. 5)."""
     schedule = FineTuneSchedule(config.covr.psi_0, config.covr.schedule)
     steps = schedule.psi
     while schedule.due(config.steps):
         steps = schedule.psi
         schedule.advance()
-    return min(steps, config.steps, config.replay.capacity) // 2
+    return min(config.decisions(min(steps, config.steps)), config.replay.capacity) // 2
 
 
 def _replay(config: TrainConfig) -> Part:
@@ -143,17 +143,19 @@ def _replay(config: TrainConfig) -> Part:
     (shape,) = ring_shapes(keys, envs, -(-count // envs))
     frame = "x".join(map(str, shape[2:]))
     return Part(
-        "replay buffer", math.prod(shape), f"{shape[0] * shape[1]:,} frames of {frame} for {count:,} steps"
+        "replay buffer",
+        math.prod(shape),
+        f"{shape[0] * shape[1]:,} frames of {frame} for {count:,} decisions",
     )
 
 
 def _agent(config: TrainConfig, action_dim: int, device_type: str) -> list[Part]:
-    """Networks, optimizers and an update of SAC: measured on the CPU on small batches, of which an update
+    """Networks, optimizers and an update: measured on the CPU on small batches, of which an update
     takes an amount for each row."""
     shape = agent_obs_shape(config)
     peaks, sizes = [], (4, 8)
     with LiveBytes("cpu") as memory:
-        agent = SAC(shape, (action_dim,), replace(config.agent, compile=False), device="cpu")
+        agent = make_agent(shape, (action_dim,), replace(config.agent, compile=False), device="cpu")
         for rows in sizes:
             agent.update(_batch(config, rows, action_dim), guide=True)
             kept = memory.peak = memory.now
@@ -170,8 +172,8 @@ def _agent(config: TrainConfig, action_dim: int, device_type: str) -> list[Part]
 
 
 def _batch(config: TrainConfig, rows: int, action_dim: int) -> Batch[torch.Tensor]:
-    dtype = getattr(torch, config.agent.encoder_dtype)
-    obs, next_obs = (torch.zeros(rows, *agent_obs_shape(config), dtype=dtype) for _ in range(2))
+    shape, dtype = agent_obs_shape(config), config.agent.batch_form.dtype
+    obs, next_obs = (torch.zeros(rows, *shape, dtype=dtype) for _ in range(2))
     one, index = torch.zeros(rows), torch.zeros(rows, dtype=torch.int64)
     no, action = torch.zeros(rows, dtype=torch.bool), torch.zeros(rows, action_dim)
     extras = {"prior": action, "prior_mask": one}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .buffer import ReplayBuffer
 from .logger import MeanMetrics
-from .staleness import oldest_guiding
+from .staleness import Trust
 from .streams import follow, mark
 from .vlm import ActionPrior, PriorBatch
 
@@ -32,8 +32,8 @@ class PriorLabeller:
         max_batch: most images of one call.
         temperature: of sampling; 0 takes the most probable answer.
         generator: randomness of sampling; nothing else may use it at the same time.
-        max_staleness: an answer that is more versions older than the prior's weights when it arrives is
-            written, but does not guide. None: any guides.
+        trust: an answer of weights that it does not trust when the answer arrives is written, but does not
+            guide. None: it trusts all.
         confidence: the mask is the VLM's confidence (`PriorBatch.confidence`) instead of 1.
     """
 
@@ -46,7 +46,7 @@ class PriorLabeller:
         max_batch: int = MAX_BATCH,
         temperature: float = 0.0,
         generator: torch.Generator | None = None,
-        max_staleness: int | None = None,
+        trust: Trust | None = None,
         confidence: bool = False,
     ) -> None:
         if max_batch < 1:
@@ -57,7 +57,7 @@ class PriorLabeller:
         self._max_batch = max_batch
         self._temperature = temperature
         self._generator = generator
-        self._max_staleness = max_staleness
+        self._trust = trust or Trust()
         self._confidence = confidence
         self._wanted = 0  # labels of older versions of the weights are made again
         self._due: list[int] = []
@@ -144,7 +144,7 @@ class PriorLabeller:
     def _write(self, ids: Tensor, answer: PriorBatch) -> int:
         answered = self._buffer.contains(ids)
         ids = self._stored(ids)
-        guides = answer.version >= oldest_guiding(self._prior.version, self._max_staleness)
+        guides = answer.version >= self._trust.oldest(self._prior.version)
         weight = torch.ones_like(ids) if answer.confidence is None else answer.confidence[answered]
         if self._confidence and len(ids):
             self.metrics.add({"prior_confidence": weight})

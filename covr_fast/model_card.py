@@ -27,13 +27,15 @@ def write_run_card(folder: Path, state: Mapping[str, Any], returns: Mapping[str,
 
 def _training(settings: Mapping[str, Any], step: int, rounds: list[dict[str, float]]) -> str:
     env, tuner, vlm = settings["env"], settings["tuner"], settings["vlm"]
-    kept = sum(round["kept"] for round in rounds)
+    tuned = [round for round in rounds if "version" in round]
+    kept = sum(round["kept"] for round in tuned)
+    untuned = f", {len(rounds) - len(tuned)} more found nothing to learn from" if tuned != rounds else ""
     lines = [
         f"- Environment: `{env['id']}`, frames of {env['height']}x{env['width']}, one action per "
-        f"{env['action_repeat']} simulator frames, {step} decisions of the agent",
+        f"{env['action_repeat']} simulator frames, {step} environment steps",
         f"- Tuned: {'LoRA' if tuner['mode'] == 'lora' else 'all weights'}, peak learning rate "
         f"{tuner['learning_rate']:g}, seed {settings['seed']}",
-        f"- Rounds: {len(rounds)}, on {kept:.0f} samples of the agent's own that the filter kept",
+        f"- Rounds: {len(tuned)}, on {kept:.0f} samples of the agent's own that the filter kept{untuned}",
     ]
     if vlm["motion"]:
         lines.append("- Frames: the newest three in grey, as red, green and blue")

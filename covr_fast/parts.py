@@ -97,13 +97,13 @@ def new_buffer(config: TrainConfig, envs: PixelEnvs, device: torch.device) -> Re
 
 def new_batches(config: TrainConfig, buffer: ReplayBuffer) -> Sampling:
     """The batches of policy updates."""
-    replay = config.replay
+    replay, form = config.replay, config.agent.batch_form
     return buffer.sampling(
         replay.batch_size,
         augment=None if replay.augment == "none" else replay.augment,
         pad=replay.pad,
-        dtype=getattr(torch, config.agent.encoder_dtype),
-        memory_format=torch.channels_last,
+        dtype=form.dtype,
+        memory_format=torch.contiguous_format if form.augments else torch.channels_last,
     )
 
 

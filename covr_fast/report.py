@@ -30,11 +30,12 @@ ROUND_COLUMNS = {
     "loss after": ("loss_after", "{:.3f}"),
     "sec.": ("tuning_seconds", "{:.1f}"),
 }
-"""Heading -> (key of a round's record, format); the losses are those of the held-out samples."""
+"""Heading -> (key of a round's record, format); the losses are those of the held-out samples. A round that
+tuned nothing has no weight, loss and time."""
 
 _SUMMARY_PARTS = {
-    "environment", "seed", "device", "steps", "frames", "updates", "episodes", "seconds", "time_shares",
-    "rounds", "evaluations",
+    "environment", "seed", "device", "steps", "decisions", "frames", "updates", "episodes", "seconds",
+    "time_shares", "rounds", "evaluations",
 }  # fmt: skip
 _MOST_SETTINGS = 4  # in a label
 _IGNORED = {"log_every", "video", "checkpoint_minutes", "checkpoint_every", "save_replay"}  # in labels
@@ -116,9 +117,9 @@ def print_summary(summary: dict[str, Any], console: Console, run: str | None = N
 
     shares = sorted(summary["time_shares"].items(), key=lambda item: -item[1])
     console.print(
-        f"{summary['steps']} steps ({summary['frames']} frames), {summary['updates']} updates, "
-        f"{summary['episodes']} episodes in {summary['seconds']:.0f} s on {summary['device']}: "
-        f"{summary['steps_per_second']:.0f} steps/s, {summary['frames'] / summary['seconds']:.0f} frames/s"
+        f"{summary['steps']} environment steps ({summary['decisions']} decisions), "
+        f"{summary['updates']} updates, {summary['episodes']} episodes in {summary['seconds']:.0f} s on "
+        f"{summary['device']}: {summary['steps_per_second']:.0f} steps/s"
     )
     console.print("wall time: " + ", ".join(f"{name} {share:.0%}" for name, share in shares))
 
@@ -191,7 +192,7 @@ def plot_curves(run: Path) -> Path:
     ax.set(title="where the time went", xlabel="share of wall time", xlim=(0, 1))
 
     for ax in (axes[0, 0], axes[1, 0]):
-        for i, m in enumerate(rounds):
+        for i, m in enumerate(m for m in metrics if "round/version" in m):  # the others tuned nothing
             name = "_" if i else "fine-tuning round"  # one entry in the legend for all of them
             ax.axvline(m["step"], color="tab:orange", alpha=0.35, linewidth=1, label=name)
         ax.grid(alpha=0.25)

@@ -10,16 +10,18 @@ from .files import full_names, read_json, read_records
 
 _TAKING_EFFECT = """
     steps device threads log_every video checkpoint_minutes checkpoint_every save_replay
-    env.batch_size env.num_threads
+    env.batch_size env.num_threads env.server
     agent.lr agent.alpha_lr agent.target_entropy agent.tau agent.prior_weight agent.graph agent.compile
     agent.encoder_dtype replay.batch_size replay.device
+    agent.encoder_tau agent.actor_every agent.target_every agent.shifts agent.shift_pad
+    agent.std_start agent.std_end agent.std_decisions agent.std_clip
     vlm.attention vlm.dtype vlm.every vlm.between vlm.temperature vlm.background vlm.refresh_priors
     vlm.max_staleness vlm.graph
     tuner.learning_rate tuner.warmup tuner.weight_decay tuner.max_grad_norm tuner.epochs tuner.average
     tuner.max_steps tuner.batch_size tuner.micro_batch tuner.packing tuner.held_out tuner.label_smoothing
     tuner.shift tuner.gradient_checkpointing tuner.cache_image_features tuner.overlap
     covr.psi_0 covr.schedule covr.threshold covr.cold_start covr.min_samples covr.horizon covr.bootstrap
-    covr.confidence covr.publish_after
+    covr.confidence covr.publish_after covr.trust_from covr.normalise covr.distance covr.entropy
     eval.episodes eval.every eval.vlm
     """
 MAY_CHANGE = frozenset(_TAKING_EFFECT.split())
@@ -30,10 +32,12 @@ _WHY_FIXED = {
         env.id env.num_envs env.height env.width env.grayscale env.frame_stack env.action_repeat
         env.max_episode_steps env.seed""",
     "the replay buffer was made with it": "replay.capacity replay.n_step replay.gamma replay.sampler",
+    "its optimizers began with it": "agent.alpha_beta agent.model_decay",
     "the agent's networks have that form": """
-        agent.channels agent.strides agent.latent agent.hidden replay.augment replay.pad""",
+        agent.kind agent.channels agent.strides agent.latent agent.hidden agent.log_std_min agent.log_std_max
+        replay.augment replay.pad""",
     "the agent has learnt with it": "agent.init_alpha agent.reward_scale",
-    "updates so far were counted by it": "warmup steps_per_update",
+    "updates so far were counted by it": "warmup decisions_per_update",
     "the run goes on with the VLM in its checkpoint, which was tuned with it": """
         vlm.model vlm.quantization vlm.prompt vlm.decimals vlm.image_size vlm.motion
         tuner.mode tuner.lora_rank tuner.lora_alpha""",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .agents import SAC
+from .agents import Agent
 from .buffer import FineTuneView, ReplayBuffer
 from .buffer.batch import pixels
 from .config import TrainConfig
@@ -66,7 +66,7 @@ class Rounds:
     def __init__(
         self,
         config: TrainConfig,
-        agent: SAC,
+        agent: Agent,
         buffer: ReplayBuffer,
         tuner: VLMTuner,
         labeller: PriorLabeller | None = None,
@@ -94,7 +94,13 @@ class Rounds:
     @property
     def guiding(self) -> bool:
         """Whether the cold start is over, so that the VLM's priors guide the actor (Eq. 4)."""
-        return self.schedule.rounds >= self._config.covr.cold_start
+        return self.tuned >= self._config.covr.cold_start
+
+    @property
+    def tuned(self) -> int:
+        """Rounds that tuned the VLM: each made a version of its weights. A round that kept nothing to learn
+        from is done, but made none."""
+        return self._tuner.prior.version
 
     def advance(self, step: int, log: RunLogger) -> None:
         """Begins a round that is due, and publishes one that is done. Without tuner.overlap both happen in
@@ -131,7 +137,9 @@ class Rounds:
             return None
         self._said_waiting = False
         with log.clock("fine-tuning"):
-            selection = Selection(self.finished, self._policy_entropy, covr.threshold)
+            selection = Selection(
+                self.finished, self._policy_entropy, covr.threshold, self._agent.action_dim, covr.entropy
+            )
             before = self._resumable_state()
             self.finished.clear()
             return _Round(step, before, selection)
@@ -190,7 +198,9 @@ class Rounds:
                     self._labeller.refresh()
         # Before anything else is computed: if that fails, the run is saved, and its records must say of which
         # round the weights are.
-        record: dict[str, float] = {"step": round.step, "published": step, **round.figures}
+        record: dict[str, float] = {
+            "step": round.step, "published": step, "tuned_rounds": self.tuned, **round.figures,
+        }  # fmt: skip
         self._running = None
         self.records.append(record)
         self.schedule.advance()
@@ -263,6 +273,6 @@ def _line(record: dict[str, float]) -> str:
             f", log p of best actions {record['best_log_prob_before']:.2f} -> "
             f"{record['best_log_prob_after']:.2f}"
         )
-    if "tuning_seconds" in record:
-        line += f", {record['tuning_seconds']:.1f} s"
-    return line
+    if "version" not in record:
+        return f"{line}: nothing was tuned, so it does not count towards covr.cold_start"
+    return f"{line}, {record['tuning_seconds']:.1f} s"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .agents import SAC
+from .agents import Agent
 from .buffer import ReplayBuffer
 from .checkpoint import RESCUED, rescue_agent, save_checkpoint
 from .config import TrainConfig
@@ -30,9 +30,11 @@ class Counters:
     """How far a run is."""
 
     step: int = 0
-    """Environment steps: decisions, summed over environments."""
+    """Environment steps, summed over environments: decisions times env.action_repeat."""
+    decisions: int = 0
+    """Decisions, summed over environments."""
     frames: int = 0
-    """Simulator frames."""
+    """Simulator frames: fewer than environment steps where episodes ended within a decision."""
     updates: int = 0
     """Policy updates."""
     returns: list[float] = field(default_factory=list)
@@ -47,7 +49,7 @@ class RunSaver:
     """Of the run; says when regular checkpoints are due."""
     folder: Path
     """The run folder."""
-    agent: SAC
+    agent: Agent
     prior: ActionPrior
     buffer: ReplayBuffer
     counters: Counters

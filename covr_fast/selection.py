@@ -22,6 +22,8 @@ class Selection:
         finished: D_f; it may be cleared afterwards.
         entropy: ids int64[n] of the newest samples -> the policy's entropy e_t on them, a scalar.
         threshold: see `ops.exploration_filter`.
+        action_dim: numbers of an action, over which e_t is summed.
+        reduction: what Eq. 5 takes for the entropy: e_t ("sum"), or e_t / action_dim ("mean").
     """
 
     def __init__(
@@ -29,7 +31,12 @@ class Selection:
         finished: FineTuneView,
         entropy: Callable[[Tensor], Tensor],
         threshold: Literal["described", "equation"],
+        action_dim: int,
+        reduction: Literal["sum", "mean"] = "sum",
     ) -> None:
+        self._sign = 1 if threshold == "equation" else -1
+        self._action_dim = action_dim
+        self._divisor = action_dim if reduction == "mean" else 1
         self._ids = finished.indices
         self._episodes = finished.episodes
         self._time = finished.time_in_episode
@@ -39,7 +46,7 @@ class Selection:
         newest = self._ids.topk(min(256, len(self._ids))).values
         # With the buffer on a CPU and the policy on a GPU, this move waits.
         nats = entropy(newest).to(returns.device)
-        kept = ops.exploration_filter_padded(returns, nats, threshold=threshold)
+        kept = ops.exploration_filter_padded(returns, nats / self._divisor, threshold=threshold)
         self._result = Fetch(kept.indices, kept.kept, kept.tau, kept.cutoff, nats)
 
     @property
@@ -62,6 +69,8 @@ class Selection:
         return kept, {
             "samples": len(self._ids),
             "entropy": entropy.item(),
+            "entropy_per_number": entropy.item() / self._action_dim,
+            "iqr_coefficient": torch.sigmoid(self._sign * entropy.double() / self._divisor).item(),
             "tau": tau.item(),
             "cutoff": cutoff.item(),
             "kept": len(kept),

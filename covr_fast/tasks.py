@@ -1,5 +1,5 @@
 """A task: an environment that gives pixels, how its actions and frames map to the agent's, and what a VLM is
-told of it. EnvPool's tasks, and a user's own Gymnasium environments (`register_task`)."""
+told of it. EnvPool's tasks, CARLA's, and a user's own Gymnasium environments (`register_task`)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .carla.task import SCENARIOS, carla_simulator
+from .dm_control import BallInCup, models_without_tip
+from .driving import DRIVES
 from .errors import UserError, unknown
 from .gymnasium_simulator import GymnasiumSimulator, Spaces, inspect
 from .opengl import import_envpool, require_frames
@@ -38,6 +41,8 @@ class Task:
     """What the VLM is told, and the actions' names."""
     simulate: Callable[[int], Any]
     """Seed of the first environment -> a simulator of a batch of them; see `envs.PixelEnvs`."""
+    evaluated_together: int | None = None
+    """Most episodes of an evaluation that run at the same time. None: all of them."""
 
 
 def find_task(config: "EnvConfig") -> Task:
@@ -48,12 +53,14 @@ def find_task(config: "EnvConfig") -> Task:
     """
     if config.id in _OWN:
         return _own_task(config, _OWN[config.id])
+    if config.id in SCENARIOS:
+        return _carla_task(config)
     envpool = import_envpool()
     known = envpool.list_all_envs()
     if config.id not in known:
         raise UserError(
-            f"{unknown('environment env.id', config.id, [*known, *_OWN])} (an environment of your own: call "
-            "covr_fast.register_task first, in every process that uses it)"
+            f"{unknown('environment env.id', config.id, [*known, *SCENARIOS, *_OWN])} (an environment of "
+            "your own: call covr_fast.register_task first, in every process that uses it)"
         )
     if config.id.startswith("CarRacing-"):
         return Task(
@@ -63,6 +70,8 @@ def find_task(config: "EnvConfig") -> Task:
             words_for(config.id, 2),
             lambda seed: _envpool_simulator(config, seed),
         )
+    if config.id in DRIVES:
+        return _driving_task(config)
     return _dm_control_task(config)
 
 
@@ -73,6 +82,18 @@ def _car_racing_action(action: np.ndarray) -> np.ndarray:
     """(steering, signed gas/brake) in [-1, 1]^2 -> (steering, gas, brake)."""
     steer, pedal = action[:, 0], action[:, 1]
     return np.stack([steer, np.maximum(pedal, 0), np.maximum(-pedal, 0)], axis=1)
+
+
+def _driving_task(config: "EnvConfig") -> Task:
+    drive = DRIVES[config.id]
+    options = drive.options(config.id, config.max_episode_steps)
+    return Task(
+        drive.action_dim,
+        drive.to_sim,
+        None,
+        words_for(config.id, drive.action_dim),
+        lambda seed: _envpool_simulator(config, seed, **options),
+    )
 
 
 def _dm_control_task(config: "EnvConfig") -> Task:
@@ -86,8 +107,8 @@ def _dm_control_task(config: "EnvConfig") -> Task:
     action = spec.action_space
     if not (hasattr(action, "low") and np.issubdtype(action.dtype, np.floating)):
         raise UserError(
-            f"env.id={config.id!r} has a discrete action space: COVR's actor and its priors are continuous; "
-            "choose an environment with a Box action space, such as CarRacing-v3 or CheetahRun-v1"
+            f"env.id={config.id!r} has discrete actions: COVR's actor and its priors are continuous; "
+            "highway-v0 has an adapter (two numbers), CarRacing-v3 and CheetahRun-v1 have a Box"
         )
     if not type(spec).__name__.startswith("Dmc"):
         raise UserError(
@@ -103,14 +124,17 @@ def _dm_control_task(config: "EnvConfig") -> Task:
 
     def simulate(seed: int) -> Any:
         require_frames()
-        return _envpool_simulator(
-            config,
-            seed,
-            render_mode="rgb_array",
-            render_width=config.width,
-            render_height=config.height,
-            render_camera_id=_camera(config.id),
-        )
+        view = {
+            "render_mode": "rgb_array",
+            "render_width": config.width,
+            "render_height": config.height,
+            "render_camera_id": _camera(config.id),
+        }
+        if config.id.startswith("FingerSpin-"):
+            with models_without_tip(spec.config.base_path) as models:
+                return _envpool_simulator(config, seed, **view, base_path=models)
+        simulator = _envpool_simulator(config, seed, **view)
+        return BallInCup(simulator) if config.id.startswith("BallInCupCatch-") else simulator
 
     (action_dim,) = action.shape
     return Task(action_dim, _scaled(low, high), None, words_for(config.id, action_dim), simulate)
@@ -144,6 +168,22 @@ def _scaled(low: np.ndarray, high: np.ndarray) -> Callable[[np.ndarray], np.ndar
         return np.asarray(low + (a + 1) * 0.5 * (high - low), np.float32)
 
     return to_sim
+
+
+# ---- CARLA -----------------------------------------------------------------------------------------
+
+
+def _carla_task(config: "EnvConfig") -> Task:
+    """Every environment needs a server of its own, so evaluations run one episode after the other."""
+    _, words = SCENARIOS[config.id]
+    return Task(
+        2,
+        lambda action: action,
+        lambda pictures: pictures,
+        words,
+        lambda seed: carla_simulator(config, seed),
+        evaluated_together=1,
+    )
 
 
 # ---- a user's own ----------------------------------------------------------------------------------
@@ -194,7 +234,7 @@ def register_task(
         raise UserError(f"register_task: make={make!r} must be a function that makes one gymnasium.Env")
     if isinstance(action_names, str) or not all(isinstance(each, str) for each in action_names):
         raise UserError(f"register_task: action_names={action_names!r} must be a sequence of texts")
-    if name in _OWN or name in _envpool_ids():
+    if name in _OWN or name in SCENARIOS or name in _envpool_ids():
         raise UserError(f"register_task: name={name!r} is taken: choose another name")
     spaces = inspect(make)
     if len(action_names) != len(spaces.low):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .agents import SAC
+from .agents import Guidance, make_agent
 from .buffer import Batch
 from .checkpoint import Checkpoint, reserved_room, restore_agent
 from .collect import Collector
@@ -40,7 +40,7 @@ from .run_folder import RunFolder
 from .saving import Counters, RunSaver, deferred_interrupts
 from .schedule import is_due
 from .seeds import training_seed
-from .staleness import age_figures, mask_older, oldest_guiding
+from .staleness import Trust, age_figures, mask_older
 from .streams import Lane
 from .transcript import Transcript, write_prompt
 from .versions import drop_staged
@@ -98,8 +98,13 @@ class Trainer:
         self.envs = make_env(replace(config.env, seed=env_seed))
         (action_dim,) = self.envs.action_shape
         with as_user_error():
-            self.agent = SAC(
-                agent_obs_shape(config), (action_dim,), config.agent, device=self.device, seed=config.seed
+            self.agent = make_agent(
+                agent_obs_shape(config),
+                (action_dim,),
+                config.agent,
+                device=self.device,
+                seed=config.seed,
+                guidance=Guidance(config.covr.normalise, config.covr.distance),
             )
             frames_on = replay_device(config.replay.device, self.device)
             if saved and saved.has_replay():
@@ -120,7 +125,7 @@ class Trainer:
                     lambda ids: vlm_images(config, self.buffer, ids),
                     temperature=config.vlm.temperature,
                     generator=self._prior_noise,
-                    max_staleness=config.vlm.max_staleness,
+                    trust=Trust.of(config),
                     confidence=config.covr.confidence,
                 )
             self.rounds = Rounds(
@@ -141,13 +146,13 @@ class Trainer:
 
     @property
     def step(self) -> int:
-        """Environment steps so far: decisions, summed over environments."""
+        """Environment steps so far, summed over environments: decisions times env.action_repeat."""
         return self.counters.step
 
     def on_step(self, callback: Callable[[Rows], object]) -> None:
-        """Calls `callback(rows)` at the end of every step of the loop, in the thread that calls `run`.
+        """Calls `callback(rows)` at the end of every turn of the loop, in the thread that calls `run`.
 
-        A step is one decision of one batch of environments. By then its transitions `rows` (see envs.Rows)
+        That is once per decision of a batch of environments. By then its transitions `rows` (see envs.Rows)
         are in the replay buffer, the next decisions of these environments are simulating, and the policy
         updates, the fine-tuning round, the metrics, the evaluation and the checkpoint that were due are done.
         An exception that the callback raises ends the run like an error in the loop. Callbacks are called in
@@ -289,7 +294,8 @@ class Trainer:
 
     def _prior_due(self, env_ids: np.ndarray) -> bool:
         """Whether the VLM is asked about the latest decision of these environments."""
-        return self.collector.latest(env_ids) % self.config.vlm.every == 0
+        repeat, number = self.config.env.action_repeat, self.collector.latest(env_ids)
+        return number == 0 or is_due(self.config.vlm.every, (number - 1) * repeat, number * repeat)
 
     def _store(self, rows: Rows) -> Tensor:
         """The new transitions' ids int64[n]."""
@@ -301,8 +307,10 @@ class Trainer:
                     self.labeller.due(stored.tolist())
                 self.labeller.step()
         self.counters.returns += returns
-        self.counters.step += len(rows.env_ids)
+        self.counters.decisions += len(rows.env_ids)
+        self.counters.step += len(rows.env_ids) * self.config.env.action_repeat
         self.counters.frames += rows.frames
+        self.agent.observe_decisions(self.counters.decisions)
         return stored
 
     def _write_answers(self, stored: Tensor) -> None:
@@ -318,9 +326,9 @@ class Trainer:
         return batch if self.buffer.device == self.device else batch.to(self.device)
 
     def _update_policy(self) -> None:
-        """As many updates as are due for the steps since the warm-up."""
+        """As many updates as are due for the decisions since the warm-up."""
         config, counters = self.config, self.counters
-        due = (counters.step - config.warmup) // config.steps_per_update
+        due = (counters.decisions - config.decisions(config.warmup)) // config.decisions_per_update
         while counters.updates < due:
             self._metrics.add(self._update_once())
             counters.updates += 1
@@ -340,10 +348,10 @@ class Trainer:
 
     @property
     def _oldest_guiding(self) -> int:
-        return oldest_guiding(self.prior.version, self.config.vlm.max_staleness)
+        return Trust.of(self.config).oldest(self.prior.version)
 
     def _mask_old_priors(self) -> None:
-        """Masks the priors that the newest weights have made too old (vlm.max_staleness)."""
+        """Masks the priors that are trusted no more: see staleness.Trust."""
         mask_older(self.buffer, self._oldest_guiding)
         self.collector.mask_older(self._oldest_guiding)
 
@@ -360,6 +368,7 @@ class Trainer:
             figures |= self.labeller.metrics.read()
         figures |= {f"time/{name}": share for name, share in self.clock.shares().items()}
         figures |= {
+            "decisions": counters.decisions,
             "frames": counters.frames,
             "updates": counters.updates,
             "steps_per_second": counters.step / self.clock.total,
@@ -386,6 +395,7 @@ class Trainer:
             "seed": self.config.seed,
             "device": str(self.device),
             "steps": counters.step,
+            "decisions": counters.decisions,
             "frames": counters.frames,
             "updates": counters.updates,
             "episodes": len(counters.returns),
@@ -433,5 +443,5 @@ class Trainer:
                 f"{saved.folder / 'counters.pt'} does not fit this version of covr_fast "
                 f"({type(error).__name__}: {error})"
             ) from error
-        self._mask_old_priors()  # vlm.max_staleness may have changed
+        self._mask_old_priors()  # the settings of trust may have changed
         self.buffer.cut()

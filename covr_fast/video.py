@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from .agents import SAC
+from .agents import Agent
 from .config import TrainConfig
 from .evaluate import actor_policy, evaluate
 from .files import writing
@@ -83,7 +83,7 @@ class EpisodeVideo:
         return path
 
 
-def record_episode(config: TrainConfig, agent: SAC, prior: ActionPrior, run: Path) -> None:
+def record_episode(config: TrainConfig, agent: Agent, prior: ActionPrior, run: Path) -> None:
     """Writes a video of one evaluation episode, with the actor's actions and the VLM's priors, into `run`."""
     video = EpisodeVideo(find_task(config.env).words.action_names, fps=50 / config.env.action_repeat)
 

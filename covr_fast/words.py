@@ -54,6 +54,19 @@ _BODIES = {
         "full gas.",
         ("left/right", "brake/gas"),
     ),
+    "racetrack": _Body(
+        "You drive a car, seen from above. It is at the centre of the picture, its lights are at its front, "
+        "and its speed is constant. White lines bound the road, dashed ones divide its lanes.",
+        "The number steers: -1 is fully left, 1 is fully right, as the driver sees it.",
+        ("left/right",),
+    ),
+    "highway": _Body(
+        "You drive a car on a four-lane highway, seen from above. All cars go to the right. Yours is a third "
+        "of the picture from its left side, and halfway up.",
+        "Number 1 changes the lane: -1 is left (up), 1 is right (down). Number 2 changes the speed: -1 is "
+        "slower, 1 is faster. Only the number farther from 0 counts, beyond 0.33.",
+        ("left/right", "slower/faster"),
+    ),
     "CartpoleTwoPoles": _Body(
         _CART_POLES.format("A chain of two poles turns freely"), _CART, ("left/right",)
     ),
@@ -106,6 +119,7 @@ _BODIES = {
     ),
 }
 
+_LANE = "Follow the road in the middle of a lane, and steer no more than you need to."
 _BALANCE = "Keep the pole upright above the cart, and the cart near the middle of the rail."
 _SWING_UP = "Swing the pole up and keep it upright above the cart, near the middle of the rail."
 _POLES = "Swing the poles up and keep them upright above the cart, near the middle of the rail."
@@ -114,6 +128,9 @@ _TURN = "Turn the body with the finger until the mark at its end lies in the bal
 
 _GOALS = {
     "CarRacing": "Follow the road fast, and stay on it.",
+    "racetrack": _LANE,
+    "racetrack-large": _LANE,
+    "highway": "Drive fast, hit no other car, and prefer the lower lanes.",
     "CartpoleBalance": _BALANCE,
     "CartpoleBalanceSparse": _BALANCE,
     "CartpoleSwingup": _SWING_UP,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from covr_fast import SAC, ReplayBuffer
-from covr_fast.agents.sac import SACConfig
+from covr_fast.agents import AgentConfig
 
 SIZE, STACK, LONGEST = 48, 3, 50
 
@@ -60,7 +60,7 @@ def main(n: int, steps: int) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     simulator, shape = Reach(n, device), (3 * STACK, SIZE, SIZE)
-    agent = SAC(shape, (2,), SACConfig(hidden=256), device=device)
+    agent = SAC(shape, (2,), AgentConfig(hidden=256), device=device)
     buffer = ReplayBuffer(
         100_000, num_envs=n, obs_shape=shape, action_shape=(2,), frame_stack=STACK, device=device, seed=0
     )

@@ -10,8 +10,9 @@ import pytest
 from covr_fast import TrainConfig, Trainer, cli
 
 TINY = {
-    "steps": 64, "warmup": 32, "log-every": 16, "steps-per-update": 8, "threads": 1, "env.num-envs": 2,
-    "env.batch-size": 2, "env.max-episode-steps": 24, "env.height": 48, "env.width": 48,
+    "steps": 64, "warmup": 32, "log-every": 16, "decisions-per-update": 8, "threads": 1, "env.num-envs": 2,
+    "env.batch-size": 2, "env.action-repeat": 1, "env.max-episode-steps": 6,
+    "env.height": 48, "env.width": 48,
     "replay.batch-size": 16, "replay.capacity": 200, "covr.psi-0": 30, "covr.min-samples": 4,
     "eval.episodes": 2, "vlm.every": 3, "tuner.max-steps": 4,
 }  # fmt: skip
@@ -30,9 +31,10 @@ def call(monkeypatch, *arguments: str) -> int:
 
 def small_config(**changes) -> TrainConfig:
     config = TrainConfig.preset("carracing")
-    config.steps, config.warmup, config.steps_per_update, config.log_every = 160, 32, 8, 40
+    config.steps, config.warmup, config.decisions_per_update, config.log_every = 160, 32, 8, 40
     config.video, config.threads, config.device = False, 1, "cpu"
-    config.env.num_envs, config.env.batch_size, config.env.max_episode_steps = 4, 2, 40
+    config.env.num_envs, config.env.batch_size = 4, 2
+    config.env.action_repeat, config.env.max_episode_steps = 1, 10
     config.env.height = config.env.width = 48
     config.agent.channels, config.agent.strides, config.agent.hidden = (8, 8), (4, 2), 32
     config.replay.batch_size, config.replay.capacity = 16, 400

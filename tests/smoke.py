@@ -27,8 +27,8 @@ from covr_fast.vlm import ActionPrior, TunerConfig, VLMTuner
 
 FRAME = (3, 16, 16)
 TRAIN = """
-  --steps 64 --warmup 32 --log-every 16 --steps-per-update 8 --threads 1
-  --env.num-envs 2 --env.batch-size 2 --env.max-episode-steps 24
+  --steps 64 --warmup 32 --log-every 16 --decisions-per-update 8 --threads 1
+  --env.num-envs 2 --env.batch-size 2 --env.action-repeat 1 --env.max-episode-steps 6
   --replay.batch-size 16 --replay.capacity 200 --covr.psi-0 30 --covr.min-samples 4
   --eval.episodes 2 --tuner.max-steps 2
 """

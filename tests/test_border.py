@@ -139,6 +139,7 @@ def batch_arguments(n: int = 2, **other: Any) -> dict[str, Any]:
         "next_obs_offset": None,
         "offset_range": 0,
         "shift_origin": 0,
+        "translate": False,
     }
     return arguments | other
 
@@ -150,7 +151,7 @@ def filled_buffer() -> ReplayBuffer:
     return buffer
 
 
-WHOLE = _C.GatherTarget(channels_last=False, shifted=False, height=4, width=4)
+WHOLE = _C.GatherTarget(channels_last=False, shifted=False, black=False, height=4, width=4)
 
 
 def test_a_request_is_filled():
@@ -200,7 +201,10 @@ def test_columns_are_written_only_as_they_are_stored(columns, message):
         (WHOLE, torch.zeros(1, 1, 4, 4)),
         (WHOLE, torch.zeros(2, 1, 3, 3)),
         (WHOLE, torch.zeros(2, 1, 4, 4, dtype=torch.float64)),
-        (_C.GatherTarget(channels_last=False, shifted=False, height=9, width=9), torch.zeros(2, 1, 9, 9)),
+        (
+            _C.GatherTarget(channels_last=False, shifted=False, black=False, height=9, width=9),
+            torch.zeros(2, 1, 9, 9),
+        ),
     ],
 )
 def test_observations_are_written_only_as_their_target_says(target, obs):

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from covr_fast import SAC
-from covr_fast.agents.sac import SACConfig
+from covr_fast.agents import AgentConfig
 from covr_fast.checkpoint import newest_folder, replaced_folder, save_checkpoint
 from covr_fast.errors import UserError
 from covr_fast.vlm import ActionPrior, TunerConfig, VLMTuner
@@ -64,7 +64,7 @@ def test_killed_anywhere(tmp_path):
 
 
 def test_an_adapter_of_the_vlm_that_would_be_replaced(tmp_path):
-    agent = SAC((3, 48, 48), (2,), SACConfig(channels=(8,), strides=(4,), latent=8, hidden=8), seed=0)
+    agent = SAC((3, 48, 48), (2,), AgentConfig(channels=(8,), strides=(4,), latent=8, hidden=8), seed=0)
     options = {"action_dim": 2, "device": "cpu"}
     save_checkpoint(tmp_path, agent, ActionPrior.from_pretrained("nano", **options), {}, None)
     folder = tmp_path / "checkpoint" / "vlm"

@@ -12,7 +12,7 @@ from small_runs import small_config
 from tensordict import TensorDict
 
 from covr_fast import ReplayBuffer, Trainer, ops
-from covr_fast.agents import SAC, SACConfig
+from covr_fast.agents import SAC, AgentConfig
 from covr_fast.buffer import FineTuneView, Prioritized, Recent
 from covr_fast.integrations import sb3, torchrl
 from covr_fast.vlm import ActionPrior
@@ -178,7 +178,7 @@ def test_ops(unchanged, backend):
 
 
 def use_agent(buffer: ReplayBuffer) -> list[dict[str, torch.Tensor]]:
-    small = SACConfig(channels=(4, 4), strides=(2, 2), latent=8, hidden=16)
+    small = AgentConfig(channels=(4, 4), strides=(2, 2), latent=8, hidden=16)
     agent = SAC((3, 16, 16), (2,), small, seed=0)
     batch = buffer.get(range(8))
     batch.extras["prior"], batch.extras["prior_mask"] = batch.action, torch.ones_like(batch.reward)

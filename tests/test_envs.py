@@ -211,7 +211,7 @@ def test_nan_reward_is_an_error_that_names_the_environment():
     "change, message",
     [
         ({"id": "CarRacng-v3"}, "did you mean CarRacing-v3"),
-        ({"id": "CartPole-v1"}, "discrete action space"),
+        ({"id": "CartPole-v1"}, r"has discrete actions.*highway-v0 has an adapter \(two numbers\)"),
         ({"id": "Pendulum-v1"}, "does not give pixels"),
         ({"num_envs": 5, "batch_size": 2}, "not a multiple of env.batch_size=2"),
         ({"frame_stack": 0}, "env.frame_stack=0 must be at least 1"),

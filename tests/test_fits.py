@@ -41,10 +41,10 @@ def test_in_turn_only_one_takes_its_passing_memory(config):
 @pytest.mark.parametrize(
     "steps, psi_0, most", [(100_000, 5000, 25_000), (3000, 2500, 2500), (100, 2500, 100)]
 )
-def test_a_round_has_at_most_half_of_the_steps_since_the_last(config, steps, psi_0, most):
+def test_a_round_has_at_most_half_of_the_decisions_since_the_last(config, steps, psi_0, most):
     changed = replace(config, steps=steps, covr=replace(config.covr, psi_0=psi_0, schedule="linear"))
-    changed.replay.capacity = 10**6
-    assert fits._samples(changed) == most // 2
+    changed.replay.capacity, changed.env.action_repeat = 10**6, 4
+    assert fits._samples(changed) == most // 8
 
 
 def test_the_replay_buffer_is_as_large_as_a_real_one(config, memory):

@@ -9,6 +9,7 @@ from one_step_episodes import add_step, make_buffer
 
 from covr_fast import ReplayBuffer
 from covr_fast.labeller import PriorLabeller
+from covr_fast.staleness import Trust
 from covr_fast.vlm import ActionPrior
 
 
@@ -193,13 +194,22 @@ def test_refresh_also_reaches_what_the_old_weights_were_being_asked_about():
     assert buffer.extras(ids)["prior_version"].tolist() == [1] * len(ids)
 
 
-@pytest.mark.parametrize("limit, guides", [(0, 0.0), (1, 1.0), (None, 1.0)])
-def test_a_label_that_arrives_too_late_does_not_guide(limit, guides):
+@pytest.mark.parametrize(
+    "trust, guides",
+    [
+        (Trust(max_staleness=0), 0.0),
+        (Trust(max_staleness=1), 1.0),
+        (None, 1.0),
+        (Trust(first=1), 0.0),
+        (Trust(first=2), 1.0),  # which nothing serves yet
+    ],
+)
+def test_a_label_that_arrives_too_late_does_not_guide(trust, guides):
     prior = Late(ActionPrior.from_pretrained("nano", action_dim=2, device="cpu", seed=0))
     prior.gate.clear()
     buffer = make_buffer()
     ids = fill(buffer, 2)
-    labeller = PriorLabeller(prior, buffer, buffer.observations, max_staleness=limit)
+    labeller = PriorLabeller(prior, buffer, buffer.observations, trust=trust)
     labeller.due(ids[:4].tolist())
     labeller.step()
     assert prior.answered.wait(30)

@@ -11,7 +11,7 @@ from huggingface_hub import constants
 from small_runs import call
 
 from covr_fast import SAC
-from covr_fast.agents.sac import SACConfig
+from covr_fast.agents import AgentConfig
 from covr_fast.checkpoint import save_checkpoint
 from covr_fast.errors import UserError
 from covr_fast.push import push
@@ -24,7 +24,7 @@ LORA = TunerConfig(mode="lora", lora_rank=2, lora_alpha=4)
 
 def make_run(run, model, tuner: TunerConfig | None):
     """A folder with the checkpoint of a run whose VLM is `model`, tuned or as it is."""
-    agent = SAC((3, 48, 48), (2,), SACConfig(channels=(8,), strides=(4,), latent=8, hidden=8), seed=0)
+    agent = SAC((3, 48, 48), (2,), AgentConfig(channels=(8,), strides=(4,), latent=8, hidden=8), seed=0)
     prior = ActionPrior.from_pretrained(model, action_dim=2, device="cpu", prompt="Drive.")
     if tuner:
         VLMTuner(prior, tuner)

@@ -12,6 +12,7 @@ from one_step_episodes import ENVS, SHAPE, make_buffer
 from small_runs import small_config
 
 from covr_fast import ops
+from covr_fast.agents import SAC, SACConfig
 from covr_fast.buffer import FineTuneView, ReplayBuffer
 from covr_fast.errors import DivergedError
 from covr_fast.rounds import Rounds
@@ -39,6 +40,7 @@ class Tuner:
 
     def __init__(self) -> None:
         self.given: list[tuple[torch.Tensor, ...]] = []
+        self.prior = SimpleNamespace(version=0)
 
     def start(self, *samples: torch.Tensor) -> None:
         self.given.append(samples)
@@ -56,7 +58,7 @@ def log():
 
 def make_rounds(buffer: ReplayBuffer) -> Rounds:
     config = small_config(env__grayscale=False, vlm__motion=False, covr__psi_0=10)
-    agent = SimpleNamespace(entropy=lambda obs: ENTROPY)
+    agent = SimpleNamespace(entropy=lambda obs: ENTROPY, action_dim=2)
     return Rounds(config, agent, buffer, Tuner())
 
 
@@ -65,7 +67,7 @@ def test_what_is_selected_is_what_the_filter_keeps(device):
     buffer = make_buffer(device=device)
     add_episodes(buffer, *range(10))
     view, asked = FineTuneView(buffer, 0.9), []
-    selection = Selection(view, lambda ids: asked.append(ids) or ENTROPY.to(device), "equation")
+    selection = Selection(view, lambda ids: asked.append(ids) or ENTROPY.to(device), "equation", 2)
     view.clear()
     assert selection.waits == (device == "cuda")
     kept, figures = selection.read()
@@ -82,13 +84,62 @@ def test_what_is_selected_is_what_the_filter_keeps(device):
     assert torch.equal(episodes, ids)  # which are of one step
 
 
+@pytest.mark.parametrize("threshold, sign", [("described", -1), ("equation", 1)])
+@pytest.mark.parametrize("reduction, divisor", [("sum", 1), ("mean", 6)])
+def test_the_entropy_of_eq_5_is_a_sum_or_a_mean_over_the_numbers_of_an_action(
+    reduction, divisor, threshold, sign
+):
+    buffer = make_buffer()
+    add_episodes(buffer, *range(10))
+    nats = torch.tensor(-6.0)
+    kept, figures = Selection(FineTuneView(buffer, 0.9), lambda _: nats, threshold, 6, reduction).read()
+    returns = torch.arange(10.0).repeat(ENVS)
+    expected = ops.exploration_filter(returns, -6.0 / divisor, threshold=threshold)
+    assert torch.equal(kept, expected.indices)
+    assert figures["tau"] == pytest.approx(expected.tau)
+    assert (figures["entropy"], figures["entropy_per_number"]) == (-6, -1)
+    coefficient = figures["iqr_coefficient"]
+    assert coefficient == pytest.approx(1 / (1 + math.exp(-sign * -6 / divisor)))
+    # Eq. 5, in units of the returns.
+    quartiles = np.percentile(returns, (25, 50, 75))
+    assert figures["cutoff"] == pytest.approx(quartiles[1] + coefficient * (quartiles[2] - quartiles[0]))
+
+
+def coefficients(action_dim: int, reduction: str, nats_per_number: float) -> float:
+    buffer = make_buffer()
+    add_episodes(buffer, 1.0, 2.0)
+    nats = torch.tensor(nats_per_number * action_dim)
+    selection = Selection(FineTuneView(buffer, 0.9), lambda _: nats, "described", action_dim, reduction)
+    return selection.read()[1]["iqr_coefficient"]
+
+
+def untrained_entropy(action_dim: int) -> float:
+    """Nats per number of an action, of the policy before any update."""
+    agent = SAC((3, 21, 21), (action_dim,), SACConfig(channels=(8,), strides=(2,), hidden=64))
+    obs = torch.randint(0, 256, (2048, 3, 21, 21), generator=torch.Generator().manual_seed(0)).byte()
+    return agent.entropy(obs).item() / action_dim
+
+
+@pytest.mark.parametrize("action_dim", [1, 2, 6])
+def test_the_sum_saturates_the_sigmoid_where_actions_have_many_numbers(action_dim):
+    """The table of docs/training.md: from uniform actions and the untrained policy to the target entropy,
+    which is -1 nat per number."""
+    nats = [math.log(2), untrained_entropy(action_dim), -1.0]
+    assert nats[1] == pytest.approx(-0.13, abs=0.03)
+    sums, means = ([coefficients(action_dim, how, each) for each in nats] for how in ("sum", "mean"))
+    table = {1: (0.333, 0.53, 0.731), 2: (0.2, 0.56, 0.881), 6: (0.015, 0.69, 0.9975)}
+    assert sums == pytest.approx(table[action_dim], abs=0.03)
+    assert (sums[0], sums[2]) == pytest.approx((table[action_dim][0], table[action_dim][2]), abs=5e-4)
+    assert means == pytest.approx(table[1], abs=0.01), "the mean depends on the number of dimensions"
+
+
 def test_a_return_that_is_not_finite_says_that_training_diverged():
     buffer = make_buffer()
     add_episodes(buffer, 1.0, 2.0, 3.0)
     view = FineTuneView(buffer, 0.9, bootstrap=lambda ids: torch.full((len(ids),), torch.nan))
     buffer.set_truncated([5], [True])
     with pytest.raises(DivergedError, match=r"a return of D_f .* is NaN or infinite"):
-        Selection(view, lambda ids: ENTROPY, "described").read()
+        Selection(view, lambda ids: ENTROPY, "described", 2).read()
 
 
 def test_on_a_cpu_the_tuner_begins_when_the_round_is_due(log):
@@ -175,7 +226,8 @@ def told(log, **changes) -> dict:
     rounds = make_rounds(buffer)
     rounds._tuner.wait = lambda: replace(report, **changes)
     rounds._tuner.publish = lambda: 1
-    rounds._tuner.prior = SimpleNamespace(log_prob=lambda images, actions: torch.zeros(len(images)))
+    log_prob = lambda images, actions: torch.zeros(len(images))  # noqa: E731
+    rounds._tuner.prior = SimpleNamespace(version=1, log_prob=log_prob)
     rounds.advance(10, log)
     return rounds.records[0]
 
@@ -203,3 +255,25 @@ def test_a_round_says_why_lora_is_not_merged(lost, beside, line, log):
     said = "LoRA is served beside the base: merged into its half precision it would lose 81% of its change"
     assert (said in log.said) == line
     assert record.get("lora_lost") == (lost if lost in (0.81, 0.001) else None)
+
+
+def test_a_round_that_tuned_says_its_version_and_counts(log):
+    record = told(log)
+    assert (record["version"], record["tuned_rounds"]) == (1, 1)
+    assert "cold_start" not in log.said[-1]
+
+
+def test_a_round_whose_filter_kept_nothing_does_not_count_towards_the_cold_start(log):
+    """All returns are equal, as where every reward is zero."""
+    buffer = make_buffer()
+    add_episodes(buffer, 0.0, 0.0, 0.0)
+    rounds = make_rounds(buffer)
+    assert rounds._config.covr.cold_start == 1
+    rounds.advance(10, log)
+    assert not rounds._tuner.given
+    (record,) = rounds.records
+    assert (record["kept"], record["tuned_rounds"]) == (0, 0)
+    assert "version" not in record
+    assert log.said[-1].endswith("nothing was tuned, so it does not count towards covr.cold_start")
+    assert not rounds.guiding
+    assert (rounds.schedule.rounds, rounds.schedule.next_round) == (1, 30), "the schedule stands still"

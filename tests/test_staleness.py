@@ -8,7 +8,7 @@ from small_runs import run_until, small_config
 
 from covr_fast import ReplayBuffer, Trainer
 from covr_fast.report import read_metrics
-from covr_fast.staleness import age_figures, mask_older, oldest_guiding, stored_priors
+from covr_fast.staleness import Trust, age_figures, mask_older, stored_priors
 
 ON_GPU = pytest.param("cuda", marks=pytest.mark.needs_cuda)
 
@@ -27,10 +27,26 @@ def filled(versions: list[int], capacity: int = 64, **options) -> tuple[ReplayBu
     return buffer, torch.cat(ids)
 
 
-def test_what_guides_by_version():
-    assert [oldest_guiding(v, None) for v in (0, 5)] == [0, 0]
-    assert [oldest_guiding(v, 2) for v in (0, 2, 3, 5)] == [0, 0, 1, 3]
-    assert oldest_guiding(5, 0) == 5
+@pytest.mark.parametrize(
+    "trust, oldest",  # while the versions 0, 1, 2, 3 and 5 serve
+    [
+        (Trust(), [0, 0, 0, 0, 0]),
+        (Trust(max_staleness=2), [0, 0, 0, 1, 3]),
+        (Trust(max_staleness=0), [0, 1, 2, 3, 5]),
+        (Trust(first=2), [0, 0, 2, 2, 2]),
+        (Trust(first=2, max_staleness=2), [0, 0, 2, 2, 3]),
+        (Trust(first=3, max_staleness=1), [0, 0, 1, 3, 4]),
+    ],
+)
+def test_what_guides_by_version(trust, oldest):
+    assert [trust.oldest(version) for version in (0, 1, 2, 3, 5)] == oldest
+
+
+def test_the_settings_of_a_run_say_what_is_trusted():
+    config = small_config(covr__cold_start=4, vlm__max_staleness=3)
+    assert Trust.of(config) == Trust(4, 3), "not the default of covr.trust_from"
+    config.covr.trust_from = "start"
+    assert Trust.of(config) == Trust(0, 3)
 
 
 @pytest.mark.parametrize("capacity", [64, 13])  # 13: rings of different sizes, which are overwritten
@@ -47,7 +63,7 @@ def test_the_stored_priors_are_found_with_their_versions(capacity):
 def test_a_new_buffer_has_no_priors():
     """Its columns are zeros, which would be version 0."""
     assert len(stored_priors(make_buffer())[0]) == 0
-    assert age_figures(make_buffer(), 0, 0) == {"prior/usable_share": 0.0}
+    assert age_figures(make_buffer(), 0, 0) == {"prior/usable_share": 0.0, "prior/masked_share": 0.0}
 
 
 @pytest.mark.parametrize("device", ["cpu", ON_GPU])
@@ -70,15 +86,17 @@ def test_figures_of_age():
     buffer, _ = filled([0, 1, -1, 1, 3])
     assert age_figures(buffer, 3, 0) == {
         "prior/usable_share": 16 / 20,
+        "prior/masked_share": 0.0,
         "prior/age_mean": (3 + 2 + 2 + 0) / 4,
         "prior/age_max": 3,
     }
     assert age_figures(buffer, 3, 1) == {
         "prior/usable_share": 12 / 20,
+        "prior/masked_share": 4 / 20,
         "prior/age_mean": (2 + 2 + 0) / 3,
         "prior/age_max": 2,
     }
-    assert age_figures(buffer, 9, 5) == {"prior/usable_share": 0.0}
+    assert age_figures(buffer, 9, 5) == {"prior/usable_share": 0.0, "prior/masked_share": 16 / 20}
 
 
 # ---- in a run ----
@@ -86,7 +104,7 @@ def test_figures_of_age():
 
 def staleness_config(**changes):
     """Rounds at steps 50 and 150; each environment is asked at decisions 0 and 5 of its episodes of 10."""
-    return small_config(**({"steps": 190, "vlm__max_staleness": 0} | changes))
+    return small_config(**({"steps": 190, "vlm__max_staleness": 0, "covr__trust_from": "start"} | changes))
 
 
 def stored(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -184,3 +202,132 @@ def test_age_is_logged(tmp_path):
     assert 0 < by_step[140]["prior/age_mean"] < 1
     assert by_step[190]["prior/age_max"] == 1, "older priors count as usable"
     assert by_step[190]["prior/usable_share"] < by_step[140]["prior/usable_share"]
+
+
+# ---- priors that were given before the cold start's end ----
+
+
+def trust_config(**changes):
+    """Rounds at steps 20, 60 and 120; the second ends the cold start. Every second decision has a prior."""
+    made = {
+        "steps": 140, "covr__psi_0": 20, "covr__cold_start": 2, "env__max_episode_steps": 20, "vlm__every": 2
+    }  # fmt: skip
+    return small_config(**(made | changes))
+
+
+def guiding_versions(trainer: Trainer) -> set[int]:
+    extras = stored(trainer)
+    assert not extras["prior_mask"][extras["prior_version"] < 0].any(), "a mask without a prior"
+    return set(extras["prior_version"][extras["prior_mask"] > 0].tolist())
+
+
+@pytest.mark.parametrize("between", ["mask", "hold"])
+@pytest.mark.parametrize("trust_from, after", [("round", {2, 3}), ("start", {0, 1, 2, 3})])
+def test_what_an_untrusted_vlm_said_does_not_guide_later(trust_from, after, between, tmp_path):
+    trainer = Trainer(trust_config(covr__trust_from=trust_from, vlm__between=between), tmp_path)
+    seen: list[tuple[bool, set[int]]] = []
+    trainer.on_step(lambda _rows: seen.append((trainer.rounds.guiding, guiding_versions(trainer))))
+    trainer.run()
+    assert trainer.prior.version == 3
+    assert set().union(*(versions for guiding, versions in seen if not guiding)) == {0, 1}
+    assert set().union(*(versions for guiding, versions in seen if guiding)) == after
+    assert guiding_versions(trainer) == after
+    assert set(stored(trainer)["prior_version"].tolist()) == {-1, 0, 1, 2, 3}, "a prior lost its version"
+
+
+def test_without_a_cold_start_every_prior_guides(tmp_path):
+    trainer = Trainer(trust_config(covr__cold_start=0), tmp_path)
+    assert trainer.rounds.guiding
+    trainer.run()
+    assert guiding_versions(trainer) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("confidence", [False, True])
+def test_a_background_answer_of_an_untrusted_vlm_does_not_guide(confidence, tmp_path):
+    """All that were asked before the cold start's end and are answered after it."""
+    trainer = Trainer(trust_config(vlm__background=True, covr__confidence=confidence), tmp_path)
+    write, late = trainer.labeller._write, []
+
+    def watched(ids, answer):
+        count = write(ids, answer)
+        if answer.version < 2 <= trainer.prior.version:
+            late.extend(trainer.buffer.extras(ids)["prior_mask"].tolist())
+        return count
+
+    def hold_back(_rows):
+        """Lets an answer arrive only when the cold start has ended."""
+        labeller = trainer.labeller
+        if labeller._asked is not None and 40 <= trainer.step < 62:
+            _, answer = labeller._asked
+            answer.result()
+            labeller.step = lambda: 0
+        elif trainer.step >= 62:
+            labeller.__dict__.pop("step", None)
+
+    trainer.labeller._write = watched
+    trainer.on_step(hold_back)
+    trainer.run()
+    assert len(late) > 0, "no answer came late"
+    assert not any(late)
+    masks = stored(trainer)["prior_mask"]
+    assert guiding_versions(trainer) <= {2, 3}
+    assert masks.any()
+    assert ((masks > 0) & (masks < 1)).any() == confidence
+
+
+def test_a_refreshed_prior_is_one_of_a_trusted_vlm(tmp_path):
+    trainer = Trainer(trust_config(vlm__background=True, vlm__refresh_priors=True), tmp_path)
+
+    def drain(_rows):
+        while trainer.step == trainer.config.steps and len(trainer.labeller):
+            trainer.labeller.step()
+
+    trainer.on_step(drain)
+    trainer.run()
+    extras = stored(trainer)
+    assert set(extras["prior_version"].tolist()) == {-1, 3}
+    assert torch.equal(extras["prior_mask"], (extras["prior_version"] == 3).float())
+
+
+def test_what_was_masked_stays_masked_in_a_resumed_run(tmp_path):
+    config = trust_config()
+    run_until(Trainer(config, tmp_path), 100)
+    config.covr.trust_from = "start"
+    second = Trainer(config, tmp_path, resume=True)
+    assert second.rounds.guiding
+    assert guiding_versions(second) == {2}
+    second.run()
+    assert guiding_versions(second) == {2, 3}
+
+
+def test_a_resumed_run_takes_another_trust(tmp_path):
+    config = trust_config(covr__trust_from="start")
+    run_until(Trainer(config, tmp_path), 100)
+    config.covr.trust_from = "round"
+    second = Trainer(config, tmp_path, resume=True)
+    assert guiding_versions(second) == {2}
+    config.covr.cold_start = 3
+    third = Trainer(config, tmp_path, resume=True)
+    assert not third.rounds.guiding
+    third.run()
+    assert guiding_versions(third) == {3}
+
+
+def test_a_run_that_is_resumed_before_the_cold_starts_end_masks_at_its_end(tmp_path):
+    config = trust_config()
+    run_until(Trainer(config, tmp_path), 40)
+    second = Trainer(config, tmp_path, resume=True)
+    assert guiding_versions(second) == {0, 1}
+    second.run()
+    assert guiding_versions(second) == {2, 3}
+
+
+def test_masked_priors_are_logged(tmp_path):
+    Trainer(trust_config(log_every=10), tmp_path).run()
+    by_step = {m["step"]: m for m in read_metrics(tmp_path) if "prior/usable_share" in m}
+    assert by_step[50]["prior/masked_share"] == 0
+    assert by_step[50]["prior/age_max"] == 1
+    assert by_step[70]["prior/masked_share"] > by_step[70]["prior/usable_share"] > 0
+    assert by_step[70]["prior/age_max"] == 0
+    both = by_step[70]["prior/masked_share"] + by_step[70]["prior/usable_share"]
+    assert both == pytest.approx(0.5, abs=0.03)

@@ -1,6 +1,7 @@
-"""A user's own Gymnasium environment as a task."""
+"""A user's own Gymnasium environment as a task; and CARLA's tasks without CARLA."""
 
 import re
+import sys
 from typing import ClassVar
 
 import gymnasium
@@ -283,3 +284,19 @@ def test_it_needs_no_envpool(monkeypatch):
 
 def test_it_is_a_public_name():
     assert covr_fast.register_task is register_task
+
+
+# ---- CARLA -----------------------------------------------------------------------------------------
+
+
+def test_without_carlas_client_one_line_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "carla", None)
+    with pytest.raises(
+        UserError, match=r"CARLA's client is missing \(.*\): pip install 'covr-fast\[carla\]'"
+    ):
+        make_env(EnvConfig(id="carla-highway", num_envs=1, batch_size=1))
+
+
+def test_carlas_names_are_taken():
+    with pytest.raises(UserError, match="name='carla-highway' is taken"):
+        register(name="carla-highway")

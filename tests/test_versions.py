@@ -26,7 +26,7 @@ from covr_fast.vlm import ActionPrior, VLMTuner
 
 def rounds_config(**changes):
     """Rounds at steps 20, 60 and 120, if the episodes last so long."""
-    return small_config(**({"steps": 130, "covr__psi_0": 20, "env__max_episode_steps": 16} | changes))
+    return small_config(**({"steps": 130, "covr__psi_0": 20, "env__max_episode_steps": 4} | changes))
 
 
 def remembered(trainer: Trainer) -> dict[int, dict[str, torch.Tensor]]:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from covr_fast import ReplayBuffer, ops
-from covr_fast.agents import SAC, SACConfig
+from covr_fast.agents import SAC, AgentConfig
 
 Check = Callable[[str], object]
 CHECKS: dict[str, Check] = {}
@@ -151,7 +151,7 @@ def gather(device: str) -> None:
     for storage in ("device", "pinned") if device == "cuda" else ("device",):
         ours, truth = replay(device, storage=storage), replay("cpu")
         for dtype in (torch.uint8, torch.float32, torch.bfloat16):
-            for augment in (None, "shift", "crop"):
+            for augment in (None, "shift", "crop", "translate"):
                 for memory_format in (torch.contiguous_format, torch.channels_last):
                     options = {"dtype": dtype, "augment": augment, "memory_format": memory_format}
                     found, expected = (buffer.sample(64, **options) for buffer in (ours, truth))
@@ -186,7 +186,7 @@ def update(device: str) -> None:
     kinds = [{"graph": False}, {"graph": True}] if device == "cuda" else [{}]
     values = []
     for options in kinds:
-        config = SACConfig(channels=(8, 8), strides=(2, 2), hidden=32, latent=16, **options)
+        config = AgentConfig(channels=(8, 8), strides=(2, 2), hidden=32, latent=16, **options)
         agent = SAC((9, 21, 18), (2,), config, device=device)
         for _ in range(10):
             metrics = agent.update(batch, guide=False)
@@ -201,7 +201,7 @@ def sampled_update(device: str) -> None:
     for sampler in ("uniform", "prioritized"):
         values, index = [], []
         for options in kinds:
-            config = SACConfig(channels=(8, 8), strides=(2, 2), hidden=32, latent=16, **options)
+            config = AgentConfig(channels=(8, 8), strides=(2, 2), hidden=32, latent=16, **options)
             agent = SAC((9, 21, 18), (2,), config, device=device)
             buffer = replay(device, sampler=sampler)
             source = buffer.sampling(16, augment="shift")

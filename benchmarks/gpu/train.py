@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 TINY = {
-    "steps": 64, "warmup": 32, "log-every": 16, "steps-per-update": 8, "env.num-envs": 2,
-    "env.batch-size": 2, "env.max-episode-steps": 24, "env.height": 48, "env.width": 48,
+    "steps": 64, "warmup": 32, "log-every": 16, "decisions-per-update": 8, "env.num-envs": 2,
+    "env.batch-size": 2, "env.action-repeat": 1, "env.max-episode-steps": 6,
+    "env.height": 48, "env.width": 48,
     "replay.batch-size": 16, "replay.capacity": 200, "covr.psi-0": 30, "covr.min-samples": 4,
     "eval.episodes": 1, "vlm.every": 3, "tuner.max-steps": 4,
 }  # fmt: skip

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from .networks import ActorSample
@@ -24,8 +25,35 @@ def prior_loss(sample: ActorSample, prior: Tensor, mask: Tensor, guidance: Guida
 
     prior: [B, A]; mask: [B] in [0, 1].
     """
-    action = sample.mean if guidance.distance == "mean" else sample.action
-    total = ((action - prior).square().sum(-1) * mask).sum()
+    total = (_squared_distance(sample, prior, guidance) * mask).sum()
     if guidance.normalise == "batch":
         return total / len(mask)
     return total / (mask > 0).sum().clamp(min=1)
+
+
+@torch.no_grad()
+def guidance_figures(
+    sample: ActorSample, prior: Tensor, mask: Tensor, q: Tensor, guidance: Guidance, prior_weight: float
+) -> dict[str, Tensor]:
+    """What a run logs of the term in one update; scalars, for which the host need not wait.
+
+    "prior_loss": the term without lambda. "prior_distance": the mean `|| a_v - a_r ||^2` of the rows that
+    carry a prior, whatever their weight. "guided_share": their share. "prior_to_q": lambda times the term,
+    relative to the mean |Q|, which it competes with.
+
+    prior: [B, A]; mask: [B] in [0, 1]; q: [B], of the sampled actions.
+    """
+    guided = mask > 0
+    term = prior_loss(sample, prior, mask, guidance)
+    distance = (_squared_distance(sample, prior, guidance) * guided).sum() / guided.sum().clamp(min=1)
+    return {
+        "prior_loss": term,
+        "prior_distance": distance,
+        "guided_share": guided.float().mean(),
+        "prior_to_q": prior_weight * term / q.abs().mean().clamp(min=1e-6),
+    }
+
+
+def _squared_distance(sample: ActorSample, prior: Tensor, guidance: Guidance) -> Tensor:
+    action = sample.mean if guidance.distance == "mean" else sample.action
+    return (action - prior).square().sum(-1)

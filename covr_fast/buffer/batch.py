@@ -47,9 +47,10 @@ class Batch(Generic[ObsT]):
     extras: dict[str, Tensor]
     """The declared extras, each [B, *shape]."""
     obs_offset: Tensor | None = None
-    """int64 [B, 2]: the (y, x) offsets that the augmentation used for obs; None without one."""
+    """int64 [B, 2]: the (y, x) offsets that the augmentation used for obs; None without one. Of the window in
+    the image, which a shift enlarges by `pad` at every edge; of a translation, of the image on black."""
     next_obs_offset: Tensor | None = None
-    """int64 [B, 2]: the same for next_obs."""
+    """int64 [B, 2]: the same for next_obs; of a translation, equal to obs_offset."""
 
     def to(self, device: torch.device | str) -> "Batch[ObsT]":
         """The batch on another device. `index` and the offsets stay where they are: on the buffer's."""

@@ -56,9 +56,10 @@ class KeySpec:
             return self.channels, self.height, self.width
         return (self.shape[0] // self.stack, *self.shape[1:]) if self.shape else ()
 
-    def out_shape(self, crop: int = 0) -> Shape:
-        """Shape of a sampled observation without `crop` pixels at every edge. Images are channels first."""
-        size = self.height - 2 * crop, self.width - 2 * crop
+    def out_shape(self, border: int = 0) -> Shape:
+        """Shape of a sampled observation with `border` pixels more at every edge, or fewer if it is negative.
+        Images are channels first."""
+        size = self.height + 2 * border, self.width + 2 * border
         if len(self.shape) == 3:
             return (self.stack * self.channels, *size)
         return size if self.is_image else self.shape

@@ -14,7 +14,7 @@ from .. import _C
 from .batch import Batch, Observation
 from .options import KeySpec, Options, Shape
 
-Augment = Literal["shift", "crop"]
+Augment = Literal["shift", "crop", "translate"]
 Draw = Callable[[Any, Any], None]
 """draw(request, how): puts ids into a request (of `_C`), or finds them there, and fills it. `how` is the
 number of threads on a CPU, and memory for plans on a GPU."""
@@ -34,7 +34,8 @@ class OutputSpec:
 
     Attributes:
         offset_range: augmentation offsets are drawn from [0, offset_range); 0 without augmentation.
-        shift_origin: the offset that leaves an image where it is.
+        shift_origin: the offset of a window that leaves an image where it is.
+        translate: an offset is the place of the image, and the same for obs and next_obs.
         targets: what the kernels write, one per key.
 
     Raises:
@@ -57,16 +58,17 @@ class OutputSpec:
             _check_augment(keys, augment, pad)
         self.offset_range = 0 if augment is None else 2 * pad + 1
         self.shift_origin = pad if augment == "shift" else 0
-        crop = pad if augment == "crop" else 0
+        self.translate = augment == "translate"
+        added = {"crop": -pad, "translate": pad}.get(augment or "", 0)
         self.targets: list[_C.GatherTarget] = []
         self._outputs: list[tuple[Shape, torch.dtype, bool]] = []
         for key in keys:
             channels_last = memory_format == torch.channels_last and len(key.shape) == 3
-            kind, lost = (dtype, crop) if key.is_image else (key.dtype, 0)
+            kind, border = (dtype, added) if key.is_image else (key.dtype, 0)
             shifted = augment is not None and key.is_image
-            size = key.height - 2 * lost, key.width - 2 * lost
-            self.targets.append(_C.GatherTarget(channels_last, shifted, *size))
-            self._outputs.append((key.out_shape(lost), kind, channels_last))
+            size = key.height + 2 * border, key.width + 2 * border
+            self.targets.append(_C.GatherTarget(channels_last, shifted, self.translate, *size))
+            self._outputs.append((key.out_shape(border), kind, channels_last))
 
     def allocate(self, n: int, empty: Callable[[Shape, torch.dtype], Tensor]) -> list[Tensor]:
         """n observations of every key, in memory that `empty` makes."""
@@ -229,6 +231,7 @@ class BatchWriter:
             batch.next_obs_offset,
             spec.offset_range,
             spec.shift_origin,
+            spec.translate,
         )
         obs, next_obs = self._split(batch.obs), self._split(batch.next_obs)
         for key in zip(spec.targets, spec.contiguous(obs), spec.contiguous(next_obs), strict=True):
@@ -264,8 +267,8 @@ class BatchWriter:
 
 
 def _check_augment(keys: Sequence[KeySpec], augment: str, pad: int) -> None:
-    if augment not in ("shift", "crop"):
-        raise ValueError(f"augment is {augment!r}: it must be None, 'shift' or 'crop'")
+    if augment not in ("shift", "crop", "translate"):
+        raise ValueError(f"augment is {augment!r}: it must be None, 'shift', 'crop' or 'translate'")
     images = [key for key in keys if key.is_image]
     if not images:
         raise ValueError(f"augment={augment!r} needs an image observation (uint8, [C, H, W] or [H, W])")

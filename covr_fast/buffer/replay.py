@@ -299,9 +299,12 @@ class ReplayBuffer(StoredTransitions):
         Args:
             batch_size: B.
             augment: "shift", DrQ's random shift: the image moved by up to `pad` pixels each way, edges
-                repeated. "crop", RAD's random crop: a window of (H - 2 * pad, W - 2 * pad). Both use an
-                offset in [0, 2 * pad] per row and axis, one for obs and an independent one for next_obs, and
-                the same for every image key.
+                repeated. "crop", RAD's random crop: a window of (H - 2 * pad, W - 2 * pad). "translate",
+                RAD's random translation: the whole image at a random place of (H + 2 * pad, W + 2 * pad)
+                black pixels. Each uses an offset in [0, 2 * pad] per row and axis, the same for all frames
+                of a stack and for every image key. As in the code of their authors, next_obs has an offset
+                of its own in "shift" and "crop", and that of obs in "translate": there the place of the
+                image on black is visible, and so it does not change within a transition.
             dtype: of image observations: uint8 as stored; float32, bfloat16 and float16 divided by 255. Other
                 observations have the dtype in which they are stored.
             memory_format: torch.channels_last writes images as NHWC (the shape stays [B, C, H, W]).

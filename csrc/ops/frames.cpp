@@ -26,10 +26,10 @@ void window_images(T* out, const uint8_t* frames, const int64_t* offsets, const 
     T* to = out + image * pixels;
     for (int64_t c = 0; c < s.channels; ++c, from += image_plane, to += plane) {
       if constexpr (std::is_same_v<T, uint8_t>) {
-        cut_plane(from, s.image, shift, s.window, to);
+        cut_plane(from, s.image, shift, Beyond::kEdge, s.window, to);
       } else {
         uint8_t* cut = pixel_scratch(plane);
-        cut_plane(from, s.image, shift, s.window, cut);
+        cut_plane(from, s.image, shift, Beyond::kEdge, s.window, cut);
         convert_pixels(cut, to, plane, streaming);
       }
     }

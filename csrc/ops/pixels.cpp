@@ -55,14 +55,21 @@ void convert_pixels(const uint8_t* in, uint8_t* out, int64_t n, bool streaming) 
   std::memcpy(out, in, static_cast<size_t>(n));
 }
 
-void cut_plane(const uint8_t* plane, ImageSize size, ImageShift shift, ImageSize out, uint8_t* cut) {
+void cut_plane(const uint8_t* plane, ImageSize size, ImageShift shift, Beyond beyond, ImageSize out,
+               uint8_t* cut) {
+  const bool black = beyond == Beyond::kBlack;
   const int left = std::clamp(-shift.x, 0, out.width);
   const int stop = std::clamp(size.width - shift.x, left, out.width);
   for (int y = 0; y < out.height; ++y, cut += out.width) {
+    if (black && !is_inside(y + shift.y, size.height)) {
+      std::memset(cut, 0, static_cast<size_t>(out.width));
+      continue;
+    }
     const uint8_t* row = plane + int64_t{clamp_to_image(y + shift.y, size.height)} * size.width;
-    for (int x = 0; x < left; ++x) cut[x] = row[0];
+    const uint8_t before = black ? 0 : row[0], after = black ? 0 : row[size.width - 1];
+    for (int x = 0; x < left; ++x) cut[x] = before;
     copy_row(row + left + shift.x, cut + left, stop - left);
-    for (int x = stop; x < out.width; ++x) cut[x] = row[size.width - 1];
+    for (int x = stop; x < out.width; ++x) cut[x] = after;
   }
 }
 

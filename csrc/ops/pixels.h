@@ -1,5 +1,5 @@
-// What one pixel becomes and where it comes from: the formulas that the CPU and CUDA sides of shift, crop and
-// replay sampling share.
+// What one pixel becomes and where it comes from: the formulas that the CPU and CUDA sides of shift, crop,
+// translation and replay sampling share.
 #pragma once
 
 #include <cmath>
@@ -13,14 +13,21 @@ struct ImageSize {
   int height, width;
 };
 
-// Output pixel (y, x) is input pixel (y + shift.y, x + shift.x), edges repeated.
+// Output pixel (y, x) is input pixel (y + shift.y, x + shift.x).
 struct ImageShift {
   int y, x;
 };
 
+// What lies beyond the image: its edge pixels, repeated, or black.
+enum class Beyond : uint8_t { kEdge, kBlack };
+
 // The source coordinate of an output coordinate under a shift: edge pixels repeat beyond the image.
 COVR_HD int clamp_to_image(int coordinate, int size) {
   return coordinate < 0 ? 0 : coordinate >= size ? size - 1 : coordinate;
+}
+
+COVR_HD bool is_inside(int coordinate, int size) {
+  return static_cast<unsigned>(coordinate) < static_cast<unsigned>(size);
 }
 
 // offset - pad as a shift: where it moves the whole output beyond the image, the smallest that does.
@@ -95,10 +102,19 @@ struct WordPack {
   }
 };
 
+// Which of the four pixels from (y, x) on lie in the image: a mask of bytes.
+COVR_HD uint32_t bytes_inside(int y, int x, ImageSize size) {
+  if (!is_inside(y, size.height)) return 0;
+  uint32_t bytes = 0;
+  for (int i = 0; i < 4; ++i) bytes |= is_inside(x + i, size.width) ? 0xffu << 8 * i : 0;
+  return bytes;
+}
+
 // ---- the CPU's loops; see pixels.cpp ----
 
 // The part of `plane` that the shift selects into `cut` [size of out].
-void cut_plane(const uint8_t* plane, ImageSize size, ImageShift shift, ImageSize out, uint8_t* cut);
+void cut_plane(const uint8_t* plane, ImageSize size, ImageShift shift, Beyond beyond, ImageSize out,
+               uint8_t* cut);
 
 // pixel_to of n contiguous pixels. `streaming`: bypass the cache, for results larger than it.
 void convert_pixels(const uint8_t* in, float* out, int64_t n, bool streaming);

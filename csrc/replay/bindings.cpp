@@ -330,10 +330,12 @@ void bind_replay(py::module_& m) {
       .def(py::init<>())
       .def(py::init(&recency_of), py::arg("recency"), py::arg("floor"));
   py::class_<GatherTarget>(m, "GatherTarget")
-      .def(py::init([](bool channels_last, bool shifted, int64_t height, int64_t width) {
-             return GatherTarget{{}, channels_last, shifted, height, width};
+      .def(py::init([](bool channels_last, bool shifted, bool black, int64_t height, int64_t width) {
+             return GatherTarget{{},     channels_last, shifted, black ? Beyond::kBlack : Beyond::kEdge,
+                                 height, width};
            }),
-           py::arg("channels_last"), py::arg("shifted"), py::arg("height"), py::arg("width"));
+           py::arg("channels_last"), py::arg("shifted"), py::arg("black"), py::arg("height"),
+           py::arg("width"));
 
   bind_requests<Device::kCpu>(m, "ObservationsOut", "BatchOut");
 

@@ -1,4 +1,5 @@
-// Rebuilding observations from a ring of single frames: gather, stack, shift or crop, normalise, cast, write.
+// Rebuilding observations from a ring of single frames: gather, stack, shift, crop or translate, normalise,
+// cast, write.
 #pragma once
 
 #include "common/view.h"
@@ -20,12 +21,13 @@ struct FrameLayout {
   COVR_HD int64_t frame_bytes() const { return frame_items() * item_bytes; }
 };
 
-// The form of the observations in a batch. uint8 frames may be cut to (out_height, out_width) at the plan's
-// shift and cast to floats in [0, 1]; frames of any other dtype are copied as they are.
+// The form of the observations in a batch. uint8 frames may be cut or enlarged to (out_height, out_width) at
+// the plan's shift and cast to floats in [0, 1]; frames of any other dtype are copied as they are.
 struct GatherTarget {
   DType dtype = DType::kUInt8;
-  bool channels_last = false;  // NHWC in memory instead of NCHW
-  bool shifted = false;        // by the plans' shifts; otherwise whole frames
+  bool channels_last = false;     // NHWC in memory instead of NCHW
+  bool shifted = false;           // by the plans' shifts; otherwise whole frames
+  Beyond beyond = Beyond::kEdge;  // the frame, where a shift shows it
   int64_t out_height = 1, out_width = 1;
 
   ImageSize out_size() const { return {static_cast<int>(out_height), static_cast<int>(out_width)}; }

@@ -6,6 +6,15 @@
 
 namespace covr {
 
+// How random offsets (y, x) move the images of a batch. Where a window is drawn (shift, crop), an offset is
+// its place, and the one of obs is independent of that of next_obs. Where the image is (translate), an offset
+// is the image's place on black, and obs and next_obs share it.
+struct Augmentation {
+  int64_t range = 0;       // offsets are drawn from [0, range)
+  int64_t origin = 0;      // the offset of a window that leaves the image where it is
+  bool translate = false;  // the image is moved, from (0, 0)
+};
+
 // How one observation is rebuilt from its stream's ring of single frames. Frames of a stream are numbered
 // 0, 1, 2, ... as they arrive; frame f lives in slot f % slots until frame f + slots replaces it.
 struct StackPlan {
@@ -13,12 +22,11 @@ struct StackPlan {
   int64_t newest;            // number of the newest frame of the stack
   int16_t depth;             // how many older frames of the stack were stored; those before are padding
   int16_t zero_padding;      // padding is black instead of the oldest stored frame
-  int16_t shift_y, shift_x;  // output pixel (y, x) reads input (y + shift_y, x + shift_x), edge-clamped
+  int16_t shift_y, shift_x;  // output pixel (y, x) reads input (y + shift_y, x + shift_x)
 
-  // By offsets, of which `origin` leaves the image where it is.
-  COVR_HD void shift(int64_t y, int64_t x, int64_t origin) {
-    shift_y = static_cast<int16_t>(y - origin);
-    shift_x = static_cast<int16_t>(x - origin);
+  COVR_HD void shift(int64_t y, int64_t x, const Augmentation& augmentation) {
+    shift_y = static_cast<int16_t>(augmentation.translate ? -y : y - augmentation.origin);
+    shift_x = static_cast<int16_t>(augmentation.translate ? -x : x - augmentation.origin);
   }
 };
 

@@ -31,8 +31,7 @@ void Mirror::fill(const CudaBatchOut& out, StackPlan* plans, uintptr_t stream) c
                      out.truncated.data,
                      out.obs_offset ? out.obs_offset->data : nullptr,
                      out.next_obs_offset ? out.next_obs_offset->data : nullptr,
-                     out.offset_range,
-                     out.shift_origin};
+                     out.augmentation};
   std::vector<ColumnOut> columns(columns_.size());
   for (size_t c = 0; c < columns_.size(); ++c) columns[c] = {columns_[c], out.columns[c].data};
   plan_and_gather(rows, out, columns, plans, stream);

@@ -32,7 +32,7 @@ struct RowsOut {
   float *reward, *discount;
   bool *terminated, *truncated;
   int64_t *obs_offset, *next_obs_offset;  // [rows, 2], or null
-  int64_t offset_range, shift_origin;
+  Augmentation augmentation;
 };
 
 // The plans of one key's observations; those of next_obs may be null.

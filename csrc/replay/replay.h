@@ -76,8 +76,7 @@ struct ObservationsOutOn {
   int64_t n_step = 1;  // next_obs is that of so many steps later
   std::vector<Key> keys{};
   std::optional<View<int64_t, 2, kOn>> obs_offset{}, next_obs_offset{};  // [rows, 2], y before x; or neither
-  int64_t offset_range = 0;  // offsets are drawn from [0, offset_range)
-  int64_t shift_origin = 0;  // the offset that leaves the image where it is
+  Augmentation augmentation{};
 
   int64_t rows() const { return ids.size(); }
   // One key after the other, in their order in the buffer.

@@ -23,7 +23,7 @@ BatchOutOn<kOn> make_batch_out(View<int64_t, 1, kOn> ids, int64_t n_step, View<f
                                View<bool, 1, kOn> truncated, View<float, 1, kOn> weight,
                                std::vector<AnyView> columns, std::optional<View<int64_t, 2, kOn>> obs_offset,
                                std::optional<View<int64_t, 2, kOn>> next_obs_offset, int64_t offset_range,
-                               int64_t shift_origin) {
+                               int64_t shift_origin, bool translate) {
   require_shape("reward", reward.shape, ids.shape);
   require_shape("discount", discount.shape, ids.shape);
   require_shape("terminated", terminated.shape, ids.shape);
@@ -33,7 +33,7 @@ BatchOutOn<kOn> make_batch_out(View<int64_t, 1, kOn> ids, int64_t n_step, View<f
     throw pybind11::type_error("obs_offset and next_obs_offset must both be tensors, or both None");
   if (obs_offset) require_shape("obs_offset", obs_offset->shape, {ids.size(), 2});
   if (next_obs_offset) require_shape("next_obs_offset", next_obs_offset->shape, {ids.size(), 2});
-  return {{ids, n_step, {}, obs_offset, next_obs_offset, offset_range, shift_origin},
+  return {{ids, n_step, {}, obs_offset, next_obs_offset, {offset_range, shift_origin, translate}},
           reward,
           discount,
           terminated,
@@ -52,7 +52,7 @@ void bind_requests(pybind11::module_& m, const char* observations, const char* b
   pybind11::class_<BatchOutOn<kOn>, Observations> batch_out(m, batch);
   define_constructor(batch_out, &make_batch_out<kOn>, "ids", "n_step", "reward", "discount", "terminated",
                      "truncated", "weight", "columns", "obs_offset", "next_obs_offset", "offset_range",
-                     "shift_origin");
+                     "shift_origin", "translate");
 }
 
 }  // namespace covr

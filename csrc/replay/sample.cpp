@@ -35,7 +35,7 @@ void Replay::gather_rows(const BatchOut& out, uint64_t seed, uint64_t batch) con
       std::memcpy(out.columns[c].data + i * columns_[c].bytes,
                   columns_[c].values.data + at * columns_[c].bytes, static_cast<size_t>(columns_[c].bytes));
     if (out.obs_offset) {
-      const Offsets drawn = draw_offsets(seed, batch, i, out.offset_range);
+      const Offsets drawn = draw_offsets(seed, batch, i, out.augmentation);
       std::copy_n(drawn.of, 2, out.obs_offset->data + i * 2);
       std::copy_n(drawn.of + 2, 2, out.next_obs_offset->data + i * 2);
     }
@@ -47,7 +47,7 @@ void Replay::plan(size_t key, const ObservationsOut& out, StackPlan* obs, StackP
   for (int64_t i = 0; i < out.rows(); ++i) {
     const int64_t env = out.ids[i] % num_envs(), t = out.ids[i] / num_envs();
     const auto shift = [&](StackPlan& plan, const auto& offsets) {
-      if (offsets) plan.shift(offsets->data[i * 2], offsets->data[i * 2 + 1], out.shift_origin);
+      if (offsets) plan.shift(offsets->data[i * 2], offsets->data[i * 2 + 1], out.augmentation);
     };
     obs[i] = k.plan(tables_.row(env, t), env * k.frames.slots, false);
     shift(obs[i], out.obs_offset);

@@ -166,15 +166,16 @@ COVR_HD int64_t drawn_id(const Tables& tables, const Draw& draw, const Recency& 
   return tables.id(env, tables.ready_end(env) - 1 - age);
 }
 
-// The augmentation's offsets of row i of a batch, in [0, range): y and x of obs, then of next_obs.
+// The augmentation's offsets of row i of a batch: y and x of obs, then of next_obs.
 struct Offsets {
   int64_t of[4];
 };
 
-COVR_HD Offsets draw_offsets(uint64_t seed, uint64_t batch, int64_t i, int64_t range) {
+COVR_HD Offsets draw_offsets(uint64_t seed, uint64_t batch, int64_t i, const Augmentation& augmentation) {
   const Random128 random = philox(seed, batch, static_cast<uint32_t>(i), kDrawShift);
   Offsets offsets{};
-  for (int j = 0; j < 4; ++j) offsets.of[j] = below(random.word[j], static_cast<uint32_t>(range));
+  const auto range = static_cast<uint32_t>(augmentation.range);
+  for (int j = 0; j < 4; ++j) offsets.of[j] = below(random.word[augmentation.translate ? j % 2 : j], range);
   return offsets;
 }
 

@@ -19,6 +19,7 @@ void window(Windows<Device::kCuda> out, CudaView<const uint8_t, 4> frames, CudaV
                                  .dtype = out.dtype,
                                  .channels_last = false,
                                  .shifted = true,
+                                 .beyond = Beyond::kEdge,
                                  .size = shape.window};
         write_pixels(source, shape.batch, target, as_stream(stream));
       },

@@ -91,6 +91,7 @@ void gather_cuda(const FrameLayout& frames, const StackPlan* plans, int64_t rows
                                  .dtype = target.dtype,
                                  .channels_last = target.channels_last,
                                  .shifted = target.shifted,
+                                 .beyond = target.beyond,
                                  .size = target.out_size()};
   cuda::write_pixels(source, rows, pixels, cuda::as_stream(stream));
 }

@@ -1,7 +1,7 @@
-// A thread reads four neighbouring output pixels of every plane of the stack: where they come from is the
-// same in all planes and is computed once. In planes they are written at once, as one vector. Where channels
-// come last they are first interleaved in shared memory, as bytes, so that global memory is written in
-// vectors of 16 bytes.
+// A thread reads four neighbouring output pixels of every plane of the stack: where they come from, and which
+// of them are black because they lie beyond the image, is the same in all planes and is computed once. In
+// planes they are written at once, as one vector. Where channels come last they are first interleaved in
+// shared memory, as bytes, so that global memory is written in vectors of 16 bytes.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -160,7 +160,7 @@ __device__ void write_tile(const uint8_t* bytes, uint32_t n, T* out) {
   }
 }
 
-template <typename T, bool kChannelsLast, bool kAligned>
+template <typename T, bool kBlack, bool kChannelsLast, bool kAligned>
 __global__ void __launch_bounds__(kThreads) pixel_kernel(const Job job, T* __restrict__ out) {
   extern __shared__ Plane source_planes[];
   const uint32_t row = job.by_tiles(blockIdx.x), planes = job.source.stack * job.source.channels;
@@ -178,6 +178,8 @@ __global__ void __launch_bounds__(kThreads) pixel_kernel(const Job job, T* __res
   for (uint32_t k = first + threadIdx.x; k < last; k += kThreads) {
     const int y = job.by_line(k), x = 4 * (k - y * job.packs_per_line);
     const Pack<kAligned> pack(clamp_to_image(y + shift.y, job.source.size.height), x + shift.x, job);
+    uint32_t inside = 0xffffffffu;  // a mask, as `keep`
+    if constexpr (kBlack) inside = bytes_inside(y + shift.y, x + shift.x, job.source.size);
     const int count = kAligned ? 4 : min(4, job.size.width - x);
     const uint32_t pixel = y * job.size.width + x;
     T* to = image + pixel;
@@ -187,7 +189,7 @@ __global__ void __launch_bounds__(kThreads) pixel_kernel(const Job job, T* __res
       uint32_t four[kBatch];
 #pragma unroll
       for (int b = 0; b < kBatch; ++b)
-        four[b] = pack.read(source_planes[q + b].pixels) & source_planes[q + b].keep;
+        four[b] = pack.read(source_planes[q + b].pixels) & source_planes[q + b].keep & inside;
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
         if (q + b >= planes) break;
@@ -216,6 +218,13 @@ __global__ void __launch_bounds__(kThreads) pixel_kernel(const Job job, T* __res
     const uint32_t pixels = job.pixel_of(last) - first_pixel;
     write_tile<T, kAligned>(interleaved, pixels * planes, image + int64_t{first_pixel} * planes);
   }
+}
+
+template <typename T, bool kBlack>
+auto* kernel_for(bool channels_last, bool aligned) {
+  return channels_last ? aligned ? pixel_kernel<T, kBlack, true, true> : pixel_kernel<T, kBlack, true, false>
+         : aligned     ? pixel_kernel<T, kBlack, false, true>
+                       : pixel_kernel<T, kBlack, false, false>;
 }
 
 void require_below(int64_t value, int64_t limit, const char* what) {
@@ -257,9 +266,8 @@ void write_images(const PixelSource& source, int64_t rows, const PixelTarget& ta
                 .tiles = static_cast<uint32_t>(tiles)};
   const auto launch = [&](auto* out) {
     using T = std::remove_pointer_t<decltype(out)>;
-    auto* kernel = target.channels_last ? aligned ? pixel_kernel<T, true, true> : pixel_kernel<T, true, false>
-                   : aligned            ? pixel_kernel<T, false, true>
-                                        : pixel_kernel<T, false, false>;
+    const auto find = target.beyond == Beyond::kBlack ? &kernel_for<T, true> : &kernel_for<T, false>;
+    auto* kernel = find(target.channels_last, aligned);
     kernel<<<static_cast<unsigned>(rows * tiles), kThreads, shared_bytes, stream>>>(job, out);
   };
   switch (target.dtype) {

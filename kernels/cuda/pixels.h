@@ -1,5 +1,5 @@
-// The one kernel behind replay sampling, random shift and random crop on the GPU: stacks of uint8 frames,
-// moved or cut, converted and written as a batch of images.
+// The one kernel behind replay sampling, random shift, crop and translation on the GPU: stacks of uint8
+// frames, moved, cut or laid on black, converted and written as a batch of images.
 #pragma once
 
 #include "common/view.h"
@@ -27,6 +27,7 @@ struct PixelTarget {
   DType dtype;  // uint8, float32, bfloat16 or float16
   bool channels_last;
   bool shifted;  // otherwise whole frames, and the plans' shifts do not count
+  Beyond beyond;
   ImageSize size;
 };
 

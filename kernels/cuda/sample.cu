@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kRowThreads)
   NStepReturn steps{};
   if (found) steps = tables.n_step_return(env, t, out.n_step);
   Offsets offsets{};
-  if (out.obs_offset) offsets = draw_offsets(sequence->seed, sequence->drawn, i, out.offset_range);
+  if (out.obs_offset) offsets = draw_offsets(sequence->seed, sequence->drawn, i, out.augmentation);
 
   if (out.reward && lane == 0) {
     out.reward[i] = steps.reward;
@@ -128,11 +128,11 @@ __global__ void __launch_bounds__(kRowThreads)
     const StackPlan nothing{0, 0, -1, 1, 0, 0};  // all frames are padding
     const int64_t stream_slot = env * to.key.frames.slots;
     StackPlan plan = found ? to.key.plan(row, stream_slot, false) : nothing;
-    if (out.obs_offset) plan.shift(offsets.of[0], offsets.of[1], out.shift_origin);
+    if (out.obs_offset) plan.shift(offsets.of[0], offsets.of[1], out.augmentation);
     to.obs[i] = plan;
     if (to.next_obs) {
       plan = found ? to.key.plan(tables.row(env, t + steps.steps - 1), stream_slot, true) : nothing;
-      if (out.obs_offset) plan.shift(offsets.of[2], offsets.of[3], out.shift_origin);
+      if (out.obs_offset) plan.shift(offsets.of[2], offsets.of[3], out.augmentation);
       to.next_obs[i] = plan;
     }
   }

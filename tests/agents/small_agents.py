@@ -1,6 +1,8 @@
 """Small agents and batches, eager, captured and compiled, and how they are compared."""
 
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import torch
@@ -8,11 +10,12 @@ from fake_graphs import FakeGraphs
 from simulators import SIZE
 
 from covr_fast import ReplayBuffer
-from covr_fast.agents import SAC, SACConfig
+from covr_fast.agents import SAC, AgentConfig, Kind, agent_config, make_agent
 from covr_fast.agents.captured import CapturedUpdate
 
 SHAPE = (3, SIZE, SIZE)
-SMALL = SACConfig(channels=(8, 8), strides=(2, 2), latent=16, hidden=32, graph=False)
+KINDS = get_args(Kind)
+SMALL = AgentConfig(channels=(8, 8), strides=(2, 2), latent=16, hidden=32, graph=False)
 
 
 def make_batch(seed=0, n=6, device="cpu", **changes):
@@ -34,6 +37,20 @@ def eager_agent(seed=0):
     return SAC(SHAPE, (2,), SMALL, seed=seed)
 
 
+def small_agent(kind, seed=0, **changes):
+    strides = (2, 2) if kind == "fast" else (2, 1)
+    sizes = {"channels": (8, 8), "strides": strides, "latent": 16, "hidden": 32, "graph": False}
+    return make_agent(SHAPE, (2,), replace(agent_config(kind), **(sizes | changes)), seed=seed)
+
+
+def batch_of(kind, seed=0):
+    """A batch in the form that the kind takes."""
+    batch = make_batch(seed)
+    if agent_config(kind).batch_form.dtype == torch.uint8:
+        batch.obs, batch.next_obs = ((x * 255).to(torch.uint8) for x in (batch.obs, batch.next_obs))
+    return batch
+
+
 def captured_agent(seed=0):
     agent = eager_agent(seed)
     agent._captured = CapturedUpdate(agent._update, FakeGraphs())
@@ -48,7 +65,8 @@ def assert_same(a, b):
     for name, module in a.modules().items():
         for one, other in zip(module.parameters(), b.modules()[name].parameters(), strict=True):
             assert torch.equal(one, other), name
-    assert torch.equal(a.log_alpha, b.log_alpha)
+    for name, tensor in a._tensors().items():
+        assert torch.equal(tensor, b._tensors()[name]), name
 
 
 def prioritized_buffer():

@@ -3,20 +3,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from simulators import target_envs
+from simulators import SIZE, target_envs
 from small_agents import SHAPE, SMALL, assert_same, eager_agent, make_batch
 
 from covr_fast import ReplayBuffer
-from covr_fast.agents import SAC, Guidance, SACConfig
+from covr_fast.agents import SAC, AgentConfig, Guidance
 from covr_fast.agents.guidance import prior_loss
 from covr_fast.agents.losses import bellman_target, policy_loss
-from covr_fast.agents.networks import Actor, ActorSample
+from covr_fast.agents.networks import Actor, ActorSample, mlp
 from covr_fast.errors import UserError
 
 
 def test_log_prob_is_that_of_the_squashed_gaussian():
     torch.manual_seed(0)
-    actor = Actor(4, 8, 3).double()
+    actor = Actor(torch.nn.Identity(), mlp(4, 8, 6, 1.0), (-5.0, 2.0)).double()
     latent, noise = torch.randn(5, 4).double(), torch.randn(5, 3).double()
     sample = actor(latent, noise)
     mean, raw = actor.net(latent).chunk(2, -1)
@@ -92,16 +92,6 @@ def test_priors_are_not_read_before_the_cold_start_is_over():
     assert all(torch.isfinite(value).all() for value in metrics.values())
 
 
-def test_the_actor_update_leaves_encoder_and_critic_alone():
-    agent = eager_agent()
-    batch = make_batch()
-    before = [p.clone() for m in (agent.encoder, agent.critic) for p in m.parameters()]
-    agent.update_actor(agent.encoder(batch.obs).detach(), batch, guide=True)
-    after = [p for m in (agent.encoder, agent.critic) for p in m.parameters()]
-    assert all((a == b).all() for a, b in zip(before, after, strict=True))
-    assert all(p.requires_grad for p in agent.critic.parameters())
-
-
 def test_a_checkpoint_of_another_kind_of_device_loads():
     agent = eager_agent()
     state = agent.state_dict()
@@ -143,9 +133,32 @@ def test_a_state_dict_continues_bit_for_bit_and_shares_nothing(reload):
     assert_same(first, second)
 
 
+def test_fast_gives_the_digits_that_it_always_gave():
+    """Recorded on 2026-11-27, before there were other kinds. Another order of sums changes the last ones."""
+    agent = eager_agent(3)
+    for step in range(4):
+        metrics = agent.update(make_batch(step), guide=step > 1)
+    recorded = {
+        "critic_loss": 0.521746, "q": 0.358611, "entropy": -0.293943, "prior_loss": 0.569922,
+        "actor_loss": 0.499710, "alpha": 0.099702,
+    }  # fmt: skip
+    assert {name: metrics[name].item() for name in recorded} == pytest.approx(recorded, abs=1e-4)
+    sums = {
+        name: sum(p.detach().abs().sum().item() for p in net.parameters())
+        for name, net in agent.modules().items()
+    }
+    recorded = {"encoder": 196.1007, "actor": 309.4319, "critic": 659.9876, "critic_target": 659.8791}
+    assert sums == pytest.approx(recorded, abs=1e-2)
+    obs = torch.arange(2 * 3 * SIZE * SIZE).reshape(2, *SHAPE).to(torch.uint8)
+    assert agent.act(obs).flatten().tolist() == pytest.approx(
+        [-0.026421, -0.284890, 0.006904, 0.153393], abs=1e-4
+    )
+    assert agent.value(obs).tolist() == pytest.approx([0.544626, 0.660865], abs=1e-3)
+
+
 def test_frames_too_small_for_the_network():
     with pytest.raises(UserError, match=r"too small for agent\.strides"):
-        SAC((3, 8, 8), (2,), SACConfig(channels=(8, 8, 8), strides=(2, 2, 2)))
+        SAC((3, 8, 8), (2,), AgentConfig(channels=(8, 8, 8), strides=(2, 2, 2)))
 
 
 def test_convolutions_in_bfloat16_give_nearly_the_same_update():
@@ -162,7 +175,7 @@ def test_convolutions_in_bfloat16_give_nearly_the_same_update():
     for name in ("critic_loss", "actor_loss", "entropy"):
         assert other[name].item() == pytest.approx(one[name].item(), rel=0.05, abs=0.02), name
     assert all(weight.dtype == torch.float32 for weight in rounded.encoder.parameters())
-    gradient, rounded_gradient = (a.encoder.convolutions[0].weight.grad for a in (exact, rounded))
+    gradient, rounded_gradient = (a.encoder[0].layers[0].weight.grad for a in (exact, rounded))
     assert torch.cosine_similarity(gradient.flatten(), rounded_gradient.flatten(), dim=0) > 0.98
 
 
@@ -174,7 +187,7 @@ def test_learns_a_task_that_needs_its_eyes():
     """
     torch.manual_seed(0)
     envs = target_envs(16)
-    config = SACConfig(channels=(8, 16), strides=(2, 1), latent=3, hidden=64, lr=1e-3)
+    config = AgentConfig(channels=(8, 16), strides=(2, 1), latent=3, hidden=64, lr=1e-3)
     agent = SAC(envs.obs_shape, envs.action_shape, config, seed=0)
     shapes = {"obs_shape": envs.obs_shape, "action_shape": envs.action_shape}
     buffer = ReplayBuffer(4000, num_envs=16, gamma=0.0, seed=0, **shapes)

@@ -3,7 +3,6 @@ code, on a GPU inside a CUDA graph too."""
 
 from copy import deepcopy
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -28,18 +27,7 @@ from covr_fast.errors import UserError
 GRAPHS = 3  # the critic's loss, the policy's with guidance, and without
 
 
-@pytest.fixture(autouse=True)
-def nothing_compiled_yet():
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.fixture
-def traced_only(monkeypatch):
-    """torch traces and differentiates as ever, but runs its operators instead of compiling them: seconds."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+pytestmark = pytest.mark.usefixtures("nothing_compiled_yet")
 
 
 def compiled_agent(seed=0, **changes):

@@ -7,15 +7,18 @@ from dataclasses import replace
 import pytest
 import torch
 from small_agents import (
+    KINDS,
     SHAPE,
     SMALL,
     asked,
     assert_same,
     assert_steady,
+    batch_of,
     captured_agent,
     eager_agent,
     make_batch,
     prioritized_buffer,
+    small_agent,
     small_buffer,
 )  # fmt: skip
 from torch.testing import assert_close
@@ -23,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from covr_fast import ReplayBuffer
-from covr_fast.agents import SAC
+from covr_fast.agents import SAC, sac
 from covr_fast.logger import MeanMetrics
 
 
@@ -198,10 +201,13 @@ class NoSynchronisation(TorchDispatchMode):
         return op(*args, **kwargs)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("guide", [False, True])
-def test_an_update_never_synchronises(guide):
-    agent = eager_agent()
-    batches = [make_batch(step) for step in range(2)]
+def test_an_update_never_synchronises(guide, kind, monkeypatch):
+    # On a CPU the shift reads its offsets to check them, on a GPU it does not.
+    monkeypatch.setattr(sac, "random_shift", lambda frames, offsets, pad, *, dtype: frames.to(dtype) / 255)
+    agent = small_agent(kind)
+    batches = [batch_of(kind, step) for step in range(2)]
     with NoSynchronisation() as watch:
         for batch in batches:  # the first makes the optimizers' state
             agent.update(batch, guide=guide)
@@ -256,7 +262,7 @@ def test_cuda_graph_equals_eager(deterministic_convolutions):
 @pytest.mark.needs_cuda
 def test_cuda_graph_replays_draw_new_noise():
     """The same batch, without learning: only the noise differs between two replays."""
-    _, agent = cuda_agents(lr=0.0, alpha_lr=0.0, tau=0.0)
+    _, agent = cuda_agents(lr=0.0, alpha_lr=0.0, tau=1e-12)
     batch = make_batch(0, device="cuda")
     entropies = [agent.update(batch, guide=False)["entropy"].item() for _ in range(10)]
     assert len(set(entropies)) == len(entropies)

@@ -179,6 +179,8 @@ def window(picture: np.ndarray, offset: torch.Tensor, augment: str, pad: int) ->
     """What an augmentation makes of a picture [C, H, W]."""
     y, x = offset.tolist()
     height, width = picture.shape[1:]
+    if augment == "translate":
+        return np.pad(picture, ((0, 0), (y, 2 * pad - y), (x, 2 * pad - x)))
     if augment == "shift":
         picture = np.pad(picture, ((0, 0), (pad, pad), (pad, pad)), mode="edge")
     else:
@@ -194,6 +196,10 @@ def window(picture: np.ndarray, offset: torch.Tensor, augment: str, pad: int) ->
         ("shift", 4, (3, 20, 18), (9, 20, 18)),
         ("shift", 5, (1, 3, 2), (3, 3, 2)),  # wider than the picture
         ("crop", 4, (3, 20, 18), (9, 12, 10)),
+        ("translate", 4, (3, 20, 18), (9, 28, 26)),
+        ("translate", 4, (1, 16, 32), (3, 24, 40)),  # rows of whole blocks of 16
+        ("translate", 9, (2, 3, 1), (6, 21, 19)),  # smaller than what surrounds it
+        ("translate", 0, (1, 5, 7), (3, 5, 7)),
     ],
 )
 def test_augmented_pictures_are_windows_at_the_offset(augment, pad, frame, size, batch_size, dtype):
@@ -202,7 +208,7 @@ def test_augmented_pictures_are_windows_at_the_offset(augment, pad, frame, size,
     assert batch.obs.shape == batch.next_obs.shape == (batch_size, *size)
     assert batch.obs_offset.min() == 0 or batch_size < 100
     assert batch.obs_offset.max() == 2 * pad or batch_size < 100
-    assert not torch.equal(batch.obs_offset, batch.next_obs_offset)
+    assert torch.equal(batch.obs_offset, batch.next_obs_offset) == (augment == "translate")
     for i, index in enumerate(batch.index.tolist()):
         for got, offset, picture in (
             (batch.obs[i], batch.obs_offset[i], driver.oracle.step(index).obs["obs"]),
@@ -211,6 +217,42 @@ def test_augmented_pictures_are_windows_at_the_offset(augment, pad, frame, size,
             expected = torch.from_numpy(window(picture, offset, augment, pad))
             expected = expected if dtype == torch.uint8 else (expected.float() / 255).to(dtype)
             torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_translated_pictures_are_alone_on_black(memory_format):
+    """Equal to torch's padding, and written everywhere: `out` held NaN before."""
+    driver = make(frame=(3, 12, 10), capacity=300, steps=100)
+    options = {"augment": "translate", "pad": 3, "memory_format": memory_format}
+    out = driver.buffer.sample(64, **options)
+    out.obs.fill_(torch.nan), out.next_obs.fill_(torch.nan)
+    batch = driver.buffer.sample(64, out=out, **options)
+    y, x = batch.obs_offset.unbind(1)
+    for stacks, pictures in (
+        (batch.obs, driver.buffer.get(batch.index).obs),
+        (batch.next_obs, driver.buffer.get(batch.index).next_obs),
+    ):
+        rows, columns = y[:, None] + torch.arange(12), x[:, None] + torch.arange(10)
+        expected = torch.zeros(64, 18, 16, 9)
+        expected[torch.arange(64)[:, None, None], rows[:, :, None], columns[:, None]] = pictures.movedim(1, 3)
+        assert torch.equal(stacks, expected.movedim(3, 1))
+    assert len(batch.obs_offset.unique(dim=0)) > 20
+
+
+def test_only_a_translation_has_one_offset_for_obs_and_next_obs():
+    """Every offset of [0, 2 * pad] comes, about as often, and y is independent of x."""
+    driver = make(steps=30)
+    for augment in ("shift", "crop", "translate"):
+        batch = driver.buffer.sample(5000, augment=augment, pad=1, dtype=torch.uint8)
+        pairs = {
+            "y, x": batch.obs_offset,
+            "of both": torch.stack([batch.obs_offset, batch.next_obs_offset], 2)[:, 0],
+        }
+        shared = augment == "translate"
+        for name, pair in pairs.items():
+            counts = torch.bincount(3 * pair[:, 0] + pair[:, 1], minlength=9).view(3, 3) / 5000
+            expected = torch.eye(3) / 3 if shared and name == "of both" else torch.full((3, 3), 1 / 9)
+            torch.testing.assert_close(counts, expected, rtol=0, atol=0.03)
 
 
 def test_batches_keep_their_memory_while_anyone_looks():

@@ -10,7 +10,7 @@ from covr_fast.buffer.gpu import checked_device
 
 @pytest.mark.needs_cuda
 @pytest.mark.parametrize("storage", ["device", "pinned"])
-@pytest.mark.parametrize("augment", [None, "shift", "crop"])
+@pytest.mark.parametrize("augment", [None, "shift", "crop", "translate"])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16, torch.float16])
 def test_batches_equal(storage, augment, dtype, tmp_path):
     on_cpu = make(frame=(3, 13, 11), n_step=2)
@@ -46,7 +46,7 @@ def test_errors_say_why():
 
 @pytest.mark.needs_cuda
 @pytest.mark.parametrize("frame", [(3, 13, 11), (1, 16, 12), (2, 12, 16)])
-@pytest.mark.parametrize("augment", [None, "shift", "crop"])
+@pytest.mark.parametrize("augment", [None, "shift", "crop", "translate"])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16])
 def test_batches_in_either_layout_are_equal(frame, augment, dtype):
     on_cpu, on_gpu = (make(frame=frame, steps=40, device=device) for device in ("cpu", "cuda"))

@@ -104,7 +104,7 @@ def assert_same(on_cpu, on_gpu, exact_weights=False):
                 assert torch.equal(one, other.cpu()), field.name
 
 
-@pytest.mark.parametrize("augment", [None, "shift"])
+@pytest.mark.parametrize("augment", [None, "shift", "translate"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_batches_are_those_of_the_cpu(sampler, augment):
     pair = Pair(sampler=SAMPLERS[sampler])

@@ -40,7 +40,7 @@ def parts(batch):
         yield from value.items() if isinstance(value, dict) else [(field.name, value)]
 
 
-@pytest.mark.parametrize("augment", [None, "shift", "crop"])
+@pytest.mark.parametrize("augment", [None, "shift", "crop", "translate"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_the_same_batches_in_the_same_memory(augment, memory_format):
     options = {"augment": augment, "pad": 2, "memory_format": memory_format}

@@ -46,10 +46,10 @@ def test_the_batches_are_those_of_sample(sampler):
 
 def test_calls_of_sample_in_between_take_their_place():
     plain, ahead = filled(), filled()
-    with ahead.prefetch(16, augment="shift") as batches:
+    with ahead.prefetch(16, augment="translate") as batches:
         for i in range(12):
-            got = ahead.sample(16, augment="shift") if i % 3 == 1 else next(batches)
-            assert_same(got, plain.sample(16, augment="shift"))
+            got = ahead.sample(16, augment="translate") if i % 3 == 1 else next(batches)
+            assert_same(got, plain.sample(16, augment="translate"))
 
 
 @pytest.mark.parametrize("way", ["pickle", "save", "close"])

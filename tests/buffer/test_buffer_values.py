@@ -225,6 +225,10 @@ class TestGreyPictures:
         assert cropped.obs.shape == (2, 8, 6)
         for got, offset, frame in zip(cropped.next_obs, cropped.next_obs_offset, frames[1], strict=True):
             assert np.array_equal(got.numpy()[None], window(frame[None], offset, "crop", 2))
+        moved = buffer.get(index, augment="translate", pad=2, dtype=torch.uint8)
+        assert moved.obs.shape == (2, 16, 14)
+        for got, offset, frame in zip(moved.next_obs, moved.obs_offset, frames[1], strict=True):
+            assert np.array_equal(got.numpy()[None], window(frame[None], offset, "translate", 2))
 
     def test_survive_a_file(self, tmp_path):
         buffer, frames = self.buffer(), self.frames(2)

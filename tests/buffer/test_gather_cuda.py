@@ -16,6 +16,15 @@ FRAMES = {
     "many planes": ((5, 8, 8), 5),
     "more than one block": ((3, 68, 84), 2),
 }
+AUGMENTATIONS = [
+    (None, 0),
+    ("shift", 2),
+    ("crop", 2),
+    ("crop", 1),
+    ("translate", 2),
+    ("translate", 3),
+    ("translate", 10),
+]
 FORMATS = [torch.contiguous_format, torch.channels_last]
 
 
@@ -25,7 +34,7 @@ FORMATS = [torch.contiguous_format, torch.channels_last]
 def test_images(frame, stack, memory_format):
     options = {"frame": frame, "stack": stack, "n_step": 2, "padding": "zero", "steps": 25}
     on_cpu, on_gpu = make(**options), make(**options, device="cuda")
-    for augment, pad in ((None, 0), ("shift", 2), ("crop", 2), ("crop", 1)):
+    for augment, pad in AUGMENTATIONS:
         for dtype in (torch.uint8, torch.float32, torch.bfloat16, torch.float16):
             asked = {"augment": augment, "pad": pad, "dtype": dtype, "memory_format": memory_format}
             a, b = on_cpu.buffer.sample(7, **asked), on_gpu.buffer.sample(7, **asked)

@@ -81,6 +81,13 @@ FAULTS = [
         ("tests/ops/test_frames.py", "-k", "test_cuda"),
     ),
     Fault(
+        "pixels_are_black_by_the_place_in_the_output",
+        "pixels.cu",
+        "bytes_inside(y + shift.y, x + shift.x,",
+        "bytes_inside(y + shift.y, x,",
+        ("tests/buffer/test_buffer_cuda.py", "-k", "either_layout and translate"),
+    ),
+    Fault(
         "pixels_are_written_before_all_are_interleaved",
         "pixels.cu",
         "    __syncthreads();\n    const uint32_t pixels",
