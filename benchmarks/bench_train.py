@@ -83,7 +83,7 @@ def compare(
             try:
                 facts[name] = contestant.facts()
             except RuntimeError as error:
-                runs[name] = str(error)
+                runs[name] = " ".join(str(error).split())[:160]
                 continue
             running[name], runs[name] = contestant, partial(seconds_per_step, contestant)
         if len(running) < 2:

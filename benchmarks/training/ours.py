@@ -32,10 +32,10 @@ def train(connection: Connection, settings: Settings) -> None:
 
         def on_step(rows: Rows) -> None:
             counters = trainer.counters
-            if counters.step <= ready_at + config.env.num_envs:
+            if counters.decisions <= ready_at + config.env.num_envs:
                 seen.add(rows.obs)
                 seen.add(rows.next_obs)
-            pauses(Progress(counters.step, counters.updates, dict(trainer.clock.seconds)), facts)
+            pauses(Progress(counters.decisions, counters.updates, dict(trainer.clock.seconds)), facts)
 
         trainer.on_step(on_step)
         reset = trainer.envs.reset
@@ -55,7 +55,7 @@ def check(trainer: Trainer, settings: Settings, seen: Seen) -> Facts:
     agent, config = trainer.agent, trainer.config
     assert isinstance(agent, SAC)
     seen.check(trainer.buffer.sample(64, dtype=torch.uint8).obs)
-    learning = trainer.counters.step - config.warmup
+    learning = trainer.counters.decisions - WARMUP
     check_updates(trainer.counters.updates, learning, settings.decisions_per_update, config.env.batch_size)
     check_finite(*agent.modules().values())
     batch = trainer.sample()

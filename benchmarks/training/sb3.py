@@ -13,7 +13,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor
 
-from covr_fast.agents.networks import Encoder
+from covr_fast.agents import SAC as OurSAC
+from covr_fast.agents import AgentConfig
 
 from .checks import Seen, check_finite, check_updates, operations, parameters
 from .chunks import Facts, Pauses, Progress
@@ -25,9 +26,9 @@ from .vector import GymnasiumVecEnv, vector_env
 class OurEncoder(BaseFeaturesExtractor):
     """The encoder of covr_fast, channels last like there."""
 
-    def __init__(self, observation_space: spaces.Box, channels: Any, strides: Any, latent: int):
-        super().__init__(observation_space, latent)
-        self.encoder = Encoder(observation_space.shape, channels, strides, latent)
+    def __init__(self, observation_space: spaces.Box, agent: AgentConfig):
+        super().__init__(observation_space, agent.latent)
+        self.encoder = OurSAC(observation_space.shape, (1,), agent).encoder
 
     def forward(self, pixels: Tensor) -> Tensor:
         latent: Tensor = self.encoder(pixels)
@@ -55,9 +56,7 @@ def make_model(settings: Settings, how: str) -> SAC:
         ent_coef=f"auto_{agent.init_alpha}",
         policy_kwargs={
             "features_extractor_class": OurEncoder,
-            "features_extractor_kwargs": {
-                "channels": agent.channels, "strides": agent.strides, "latent": agent.latent,
-            },
+            "features_extractor_kwargs": {"agent": agent},
             "net_arch": [agent.hidden, agent.hidden],
             "share_features_extractor": True,
         },

@@ -39,8 +39,8 @@ def settings_of(settings: Settings) -> TrainConfig:
     config.env.num_envs, config.env.batch_size = sized((16, 8), (4, 2))
     config.replay.augment, config.replay.n_step, config.replay.capacity = "none", 1, sized(20_000, 500)
     config.replay.batch_size = sized(config.replay.batch_size, 16)
-    config.steps, config.warmup = 10**9, WARMUP
-    config.steps_per_update = settings.decisions_per_update
+    config.steps, config.warmup = 10**9, WARMUP * config.env.action_repeat
+    config.decisions_per_update = settings.decisions_per_update
     config.threads, config.device, config.video, config.checkpoint_minutes = settings.threads, "cpu", False, 0
     config.vlm.every = config.covr.psi_0 = 10**9  # no priors, no rounds
     config.eval.episodes, config.eval.vlm = 1, False
