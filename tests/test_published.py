@@ -62,7 +62,7 @@ def test_settings_of_single_tasks():
 
 
 def test_an_unknown_kind_is_told_with_similar_names():
-    with pytest.raises(UserError, match="drqv3.*drqv2"):
+    with pytest.raises(UserError, match=r"drqv3.*drqv2"):
         TrainConfig.preset("racetrack", agent="drqv3")
 
 
@@ -96,5 +96,5 @@ def test_settings_that_count_environment_steps(tmp_path):
 
 def test_a_run_of_a_version_that_counted_decisions_is_refused():
     settings = TrainConfig().to_dict() | {"steps_per_update": 4}
-    with pytest.raises(UserError, match="counted decisions as steps.*times env.action_repeat"):
+    with pytest.raises(UserError, match=r"counted decisions as steps.*times env\.action_repeat"):
         TrainConfig.from_dict(settings)
