@@ -199,7 +199,7 @@ def test_a_discrete_environment_is_one_line_on_stderr(tmp_path):
     command = [*TRAIN, "--env.id", "CartPole-v1", "--out", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "discrete action space" in done.stderr
+    assert "has discrete actions" in done.stderr
     assert done.stderr.count("\n") == 1
 
 

@@ -24,7 +24,7 @@ def without_rewards(trainer: Trainer, until: int) -> Trainer:
 
 def cold_config(**changes):
     """Rounds at steps 20, 60 and 120."""
-    made = {"steps": 140, "covr__psi_0": 20, "env__max_episode_steps": 16, "vlm__every": 2, "log_every": 10}
+    made = {"steps": 140, "covr__psi_0": 20, "env__max_episode_steps": 4, "vlm__every": 2, "log_every": 10}
     return small_config(**(made | changes))
 
 

@@ -210,7 +210,7 @@ def test_age_is_logged(tmp_path):
 def trust_config(**changes):
     """Rounds at steps 20, 60 and 120; the second ends the cold start. Every second decision has a prior."""
     made = {
-        "steps": 140, "covr__psi_0": 20, "covr__cold_start": 2, "env__max_episode_steps": 20, "vlm__every": 2
+        "steps": 140, "covr__psi_0": 20, "covr__cold_start": 2, "env__max_episode_steps": 5, "vlm__every": 2
     }  # fmt: skip
     return small_config(**(made | changes))
 
