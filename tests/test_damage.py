@@ -119,7 +119,7 @@ def test_another_file_in_the_place_of_one(run):
             r"summary.json is damaged .*: covr-fast train PRESET --resume .* writes it again",
         ),
         ("[]", r"summary.json is damaged \(no JSON object\)"),
-        ("{}", r"summary.json lacks device, environment"),
+        ("{}", r"summary.json lacks decisions, device, environment"),
         ("\udcff", r"summary.json is damaged"),
     ],
 )
