@@ -27,14 +27,14 @@ def requirements(*extras: str) -> list[str]:
 
 
 def lowest(requirement: str) -> str:
-    """`name==version` of a requirement `name>=version`.
+    """`name==version` of a requirement `name>=version` or `name==version`.
 
     Raises:
         ValueError: it has no lower bound, so anything would be allowed.
     """
-    parts = re.fullmatch(r"([\w.-]+)\s*>=\s*([\w.]+)", requirement)
+    parts = re.fullmatch(r"([\w.-]+)\s*[>=]=\s*([\w.]+)", requirement)
     if parts is None:
-        raise ValueError(f"{requirement!r} in pyproject.toml is not of the form name>=version")
+        raise ValueError(f"{requirement!r} in pyproject.toml is not of the form name>=version or name==version")
     return f"{parts[1]}=={parts[2]}"
 
 

@@ -29,7 +29,7 @@ def test_task_rounds_and_returns(runs):
     text, summary = card(runs / "finished"), read_summary(runs / "finished")
     assert "library_name: peft" in text
     assert f"`{summary['environment']}`, frames of 48x48" in text
-    assert f"{summary['steps']} decisions of the agent" in text
+    assert f"{summary['steps']} environment steps" in text
     assert "torch.zeros(1, 3, 48, 48, dtype=torch.uint8)" in text
     assert "Tuned: LoRA" in text
     assert summary["rounds"]
