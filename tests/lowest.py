@@ -34,7 +34,9 @@ def lowest(requirement: str) -> str:
     """
     parts = re.fullmatch(r"([\w.-]+)\s*[>=]=\s*([\w.]+)", requirement)
     if parts is None:
-        raise ValueError(f"{requirement!r} in pyproject.toml is not of the form name>=version or name==version")
+        raise ValueError(
+            f"{requirement!r} in pyproject.toml is not of the form name>=version or name==version"
+        )
     return f"{parts[1]}=={parts[2]}"
 
 

@@ -135,7 +135,9 @@ def test_on_a_cpu_no_device_becomes_current(monkeypatch):
 
 def test_tensors_of_one_call_on_two_gpus_are_refused():
     ids, floats, bools = torch.zeros(2, dtype=torch.int64), torch.zeros(2), torch.zeros(2, dtype=torch.bool)
-    request = _C.BatchOut(ids, 1, floats, floats, bools, bools, floats, [on_gpu(1, 2)] * 2, None, None, 0, 0, False)
+    request = _C.BatchOut(
+        ids, 1, floats, floats, bools, bools, floats, [on_gpu(1, 2)] * 2, None, None, 0, 0, False
+    )
     target = _C.GatherTarget(channels_last=False, shifted=False, black=False, height=1, width=1)
     request.add_key(target, on_gpu(1, 2), on_gpu(1, 2))
     with pytest.raises(TypeError, match="next_obs is on cuda:0, but obs is on cuda:1: move one of them"):
