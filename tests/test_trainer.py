@@ -41,7 +41,7 @@ def test_counts_add_up(finished):
     assert len(trainer.buffer) > 0
     assert summary["updates"] == (160 - 32) // 8 == len(guided)
     assert summary["episodes"] == 160 // 10
-    assert summary["frames"] == 160 * 4
+    assert summary["frames"] == summary["decisions"] == 160
     assert sum(summary["time_shares"].values()) == pytest.approx(1, abs=1e-6)
 
 
@@ -201,8 +201,8 @@ def test_held_priors_cover_the_steps_between_and_end_with_the_episode(tmp_path):
         ({"vlm__decimals": 0}, "vlm.decimals=0 must be at least 1"),
         ({"vlm__temperature": -1.0}, "vlm.temperature=-1.0 must not be negative"),
         ({"agent__lr": -1.0}, "Invalid learning rate: -1.0"),
-        ({"warmup": 8, "replay__batch_size": 8}, "warmup=8 steps over env.num_envs=4"),
-        ({"env__grayscale": False}, "vlm.motion shows three grey frames"),
+        ({"warmup": 8, "replay__batch_size": 8}, "warmup=8 steps of env.action_repeat=1 over env.num_envs=4"),
+        ({"env__frame_stack": 2}, "vlm.motion shows three frames"),
         ({"vlm__model": "/nowhere/at/all"}, "/nowhere/at/all"),
         ({"env__id": "CarRacer-v3"}, "did you mean CarRacing-v3"),
         ({"steps": "100"}, "steps='100' must be int"),

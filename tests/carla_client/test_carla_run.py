@@ -10,7 +10,7 @@ from covr_fast.carla import address, connection
 from covr_fast.errors import UserError
 
 SMALL = {
-    "steps": 60, "warmup": 20, "log-every": 10, "steps-per-update": 10, "threads": 1, "device": "cpu",
+    "steps": 60, "warmup": 20, "log-every": 10, "decisions-per-update": 10, "threads": 1, "device": "cpu",
     "env.height": 32, "env.width": 32, "env.max-episode-steps": 8, "replay.pad": 2, "replay.batch-size": 8,
     "replay.capacity": 100, "agent.hidden": 16, "vlm.model": "nano", "vlm.every": 2, "tuner.mode": "full",
     "tuner.max-steps": 2, "covr.psi-0": 20, "covr.min-samples": 4, "covr.cold-start": 1, "eval.episodes": 2,
