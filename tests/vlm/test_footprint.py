@@ -149,7 +149,7 @@ def micro_batch(prior: ActionPrior, config: TunerConfig, frames: torch.Tensor):
 def test_activations_are_those_of_a_real_micro_batch(checkpoint, config, resized_as_on_a_cpu):
     told = parts(checkpoint, config)
     kept, peak, *others = micro_batch(open_prior(checkpoint), config, frames_for(checkpoint, MICRO))
-    assert told["activations"] == pytest.approx(max(peak, *others), rel=0.08)
+    assert told["activations"] == pytest.approx(max(peak, *others), rel=0.1)
     # Pixels from numpy (LLaVA's processor) are saved, but no operation of torch has made them.
     assert (0.1 if config.gradient_checkpointing else 0.8) * peak < kept < 1.05 * peak
 

@@ -11,7 +11,7 @@ from test_mode import MODES
 from test_quantized import ROWWISE
 from tiny import ACTIONS, equal, make_nano, random_frames, seeded, write_qwen2_5_vl
 from tokenizers import AddedToken
-from transformers import AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from covr_fast.vlm import ActionPrior
 from covr_fast.vlm.decode import numbers
@@ -172,6 +172,9 @@ def test_tokens_of_several_characters(tmp_path, pieces, decimals):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in pieces])
     tokenizer.save_pretrained(tmp_path)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(tmp_path)
     options = {"decimals": decimals, "device": "cpu", "dtype": torch.float64}
     prior = ActionPrior.from_pretrained(tmp_path, action_dim=3, **options)
     assert len({len(word) for word in prior.grammar._slots[1]}) > 1
