@@ -135,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=1500, help="of a run of the simulation")
+    parser.add_argument("--decisions", type=int, default=1500, help="of a run of the simulation")
     parser.add_argument(
         "--model", default="nano", help="tuned: nano, qwen-3b-random, a directory or a hub id"
     )
@@ -153,7 +153,7 @@ def main() -> None:
     beside = overlap(repeats, model, device, arguments.samples, arguments.epochs)
     rows = {f"a round of {model} beside {beside['updates']} updates": beside}
     write_rows(arguments.json, rows)
-    rows["the loop with priors"] = simulation(repeats, device, arguments.steps)
+    rows["the loop with priors"] = simulation(repeats, device, arguments.decisions)
     write_rows(arguments.json, rows)
     print(f"{heading(device)}\n{table(rows)}")
     print(f"\nOverlapped takes {share_of_the_longer(beside):.2f}x the longer of the two alone.")

@@ -9,7 +9,7 @@ networks are compared, sampled observations are looked up among those that the e
 are counted. Each contestant trains in a process of its own, in turn.
 
 Stable-Baselines3 simulates, then updates. Its environments are in a process each (AsyncVectorEnv) or all in
-one (SyncVectorEnv), whichever simulates faster here. `pip install covr-fast[bench]` brings them:
+one (SyncVectorEnv), whichever simulates faster here. `pip install '.[train,bench]'` brings them:
 gymnasium[box2d], highway-env and dm_control.
 """
 

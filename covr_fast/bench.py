@@ -1,5 +1,6 @@
 """How long the parts of a run's loop take on this machine. Each is checked before it is timed."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -126,7 +127,8 @@ def _simulation(trainer: Trainer, seconds: float) -> tuple[Timing, list[_Stored]
     stored: list[_Stored] = []
     took: list[float] = []
     # At least until an update can draw a batch.
-    while len(trainer.buffer) < trainer.config.warmup or sum(took) < seconds:
+    begun = trainer.config.decisions(trainer.config.warmup)
+    while len(trainer.buffer) < begun or sum(took) < seconds:
         start = time.perf_counter()
         # Every environment once: batches overlap, so the time of one alone would be too short.
         for _ in envs.batches():
@@ -198,7 +200,8 @@ def _image_sizes(trainer: Trainer, seconds: float, images: Tensor) -> list[SizeT
 
 
 def _update(trainer: Trainer, seconds: float) -> Timing:
-    """Guided updates, all on one batch."""
+    """Guided updates, all on one batch. Where the actor, or the targets, have a turn in every n-th update
+    only, a time is the mean of n updates."""
     batch = trainer.sample()
     weights = list(trainer.agent.modules()["actor"].parameters())
     before = [p.detach().clone() for p in weights]
@@ -206,7 +209,13 @@ def _update(trainer: Trainer, seconds: float) -> Timing:
     moved = any((a != b).any() for a, b in zip(before, weights, strict=True))
     if not moved or not all(torch.isfinite(value).all() for value in metrics.values()):
         raise CheckFailedError("policy update: the actor did not move, or a loss is not finite")
-    took = _times(trainer, seconds, lambda: trainer.agent.update(batch, guide=True))
+    turn = math.lcm(trainer.agent.config.actor_every, trainer.agent.config.target_every)
+
+    def one_turn() -> None:
+        for _ in range(turn):
+            trainer.agent.update(batch, guide=True)
+
+    took = _times(trainer, seconds, one_turn) / turn
     call = f"batch of {len(batch.reward)}"
     return Timing("policy update", call, "the actor moves, losses are finite", took)
 

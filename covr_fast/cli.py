@@ -131,6 +131,11 @@ def _train(arguments: list[str]) -> int:
     config = parsed.config
     if (asked := config.begun_as) != default.begun_as:
         raise UserError(f"--begun-as is for the record: covr-fast train {asked} takes another preset")
+    if config.agent.kind != default.agent.kind:  # in a new run both have the kind that was asked for
+        raise UserError(
+            f"the run was begun with agent.kind={default.agent.kind}: it cannot go on with "
+            f"{config.agent.kind}"
+        )
     if parsed.resume and parsed.out:
         raise UserError("--resume continues in its own folder: leave out --out")
     config.check()

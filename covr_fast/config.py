@@ -234,6 +234,11 @@ class TrainConfig:
         if not self.vlm.temperature >= 0:
             raise UserError(f"vlm.temperature={self.vlm.temperature} must not be negative")
         self.agent.check()
+        if self.agent.kind == "deepmdp" and self.replay.n_step > 1:
+            raise UserError(
+                f"replay.n_step={self.replay.n_step}, but the models of agent.kind='deepmdp' predict one "
+                "step: set replay.n_step=1"
+            )
         if self.agent.batch_form.augments and self.replay.augment != "none":
             raise UserError(
                 f"replay.augment={self.replay.augment!r}, but agent.kind={self.agent.kind!r} augments its "
@@ -343,7 +348,9 @@ class TrainConfig:
             if "steps_per_update" in data:
                 raise UserError(
                     "config.json is of a version that counted decisions as steps: begin a new run, with "
-                    "steps, warmup and vlm.every times env.action_repeat"
+                    "decisions_per_update for steps_per_update, and with steps, warmup, log_every, "
+                    "checkpoint_every, eval.every, vlm.every, covr.psi_0 and covr.publish_after times "
+                    "env.action_repeat"
                 )
             for key in [*data, *(f"{name}.{key}" for name in nested for key in data.get(name, {}))]:
                 if key not in known:

@@ -26,8 +26,8 @@ class EnvConfig:
     """Which environment, how many of them, and the form of their observations."""
 
     id: str = "CarRacing-v3"
-    """CarRacing-v3, a DMControl task of EnvPool such as CheetahRun-v1, carla-highway, carla-pedestrians, or a
-    name given to register_task."""
+    """CarRacing-v3, racetrack-v0, highway-v0, a DMControl task of EnvPool such as CheetahRun-v1,
+    carla-highway, carla-pedestrians, or a name given to register_task."""
     server: str = "localhost:2000"
     """CARLA only: HOST:PORT of the first environment's server. The next ones are at PORT + 10, + 20, ..."""
     num_envs: int = 16
@@ -292,16 +292,21 @@ def make_env(config: EnvConfig) -> PixelEnvs:
     """Builds config.num_envs environments.
 
     Raises:
-        UserError: unknown id, discrete or unbounded actions, no pixels, sizes that do not fit together, or
-            DMControl on a machine that cannot render.
+        UserError: unknown id, discrete or unbounded actions, no pixels, sizes that do not fit together,
+            DMControl on a machine that cannot render, or CARLA without its client or a server.
     """
     _check(config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # gymnasium's about the precision of EnvPool's bounds
         task = find_task(config)
-        simulators = [
-            task.simulate(config.seed + first) for first in range(0, config.num_envs, config.batch_size)
-        ]
+        simulators: list[Any] = []
+        try:
+            for first in range(0, config.num_envs, config.batch_size):
+                simulators.append(task.simulate(config.seed + first))
+        except BaseException:  # what a simulator holds (a CARLA server, a window) has to be free again
+            for simulator in simulators:
+                simulator.close()
+            raise
     return PixelEnvs(config, simulators, task)
 
 

@@ -72,7 +72,7 @@ def _car_racing(episode: int, steps: int) -> Callable[[bool, Kind], TrainConfig]
             log_every=4_000,
             env=EnvConfig(height=size, width=size, grayscale=nano, max_episode_steps=episode),
             agent=_small_agent(),
-            replay=ReplayConfig(capacity=28_000, batch_size=128, n_step=3, gamma=0.98),
+            replay=ReplayConfig(capacity=steps // 4, batch_size=128, n_step=3, gamma=0.98),
             tuner=_tuner(nano),
             vlm=_vlm(nano, every=40),
             covr=COVRConfig(psi_0=10_000, cold_start=2, horizon=30),
@@ -164,7 +164,6 @@ def _dm_control(env_id: str, action_repeat: int, steps: int = 100_000) -> Callab
             covr=COVRConfig(cold_start=4),
             eval=EvalConfig(every=10_000),
         )
-        config.replay.capacity = min(100_000, config.decisions(steps))
         return _completed(config, nano, kind, prior_weight=1.0)
 
     return make

@@ -21,12 +21,14 @@ class Pace:
     """Decisions at random before updates begin."""
     decisions_per_update: int = 1
     n_step: int = 1
+    capacity: int = 1_000_000
+    """Most transitions stored."""
 
 
 PUBLISHED: dict[Kind, Pace] = {
     "sac": Pace(128),
-    "rad": Pace(128, "crop", pad=8, frame=100),
-    "drq": Pace(512),  # it makes its shifts itself
+    "rad": Pace(128, "crop", pad=8, frame=100, capacity=100_000),
+    "drq": Pace(512, capacity=100_000),  # it makes its shifts itself
     "drqv2": Pace(256, "shift", warmup=2000, decisions_per_update=2, n_step=3),
     "deepmdp": Pace(128),
 }
@@ -38,7 +40,8 @@ _HARDER = ("Reacher", "Cheetah", "Hopper", "WalkerRun")
 
 
 def learn_as_published(config: TrainConfig, kind: Kind) -> None:
-    """Gives the run this kind of agent, and what belongs to it. `fast` leaves it as it is.
+    """Gives the run this kind of agent, and what belongs to it, square frames among it: the highway's long
+    picture is squeezed. `fast` leaves it as it is.
 
     Some tasks have settings of their own in the agents' code: RAD's cheetah learns at 2e-4; DrQ-v2's walker
     tasks take one-step returns and batches of 512, and its noise falls more slowly in harder tasks.
@@ -53,6 +56,8 @@ def learn_as_published(config: TrainConfig, kind: Kind) -> None:
     env.grayscale = False
     replay.batch_size, replay.n_step, replay.gamma = pace.batch_size, pace.n_step, 0.99
     replay.augment, replay.pad = pace.augment, pace.pad
+    # Memory for a million would be taken at once on a GPU, so no more than the task's steps fill, and some.
+    replay.capacity = min(pace.capacity, max(100_000, config.decisions(config.steps)))
     if kind == "rad" and env.id.startswith("Cheetah"):
         config.agent.lr = 2e-4
     if kind == "drqv2" and env.id.startswith("Walker"):

@@ -102,7 +102,7 @@ def _dm_control_task(config: "EnvConfig") -> Task:
     except (ImportError, RuntimeError) as error:
         raise UserError(
             f"env.id={config.id!r} cannot be built ({' '.join(str(error).split())}): "
-            "choose CarRacing-v3 or a DMControl task, such as CheetahRun-v1"
+            "choose CarRacing-v3, racetrack-v0, highway-v0 or a DMControl task, such as CheetahRun-v1"
         ) from error
     action = spec.action_space
     if not (hasattr(action, "low") and np.issubdtype(action.dtype, np.floating)):
@@ -113,7 +113,7 @@ def _dm_control_task(config: "EnvConfig") -> Task:
     if not type(spec).__name__.startswith("Dmc"):
         raise UserError(
             f"env.id={config.id!r} does not give pixels for continuous actions: "
-            "choose CarRacing-v3 or a DMControl task, such as CheetahRun-v1"
+            "choose CarRacing-v3, racetrack-v0, highway-v0 or a DMControl task, such as CheetahRun-v1"
         )
     low, high = action.low.astype(np.float64), action.high.astype(np.float64)
     if high.max() - low.min() >= _UNBOUNDED:

@@ -96,6 +96,14 @@ class Trainer:
         begin = saved.counters["step"] if saved else 0
         env_seed = training_seed(config.env.seed, config.seed, begin, config.env.num_envs)
         self.envs = make_env(replace(config.env, seed=env_seed))
+        try:
+            self._build_learners(saved)
+        except BaseException:  # nobody else will close what simulators hold
+            self.envs.close()
+            raise
+
+    def _build_learners(self, saved: Checkpoint | None) -> None:
+        config = self.config
         (action_dim,) = self.envs.action_shape
         with as_user_error():
             self.agent = make_agent(

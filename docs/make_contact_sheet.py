@@ -1,4 +1,4 @@
-"""Draws what environments show: one row per environment, several moments of an episode of random actions.
+"""Draws what environments show: one row per environment, several moments of random actions.
 
     python docs/make_contact_sheet.py docs/environments.png cartpole-swingup walker-walk CarRacing-v3
 
@@ -9,12 +9,12 @@ import argparse
 from dataclasses import replace
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from covr_fast import EnvConfig, TrainConfig, make_env
 from covr_fast.presets import PRESETS
 
-MOMENTS = (0, 10, 20, 30, 40, 50)
+MOMENTS = (0, 7, 14, 21, 28, 35)
 """Decisions before each picture of a row."""
 HELD = 5
 """Decisions for which a random action is held, so that something happens."""
@@ -35,7 +35,7 @@ def main() -> None:
         title = f"{name}\n\naction repeat {config.action_repeat}\n{config.height} x {config.width}"
         draw.text((GAP, row * height + 16), title, "black", font)
         for column, frame in enumerate(moments(config)):
-            picture = Image.fromarray(frame).resize((TILE, TILE), Image.Resampling.NEAREST)
+            picture = ImageOps.contain(Image.fromarray(frame), (TILE, TILE), Image.Resampling.NEAREST)
             sheet.paste(picture, (WORDS + column * height, row * height))
     sheet.save(arguments.file)
 

@@ -58,6 +58,7 @@ def main(steps: int, out: str) -> None:
     config.env.id, config.env.height, config.env.width, config.env.action_repeat = "Reach", SIZE, SIZE, 1
     config.env.num_envs, config.env.batch_size = 8, 4
     config.steps, config.warmup, config.decisions_per_update = steps, steps // 4, 2
+    config.vlm.every, config.log_every = 10, steps // 10
     config.replay.batch_size = 32
     config.covr.psi_0, config.covr.min_samples, config.covr.cold_start = steps // 3, 32, 1
     config.tuner = replace(config.tuner, max_steps=30)

@@ -3,6 +3,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -425,3 +426,23 @@ def test_without_a_driver_dm_control_is_refused(tmp_path):
 def test_an_envpool_imported_too_early_is_an_error_that_says_so():
     said = run_python(f"import envpool\n{MAKE_DM_CONTROL}")
     assert "call covr_fast.make_env before `import envpool`" in said
+
+
+def test_simulators_are_closed_if_one_of_them_cannot_be_built(monkeypatch):
+    made, closed = [], []
+
+    class Simulator:
+        def close(self):
+            closed.append(self)
+
+    def simulate(seed):
+        if made:
+            raise UserError("no second simulator")
+        made.append(Simulator())
+        return made[0]
+
+    task = replace(find_task(EnvConfig()), simulate=simulate)
+    monkeypatch.setattr("covr_fast.envs.find_task", lambda config: task)
+    with pytest.raises(UserError, match="no second simulator"):
+        make_env(EnvConfig(num_envs=4, batch_size=2))
+    assert closed == made

@@ -98,3 +98,39 @@ def test_a_run_of_a_version_that_counted_decisions_is_refused():
     settings = TrainConfig().to_dict() | {"steps_per_update": 4}
     with pytest.raises(UserError, match=r"counted decisions as steps.*times env\.action_repeat"):
         TrainConfig.from_dict(settings)
+
+
+def test_a_resumed_run_keeps_its_kind_of_agent(tmp_path, capsys):
+    flags = [f"--{name}={value}" for name, value in (SMALL | {"steps": 20}).items()]
+    networks = ["--agent.channels", "8", "8", "--agent.strides", "4", "2"]
+    assert cli.run(["train", "racetrack", "--out", str(tmp_path), "--no-video", *flags, *networks]) == 0
+    with pytest.raises(UserError, match=r"begun with agent\.kind=fast: it cannot go on with rad"):
+        cli.run(["train", "racetrack", "--resume", str(tmp_path), "--agent.kind", "rad"])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"std_end": 0.0}, r"agent\.std_end=0\.0 must be above 0"),
+        ({"std_clip": -1.0}, r"agent\.std_clip=-1\.0 must be above 0"),
+    ],
+)
+def test_a_noise_that_is_none(change, message):
+    config = TrainConfig.preset("racetrack", agent="drqv2")
+    vars(config.agent).update(change)
+    with pytest.raises(UserError, match=message):
+        config.check()
+
+
+def test_deepmdp_predicts_one_step():
+    config = TrainConfig.preset("racetrack", agent="deepmdp")
+    config.replay.n_step = 3
+    with pytest.raises(UserError, match=r"predict one step: set replay\.n_step=1"):
+        config.check()
+
+
+def test_replay_holds_a_whole_run_up_to_the_published_capacity():
+    assert TrainConfig.preset("walker-run", agent="drqv2").replay.capacity == 250_000
+    assert TrainConfig.preset("walker-run", agent="rad").replay.capacity == 100_000
+    assert TrainConfig.preset("cartpole-swingup").replay.capacity == 100_000
+    assert TrainConfig.preset("carracing-full").replay.capacity == 100_000

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 from covr_fast import TrainConfig, Trainer
 from covr_fast.checkpoint import load_actor
+from covr_fast.envs import PixelEnvs
 from covr_fast.errors import UserError
 from covr_fast.evaluate import actor_policy
 from covr_fast.report import read_metrics
@@ -356,3 +357,12 @@ def test_steps_lost_to_a_small_replay_are_said(tmp_path, capsys):
 
 def test_no_seed_is_too_large_for_the_simulator(tmp_path):
     Trainer(small_config(seed=2**33), tmp_path)
+
+
+def test_environments_are_closed_if_the_rest_cannot_be_built(tmp_path, monkeypatch):
+    closed = []
+    close = PixelEnvs.close
+    monkeypatch.setattr(PixelEnvs, "close", lambda envs: (closed.append(envs), close(envs)))
+    with pytest.raises((UserError, OSError)):
+        Trainer(small_config(vlm__model=str(tmp_path / "nothing")), tmp_path / "run")
+    assert len(closed) == 1

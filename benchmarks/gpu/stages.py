@@ -79,7 +79,7 @@ def stages(device: str, capability: str, report: Path) -> list[Stage]:
         ),
         Stage(
             "overlap",
-            script("bench_overlap.py", *qwen, "--repeats=2", "--samples=64", "--epochs=2", "--steps=800"),
+            script("bench_overlap.py", *qwen, "--repeats=2", "--samples=64", "--epochs=2", "--decisions=800"),
             70, 150, "--json",
         ),
         Stage("train", script("gpu/train.py", "--device", "cuda", "--seconds", "120"), 130, 180, "--json"),
@@ -109,7 +109,7 @@ def rehearsal(report: Path) -> list[Stage]:
         Stage("prior", script("bench_prior.py", "--batch", "2", "--rounds", "1", *qwen), 5, 120, "--json"),
         Stage(
             "overlap",
-            script("bench_overlap.py", *qwen, "--repeats=1", "--samples=8", "--epochs=1", "--steps=112"),
+            script("bench_overlap.py", *qwen, "--repeats=1", "--samples=8", "--epochs=1", "--decisions=112"),
             5, 120, "--json",
         ),
         Stage("train", script("gpu/train.py", "--device", "cpu", "--seconds", "100"), 10, 120, "--json"),

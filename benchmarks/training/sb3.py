@@ -41,6 +41,11 @@ def make_model(settings: Settings, how: str) -> SAC:
     config = settings_of(settings)
     agent, n = config.agent, config.env.num_envs
     makers = [partial(MAKERS[settings.environment], config.env)] * n
+    if n % settings.decisions_per_update and settings.decisions_per_update % n:
+        raise ValueError(
+            f"decisions_per_update={settings.decisions_per_update} neither divides nor is divided by the {n} "
+            "environments, which Stable-Baselines3 steps together: choose another"
+        )
     frequency = max(1, settings.decisions_per_update // n)
     return SAC(
         "CnnPolicy",

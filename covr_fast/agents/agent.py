@@ -17,7 +17,7 @@ from .guidance import Guidance
 
 
 class Agent(ABC):
-    """A visual agent whose encoder is trained by the critic alone.
+    """A visual agent whose actor never trains its encoder.
 
     Args:
         obs_shape: (C, H, W) of its observations, the stack of frames included.

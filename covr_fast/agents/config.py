@@ -118,6 +118,9 @@ class AgentConfig:
         for name in ("actor_every", "target_every", "shifts", "std_decisions", "latent", "hidden"):
             if getattr(self, name) < 1:
                 raise UserError(f"agent.{name}={getattr(self, name)} must be at least 1")
+        for name in ("init_alpha", "std_start", "std_end", "std_clip"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise UserError(f"agent.{name}={value} must be above 0")
         for name in ("tau", "encoder_tau"):
             tau = getattr(self, name)
             if tau is not None and not 0 < tau <= 1:

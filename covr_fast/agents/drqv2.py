@@ -10,7 +10,7 @@ from ..buffer.batch import Batch
 from .agent import Agent, descend, follow
 from .captured import Plan
 from .compiled import compiled
-from .drqv2_losses import Networks, critic_loss, policy_loss
+from .drqv2_losses import Networks, critic_loss, noise_entropy, policy_loss
 from .encoder import Convolutions, Projection
 from .networks import ActorSample, NoisyActor, TwinQ, mlp
 
@@ -68,7 +68,7 @@ class DrQV2(Agent):
     def entropy(self, obs: Tensor) -> Tensor:
         """e_t of Eq. 5: the entropy of the Gaussian noise, in nats, which is the same for all observations; a
         float32 scalar, which stays on the device."""
-        return self.action_dim * (self.std.log() + 0.5 * (1 + math.log(2 * math.pi)))
+        return noise_entropy(self.std, self.action_dim)
 
     @torch.no_grad()
     def value(self, obs: Tensor) -> Tensor:

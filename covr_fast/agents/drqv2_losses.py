@@ -4,6 +4,7 @@
 They are functions of networks and tensors only, like those of SAC (`losses`).
 """
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -66,6 +67,11 @@ def critic_loss(
     return loss, features.detach(), metrics
 
 
+def noise_entropy(std: Tensor, action_dim: int) -> Tensor:
+    """The entropy in nats of `action_dim` Gaussians of standard deviation `std`, a scalar as `std`."""
+    return action_dim * (std.log() + 0.5 * (1 + math.log(2 * math.pi)))
+
+
 def policy_loss(
     networks: Networks,
     features: Tensor,
@@ -90,4 +96,5 @@ def policy_loss(
         prior, mask = extras["prior"], extras["prior_mask"]
         loss = loss + prior_weight * prior_loss(sample, prior, mask, guidance)
         metrics = guidance_figures(sample, prior, mask, q, guidance, prior_weight)
-    return loss, metrics | {"actor_loss": loss.detach(), "noise": std.clone()}
+    metrics |= {"actor_loss": loss.detach(), "noise": std.clone()}
+    return loss, metrics | {"entropy": noise_entropy(std, sample.mean.shape[-1])}

@@ -20,7 +20,7 @@ from .networks import Actor, ActorSample, TwinQ, mlp
 
 
 class SAC(Agent):
-    """Soft actor-critic whose encoder is trained by the critic alone: `sac`, `rad`, `drq`, `deepmdp`, `fast`.
+    """Soft actor-critic whose actor never trains the encoder: `sac`, `rad`, `drq`, `deepmdp`, `fast`.
 
     The published ones share convolutions between actor and critic, each of which has its own linear layer and
     LayerNorm on them; convolutions and critic have targets. The actor's step comes after the critic's and
