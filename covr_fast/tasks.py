@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .carla.connection import SECONDS
 from .carla.task import SCENARIOS, carla_simulator
 from .dm_control import BallInCup, models_without_tip
 from .driving import DRIVES
@@ -43,6 +44,8 @@ class Task:
     """Seed of the first environment -> a simulator of a batch of them; see `envs.PixelEnvs`."""
     evaluated_together: int | None = None
     """Most episodes of an evaluation that run at the same time. None: all of them."""
+    steps_per_second: float = 50.0
+    """Environment steps of a second of the simulated world, for videos."""
 
 
 def find_task(config: "EnvConfig") -> Task:
@@ -93,6 +96,7 @@ def _driving_task(config: "EnvConfig") -> Task:
         None,
         words_for(config.id, drive.action_dim),
         lambda seed: _envpool_simulator(config, seed, **options),
+        steps_per_second=drive.steps_per_second,
     )
 
 
@@ -183,6 +187,7 @@ def _carla_task(config: "EnvConfig") -> Task:
         words,
         lambda seed: carla_simulator(config, seed),
         evaluated_together=1,
+        steps_per_second=1 / SECONDS,
     )
 
 

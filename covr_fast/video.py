@@ -20,6 +20,9 @@ SCALE_TO = 448  # pixels of the enlarged frame's longer side
 ROW = 34  # pixels of the panel per action dimension
 AGENT, PRIOR, INK, PAPER = (66, 133, 244), (244, 143, 34), (235, 235, 235), (24, 26, 30)
 
+SLOWEST = 4.0
+"""Least frames per second of a video."""
+
 
 class EpisodeVideo:
     """Collects frames and writes them as MP4, or as GIF where there is no H.264 encoder."""
@@ -85,7 +88,10 @@ class EpisodeVideo:
 
 def record_episode(config: TrainConfig, agent: Agent, prior: ActionPrior, run: Path) -> None:
     """Writes a video of one evaluation episode, with the actor's actions and the VLM's priors, into `run`."""
-    video = EpisodeVideo(find_task(config.env).words.action_names, fps=50 / config.env.action_repeat)
+    task = find_task(config.env)
+    # In real time, but where decisions are seconds apart.
+    fps = max(SLOWEST, task.steps_per_second / config.env.action_repeat)
+    video = EpisodeVideo(task.words.action_names, fps=fps)
 
     def watch(obs: np.ndarray, action: np.ndarray, total: float) -> None:
         stack = torch.from_numpy(obs[None])

@@ -217,9 +217,10 @@ def test_evaluations_beside_a_run_take_the_next_server_one_episode_after_the_oth
 # ---- what goes wrong -------------------------------------------------------------------------------
 
 
-def test_the_second_server_is_missing(server):
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_the_second_server_is_missing(server, batch_size):
     with pytest.raises(UserError, match=r"no CARLA server answers at localhost:2010 .*-carla-rpc-port=2010"):
-        make_env(config(num_envs=2, batch_size=2))
+        make_env(config(num_envs=2, batch_size=batch_size))
     assert not server.world._actors
 
 
