@@ -266,7 +266,7 @@ def test_settings_that_cannot_be_are_told_with_their_file(settings, message, tmp
 def test_checkpoints_are_written_without_being_asked_for(tmp_path, monkeypatch):
     assert TrainConfig.preset("carracing-gpu").checkpoint_minutes > 0
     config = roundless(steps=100, checkpoint_minutes=1e-6)
-    monkeypatch.setattr("covr_fast.saving.CHECKPOINT_SHARE", 1.0)
+    monkeypatch.setattr("covr_fast.saving.CHECKPOINT_SHARE", 1e9)  # at every step, however slow the disk
     run_until_killed(Trainer(config, tmp_path), 80)
     assert 40 < Trainer(config, tmp_path, resume=True).step <= 80
 
