@@ -46,22 +46,12 @@ def _moved() -> np.ndarray:
 _AFTER = _moved()
 
 
-def camera(env_id: str, num_envs: int, max_episode_steps: int) -> EnvConfig:
-    """The pictures that the driver reads: 84x84 in colour, three of them, four frames apart."""
-    return EnvConfig(
-        id=env_id,
-        num_envs=num_envs,
-        batch_size=num_envs,
-        height=SIZE,
-        width=SIZE,
-        frame_stack=3,
-        action_repeat=_REPEAT,
-        max_episode_steps=max_episode_steps,
-    )
+PICTURES = EnvConfig(height=SIZE, width=SIZE, frame_stack=3, action_repeat=_REPEAT)
+"""What the driver reads: 84x84 in colour, three of them, four frames apart."""
 
 
 def driver() -> Policy:
-    """uint8[n, 9, 84, 84], pictures of `camera` -> float32[n, 2], steering and gas or brake.
+    """uint8[n, 9, 84, 84], as in `PICTURES` -> float32[n, 2], steering and gas or brake.
 
     Where it sees no road it goes slowly straight on.
     """

@@ -15,22 +15,12 @@ _BESIDE = slice(_COLUMN - 8 * _METRE, _COLUMN + 8 * _METRE)
 _LEFT, _RIGHT, _FASTER, _SLOWER = (-1.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.0, -1.0)
 
 
-def camera(env_id: str, num_envs: int, max_episode_steps: int) -> EnvConfig:
-    """The pictures that the driver reads: colour, at the simulator's resolution."""
-    return EnvConfig(
-        id=env_id,
-        num_envs=num_envs,
-        batch_size=num_envs,
-        height=HEIGHT,
-        width=WIDTH,
-        frame_stack=1,
-        action_repeat=1,
-        max_episode_steps=max_episode_steps,
-    )
+PICTURES = EnvConfig(height=HEIGHT, width=WIDTH, frame_stack=1, action_repeat=1)
+"""What the driver reads: colour, at the simulator's resolution."""
 
 
 def driver() -> Policy:
-    """uint8[n, 3, 84, 252], pictures of `camera` -> actions float32[n, 2]."""
+    """uint8[n, 3, 84, 252], as in `PICTURES` -> actions float32[n, 2]."""
     return lambda obs: np.array([_decide(frame) for frame in obs[:, -3:]], np.float32)
 
 

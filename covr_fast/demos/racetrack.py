@@ -19,22 +19,12 @@ _AHEAD = np.arange(1.5, 3.5, 0.25)  # metres ahead at which the driver looks for
 _ASIDE = np.arange(0.5, 5.0, 0.1)  # metres to its left
 
 
-def camera(env_id: str, num_envs: int, max_episode_steps: int) -> EnvConfig:
-    """The pictures that the driver reads: colour, at the simulator's resolution."""
-    return EnvConfig(
-        id=env_id,
-        num_envs=num_envs,
-        batch_size=num_envs,
-        height=SIZE,
-        width=SIZE,
-        frame_stack=1,
-        action_repeat=1,
-        max_episode_steps=max_episode_steps,
-    )
+PICTURES = EnvConfig(height=SIZE, width=SIZE, frame_stack=1, action_repeat=1)
+"""What the driver reads: colour, at the simulator's resolution."""
 
 
 def driver() -> Policy:
-    """uint8[n, 3, 112, 112], pictures of `camera` -> steering float32[n, 1].
+    """uint8[n, 3, 112, 112], as in `PICTURES` -> steering float32[n, 1].
 
     It keeps to the left lane. Where it sees neither its car nor the line, it goes straight on.
     """

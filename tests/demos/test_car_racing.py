@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from covr_fast.demos import car_racing, driver
+from covr_fast.demos import camera, car_racing, driver
 from covr_fast.errors import UserError
 from covr_fast.evaluate import evaluate, random_policy
 
 
 def test_it_follows_the_road_where_random_actions_earn_nothing():
     """200 frames: the road's start and its first curves."""
-    config = car_racing.camera("CarRacing-v3", 2, 200)
+    config = camera("CarRacing-v3", 2, 200)
     assert min(evaluate(driver("CarRacing-v3"), config, 2, seed=0).returns) > 90
     assert evaluate(random_policy(2, 0), config, 2, seed=0).mean < 20
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from covr_fast.demos.racetrack import camera, driver
+from covr_fast.demos import camera
+from covr_fast.demos.racetrack import driver
 from covr_fast.evaluate import evaluate, random_policy
 
 
