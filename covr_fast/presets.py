@@ -148,16 +148,14 @@ def _dm_control(env_id: str, action_repeat: int, steps: int = 100_000) -> Callab
         env = EnvConfig(
             id=env_id, num_envs=1, batch_size=1, action_repeat=action_repeat, max_episode_steps=1000
         )
-        agent = AgentConfig()
         if kind == "fast":
             env.num_envs, env.batch_size, env.height, env.width, env.grayscale = 4, 2, 100, 100, nano
-            agent = _small_agent()
         config = TrainConfig(
             steps=steps,
             decisions_per_update=2,
             warmup=1000 * action_repeat,
             env=env,
-            agent=agent,
+            agent=_small_agent(),
             replay=ReplayConfig(pad=8, batch_size=128),
             tuner=_tuner(nano, lora_alpha=16),
             vlm=_vlm(nano),

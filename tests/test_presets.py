@@ -54,7 +54,8 @@ def test_its_environment_steps_and_shows_what_moves(name):
             before, now = r.next_obs[:, : config.channels], r.next_obs[:, -config.channels :]
             assert (before != now).any(axis=(1, 2, 3)).all(), "nothing moves in the picture"
             assert np.isfinite(r.reward).all()
-            assert not r.terminated.all()  # who drives at random on the highway may crash
+            # Who drives at random on the highway may crash.
+            assert not (r.terminated.all() if name == "highway" else r.terminated.any())
 
 
 @pytest.mark.parametrize("name", NAMES)
