@@ -12,12 +12,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import torch
 
 from covr_fast import ReplayBuffer, ops
-from covr_fast.agents import SAC, AgentConfig
+from covr_fast.agents import SAC, AgentConfig, Kind, agent_config, make_agent
 
 Check = Callable[[str], object]
 CHECKS: dict[str, Check] = {}
@@ -129,14 +131,14 @@ def linear_cross_entropy(device: str) -> None:
         same_loss(call, hidden, head)
 
 
-def replay(device: str, rows_on_device: bool = False, **options) -> ReplayBuffer:
+def replay(device: str, rows_on_device: bool = False, size=(21, 18), **options) -> ReplayBuffer:
     """Four streams of short episodes."""
     buffer = ReplayBuffer(
-        200, num_envs=4, obs_shape=(9, 21, 18), action_shape=(2,), frame_stack=3, n_step=2, seed=0,
+        200, num_envs=4, obs_shape=(9, *size), action_shape=(2,), frame_stack=3, n_step=2, seed=0,
         device=device, **options,
     )  # fmt: skip
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (75, 4, 3, 21, 18), dtype=np.uint8)
+    images = rng.integers(0, 256, (75, 4, 3, *size), dtype=np.uint8)
     for t in range(70):
         stacks = [np.concatenate(images[t + k : t + k + 3], axis=1) for k in (0, 1)]
         action, ended = rng.uniform(-1, 1, (4, 2)).astype(np.float32), np.full(4, t % 7 == 6)
@@ -214,6 +216,21 @@ def sampled_update(device: str) -> None:
         )
         if sampler == "uniform":
             assert all(torch.equal(of_kind, index[0]) for of_kind in index), "the graph counts otherwise"
+
+
+@check("published agents")
+def published_agents(device: str) -> None:
+    """Eager and, on a GPU, as graphs (with and without the actor's step): the same figures."""
+    for kind in get_args(Kind):
+        batch = replay(device, size=(42, 42)).sample(16, dtype=agent_config(kind).batch_form.dtype)
+        figures = []
+        for graph in (False, True) if device == "cuda" else (False,):
+            agent = make_agent((9, 42, 42), (2,), replace(agent_config(kind), graph=graph), device=device)
+            for _ in range(10):
+                metrics = agent.update(batch, guide=False)
+            figures.append({name: value.float().mean().item() for name, value in metrics.items()})
+        for name, value in figures[0].items():
+            assert np.allclose(figures[-1][name], value, rtol=2e-2, atol=1e-3), f"{kind}: {figures}"
 
 
 @check("prior")

@@ -12,12 +12,14 @@ from race import version
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+AGENTS = ["--preset", "cartpole-swingup", "--agents", "sac", "rad", "drq", "drqv2", "deepmdp"]
 # Small inputs that still take every kernel and branch: a sanitizer slows kernels down a hundredfold. Matrix
 # products are other people's kernels.
 SMALL = " and ".join(
     [
         "cuda",
         "not graph",
+        "not without_the_garbage_collector",  # it counts in the caching allocator, which is off here
         "not error_is_not_larger",
         "(not test_returns or 0.01 or leak)",
         "not 9999-4000",
@@ -71,6 +73,14 @@ def stages(device: str, capability: str, report: Path) -> list[Stage]:
             script("bench_update.py", *update, "--kinds", "eager", "graph", "bfloat16 graph"),
             30, 90, "--json",
         ),
+        Stage(
+            "agents",
+            script(
+                "bench_update.py", *AGENTS, "--device", "cuda", "--repeats", "2",
+                "--kinds", "eager", "graph", "bfloat16 graph",
+            ),
+            60, 120, "--json",
+        ),
         *operations("needs_cuda"),
         Stage(
             "prior",
@@ -105,6 +115,11 @@ def rehearsal(report: Path) -> list[Stage]:
         Stage("smoke", script("gpu/smoke.py", "--device", "cpu"), 5, 120),
         gather("not needs_cuda", 5, 120),
         Stage("update", script("bench_update.py", *update), 5, 120, "--json"),
+        Stage(
+            "agents",
+            script("bench_update.py", *AGENTS, "--device", "cpu", "--repeats", "1", "--kinds", "eager"),
+            10, 120, "--json",
+        ),
         *operations("not needs_cuda"),
         Stage("prior", script("bench_prior.py", "--batch", "2", "--rounds", "1", *qwen), 5, 120, "--json"),
         Stage(

@@ -307,7 +307,8 @@ def test_cuda_sampling_and_updating_in_one_graph_neither_synchronises_nor_alloca
     finally:
         torch.cuda.set_sync_debug_mode("default")
     after = torch.cuda.memory_stats()
-    assert before["allocated_bytes.all.current"] == after["allocated_bytes.all.current"]
+    # What was on its way to be freed when the loop began is freed in it.
+    assert before["allocated_bytes.all.current"] >= after["allocated_bytes.all.current"]
     assert before["num_device_alloc"] == after["num_device_alloc"]
 
 

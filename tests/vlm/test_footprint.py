@@ -265,8 +265,10 @@ def test_the_peak_of_a_round_on_a_gpu(config, tmp_path):
     config = replace(config, batch_size=16, micro_batch=16)
     found = footprint(Request(str(tmp_path), 2, (84, 84), 16, 16, config))
     told = sum(p.nbytes for p in found.tuning if p.name != "frames")
-    random_qwen.SHAPES["of this test"] = shape
-    prior = random_qwen.open_prior("of this test", action_dim=2, device="cuda")
+    name = f"of this test, {config.mode}"  # random_qwen keeps a model by its name, and a tuner changes it
+    random_qwen.SHAPES[name] = shape
+    prior = random_qwen.open_prior(name, action_dim=2, device="cuda")
+    torch._C._cuda_clearCublasWorkspaces()
     before = torch.cuda.memory_allocated()
     adapters = sum(p.nbytes for p in found.serving if p.name == "adapters")
     tuner = VLMTuner(prior, config)
@@ -274,4 +276,9 @@ def test_the_peak_of_a_round_on_a_gpu(config, tmp_path):
     actions[0] = 0.4
     torch.cuda.reset_peak_memory_stats()
     tuner.start(torch.zeros(16, 3, 84, 84, dtype=torch.uint8, device="cuda"), actions, torch.ones(16))
-    assert told == pytest.approx(torch.cuda.max_memory_allocated() - before - adapters, rel=0.2)
+    measured = torch.cuda.max_memory_allocated() - before - adapters
+    held = torch.cuda.memory_allocated()
+    torch._C._cuda_clearCublasWorkspaces()
+    workspaces = held - torch.cuda.memory_allocated()  # 34 MB a stream: the footprint has 1 GB for such
+    parts = {p.name: p.nbytes for p in found.tuning}
+    assert told == pytest.approx(measured - workspaces, rel=0.2), (parts, workspaces)

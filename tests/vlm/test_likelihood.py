@@ -8,8 +8,7 @@ import pytest
 import torch
 from test_adapters import PLACES, adapt
 from test_mode import MODES
-from test_quantized import ROWWISE
-from tiny import ACTIONS, equal, make_nano, random_frames, seeded, write_qwen2_5_vl
+from tiny import ACTIONS, ROWWISE, equal, make_nano, random_frames, seeded, write_qwen2_5_vl
 from tokenizers import AddedToken
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 

@@ -10,7 +10,7 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import LoraConfig, get_peft_model
 from test_saving import tuned
-from tiny import equal, random_frames, write_qwen2_5_vl
+from tiny import ROWWISE, equal, random_frames, write_qwen2_5_vl
 from transformers import BitsAndBytesConfig, QuantoConfig
 
 from covr_fast import TrainConfig
@@ -23,8 +23,6 @@ OPTIONS = {"action_dim": 2, "prompt": "Drive.", "device": "cpu"}
 ROUND = TunerConfig(
     mode="lora", lora_rank=4, lora_alpha=8, epochs=2, batch_size=12, micro_batch=6, learning_rate=5e-3
 )
-ROWWISE = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
-"""8 bits without LLM.int8()'s outliers, which are those of a whole batch: rows are independent."""
 
 
 @pytest.fixture
@@ -76,6 +74,19 @@ def test_fast_path_equals_generate(checkpoint, frames, asked):
     assert rows.all() if asked == "4bit" else rows.float().mean() > 0.7
     if asked == "4bit":
         assert torch.equal(plain_twin(prior, checkpoint)(frames).token_ids, fast.token_ids)
+
+
+@pytest.mark.needs_cuda
+def test_on_a_gpu_it_answers_as_generate_and_learns(checkpoint, frames, asked):
+    options = {**OPTIONS, "device": "cuda", "dtype": torch.bfloat16}
+    prior = ActionPrior.from_pretrained(checkpoint, quantization=asked, **options)
+    frames = frames.cuda()
+    fast, slow = prior(frames), prior.reference(frames)
+    assert (fast.token_ids == slow.token_ids).all(1).float().mean() > 0.5  # bfloat16 makes other choices
+    tuner = VLMTuner(ActionPrior.from_pretrained("nano", quantization=asked, **options), ROUND)
+    start(tuner, frames)
+    report = tuner.wait()
+    assert report.loss_after < 0.8 * report.loss_before
 
 
 @pytest.mark.parametrize("called_first", [False, True])

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from covr_fast.vlm.decode.projection import projection
-from covr_fast.vlm.decode.transformer import Attention, Heads, Layer, LayerCache, Norm
+from covr_fast.vlm.decode.transformer import Attention, Heads, Layer, LayerCache, Norm, attend
 
 
 @pytest.fixture(autouse=True)
@@ -133,3 +133,17 @@ def test_an_input_may_be_overwritten_but_not_around_it():
         layer(around[1:2], attention, cache, 0, 0)
     assert (around[[0, 2]] == 7).all()
     assert all((x[:, :, 2:] == 7).all() for x in cache)
+
+
+def test_attention_of_any_memory_order(monkeypatch):
+    """Some of CUDA's kernels give [B, heads, n, dim] in the memory order [B, n, heads, dim]."""
+    heads = Heads(2, 2, 16, 0.25)
+    q, keys, values = (torch.randn(3, h, n, 16) for h, n in ((4, 5), (2, 7), (2, 7)))
+    expected = attend(heads, q, keys, values, None)
+    plain = F.scaled_dot_product_attention
+
+    def reordered(*args, **options):
+        return plain(*args, **options).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", reordered)
+    torch.testing.assert_close(attend(heads, q, keys, values, None), expected)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    BitsAndBytesConfig,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -203,6 +204,9 @@ WRITERS = {
 SIZES = {"qwen2_vl": (60, 84), "qwen2_5_vl": (84, 84)}
 """Height and width of frames for these; 64x64 for the others."""
 ACTIONS = torch.tensor([[0.1, -0.2], [1.0, 0.0], [-1.0, 0.55], [0.3, 0.3]])
+
+ROWWISE = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+"""8 bits without LLM.int8()'s outliers, which are those of a whole batch: rows are independent."""
 
 
 def write_checkpoint(name: str, parent: Path) -> Path:

@@ -165,7 +165,8 @@ def attend(heads: Heads, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor |
     # Query heads that share keys become further queries of one head, so that keys need not be repeated.
     q = q.reshape(batch, heads.kv, heads.groups * count, dim)
     out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=heads.scale)
-    return out.view(batch, queries, count, -1).transpose(1, 2).reshape(batch, count, -1)
+    # Some of CUDA's kernels answer in the order [B, n, heads, dim], of which there is no such view.
+    return out.reshape(batch, queries, count, -1).transpose(1, 2).reshape(batch, count, -1)
 
 
 class Attention:
