@@ -15,7 +15,10 @@ collect the rest elsewhere (for the machine's Python version), without what it h
 of which is put before the machine's own packages:
 
     pip download -d DIR --no-deps --only-binary=:all: --python-version 3.12 tyro typeguard docstring-parser \\
-        shtab transformers pytest-benchmark hypothesis liger-kernel
+        shtab transformers tokenizers pytest-benchmark hypothesis liger-kernel bitsandbytes num2words
+
+and wheels of docopt, which has none, and of EnvPool with what it needs. Large ones (EnvPool, its assets and
+bitsandbytes have 160 MB together) can be packed again without the parts for other environments and devices.
 """
 
 import argparse

@@ -48,7 +48,7 @@ def test_what_does_not_fit_is_left_out_from_the_end():
 def test_figures_come_alone_and_before_tests_and_sanitizers():
     together = [[stage.name for stage in group] for group in groups(CUDA)]
     assert together[:2] == [["build"], ["smoke"]]
-    assert together[-2:] == [["tests", "memcheck", "racecheck"], ["compiled"]]
+    assert together[-3:] == [["tests", "memcheck", "racecheck"], ["compiled"], ["agents"]]
     assert all(len(group) == 1 or not any(stage.figures for stage in group) for group in groups(CUDA))
 
 

@@ -73,14 +73,6 @@ def stages(device: str, capability: str, report: Path) -> list[Stage]:
             script("bench_update.py", *update, "--kinds", "eager", "graph", "bfloat16 graph"),
             30, 90, "--json",
         ),
-        Stage(
-            "agents",
-            script(
-                "bench_update.py", *AGENTS, "--device", "cuda", "--repeats", "2",
-                "--kinds", "eager", "graph", "bfloat16 graph",
-            ),
-            60, 120, "--json",
-        ),
         *operations("needs_cuda"),
         Stage(
             "prior",
@@ -101,6 +93,14 @@ def stages(device: str, capability: str, report: Path) -> list[Stage]:
             script("bench_update.py", *update, "--kinds", "eager", "compile", "compile + graph"),
             50, 120, "--json",
         ),
+        Stage(
+            "agents",
+            script(
+                "bench_update.py", *AGENTS, "--device", "cuda", "--repeats", "2",
+                "--kinds", "eager", "graph", "bfloat16 graph",
+            ),
+            100, 150, "--json",
+        ),
     ]  # fmt: skip
 
 
@@ -115,11 +115,6 @@ def rehearsal(report: Path) -> list[Stage]:
         Stage("smoke", script("gpu/smoke.py", "--device", "cpu"), 5, 120),
         gather("not needs_cuda", 5, 120),
         Stage("update", script("bench_update.py", *update), 5, 120, "--json"),
-        Stage(
-            "agents",
-            script("bench_update.py", *AGENTS, "--device", "cpu", "--repeats", "1", "--kinds", "eager"),
-            10, 120, "--json",
-        ),
         *operations("not needs_cuda"),
         Stage("prior", script("bench_prior.py", "--batch", "2", "--rounds", "1", *qwen), 5, 120, "--json"),
         Stage(
@@ -132,6 +127,11 @@ def rehearsal(report: Path) -> list[Stage]:
         Stage("memcheck", [*selected, SMALL_TESTS[0]], 5, 120),
         Stage("racecheck", [*selected, SMALL_TESTS[1]], 5, 120),
         Stage("compiled", script("bench_update.py", *update), 5, 120, "--json"),
+        Stage(
+            "agents",
+            script("bench_update.py", *AGENTS, "--device", "cpu", "--repeats", "1", "--kinds", "eager"),
+            10, 120, "--json",
+        ),
     ]  # fmt: skip
     built, *rest = (replace(stage, environment=tiny) for stage in made)
     return [built, *(replace(stage, group="rehearsal") for stage in rest)]

@@ -56,7 +56,7 @@ class Others:
         car = self._spawn(self._cars, place)
         if car is not None:
             traffic = self._server.traffic
-            car.set_autopilot(True, self._server.address.traffic_port)
+            car.set_autopilot(True, traffic.get_port())
             traffic.vehicle_percentage_speed_difference(car, below_limit)
             traffic.auto_lane_change(car, True)
             traffic.ignore_lights_percentage(car, 100.0)

@@ -1,7 +1,9 @@
 """Where the CARLA servers of this process listen: one server per environment."""
 
 import re
+import socket
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 
 from ..errors import UserError
@@ -10,6 +12,7 @@ STRIDE = 10
 """From the port of one environment's server to the next. A server takes its port and the two after it."""
 LAST_PORT = 50_000
 """The last that env.server may name: room for the servers after it, and for the traffic managers' ports."""
+LARGEST_PORT = 65_535
 
 _IN_USE: set["Address"] = set()
 _LOCK = threading.Lock()
@@ -37,11 +40,19 @@ class Address:
             )
         return Address(parts[1], int(parts[2]))
 
-    @property
-    def traffic_port(self) -> int:
-        """Port of the traffic manager, which runs in our process. For CARLA's default 2000 it is 8000, its
-        default too."""
-        return self.port + 6000
+    def free_traffic_port(self) -> int:
+        """A port for the traffic manager, which runs in our process: the first free one of this machine from
+        port + 6000 (CARLA's defaults, 2000 and 8000) in steps of STRIDE. At a port in use, CARLA's client
+        would silently become a client of the traffic manager there, which drives another server's cars.
+
+        Raises:
+            UserError: none is free.
+        """
+        for port in range(self.port + 6000, LARGEST_PORT, STRIDE):
+            with socket.socket() as probe, suppress(OSError):
+                probe.bind(("", port))
+                return port
+        raise UserError(f"no port from {self.port + 6000} is free here for CARLA's traffic manager")
 
     def __str__(self) -> str:
         return f"{self.host}:{self.port}"

@@ -72,7 +72,7 @@ class Server:
             self.lost = "time-out" in str(error)
             raise UserError(
                 f"the CARLA server at {self.address} failed ({_line(error)}): start it again "
-                f"({_start(self.address)}), and go on with --resume"
+                f"({_start(self.address)}); a training run then goes on with --resume"
             ) from error
 
     def close(self) -> None:
@@ -118,7 +118,7 @@ class Server:
         settings.synchronous_mode = True
         settings.fixed_delta_seconds = SECONDS
         self.world.apply_settings(settings)
-        self.traffic = self.client.get_trafficmanager(self.address.traffic_port)
+        self.traffic = self.client.get_trafficmanager(self.address.free_traffic_port())
         self._restore.callback(self.traffic.set_synchronous_mode, False)
         self.traffic.set_synchronous_mode(True)
         self.traffic.set_random_device_seed(seed)

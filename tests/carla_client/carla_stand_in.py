@@ -112,6 +112,9 @@ class TrafficManager:
         self.synchronous = False
         server.world._traffic = self
 
+    def get_port(self) -> int:
+        return self._server.traffic_ports[-1]
+
     def set_synchronous_mode(self, mode_switch: bool) -> None:
         self.synchronous = mode_switch
 

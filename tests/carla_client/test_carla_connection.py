@@ -61,6 +61,16 @@ def test_the_world_waits_for_us_and_runs_by_itself_afterwards(servers):
     assert not running.world._traffic.synchronous
 
 
+def test_two_runs_on_one_machine_have_traffic_managers_of_their_own(servers):
+    """Here another process has the port that belongs to ours."""
+    servers["box", 2000] = running = Running()
+    with socket.socket() as other:
+        other.bind(("", 8000))
+        other.listen()
+        Server(Address("box", 2000), "Town04", seed=0).close()
+    assert running.traffic_ports == [8010]
+
+
 def test_a_server_of_another_version(servers):
     servers["localhost", 2000] = Running(version="0.9.15")
     with pytest.raises(
@@ -91,7 +101,7 @@ def test_a_server_that_died_is_asked_nothing_more(servers, monkeypatch):
     servers["localhost", 2000] = running = Running(dies_at=102)
     server = Server(HERE, "Town04", seed=0)
     server.tick()
-    message = r"server at localhost:2000 failed \(time-out .*\): start it again .*, and go on with --resume"
+    message = r"server at localhost:2000 failed \(time-out .*\): start it again .* goes on with --resume"
     with pytest.raises(UserError, match=message), server.answering():
         server.tick()
     assert server.lost

@@ -40,7 +40,7 @@ def test_a_run(servers, name, tmp_path):
 def test_a_run_whose_server_dies_goes_on_with_another(servers, tmp_path):
     servers["localhost", 2000], servers["localhost", 2010] = Running(dies_at=150), Running()
     with pytest.raises(
-        UserError, match=r"the CARLA server at localhost:2000 failed .*, and go on with --resume"
+        UserError, match=r"the CARLA server at localhost:2000 failed .* goes on with --resume"
     ):
         cli.run([*train("carla-highway", tmp_path), "--eval.no-vlm"])
     servers["localhost", 3000], servers["localhost", 3010] = Running(), Running()
