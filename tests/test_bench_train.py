@@ -16,6 +16,7 @@ from torch import nn
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+from bench_train import check_same, compare  # noqa: E402
 from training.checks import Seen, check_finite, check_updates, operations, parameters  # noqa: E402
 from training.chunks import Chunk, Contestant, Pauses, Progress, Stop, cpu_seconds  # noqa: E402
 
@@ -31,6 +32,10 @@ def count(connection, ready_at):
 
 def fail(connection):
     raise ValueError("no such simulator")
+
+
+def fail_a_check(connection):
+    raise AssertionError("3 of 64 sampled observations are of no environment")
 
 
 def burn(seconds):
@@ -63,6 +68,26 @@ def test_a_chunk_counts_what_was_done_while_the_clock_ran():
         assert 1 <= chunk.updates <= chunk.took / 0.001  # sleeps are never shorter
     finally:
         contestant.close()
+
+
+def test_who_cannot_train_is_named_and_who_trains_wrongly_ends_the_benchmark():
+    row = compare({"covr_fast": (count, 20), "peer": (fail,)}, 1, 0.01, 1)
+    assert row["unavailable"] == {"peer": "ValueError: no such simulator"}
+    with pytest.raises(AssertionError, match="3 of 64 sampled"):
+        compare({"covr_fast": (count, 20), "peer": (fail_a_check,)}, 1, 0.01, 1)
+
+
+FACTS = {"obs_shape": (3, 56, 56), "batch_size": 64, "threads": 1, "parameters": 1000, "act operations": 2000,
+         "critic operations": 3000}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("batch_size", 65), ("parameters", 1020), ("act operations", 1900)]
+)
+def test_who_trains_another_network_is_not_compared(name, value):
+    check_same(FACTS, {**FACTS, "parameters": 1005})
+    with pytest.raises(AssertionError, match=name):
+        check_same(FACTS, {**FACTS, name: value})
 
 
 def test_steps_that_simulated_during_a_pause_are_not_counted(monkeypatch):

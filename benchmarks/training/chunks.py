@@ -106,7 +106,8 @@ class Contestant:
         """Waits for the end of the warm-up.
 
         Raises:
-            RuntimeError: it cannot train on this machine, or does not do what it should.
+            RuntimeError: it cannot train on this machine.
+            AssertionError: it does not do what it should.
         """
         return dict(self._receive())
 
@@ -122,6 +123,8 @@ class Contestant:
             answer = self._connection.recv()
         except EOFError:
             raise RuntimeError("the process ended without a word") from None
+        if isinstance(answer, AssertionError):
+            raise answer
         if isinstance(answer, str):
             raise RuntimeError(answer)
         return answer
@@ -141,4 +144,5 @@ def _guarded(connection: Connection, train: Callable[..., None], *arguments: Any
             train(connection, *arguments)
     except Exception as error:
         traceback.print_exc()
-        connection.send(f"{type(error).__name__}: {error}")
+        failed = isinstance(error, AssertionError)
+        connection.send(AssertionError(str(error)) if failed else f"{type(error).__name__}: {error}")
