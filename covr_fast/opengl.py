@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import glob
 import os
 import sys
 import threading
@@ -17,6 +18,8 @@ own OpenGL context, one of them sometimes never returned from Mesa (seen in 22.3
 
 MESA = Path("/usr/share/glvnd/egl_vendor.d/50_mesa.json")
 """Names Mesa to libEGL, where Mesa is installed."""
+MESA_DRIVERS = ("/usr/lib/*/dri/*_dri.so", "/usr/lib*/dri/*_dri.so")
+"""Where its drivers are, which come in a package of their own."""
 
 INSTALL = "apt install libegl1 libopengl0 libgl1-mesa-dri (without a GPU too: Mesa draws on the CPU)"
 
@@ -66,7 +69,8 @@ def _prefer_mesa() -> None:
     pictures in five minutes. The likely cause: EnvPool gives its context back after every picture.
     """
     chosen = {"__EGL_VENDOR_LIBRARY_FILENAMES", "__EGL_VENDOR_LIBRARY_DIRS", "MUJOCO_EGL_DEVICE_ID"}
-    if MESA.exists() and not chosen & os.environ.keys():
+    installed = MESA.exists() and any(map(glob.glob, MESA_DRIVERS))
+    if installed and not chosen & os.environ.keys():
         os.environ["__EGL_VENDOR_LIBRARY_FILENAMES"] = str(MESA)
 
 
