@@ -268,13 +268,13 @@ def test_the_peak_of_a_round_on_a_gpu(config, tmp_path):
     name = f"of this test, {config.mode}"  # random_qwen keeps a model by its name, and a tuner changes it
     random_qwen.SHAPES[name] = shape
     prior = random_qwen.open_prior(name, action_dim=2, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
     torch._C._cuda_clearCublasWorkspaces()
     before = torch.cuda.memory_allocated()
     adapters = sum(p.nbytes for p in found.serving if p.name == "adapters")
     tuner = VLMTuner(prior, config)
     actions = torch.full((16, 2), -0.4)
     actions[0] = 0.4
-    torch.cuda.reset_peak_memory_stats()
     tuner.start(torch.zeros(16, 3, 84, 84, dtype=torch.uint8, device="cuda"), actions, torch.ones(16))
     measured = torch.cuda.max_memory_allocated() - before - adapters
     held = torch.cuda.memory_allocated()
