@@ -5,6 +5,7 @@ import socket
 import threading
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 
 from ..errors import UserError
 
@@ -40,20 +41,6 @@ class Address:
             )
         return Address(parts[1], int(parts[2]))
 
-    def free_traffic_port(self) -> int:
-        """A port for the traffic manager, which runs in our process: the first free one of this machine from
-        port + 6000 (CARLA's defaults, 2000 and 8000) in steps of STRIDE. At a port in use, CARLA's client
-        would silently become a client of the traffic manager there, which drives another server's cars.
-
-        Raises:
-            UserError: none is free.
-        """
-        for port in range(self.port + 6000, LARGEST_PORT, STRIDE):
-            with socket.socket() as probe, suppress(OSError):
-                probe.bind(("", port))
-                return port
-        raise UserError(f"no port from {self.port + 6000} is free here for CARLA's traffic manager")
-
     def __str__(self) -> str:
         return f"{self.host}:{self.port}"
 
@@ -73,3 +60,20 @@ def release(address: Address) -> None:
     """Lets others lease the address."""
     with _LOCK:
         _IN_USE.discard(address)
+
+
+@cache
+def traffic_port(address: Address) -> int:
+    """The port of the address' traffic manager, which runs in this process from then on: the first free one
+    of this machine from address.port + 6000 (CARLA's defaults, 2000 and 8000) in steps of STRIDE. At a port
+    in use, CARLA's client would silently become a client of the traffic manager there, which drives another
+    server's cars.
+
+    Raises:
+        UserError: none is free.
+    """
+    for port in range(address.port + 6000, LARGEST_PORT, STRIDE):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise UserError(f"no port from {address.port + 6000} on is free here for CARLA's traffic manager")

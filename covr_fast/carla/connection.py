@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from ..errors import UserError
-from .address import Address
+from .address import Address, traffic_port
 
 SECONDS = 0.05
 """Simulated seconds per frame: 20 frames a second, as in Zhang et al. 2021 (DBC) and Xu et al. 2024 (DMR)."""
@@ -118,7 +118,7 @@ class Server:
         settings.synchronous_mode = True
         settings.fixed_delta_seconds = SECONDS
         self.world.apply_settings(settings)
-        self.traffic = self.client.get_trafficmanager(self.address.free_traffic_port())
+        self.traffic = self.client.get_trafficmanager(traffic_port(self.address))
         self._restore.callback(self.traffic.set_synchronous_mode, False)
         self.traffic.set_synchronous_mode(True)
         self.traffic.set_random_device_seed(seed)

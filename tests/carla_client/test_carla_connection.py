@@ -7,7 +7,7 @@ from carla_maps import carla
 from carla_stand_in import Running
 
 from covr_fast.carla import address, connection
-from covr_fast.carla.address import Address, lease, release
+from covr_fast.carla.address import Address, lease, release, traffic_port
 from covr_fast.carla.connection import Server
 from covr_fast.errors import UserError
 
@@ -51,7 +51,7 @@ def test_the_world_waits_for_us_and_runs_by_itself_afterwards(servers):
     settings = running.world.get_settings()
     assert settings.synchronous_mode
     assert settings.fixed_delta_seconds == pytest.approx(0.05)
-    assert running.traffic_ports == [8000]
+    assert running.traffic_ports == [traffic_port(HERE)]
     assert running.seeds == [7]
     assert running.world._weather == carla.WeatherParameters.ClearNoon
     assert server.tick() == server.tick() - 1
@@ -62,13 +62,17 @@ def test_the_world_waits_for_us_and_runs_by_itself_afterwards(servers):
 
 
 def test_two_runs_on_one_machine_have_traffic_managers_of_their_own(servers):
-    """Here another process has the port that belongs to ours."""
-    servers["box", 2000] = running = Running()
+    """Here another process has the port that belongs to ours; then this one has its own port and keeps it."""
+    servers["box", 23_450] = running = Running()
     with socket.socket() as other:
-        other.bind(("", 8000))
+        other.bind(("", 29_450))
         other.listen()
-        Server(Address("box", 2000), "Town04", seed=0).close()
-    assert running.traffic_ports == [8010]
+        Server(Address("box", 23_450), "Town04", seed=0).close()
+    with socket.socket() as ours:
+        ours.bind(("", 29_460))
+        ours.listen()
+        Server(Address("box", 23_450), "Town04", seed=0).close()
+    assert running.traffic_ports == [29_460, 29_460]
 
 
 def test_a_server_of_another_version(servers):

@@ -8,6 +8,7 @@ from carla_maps import carla
 from carla_stand_in import SERVERS, Running, Sensor, Vehicle, Walker
 
 from covr_fast.carla import connection
+from covr_fast.carla.address import Address, traffic_port
 from covr_fast.envs import EnvConfig, make_env
 from covr_fast.errors import UserError
 from covr_fast.evaluate import evaluate
@@ -191,7 +192,9 @@ def test_every_environment_has_a_server_of_its_own(servers):
         for _ in envs.batches():
             envs.recv()
         assert [servers["box", port].seeds for port in (3000, 3010, 3020, 3030)] == [[10], [11], [12], [13]]
-        assert [servers["box", port].traffic_ports for port in (3000, 3030)] == [[9000], [9030]]
+        assert [servers["box", port].traffic_ports for port in (3000, 3030)] == [
+            [traffic_port(Address("box", port))] for port in (3000, 3030)
+        ]
         assert all(server.world._frame > 106 for server in servers.values())
 
 
