@@ -9,17 +9,20 @@ NATIVE := setup.py CMakeLists.txt $(wildcard cmake/* csrc/* csrc/*/* kernels/cud
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp kernels/cuda/*.h kernels/cuda/*.cu \
   tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/*.cu tests/cuda_on_cpu/include/*.h)
 
-.PHONY: demo test test-python test-emulated package sanitize compilers lint format gpu-check clean system
+.PHONY: demo test test-python test-vlm test-emulated package sanitize compilers lint format gpu-check clean system
 
 demo: $(VENV)/train.stamp
 	$(VENV)/bin/covr-fast train carracing
 
-test: test-python test-emulated
+test: test-python test-vlm test-emulated
 
 # Without a GPU, Triton's kernels run in its interpreter (the variable must be set before triton is imported).
 test-python: $(VENV)/dev.stamp
 	TRITON_INTERPRET=1 $(PY) -m pytest -q tests/ops/test_loss.py
-	$(PY) -m pytest
+	$(PY) -m pytest --ignore=tests/vlm
+
+test-vlm: $(VENV)/dev.stamp
+	$(PY) -m pytest tests/vlm
 
 # The kernels for CUDA, compiled for the CPU.
 test-emulated: $(VENV)/dev.stamp
