@@ -41,4 +41,5 @@ def test_updates_use_freed_memory_again_without_page_faults():
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     given_back, kept = map(int, done.stdout.split())
-    assert kept < 100 < given_back / 10, done.stdout
+    # 20,000 and a few, or some hundreds where the system reclaims pages of a machine with much else to do.
+    assert kept < given_back / 20 > 500, done.stdout
