@@ -32,7 +32,8 @@ def page_faults():
 
 given_back = page_faults()
 assert keep_freed_memory()
-print(given_back, page_faults())
+# The least of some: meanwhile a busy system may take pages back, which no setting of the process prevents.
+print(given_back, min(page_faults() for _ in range(5)))
 """
 
 
@@ -41,5 +42,4 @@ def test_updates_use_freed_memory_again_without_page_faults():
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     given_back, kept = map(int, done.stdout.split())
-    # 20,000 and a few, or some hundreds where the system reclaims pages of a machine with much else to do.
-    assert kept < given_back / 20 > 500, done.stdout
+    assert kept < 100 < given_back / 10, done.stdout
