@@ -12,6 +12,7 @@ import pytest
 from small_runs import COVR, FLAGS, TRAIN, call
 
 from covr_fast import TrainConfig, cli
+from covr_fast.commands import common
 
 
 @pytest.fixture(scope="module")
@@ -310,5 +311,5 @@ def test_importing_the_package_is_light():
 
 def test_of_a_flag_that_is_repeated_the_last_value_counts():
     arguments = ["--resume", "a", "--vlm.model=b", "--resume=c", "--vlm.model", "d"]
-    assert cli._value_of("--resume", arguments) == "c"
-    assert cli._value_of("--vlm.model", arguments) == "d"
+    assert common.value_of("--resume", arguments) == "c"
+    assert common.value_of("--vlm.model", arguments) == "d"

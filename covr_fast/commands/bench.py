@@ -1,0 +1,45 @@
+"""covr-fast bench: how long the parts of a preset's loop take here."""
+
+import sys
+from dataclasses import dataclass
+from typing import Annotated
+
+from ..errors import as_user_error
+from .common import quiet_libraries, value_of
+
+
+def main(arguments: list[str]) -> int:
+    import tyro
+
+    from ..config import TrainConfig
+
+    given = bool(arguments) and not arguments[0].startswith("-")
+    name, rest = (arguments[0], arguments[1:]) if given else ("carracing", arguments)
+    preset = TrainConfig.preset(name, value_of("--vlm.model", rest), value_of("--agent.kind", rest))
+
+    @dataclass
+    class Arguments:
+        config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+        seconds: float = 3.0
+        """How long each part is timed, and the VLM with all sizes of frames together."""
+
+    with as_user_error():
+        parsed = tyro.cli(
+            Arguments,
+            prog=f"covr-fast bench {name}",
+            description="Time the parts of a run's loop on this machine, each checked first and alone.",
+            default=Arguments(preset),
+            args=rest,
+        )
+    from rich.console import Console
+
+    from ..bench import CheckFailedError, measure, print_figures
+
+    quiet_libraries()
+    try:
+        figures = measure(parsed.config, parsed.seconds)
+    except CheckFailedError as error:
+        print(f"no figures, for something is wrong: {error}", file=sys.stderr)
+        return 1
+    print_figures(figures, Console(highlight=False, soft_wrap=True))
+    return 0
