@@ -10,7 +10,9 @@ from .errors import UserError, unknown
 USAGE = """usage: covr-fast COMMAND ...
 
   train PRESET [--out DIR] [--FIELD VALUE ...]   train COVR and write a run folder
-  evaluate RUN [--episodes N] [--seed N]         let a run's trained actor play
+  train PRESET --method METHOD                   train a baseline or an ablation of its paper
+  sweep SPEC [--seeds N] [--jobs N]              train a grid of presets, agents, methods and seeds
+  evaluate RUN [--episodes N] [--json]           let a run's trained actor play
   evaluate RUN --vlm-alone [--round N]           let its VLM play, as it was after a round
   report RUN...                                  print runs' summaries and redraw their curves
   audit RUN [--rows N] [--seed N]                recompute stored priors, and tell which differ
@@ -22,7 +24,7 @@ USAGE = """usage: covr-fast COMMAND ...
 covr-fast train --help lists the presets; covr-fast train PRESET --help every field."""
 
 
-COMMANDS = ("train", "evaluate", "report", "audit", "push", "bench", "doctor")
+COMMANDS = ("train", "sweep", "evaluate", "report", "audit", "push", "bench", "doctor")
 """Each is a module of `commands`."""
 
 

@@ -41,6 +41,11 @@ class Collector:
         """Number of the latest decision of these environments, from 0. It is the same for a whole batch."""
         return int(self._decisions[env_ids[0]]) - 1
 
+    def latest_action(self, env_ids: np.ndarray) -> np.ndarray:
+        """float32[n, A], the latest decisions of these environments."""
+        latest: np.ndarray = self._action[env_ids]
+        return latest
+
     def set_prior(
         self, prior: np.ndarray, version: int, env_ids: np.ndarray, weight: np.ndarray | float = 1.0
     ) -> None:

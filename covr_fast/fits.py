@@ -16,7 +16,7 @@ from .buffer.storage import ring_shapes
 from .config import TrainConfig
 from .labeller import MAX_BATCH
 from .live_bytes import LiveBytes
-from .parts import task_words
+from .load_vlm import task_words
 from .schedule import FineTuneSchedule
 from .tasks import find_task
 from .view import agent_obs_shape

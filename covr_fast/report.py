@@ -110,10 +110,11 @@ def print_summary(summary: dict[str, Any], console: Console, run: str | None = N
             table.add_row(label, f"{e['mean']:.1f}", f"{e['std']:.1f}", str(len(e["returns"])))
     console.print(table)
 
-    table = new_table("fine-tuning rounds of the VLM", [], ROUND_COLUMNS)
-    for r in summary["rounds"]:
-        table.add_row(*(form.format(r[key]) if key in r else "-" for key, form in ROUND_COLUMNS.values()))
-    console.print(table)
+    if summary["rounds"]:
+        table = new_table("fine-tuning rounds of the VLM", [], ROUND_COLUMNS)
+        for r in summary["rounds"]:
+            table.add_row(*(form.format(r[key]) if key in r else "-" for key, form in ROUND_COLUMNS.values()))
+        console.print(table)
 
     shares = sorted(summary["time_shares"].items(), key=lambda item: -item[1])
     console.print(

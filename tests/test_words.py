@@ -10,8 +10,8 @@ from PIL import ImageFont
 
 from covr_fast import TrainConfig
 from covr_fast.envs import EnvConfig, make_env
+from covr_fast.load_vlm import task_words
 from covr_fast.opengl import import_envpool
-from covr_fast.parts import task_words
 from covr_fast.presets import PRESETS
 from covr_fast.tasks import find_task
 from covr_fast.words import words_for

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from ..errors import as_user_error
-from .common import quiet_libraries, value_of
+from .common import preset_of, quiet_libraries, spelled_out
 
 
 def main(arguments: list[str]) -> int:
@@ -15,7 +15,8 @@ def main(arguments: list[str]) -> int:
 
     given = bool(arguments) and not arguments[0].startswith("-")
     name, rest = (arguments[0], arguments[1:]) if given else ("carracing", arguments)
-    preset = TrainConfig.preset(name, value_of("--vlm.model", rest), value_of("--agent.kind", rest))
+    rest = spelled_out(rest)
+    preset = preset_of(name, rest)
 
     @dataclass
     class Arguments:
