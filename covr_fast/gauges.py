@@ -8,7 +8,7 @@ from PIL import ImageDraw, ImageFont
 
 INK, FAINT, TRACK = (238, 238, 238), (164, 169, 178), (42, 46, 53)
 AGENT, VLM = (88, 156, 255), (255, 160, 52)
-TEXT, BAR = 20, 11
+TEXT, BAR = 22, 11
 """Pixels of letters, and of a bar where there is room."""
 LINE = TEXT + 8
 """Pixels of a line of text with what is below it."""

@@ -23,7 +23,7 @@ from .vlm import ActionPrior
 
 SLOWEST = 4.0
 """Least frames per second of a video."""
-QUALITY = "23"
+QUALITY = "26"
 """H.264's constant rate factor: lower is sharper and larger."""
 
 

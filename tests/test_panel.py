@@ -5,7 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from covr_fast.gauges import AGENT, VLM, fitted, font
+from covr_fast.gauges import AGENT, LINE, TEXT, VLM, fitted, font
 from covr_fast.panel import Decision, Panel
 
 
@@ -70,7 +70,7 @@ def test_insets_show_what_is_seen_at_one_scale():
     assert (cut(image, panel.agent_sees) == shown.agent_sees.repeat(2, 0).repeat(2, 1)).all()
     assert (cut(image, panel.vlm_sees) == shown.vlm_sees.repeat(2, 0).repeat(2, 1)).all()
     for box, colour in ((panel.agent_sees, AGENT), (panel.vlm_sees, VLM)):
-        title = image[box.y - 28 : box.y - 1, box.x : box.x + 100]
+        title = image[box.y - LINE : box.y - 1, box.x : box.x + 5 * TEXT]
         assert (title == colour).all(-1).any(), "the title"
 
 
@@ -84,8 +84,8 @@ def test_square_pictures_have_the_panel_beside_them_and_wide_ones_below(wide):
 
 
 @pytest.mark.parametrize("picture", [(480, 480), (252, 756), (96, 84), (400, 600), (720, 1280), (300, 100)])
-@pytest.mark.parametrize("seen", [(84, 84), (42, 126), (100, 100), (224, 224), (400, 300), (60, 20)])
-@pytest.mark.parametrize("numbers", [1, 6, 12, 56])
+@pytest.mark.parametrize("seen", [(84, 84), (42, 126), (400, 300), (60, 20)])
+@pytest.mark.parametrize("numbers", [1, 12, 56])
 @pytest.mark.parametrize("without", [{}, WITHOUT_VLM, WITHOUT_AGENT])
 def test_nothing_overlaps_or_is_cut_off(picture, seen, numbers, without):
     panel, image = drawn(decision(picture, seen, seen, numbers, **without))
@@ -95,7 +95,7 @@ def test_nothing_overlaps_or_is_cut_off(picture, seen, numbers, without):
     boxes = [panel.picture, panel.numbers, panel.gauges]
     # With the title above.
     boxes += [
-        box._replace(y=box.y - 28, height=box.height + 28, width=max(box.width, 100))
+        box._replace(y=box.y - LINE, height=box.height + LINE, width=max(box.width, 5 * TEXT))
         for box in (panel.agent_sees, panel.vlm_sees)
         if box
     ]
@@ -115,7 +115,7 @@ def test_nothing_overlaps_or_is_cut_off(picture, seen, numbers, without):
 def bars(image: np.ndarray, panel: Panel, colour: tuple[int, int, int]) -> np.ndarray:
     """[A], the bars' numbers as drawn, from the pixels of a colour below the legend."""
     box = panel.gauges
-    found = (cut(image, box)[28:] == colour).all(-1)
+    found = (cut(image, box)[LINE:] == colour).all(-1)
     rows = np.flatnonzero(found.any(1))
     middle = cut(image, box).shape[1] // 2
     starts = rows[np.flatnonzero(np.diff(rows, prepend=-9) > 1)]
