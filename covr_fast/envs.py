@@ -8,7 +8,7 @@ returns it.
 import warnings
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -106,6 +106,7 @@ class PixelEnvs:
         self._simulators = simulators
         n = config.num_envs
         self._stacks = np.zeros((n, *config.obs_shape), np.uint8)
+        self._drawn: dict[int, np.ndarray] = {}
         self._sent: deque[tuple[int, Future[Rows]]] = deque()
         self._begun = False
         self._closed = False
@@ -128,7 +129,7 @@ class PixelEnvs:
             raise RuntimeError("reset() while a batch is simulating: recv() it first")
         for ids, simulator in zip(self.batches(), self._simulators, strict=True):
             observation, _ = simulator.reset()
-            self._start_stacks(ids, self._frames(simulator, observation, np.arange(len(ids))))
+            self._start_stacks(ids, self._frames(simulator, observation, ids))
         self._begun = True
         return self._stacks.copy()
 
@@ -165,6 +166,18 @@ class PixelEnvs:
             raise RuntimeError("recv() without a send()")
         _, rows = self._sent.popleft()
         return rows.result()
+
+    def picture(self, env_id: int) -> np.ndarray:
+        """The newest frame of an environment as the simulator drew it, before it is resized and perhaps grey:
+        uint8[H, W, 3] of any size. It is that of its `obs`.
+
+        Raises:
+            RuntimeError: before reset(), after close(), or while its batch is simulating.
+        """
+        self._check_open("picture()")
+        if not self._begun or any(env_id // self.config.batch_size == batch for batch, _ in self._sent):
+            raise RuntimeError(f"picture({env_id}) before reset(), or between send() and recv() of its batch")
+        return self._drawn[env_id].copy()
 
     def close(self) -> None:
         """Waits for batches that are simulating, and frees the simulators and their threads."""
@@ -246,7 +259,7 @@ class PixelEnvs:
                 f"environment {self.config.id} returned a reward that is not finite (env_ids {bad})"
             )
         # Rendered frames are rendered once for all repeats; an ended episode still shows its last state.
-        c, shown = self.config.channels, self._frames(simulator, newest, ids - first)
+        c, shown = self.config.channels, self._frames(simulator, newest, ids)
         self._stacks[ids, :-c] = self._stacks[ids, c:]
         self._stacks[ids, -c:] = shown
         next_obs = self._stacks[ids]
@@ -254,18 +267,21 @@ class PixelEnvs:
         done = terminated | truncated
         if done.any():
             # The reset row belongs to no transition; it starts the frame stack of the next episode.
-            over = (ids[done] - first).astype(np.int32)
-            observation, *_ = simulator.step(action[done], over)
-            self._start_stacks(ids[done], self._frames(simulator, observation, over))
+            over = ids[done]
+            observation, *_ = simulator.step(action[done], (over - first).astype(np.int32))
+            self._start_stacks(over, self._frames(simulator, observation, over))
             obs = self._stacks[ids]
         return Rows(ids, next_obs, reward, terminated, truncated & ~terminated, obs, frames)
 
-    def _frames(self, simulator: Any, observation: Any, rows: np.ndarray) -> np.ndarray:
-        """The newest frames of these rows of a simulator, uint8[n, channels, height, width]."""
+    def _frames(self, simulator: Any, observation: Any, ids: np.ndarray) -> np.ndarray:
+        """The newest frames of these environments of a simulator, uint8[n, channels, height, width]."""
+        rgb: np.ndarray
         if self._task.to_rgb:
-            return self._resize(self._task.to_rgb(observation))
-        with DRAWING:
-            rgb: np.ndarray = simulator.render(rows.astype(np.int32))
+            rgb = self._task.to_rgb(observation)
+        else:
+            with DRAWING:
+                rgb = simulator.render((ids % self.config.batch_size).astype(np.int32))
+        self._drawn.update(zip(ids.tolist(), rgb, strict=True))
         return self._resize(rgb)
 
     def _start_stacks(self, ids: np.ndarray, frames: np.ndarray) -> None:
@@ -288,8 +304,12 @@ def luma(rgb: torch.Tensor) -> torch.Tensor:
     return torch.einsum("nchw,c->nhw", rgb.float(), weights).round().to(torch.uint8)[:, None]
 
 
-def make_env(config: EnvConfig) -> PixelEnvs:
+def make_env(config: EnvConfig, *, large: bool = False) -> PixelEnvs:
     """Builds config.num_envs environments.
+
+    Args:
+        large: of a task that has `simulate_large`, take those simulators: `picture` is large then, and
+            observations are made of it, so they are no agent's. See `large_pictures.py`.
 
     Raises:
         UserError: unknown id, discrete or unbounded actions, no pixels, sizes that do not fit together,
@@ -299,6 +319,8 @@ def make_env(config: EnvConfig) -> PixelEnvs:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # gymnasium's about the precision of EnvPool's bounds
         task = find_task(config)
+        if large and task.simulate_large:
+            task = replace(task, simulate=task.simulate_large, to_rgb=None)
         simulators: list[Any] = []
         try:
             for first in range(0, config.num_envs, config.batch_size):

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 Policy = Callable[[np.ndarray], np.ndarray]
 """uint8[n, C, H, W] -> actions float32[n, A] in [-1, 1]."""
 
-Watcher = Callable[[np.ndarray, np.ndarray, float], None]
-"""Called at each decision of the first environment, with obs uint8[C, H, W], action [A] and return so far."""
+Watcher = Callable[[np.ndarray, np.ndarray, np.ndarray, float], None]
+"""Called at each decision of the first environment, with its picture uint8[H', W', 3] as the simulator drew
+it, obs uint8[C, H, W], action [A] and return so far."""
 
 
 class Evaluation(NamedTuple):
@@ -72,7 +73,7 @@ def _evaluate_together(
         while running.any():
             action = policy(obs)
             if watch and running[0]:
-                watch(obs[0], action[0], float(returns[0]))
+                watch(envs.picture(0), obs[0], action[0], float(returns[0]))
             envs.send(action, ids)
             rows = envs.recv()
             returns += rows.reward * running

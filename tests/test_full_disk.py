@@ -115,7 +115,7 @@ def test_no_room_for_pictures(name, consequence, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    target = "matplotlib.figure.Figure.savefig" if name == "curves.png" else "imageio.v3.imwrite"
+    target = "matplotlib.figure.Figure.savefig" if name == "curves.png" else "imageio.v2.get_writer"
     monkeypatch.setattr(target, full)
     said = f"{name}: No space left on device: the run is finished.*{consequence}"
     with pytest.raises(UserError, match=said):
