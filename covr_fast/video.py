@@ -3,7 +3,7 @@
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import imageio.v2 as iio
 import numpy as np
@@ -19,7 +19,9 @@ from .large_pictures import LargePictures
 from .panel import Decision, Panel
 from .tasks import find_task
 from .view import agent_view, newest_frame, vlm_view
-from .vlm import ActionPrior
+
+if TYPE_CHECKING:
+    from .vlm import ActionPrior
 
 SLOWEST = 4.0
 """Least frames per second of a video."""
@@ -95,7 +97,7 @@ class EpisodeVideo:
             raise
 
 
-def record_episode(config: TrainConfig, agent: Agent | None, prior: ActionPrior | None, run: Path) -> None:
+def record_episode(config: TrainConfig, agent: Agent | None, prior: "ActionPrior | None", run: Path) -> None:
     """Writes a video of one evaluation episode into `run`. The actor acts; in a run without an agent the VLM.
 
     Raises:
