@@ -186,7 +186,7 @@ def test_config_json_is_left_alone_until_everything_is_built(copied, monkeypatch
     def broken(*_, **__):
         raise UserError("no VLM today")
 
-    monkeypatch.setattr("covr_fast.trainer.VLMTuner", broken)
+    monkeypatch.setattr("covr_fast.advisor.VLMTuner", broken)
     with pytest.raises(UserError, match="no VLM today"):
         Trainer(resumed_config(agent__lr=1e-5), copied, resume=True)
     assert contents(copied) == before

@@ -3,7 +3,7 @@
 import os
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,13 @@ from ..config import TrainConfig
 from ..errors import UserError, unknown
 from ..files import full_names
 from ..methods import METHODS
+from ..presets import PRESETS
 
 SHIPPED = Path(__file__).parent / "specs"
 """Folder of the specs that come with covr_fast."""
 
-_TOP = {"summary", "presets", "seeds", "settings", "groups", "agents", "methods"}
-_GROUP = {"agent", "model", "method", "settings", "by_preset"}
+_TOP = {"summary", "presets", "seeds", "model", "settings", "groups", "agents", "methods"}
+_GROUP = {"agent", "method", "settings", "by_preset"}
 
 
 @dataclass(frozen=True)
@@ -81,14 +82,17 @@ def read_spec(
     """
     path = _find(given)
     content = _read(path)
-    _check_names(f"{path}: entry", content, _TOP)
+    _check_names(path, "entry", content, _TOP)
     groups = _groups(path, content)
-    _check_names(f"{path}: group", dict.fromkeys(only), set(groups))
+    _check_names(path, "group", only, groups)
     chosen = _seeds(path, content.get("seeds", 1) if seeds is None else seeds)
     common = _settings(path, content.get("settings", {}))
     last = {} if steps is None else {"steps": steps}
+    model = model or content.get("model")
+    if not isinstance(model, str | None):
+        raise UserError(f"{path}: model={model!r} must be the name of a VLM, or its folder")
     runs = [
-        _planned(path, preset, name, group | ({"model": model} if model else {}), seed, common, last)
+        _planned(path, preset, name, {"model": model} | group, seed, common, last)
         for preset in presets or _texts(path, content, "presets")
         for name, group in groups.items()
         if name in only or not only
@@ -121,10 +125,10 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _check_names(what: str, given: Mapping[str, Any], known: set[str]) -> None:
+def _check_names(path: Path, kind: str, given: Iterable[str], known: Collection[str]) -> None:
     for name in given:
         if name not in known:
-            raise unknown(what, name, known)
+            raise UserError(f"{path}: {unknown(kind, name, known)}")
 
 
 def _texts(path: Path, content: Mapping[str, Any], name: str) -> list[str]:
@@ -161,7 +165,7 @@ def _groups(path: Path, content: Mapping[str, Any]) -> dict[str, dict[str, Any]]
     for name, group in groups.items():
         if Path(name).name != name or name in (".", ".."):
             raise UserError(f"{path}: the group {name!r} cannot name a folder: leave out its slashes")
-        _check_names(f"{path}: entry of the group {name}", group, _GROUP)
+        _check_names(path, f"entry of the group {name}:", group, _GROUP)
     return groups
 
 
@@ -170,7 +174,7 @@ def _settings(path: Path, given: Any) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise UserError(f"{path}: settings={given!r} must be a table")
     flat = full_names(given)
-    _check_names(f"{path}: setting", flat, _setting_names())
+    _check_names(path, "setting", flat, _setting_names())
     reserved = {"seed": "seeds", "agent.kind": "agent", "vlm.model": "model", "method": "method"}
     for name in flat.keys() & reserved.keys():
         raise UserError(f"{path}: {name} does not belong into settings: give {reserved[name]} instead")
@@ -191,8 +195,9 @@ def _planned(
     last: Mapping[str, Any],
 ) -> PlannedRun:
     by_preset = group.get("by_preset", {})
-    own = by_preset.get(preset, {}) if isinstance(by_preset, dict) else {}
-    settings = {**_settings(path, group.get("settings", {})), **_settings(path, own), **last}
+    _check_names(path, f"preset of the group {name}:", by_preset, PRESETS)
+    own = _settings(path, by_preset.get(preset, {}))
+    settings = {**_settings(path, group.get("settings", {})), **own, **last}
     who = {"agent.kind": group.get("agent"), "vlm.model": group.get("model"), "method": group.get("method")}
     try:
         config = TrainConfig.preset(preset, who["vlm.model"], who["agent.kind"], who["method"] or "covr")
