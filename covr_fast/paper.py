@@ -1,7 +1,7 @@
 """The published figures of COVR (Xia et al. 2026): episode returns by task and method.
 
-Returns are means and standard deviations over ten evaluation episodes of three seeds, after `PaperTask.steps`
-environment steps.
+Returns are means and deviations of three seeds with ten evaluation episodes each, after `PaperTask.steps`
+environment steps. Whether a deviation is over seeds or over episodes is not said.
 """
 
 from dataclasses import dataclass

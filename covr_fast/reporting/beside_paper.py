@@ -23,10 +23,10 @@ def published_section(context: Context) -> Markup:
         "published",
         "Beside the published figures",
         note(
-            "Episode returns, mean ± standard deviation over seeds. Published: Xia et al. 2026 "
-            f"(arXiv 2601.06122), {paper.SEEDS} seeds, {paper.EPISODES} evaluation episodes, {paper.VLM}. "
-            "Grey rows were not run here. A figure of ours with a remark beside it does not compare with the "
-            "published one."
+            "Episode returns. Ours: mean ± standard deviation over seeds. Published: Xia et al. 2026 "
+            f"(arXiv 2601.06122), {paper.SEEDS} seeds, {paper.EPISODES} evaluation episodes, {paper.VLM}; "
+            "whether its ± is over seeds or episodes is not known here. Grey rows were not run. A figure "
+            "of ours with a remark beside it does not compare with the published one."
         ),
         *(tables or [note("No run is finished.")]),
     )

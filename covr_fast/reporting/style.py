@@ -55,6 +55,7 @@ td.remark { color: var(--mark); font-size: 0.84rem; }
 .frames .kept img { outline: 3px solid #009e73; }
 .frames .dropped img { outline: 3px solid #d55e00; }
 .frames figcaption { padding-top: 6px; font-size: 0.76rem; line-height: 1.3; }
+@media (max-width: 600px) { .frames figure, .frames img { width: 68px; } }
 video, .clip { display: block; width: 100%; max-width: 380px; border-radius: 8px; }
 details { margin: 8px 0; }
 summary { cursor: pointer; color: var(--accent); font-size: 0.92rem; }
