@@ -14,7 +14,7 @@ USAGE = """usage: covr-fast COMMAND ...
   sweep SPEC [--seeds N] [--jobs N]              train a grid of presets, agents, methods and seeds
   evaluate RUN [--episodes N] [--json]           let a run's trained actor play
   evaluate RUN --vlm-alone [--round N]           let its VLM play, as it was after a round
-  report RUN...                                  print runs' summaries and redraw their curves
+  report RUN... [--out FILE]                     print runs' summaries, and write a page about them
   audit RUN [--rows N] [--seed N]                recompute stored priors, and tell which differ
   push RUN REPO [--private] [--dry-run]          make a run's VLM a model on the Hugging Face Hub
   bench [PRESET] [--seconds S] [--FIELD VALUE]   time the parts of a preset's loop on this machine

@@ -83,7 +83,7 @@ def test_what_reads_the_rounds_tells_those_that_tuned(late, monkeypatch, capsys)
     assert call(monkeypatch, "evaluate", str(out), "--vlm-alone", "--round=2", "--episodes=1") == 2
     assert "after the rounds 0, 3 (0: before any)" in capsys.readouterr().err
     assert {r["version"] for r in read_records(out / "answers.jsonl")[0]} == {0, 1}
-    assert call(monkeypatch, "report", str(out)) == 0
+    assert call(monkeypatch, "report", str(out), "--out", str(out / "report.html")) == 0
     (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("│     2 "))
     assert row.replace("│", " ").split()[-4:] == ["-"] * 4, "a round that tuned nothing has figures of tuning"
 
