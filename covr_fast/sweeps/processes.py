@@ -74,6 +74,9 @@ class Jobs:
             raise
 
     def _start(self, slot: int, run: SweepRun) -> None:
+        if (run.folder / "summary.json").is_file():  # another sweep into this folder has made it meanwhile
+            run.state = State.FINISHED
+            return
         run.folder.parent.mkdir(parents=True, exist_ok=True)
         _set_aside(run)
         here = dict(os.environ)
