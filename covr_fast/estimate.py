@@ -7,6 +7,7 @@ from rich.console import Console
 
 from .bench import Figures, measure
 from .config import TrainConfig
+from .costs import in_words
 from .schedule import FineTuneSchedule
 from .sweeps.states import SweepRun
 
@@ -72,13 +73,6 @@ def _tuning_steps(config: TrainConfig) -> int:
     return steps
 
 
-def in_words(seconds: float) -> str:
-    """For people: "50 s", "12 min", "3.4 h"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 def print_estimate(waiting: Sequence[SweepRun], jobs: int, threads: int | None, console: Console) -> None:
     """Times the parts of each group's loop, and prints how long the waiting runs will take."""
     seconds: dict[tuple[str, str], float] = {}
@@ -91,4 +85,14 @@ def print_estimate(waiting: Sequence[SweepRun], jobs: int, threads: int | None, 
             console.print(f"  {key[0]}, {key[1]}: {in_words(seconds[key])} a run, by its parts timed alone")
     total = sum(seconds[run.planned.preset, run.planned.group] for run in waiting)
     longest = max(seconds.values())
-    console.print(f"estimated: {in_words(max(longest, total / jobs))} for {len(waiting)} runs")
+    what = "one run" if len(waiting) == 1 else f"{len(waiting)} runs"
+    console.print(f"estimated: {in_words(max(longest, total / jobs))} for {what}")
+
+
+def print_whole_run(config: TrainConfig, figures: Figures, console: Console) -> None:
+    """Prints how long a run with these settings takes, and what of it."""
+    parts = run_seconds(config, figures)
+    total = parts.pop("total")
+    largest = sorted(parts.items(), key=lambda part: -part[1])
+    shares = ", ".join(f"{name} {in_words(seconds)}" for name, seconds in largest if seconds >= 0.5)
+    console.print(f"a whole run of {config.steps} steps, by its parts: {in_words(total)} ({shares})")

@@ -35,6 +35,8 @@ def main(arguments: list[str]) -> int:
     from rich.console import Console
 
     from ..bench import CheckFailedError, measure, print_figures
+    from ..costs import cost_of
+    from ..estimate import print_whole_run
 
     quiet_libraries()
     try:
@@ -42,5 +44,8 @@ def main(arguments: list[str]) -> int:
     except CheckFailedError as error:
         print(f"no figures, for something is wrong: {error}", file=sys.stderr)
         return 1
-    print_figures(figures, Console(highlight=False, soft_wrap=True))
+    console = Console(highlight=False, soft_wrap=True)
+    print_figures(figures, console)
+    print_whole_run(parsed.config, figures, console)
+    console.print(f"{name} as it is, measured before: {cost_of(name)}")
     return 0

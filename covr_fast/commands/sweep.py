@@ -77,7 +77,8 @@ def main(arguments: list[str]) -> int:
     waiting = [run for run in runs if run.state is State.WAITING]
     finished = f", {len(runs) - len(waiting)} of them finished" if len(waiting) < len(runs) else ""
     at_once = f", {parsed.jobs} at a time" if parsed.jobs > 1 else ""
-    console.print(f"{spec.summary}: {len(runs)} runs{finished}, into {out}{at_once}")
+    count = "one run" if len(runs) == 1 else f"{len(runs)} runs"
+    console.print(f"{spec.summary}: {count}{finished}, into {out}{at_once}")
     threads = _threads(parsed.jobs)
     if parsed.dry_run:
         for run in waiting:

@@ -17,6 +17,7 @@ def main(arguments: list[str]) -> int:
 
     from ..checkpoint import load_config
     from ..config import TrainConfig
+    from ..costs import cost_of
     from ..methods import METHODS
     from ..presets import PRESETS
 
@@ -24,6 +25,7 @@ def main(arguments: list[str]) -> int:
         print("usage: covr-fast train PRESET [--out DIR] [--FIELD VALUE ...]\n\npresets:")
         for name, preset in PRESETS.items():
             print(f"  {name:<20}{preset.summary}, with {preset.model}")
+            print(f"{'':<22}{cost_of(name)}")
         print("\n--method METHOD, with any preset (--covr off is --method off):")
         for method, each in METHODS.items():
             print(f"  {method:<20}{each.summary}")
