@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from ..files import writing
+from ..flags import flags
 from ..run_folder import RunFolder
-from .spec import flags
 from .states import State, SweepRun
 
 _LOOK_EVERY = 0.2
