@@ -12,7 +12,7 @@ from ..flags import flags
 from ..run_folder import RunFolder
 from .states import State, SweepRun
 
-_LOOK_EVERY = 0.2
+_LOOK_EVERY = 0.5
 """Seconds between two looks at the processes."""
 
 

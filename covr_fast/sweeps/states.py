@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from pathlib import Path
 
 from ..errors import UserError
@@ -50,6 +51,7 @@ class SweepRun:
             return 0
         return int(records[-1]["step"]) if records else 0
 
+    @cached_property
     def result(self) -> tuple[float, float, float]:
         """Mean and standard deviation of the returns of a finished run's policy, and its seconds."""
         summary = read_summary(self.folder)

@@ -42,7 +42,7 @@ class Progress:
     def _line(self, run: SweepRun) -> str:
         done = sum(each.state is State.FINISHED for each in self._runs)
         line = f"[{done}/{len(self._runs)}] {run.name} {_words(run)}"
-        return line if run.state is not State.FINISHED else f"{line} in {run.result()[2]:.0f} s"
+        return line if run.state is not State.FINISHED else f"{line} in {run.result[2]:.0f} s"
 
 
 def table(runs: Sequence[SweepRun]) -> Table:
@@ -66,7 +66,7 @@ def _cell(run: SweepRun) -> str:
 
 def _words(run: SweepRun) -> str:
     if run.state is State.FINISHED:
-        mean, std, _ = run.result()
+        mean, std, _ = run.result
         return f"{mean:.1f} ± {std:.1f}"
     if run.state is State.BROKEN:
         return f"broken ({run.exit_code})"
