@@ -275,10 +275,11 @@ class Trainer:
         """Sends the decision for `obs`; while it is simulated, the VLM gives its prior for them."""
         with self.clock("acting"):
             self.collector.send(obs, self._decide(obs), env_ids)
-        if self._prior_due(env_ids) and self.labeller is None:
+        due = self._prior_due(env_ids) & (self.labeller is None)
+        if due.any():
             with self.clock("prior"):
                 answer = self.prior(
-                    vlm_view(self.config, torch.from_numpy(obs)),
+                    vlm_view(self.config, torch.from_numpy(obs[due])),
                     temperature=self.config.vlm.temperature,
                     generator=self._prior_noise,
                     confidence=self.config.covr.confidence,
@@ -287,9 +288,9 @@ class Trainer:
             if answer.confidence is not None:
                 self._metrics.add({"prior_confidence": answer.confidence})
                 weight = answer.confidence.cpu().numpy()
-            self.collector.set_prior(answer.action.cpu().numpy(), answer.version, env_ids, weight)
-        elif self.config.vlm.between == "mask":
-            self.collector.mask_prior(env_ids)
+            self.collector.set_prior(answer.action.cpu().numpy(), answer.version, env_ids[due], weight)
+        if self.config.vlm.between == "mask":
+            self.collector.mask_prior(env_ids[~due])
 
     def _decide(self, obs: np.ndarray) -> np.ndarray:
         """Actions float32[n, A]: random ones during the warm-up, then the actor's."""
@@ -300,10 +301,11 @@ class Trainer:
             raise DivergedError(f"the actor's actions are NaN at step {self.step}")
         return action
 
-    def _prior_due(self, env_ids: np.ndarray) -> bool:
-        """Whether the VLM is asked about the latest decision of these environments."""
-        repeat, number = self.config.env.action_repeat, self.collector.latest(env_ids)
-        return number == 0 or is_due(self.config.vlm.every, (number - 1) * repeat, number * repeat)
+    def _prior_due(self, env_ids: np.ndarray) -> np.ndarray:
+        """bool[n], whether the VLM is asked about the latest decision of each of these environments."""
+        repeat, every = self.config.env.action_repeat, self.config.vlm.every
+        due = [k == 0 or is_due(every, (k - 1) * repeat, k * repeat) for k in self.collector.latest(env_ids)]
+        return np.array(due, bool)
 
     def _store(self, rows: Rows) -> Tensor:
         """The new transitions' ids int64[n]."""
@@ -311,8 +313,7 @@ class Trainer:
             stored, returns = self.collector.store(rows)
         if self.labeller is not None:
             with self.clock("prior"):
-                if self._prior_due(rows.env_ids):
-                    self.labeller.due(stored.tolist())
+                self.labeller.due(stored[torch.from_numpy(self._prior_due(rows.env_ids))].tolist())
                 self.labeller.step()
         self.counters.returns += returns
         self.counters.decisions += len(rows.env_ids)
