@@ -35,7 +35,9 @@ def load(entry_point: str) -> Callable[..., Any]:
             raise UserError(f"{what}: {unknown('name', part, known)}")
         found = getattr(found, part)
     if not callable(found):
-        raise UserError(f"{what} is a {type(found).__name__}: name a function or a class that makes it")
+        raise UserError(
+            f"{what} is of type {type(found).__name__}: it must be a function or class that makes it"
+        )
     make: Callable[..., Any] = found
     return make
 

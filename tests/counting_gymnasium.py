@@ -51,7 +51,7 @@ class Counting(gymnasium.Env):
 
     def render(self):
         frame = np.zeros(FRAMES.shape, np.uint8)
-        frame[:] = self.env, self.episode, self.count
+        frame[:] = self.env % 256, self.episode % 256, self.count
         return frame
 
     def observation(self):

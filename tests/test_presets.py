@@ -14,6 +14,8 @@ NAMES = (
     "cartpole-swingup", "reacher-easy", "cheetah-run", "walker-walk",
     "finger-spin", "ball-in-cup-catch", "hopper-hop", "walker-run", "pendulum-swingup",
 )  # fmt: skip
+OWN = "custom"
+"""The one for an environment of the user's: tests/test_own_environment.py runs it."""
 SERVED = ("carla-highway", "carla-pedestrians")
 """Those that need a server: tests/carla_client runs them on a stand-in."""
 SMALL = {
@@ -34,7 +36,7 @@ DECISIONS = {
 def test_no_preset_is_left_out(capsys):
     assert cli.run(["train", "--help"]) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
-    assert listed == [*NAMES, *SERVED]
+    assert listed == [*NAMES[:5], OWN, *NAMES[5:], *SERVED]
 
 
 @pytest.mark.parametrize("name", NAMES)
