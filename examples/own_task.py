@@ -52,11 +52,11 @@ class Reach(gymnasium.Env):
 def main(steps: int, out: str) -> None:
     config = TrainConfig.preset("custom")  # with nano
     config.env = GymEnv(make=Reach, num_envs=8, batch_size=4, height=SIZE, width=SIZE, grayscale=True)
-    config.steps = steps
+    config.steps, config.covr.cold_start = steps, 1  # the VLM guides after its first round
     returns = Trainer(config, out).run()["evaluations"]
     random, trained = returns["random"]["mean"], returns["actor"]["mean"]
     print(f"mean return of 10 episodes: {random:.2f} with random actions, {trained:.2f} by the trained actor")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 4000, sys.argv[2] if len(sys.argv) > 2 else "runs/reach")
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 3000, sys.argv[2] if len(sys.argv) > 2 else "runs/reach")
