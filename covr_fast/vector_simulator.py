@@ -171,7 +171,7 @@ class VectorSimulator:
         return observation
 
     def _frames(self, observation: Any) -> np.ndarray:
-        """uint8[n, H, W, 3], a copy: some environments use their arrays again."""
+        """uint8[n, H, W, 3], a copy that may be written into."""
         if self._spaces.pixels:
             return np.array(observation)
         with DRAWING, blamed(f"{self._call.name}: its render()"):
