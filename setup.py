@@ -75,7 +75,7 @@ setup(
     packages=[*find_packages(include=["covr_fast", "covr_fast.*"]), "covr_fast.kernels.triton"],
     # The Triton sources live beside the CUDA ones and install as part of the package.
     package_dir={"covr_fast.kernels.triton": "kernels/triton"},
-    package_data={"covr_fast": ["py.typed", "*.pyi"]},
+    package_data={"covr_fast": ["py.typed", "*.pyi", "sweeps/specs/*.toml"]},
     ext_modules=[Extension("covr_fast._C", sources=[])],
     cmdclass={"build": CleanBuild, "build_ext": CMakeBuild},
 )

@@ -13,7 +13,7 @@ from .buffer import ReplayBuffer
 from .checkpoint import Checkpoint, load_config
 from .config import TrainConfig
 from .errors import UserError
-from .parts import load_round
+from .load_vlm import load_round
 from .report import new_table
 from .rounds import vlm_images
 from .staleness import stored_priors
@@ -75,6 +75,8 @@ def audit(run: Path, *, rows: int = 64, seed: int = 0) -> Audit:
     """
     config = load_config(run)
     config.check()
+    if not config.has_vlm:
+        raise UserError(f"{run} has no VLM (covr.vlm='off'), so it has no priors")
     if config.vlm.temperature > 0:
         raise UserError(
             f"{run} has sampled priors (vlm.temperature={config.vlm.temperature:g}), which depend on random "

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from .config import TrainConfig
 from .report import new_table
+from .rounds import vlm_images
 from .trainer import Trainer
-from .view import vlm_view
+from .view import agent_view, vlm_view
 from .vlm import ActionPrior
 
 
@@ -57,26 +58,41 @@ class Figures:
     """What `measure` found."""
 
     parts: list[Timing]
+    building: float
+    """Seconds that it took to build the run: environments, networks, the VLM."""
     batch: tuple[int, ...]
     """Shape [B, 3, H, W] of the frames that the VLM was asked about."""
     sizes: list[SizeTiming]
-    """Only sizes that change the number of tokens, and the one in use."""
+    """Only sizes that change the number of tokens, and the one in use. None in a run without a VLM."""
+
+    def median(self, part: str) -> float:
+        """Seconds of a call of this part; 0 if the run has none."""
+        return next((float(np.median(t.seconds)) for t in self.parts if t.part == part), 0.0)
 
 
-def measure(config: TrainConfig, seconds: float) -> Figures:
+def measure(config: TrainConfig, seconds: float, *, sizes: bool = True) -> Figures:
     """Builds what `covr-fast train` builds with these settings, and times each part alone for `seconds`, and
-    as long the VLM with other sizes of frames.
+    with `sizes` as long the VLM with other sizes of frames.
 
     Raises:
         CheckFailedError: a part is wrong.
         UserError: the settings do not fit together.
     """
+    began = time.perf_counter()
     trainer = Trainer(config, Path("unused"))  # it writes nothing before it runs
+    built = time.perf_counter() - began
     with trainer.envs:
         simulation, stored = _simulation(trainer, seconds)
-        replay, images = _replay(trainer, seconds, stored), vlm_view(config, torch.from_numpy(stored[-1].obs))
-        parts = [simulation, replay, _prior(trainer, seconds, images), _update(trainer, seconds)]
-        return Figures(parts, tuple(images.shape), _image_sizes(trainer, seconds, images))
+        images = vlm_view(config, torch.from_numpy(stored[-1].obs))
+        parts = [simulation, _replay(trainer, seconds, stored)]
+        if config.has_vlm:
+            parts.append(_prior(trainer, seconds, images))
+        if config.has_agent:
+            parts += [_acting(trainer, seconds, stored[-1].obs), _update(trainer, seconds)]
+        compared = _image_sizes(trainer, seconds, images) if config.has_vlm and sizes else []
+        if config.has_rounds:
+            parts.append(_tuning(trainer, seconds))  # last: it changes the VLM's weights
+        return Figures(parts, built, tuple(images.shape), compared)
 
 
 def print_figures(figures: Figures, console: Console) -> None:
@@ -90,6 +106,8 @@ def print_figures(figures: Figures, console: Console) -> None:
     for t in figures.parts:
         console.print(f"checked before: {t.part}: {t.checked}")
 
+    if not figures.sizes:
+        return
     count, _, height, width = figures.batch
     title = f"what the VLM sees: answers for {count} frames of {height}x{width}"
     table = new_table(title, ["vlm.image_size"], ["tokens a frame", "median ms", "answers/s"])
@@ -197,6 +215,45 @@ def _image_sizes(trainer: Trainer, seconds: float, images: Tensor) -> list[SizeT
     finally:
         prior.image_size = used
     return timings
+
+
+def _acting(trainer: Trainer, seconds: float, obs: np.ndarray) -> Timing:
+    """The actor's decisions for a batch of environments."""
+    view = agent_view(trainer.config, torch.from_numpy(obs))
+    action = trainer.agent.act(view)
+    if not (action.abs() <= 1).all():  # nor are NaN
+        raise CheckFailedError("acting: an action lies outside [-1, 1]")
+    took = _times(trainer, seconds, lambda: trainer.agent.act(view).cpu())
+    return Timing("acting", f"{len(obs)} frames", "actions lie in [-1, 1]", took)
+
+
+def _tuning(trainer: Trainer, seconds: float) -> Timing:
+    """An optimizer step of a round, with an epoch's held-out loss: the difference between rounds of three
+    steps and of one. Half of the samples have a weight, as after RALW."""
+    assert trainer.vlm is not None
+    assert trainer.vlm.tuner is not None
+    tuner, batch = trainer.vlm.tuner, trainer.config.tuner.batch_size
+    ids = trainer.buffer.sample(2 * batch, dtype=torch.uint8).index
+    images, actions = vlm_images(trainer.config, trainer.buffer, ids), trainer.buffer.actions(ids)
+    weights = (torch.arange(len(ids)) % 2).float()
+
+    def round_of(steps: int) -> float:
+        tuner.config = replace(trainer.config.tuner, epochs=steps, max_steps=steps, overlap=False)
+        began = time.perf_counter()
+        tuner.start(images, actions, weights, weights=weights)
+        report = tuner.wait()
+        if trainer.device.type == "cuda":
+            torch.cuda.synchronize(trainer.device)
+        if report is None or report.steps != steps or not math.isfinite(report.loss_before):
+            raise CheckFailedError("fine-tuning: a round did not make its steps, or its loss is not finite")
+        return time.perf_counter() - began
+
+    round_of(1)
+    took: list[float] = []
+    while sum(took) < seconds or len(took) < 2:
+        took.append(max(0.0, round_of(3) - round_of(1)) / 2)
+    call = f"a step of {batch} samples, half of them with a weight"
+    return Timing("fine-tuning", call, "rounds make their steps, losses are finite", np.array(took))
 
 
 def _update(trainer: Trainer, seconds: float) -> Timing:

@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,11 +21,15 @@ from .model_card import write_run_card
 from .tasks import find_task
 from .versions import RoundWeights, add_rounds, drop_staged, last_published, rounds_in, save_vlm
 from .view import agent_obs_shape
-from .vlm import ActionPrior
+
+if TYPE_CHECKING:
+    from .vlm import ActionPrior
 
 RESCUED = "agent.pt"
 """File in the run folder with the agent alone. It exists if there was no room for the last checkpoint, so it
 is newer than the checkpoint."""
+NO_VLM: dict[str, Any] = {"rounds": [], "rounds_done": 0, "prior_version": 0}
+"""The part of counters.pt that is the VLM's, in a run without one, or without rounds."""
 _RESERVE = ".reserve"
 _REMEDY = "put back a copy of the checkpoint, or begin a new run"
 
@@ -71,26 +75,33 @@ def _newest(target: Path) -> Path | None:
 
 
 def save_checkpoint(
-    run: Path, agent: Agent, prior: ActionPrior, counters: dict[str, Any], buffer: ReplayBuffer | None
+    run: Path,
+    agent: Agent | None,
+    prior: "ActionPrior | None",
+    counters: dict[str, Any],
+    buffer: ReplayBuffer | None,
 ) -> None:
-    """Writes RUN/checkpoint: agent.pt, counters.pt, vlm/ (for ActionPrior.from_pretrained), adapters/ (the
-    same after each round; see `versions`) and, with `buffer`, replay.
+    """Writes RUN/checkpoint: counters.pt, with `agent` agent.pt, with `prior` vlm/ (for
+    ActionPrior.from_pretrained) and adapters/ (the same after each round; see `versions`), and with `buffer`
+    replay.
 
     Raises:
         UserError: the prior is an adapter of a model in the checkpoint that would be replaced.
         OSError: it could not be written; the former checkpoint is still there.
     """
-    if prior.needs(run / "checkpoint") or prior.needs(run / "checkpoint.old"):
+    if prior is not None and any(prior.needs(run / name) for name in ("checkpoint", "checkpoint.old")):
         raise UserError(
             f"the VLM is an adapter of {prior.backbone.source}, which saving would remove: copy that model "
             "to another place, and begin a run with it as vlm.model"
         )
     with replaced_folder(run / "checkpoint") as new:
-        _write(agent.state_dict(), new / "agent.pt")
         _write(counters, new / "counters.pt")
-        save_vlm(prior, new / "vlm", run / "checkpoint" / "vlm")
-        write_run_card(new / "vlm", counters, counters.get("before", {}))
-        add_rounds(new, run, _newest(run / "checkpoint"), counters.get("rounds", []), prior)
+        if agent is not None:
+            _write(agent.state_dict(), new / "agent.pt")
+        if prior is not None:
+            save_vlm(prior, new / "vlm", run / "checkpoint" / "vlm")
+            write_run_card(new / "vlm", counters, counters.get("before", {}))
+            add_rounds(new, run, _newest(run / "checkpoint"), counters.get("rounds", []), prior)
         if buffer is not None:
             buffer.save(new / "replay")
     drop_staged(run)
@@ -98,12 +109,15 @@ def save_checkpoint(
 
 
 @contextmanager
-def reserved_room(run: Path, agent: Agent) -> Iterator[None]:
-    """Reserves room on the disk for `rescue_agent` until the block ends.
+def reserved_room(run: Path, agent: Agent | None) -> Iterator[None]:
+    """Reserves room on the disk for `rescue_agent` until the block ends; none without an agent.
 
     Raises:
         OSError: there is no room.
     """
+    if agent is None:
+        yield
+        return
     path = run / _RESERVE
     weights = sum(p.numel() * p.element_size() for m in agent.modules().values() for p in m.parameters())
     try:
@@ -152,6 +166,8 @@ class Checkpoint:
         Raises:
             UserError: a record of them is damaged.
         """
+        if not config.has_vlm:
+            raise UserError(f"{self.folder.parent} has no VLM: it is a run with covr.vlm='off'")
         found = {kept.number: kept for kept in rounds_in(self.folder / "adapters")}
         if version := self.counters["prior_version"]:  # vlm/ is there even if rounds are not kept
             last = last_published(self.counters["rounds"])
@@ -211,6 +227,8 @@ def load_actor(run: Path) -> tuple[Policy, TrainConfig]:
     """The trained actor of a run, used as in the evaluations of training, and the run's settings."""
     config = load_config(run)
     config.check()
+    if not config.has_agent:
+        raise UserError(f"{run} has no actor: its VLM decides (covr.decides='vlm'), so add --vlm-alone")
     agent = make_agent(
         agent_obs_shape(config), (find_task(config.env).action_dim,), config.agent, seed=config.seed
     )

@@ -10,9 +10,11 @@ from .errors import UserError, unknown
 USAGE = """usage: covr-fast COMMAND ...
 
   train PRESET [--out DIR] [--FIELD VALUE ...]   train COVR and write a run folder
-  evaluate RUN [--episodes N] [--seed N]         let a run's trained actor play
+  train PRESET --method METHOD                   train a baseline or an ablation of its paper
+  sweep SPEC [--seeds N] [--jobs N]              train a grid of presets, agents, methods and seeds
+  evaluate RUN [--episodes N] [--json]           let a run's trained actor play
   evaluate RUN --vlm-alone [--round N]           let its VLM play, as it was after a round
-  report RUN...                                  print runs' summaries and redraw their curves
+  report RUN... [--out FILE]                     print runs' summaries, and write a page about them
   audit RUN [--rows N] [--seed N]                recompute stored priors, and tell which differ
   push RUN REPO [--private] [--dry-run]          make a run's VLM a model on the Hugging Face Hub
   bench [PRESET] [--seconds S] [--FIELD VALUE]   time the parts of a preset's loop on this machine
@@ -22,7 +24,7 @@ USAGE = """usage: covr-fast COMMAND ...
 covr-fast train --help lists the presets; covr-fast train PRESET --help every field."""
 
 
-COMMANDS = ("train", "evaluate", "report", "audit", "push", "bench", "doctor")
+COMMANDS = ("train", "sweep", "evaluate", "report", "audit", "push", "bench", "doctor")
 """Each is a module of `commands`."""
 
 

@@ -42,6 +42,11 @@ class Collector:
         numbers: list[int] = (self._decisions[env_ids] - 1).tolist()
         return numbers
 
+    def latest_action(self, env_ids: np.ndarray) -> np.ndarray:
+        """float32[n, A], the latest decisions of these environments."""
+        latest: np.ndarray = self._action[env_ids]
+        return latest
+
     def set_prior(
         self, prior: np.ndarray, version: int, env_ids: np.ndarray, weight: np.ndarray | float = 1.0
     ) -> None:

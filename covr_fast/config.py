@@ -15,6 +15,7 @@ from .custom import doubts
 from .envs import EnvConfig
 from .errors import UserError, unknown
 from .files import full_names
+from .methods import METHODS
 from .schedule import Rule
 from .vlm import TunerConfig
 from .vlm.model.nano import is_nano
@@ -37,8 +38,11 @@ class ReplayConfig:
     """Rewards summed before the bootstrap."""
     gamma: float = 0.99
     """Discount per decision, in the Bellman target and in the returns that EDDF filters."""
-    sampler: Literal["uniform", "prioritized", "recent"] = "uniform"
-    """How transitions are drawn."""
+    sampler: Literal["uniform", "prioritized", "recent", "best"] = "uniform"
+    """How transitions are drawn; best: half of them from those of finished episodes with the highest
+    returns, half from all."""
+    best_share: float = 0.5
+    """With sampler="best", share of the transitions of finished episodes that count as best."""
     augment: Literal["none", "shift", "crop", "translate"] = "crop"
     """Random crop or random translation (RAD), random shift (DrQ), or none."""
     pad: int = 4
@@ -94,8 +98,13 @@ class VLMConfig:
 
 @dataclass
 class COVRConfig:
-    """The filter, the schedule of rounds and the guidance."""
+    """Who does what, the filter, the schedule of rounds and the guidance."""
 
+    vlm: Literal["tuned", "frozen", "off"] = "tuned"
+    """What becomes of the VLM: it is tuned in rounds, stays as it comes, or is not even loaded (`--covr off`
+    says this too)."""
+    decides: Literal["agent", "vlm"] = "agent"
+    """Whose actions are executed. vlm: no agent is trained."""
     psi_0: int = 5000
     """Environment steps before the first fine-tuning round."""
     schedule: Rule = "linear"
@@ -116,6 +125,21 @@ class COVRConfig:
     distance: Literal["sample", "mean"] = "sample"
     """Eq. 4 measures from the actor's sampled action, as the paper's a_r, or from its mean action, which
     leaves its entropy to the temperature."""
+    decay: float = 0.0
+    """Share of the run's steps in which lambda falls linearly to 0; 0: it stays, as in the paper."""
+    filter: Literal["eddf", "top", "random"] = "eddf"
+    """Which samples of D_f the VLM learns from: those above the threshold of Eq. 5 (EDDF), the top_share of
+    them with the highest returns, or as many random ones as EDDF would keep."""
+    top_share: float = 0.8
+    """With filter="top", share of the samples that is kept."""
+    z_score: bool = True
+    """Take the threshold of Eq. 5 over z-scores. False: in units of the return, where it keeps the same
+    samples, because z-scores are linear in returns."""
+    score: Literal["return", "reward", "q"] = "return"
+    """What samples are filtered and weighted by: the discounted return g_t, the reward r_t, or the critic's
+    Q(s_t, a_t) when the round begins."""
+    weights: Literal["returns", "equal", "random"] = "returns"
+    """What weighs a kept sample in the loss of Eq. 6: its return (RALW), 1, or a random number in [0, 1)."""
     min_samples: int = 256
     """Fewest samples of finished episodes (D_f) for a round; it waits for them."""
     horizon: int | None = None
@@ -141,6 +165,8 @@ class EvalConfig:
     """Environment steps between evaluations during training; 0: only at the end."""
     vlm: bool = True
     """Before and after training, also evaluate the VLM alone, which then makes every decision."""
+    rounds: bool = False
+    """Also evaluate it after each round of fine-tuning, if there are any."""
     seed: int = 1_000_000
     """Seed of the first environment of evaluations; training uses others."""
 
@@ -184,10 +210,15 @@ class TrainConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     begun_as: str = ""
     """Name of the preset from which the settings were made. Only a record."""
+    method: str = "covr"
+    """COVR, a baseline or an ablation, whose settings the preset takes: covr, off, vbe, dpl, apl, vpf, per,
+    ere, m1 to m11 (docs/training.md). Only a record."""
 
     @staticmethod
-    def preset(name: str, model: str | None = None, agent: str | None = None) -> "TrainConfig":
-        """A preset by name, with the settings that suit `model` and `agent`.
+    def preset(
+        name: str, model: str | None = None, agent: str | None = None, method: str = "covr"
+    ) -> "TrainConfig":
+        """A preset by name, with the settings that suit `model` and `agent`, and those of a method.
 
         What suits a VLM depends on what it knows: the tuning that teaches nano's random weights destroys the
         knowledge of a pretrained model.
@@ -196,9 +227,10 @@ class TrainConfig:
             name: of the preset; `covr-fast train --help` lists them.
             model: for `vlm.model`. None: that of the preset.
             agent: for `agent.kind`, with the settings of its publication. None: that of the preset.
+            method: COVR, a baseline or an ablation; `covr-fast train --help` lists them.
 
         Raises:
-            UserError: unknown preset or kind of agent; the message suggests similar names.
+            UserError: unknown preset, kind of agent or method; the message suggests similar names.
         """
         from .presets import PRESETS
 
@@ -209,9 +241,32 @@ class TrainConfig:
         kind = preset.agent if agent is None else agent
         if kind not in get_args(Kind):
             raise unknown("kind of agent", kind, get_args(Kind))
+        if method not in METHODS:
+            raise unknown("method", method, METHODS)
         config = preset.make(is_nano(model), cast(Kind, kind))
-        config.vlm.model, config.begun_as = model, name
+        config.vlm.model, config.begun_as, config.method = model, name, method
+        METHODS[method].change(config)
         return config
+
+    @property
+    def has_agent(self) -> bool:
+        """Whether a run trains an agent."""
+        return self.covr.decides == "agent"
+
+    @property
+    def has_vlm(self) -> bool:
+        """Whether a run loads a VLM."""
+        return self.covr.vlm != "off"
+
+    @property
+    def has_rounds(self) -> bool:
+        """Whether a run tunes its VLM."""
+        return self.covr.vlm == "tuned"
+
+    @property
+    def learns(self) -> bool:
+        """Whether a run trains anything. If not, it takes no steps and only evaluates."""
+        return self.has_agent or self.has_rounds
 
     def check(self) -> None:
         """Raises a UserError for settings that have a wrong type or value, or do not fit together."""
@@ -221,7 +276,7 @@ class TrainConfig:
             "checkpoint_every": 0, "checkpoint_minutes": 0, "threads": 0,
             "replay.batch_size": 1, "replay.n_step": 1, "replay.pad": 0, "vlm.every": 1, "vlm.decimals": 1,
             "vlm.image_size": 0,
-            "covr.cold_start": 0, "covr.min_samples": 2, "eval.episodes": 1, "eval.every": 0,
+            "covr.cold_start": 0, "covr.min_samples": 2, "covr.decay": 0, "eval.episodes": 1, "eval.every": 0,
         }  # fmt: skip
         values = full_names(self.to_dict())
         for name, low in least.items():
@@ -245,6 +300,12 @@ class TrainConfig:
                 f"replay.augment={self.replay.augment!r}, but agent.kind={self.agent.kind!r} augments its "
                 "batches itself: set replay.augment='none'"
             )
+        self._check_roles()
+        for name in ("replay.best_share", "covr.top_share"):
+            if not 0 < values[name] <= 1:
+                raise UserError(f"{name}={values[name]} must be above 0 and at most 1")
+        if self.covr.decay > 1:
+            raise UserError(f"covr.decay={self.covr.decay} must be a share of the steps, at most 1")
         for name in ("covr.publish_after", "vlm.max_staleness"):
             if (values[name] or 0) < 0:
                 raise UserError(f"{name}={values[name]} must not be negative")
@@ -287,6 +348,25 @@ class TrainConfig:
             raise UserError(
                 f"replay.pad={self.replay.pad} crops away all of a {self.env.height}x{self.env.width} frame"
             )
+
+    def _check_roles(self) -> None:
+        """Raises a UserError if agent and VLM cannot have the parts that they are given."""
+        covr = self.covr
+        if self.method not in METHODS:
+            raise unknown("method", self.method, METHODS)
+        if covr.decides == "vlm" and covr.vlm == "off":
+            raise UserError("covr.decides='vlm', but covr.vlm='off' loads none: choose tuned or frozen")
+        if covr.vlm == "frozen" and covr.decides == "agent" and covr.cold_start:
+            raise UserError(
+                f"covr.cold_start={covr.cold_start} rounds never come with covr.vlm='frozen', so the VLM "
+                "would never guide: set covr.cold_start=0"
+            )
+        if covr.decides == "vlm" and covr.score == "q":
+            raise UserError("covr.score='q' is the critic's, and with covr.decides='vlm' no agent is trained")
+        if covr.decides == "vlm" and covr.bootstrap:
+            raise UserError("covr.bootstrap asks the critic, and with covr.decides='vlm' no agent is trained")
+        if covr.decides == "vlm" and self.vlm.background:
+            raise UserError("covr.decides='vlm' needs the answer in the step: leave vlm.background")
 
     def decisions(self, steps: int) -> int:
         """Decisions that make `steps` environment steps, the last one perhaps begun earlier."""

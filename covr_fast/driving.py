@@ -31,6 +31,8 @@ class Drive:
     """Steps per second of the simulator, which counts the length of an episode in seconds."""
     view: dict[str, Any] = field(default_factory=dict)
     """The simulator's options for what a picture shows. It is then resized to the size asked for."""
+    large_view: dict[str, Any] = field(default_factory=dict)
+    """The same for a large picture."""
 
     def options(self, env_id: str, max_episode_steps: int) -> dict[str, Any]:
         """EnvPool's options for pictures, and for episodes of `max_episode_steps` steps.
@@ -64,13 +66,26 @@ def five_actions(action: np.ndarray) -> np.ndarray:
     return np.where(idle, IDLE, np.where(steers, lane, speed)).astype(np.int32)
 
 
-# The scale of the racetracks is fixed, 5.5 pixels a metre: 10 m to all sides, a second ahead of the car.
-_TRACK = Drive(1, lambda action: action, 5, {"screen_width": 112, "screen_height": 112})
+# The scale of the racetracks is fixed, 5.5 pixels a metre: 10 m to all sides, a second ahead of the car. So a
+# large picture shows more of the road.
+_TRACK = Drive(
+    1,
+    lambda action: action,
+    5,
+    {"screen_width": 112, "screen_height": 112},
+    {"screen_width": 480, "screen_height": 480},
+)
 
 DRIVES = {
     "racetrack-v0": _TRACK,
     "racetrack-large-v0": _TRACK,
     # 84 m x 28 m at 3 pixels a metre: 59 m ahead of the car, and from any of the four lanes all others.
-    "highway-v0": Drive(2, five_actions, 1, {"screen_width": 252, "screen_height": 84, "scaling": 3.0}),
+    "highway-v0": Drive(
+        2,
+        five_actions,
+        1,
+        {"screen_width": 252, "screen_height": 84, "scaling": 3.0},
+        {"screen_width": 756, "screen_height": 252, "scaling": 9.0},
+    ),
 }
 """By EnvPool's id."""

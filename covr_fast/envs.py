@@ -9,7 +9,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -166,6 +166,7 @@ class PixelEnvs:
         self._simulators = simulators
         n = config.num_envs
         self._stacks = np.zeros((n, *config.obs_shape), np.uint8)
+        self._drawn: dict[int, np.ndarray] = {}
         self._sent: deque[tuple[int, Future[Rows]]] = deque()
         self._waiting = self.batches()
         """By batch, the environments that wait for a decision, or did before they began to simulate."""
@@ -230,6 +231,18 @@ class PixelEnvs:
         rows = sent.result()
         self._waiting[batch] = rows.env_ids
         return rows
+
+    def picture(self, env_id: int) -> np.ndarray:
+        """The newest frame of an environment as the simulator drew it, before it is resized and perhaps grey:
+        uint8[H, W, 3] of any size. It is that of its `obs`.
+
+        Raises:
+            RuntimeError: before reset(), after close(), or while its batch is simulating.
+        """
+        self._check_open("picture()")
+        if not self._begun or any(env_id // self.config.batch_size == batch for batch, _ in self._sent):
+            raise RuntimeError(f"picture({env_id}) before reset(), or between send() and recv() of its batch")
+        return self._drawn[env_id].copy()
 
     def close(self) -> None:
         """Waits for batches that are simulating, and frees the simulators and their threads."""
@@ -298,6 +311,7 @@ class PixelEnvs:
         c = self.config.channels
         self._stacks[ids, :-c] = self._stacks[ids, c:]
         self._stacks[ids, -c:] = self._resize(outcome.last)
+        self._drawn.update(zip(ids.tolist(), outcome.last, strict=True))
         next_obs = self._stacks[ids]
         obs = next_obs
         done = outcome.terminated | outcome.truncated
@@ -349,6 +363,7 @@ class PixelEnvs:
     def _start_stacks(self, ids: np.ndarray, rgb: np.ndarray) -> None:
         """Fills the stacks of these environments with their first frames uint8[n, H, W, 3]."""
         self._stacks[ids] = np.tile(self._resize(rgb), (1, self.config.frame_stack, 1, 1))
+        self._drawn.update(zip(ids.tolist(), rgb, strict=True))
 
     def _resize(self, rgb: np.ndarray) -> np.ndarray:
         """uint8[n, H0, W0, 3] -> uint8[n, channels, height, width], antialiased."""
@@ -367,8 +382,12 @@ def luma(rgb: torch.Tensor) -> torch.Tensor:
     return torch.einsum("nchw,c->nhw", rgb.float(), weights).round().to(torch.uint8)[:, None]
 
 
-def make_env(config: EnvConfig) -> PixelEnvs:
+def make_env(config: EnvConfig, *, large: bool = False) -> PixelEnvs:
     """Builds config.num_envs environments.
+
+    Args:
+        large: of a task that has `simulate_large`, take those simulators: `picture` is large then, and
+            observations are made of it, so they are no agent's. See `large_pictures.py`.
 
     Raises:
         UserError: unknown id, discrete or unbounded actions, no pixels, sizes that do not fit together,
@@ -378,6 +397,8 @@ def make_env(config: EnvConfig) -> PixelEnvs:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # gymnasium's about the precision of EnvPool's bounds
         task = find_task(config)
+        if large and task.simulate_large:
+            task = replace(task, simulate=task.simulate_large, to_rgb=None)
         simulators: list[Any] = []
         try:
             for first in range(0, config.num_envs, config.batch_size):

@@ -1,9 +1,11 @@
 """Evaluation: whole episodes of one policy, in many environments at the same time; and which policies a run
 measures."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,16 +13,20 @@ import torch
 from .agents import Agent
 from .config import TrainConfig
 from .envs import EnvConfig, make_env
+from .files import drop_lines_after, writing
 from .logger import RunLogger
 from .tasks import find_task
 from .view import agent_view, vlm_view
-from .vlm import ActionPrior
+
+if TYPE_CHECKING:
+    from .vlm import ActionPrior
 
 Policy = Callable[[np.ndarray], np.ndarray]
 """uint8[n, C, H, W] -> actions float32[n, A] in [-1, 1]."""
 
-Watcher = Callable[[np.ndarray, np.ndarray, float], None]
-"""Called at each decision of the first environment, with obs uint8[C, H, W], action [A] and return so far."""
+Watcher = Callable[[np.ndarray, np.ndarray, np.ndarray, float], None]
+"""Called at each decision of the first environment, with its picture uint8[H', W', 3] as the simulator drew
+it, obs uint8[C, H, W], action [A] and return so far."""
 
 
 class Evaluation(NamedTuple):
@@ -67,7 +73,7 @@ def _evaluate_together(
         while running.any():
             action = policy(obs)
             if watch and running[0] and ids[0] == 0:
-                watch(obs[0], action[0], float(returns[0]))
+                watch(envs.picture(0), obs[0], action[0], float(returns[0]))
             envs.send(action, ids)
             rows = envs.recv()
             ids, obs = rows.env_ids, rows.obs
@@ -87,45 +93,86 @@ def actor_policy(agent: Agent, config: TrainConfig) -> Policy:
     return lambda obs: agent.act(agent_view(config, torch.from_numpy(obs)), explore=False).cpu().numpy()
 
 
-def vlm_policy(prior: ActionPrior, config: TrainConfig) -> Policy:
+def vlm_policy(prior: "ActionPrior", config: TrainConfig) -> Policy:
     """The VLM without the actor: it answers at every decision."""
     return lambda obs: prior(vlm_view(config, torch.from_numpy(obs))).action.cpu().numpy()
 
 
 class Evaluations:
-    """Evaluates a run's policies, and logs and says the results."""
+    """Evaluates a run's policies; logs and says the results, and writes the returns of all episodes into
+    evaluations.jsonl, a line per evaluation.
 
-    def __init__(self, config: TrainConfig, agent: Agent, prior: ActionPrior) -> None:
+    agent, prior: None in a run without.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run: Path,
+        action_dim: int,
+        agent: Agent | None,
+        prior: "ActionPrior | None",
+    ) -> None:
         self._config = config
+        self._path = run / "evaluations.jsonl"
+        self._action_dim = action_dim
         self._agent = agent
         self._prior = prior
+        self._asks_vlm = config.eval.vlm or not config.has_agent
         self.before: dict[str, Evaluation] = {}
         """By policy, what was measured before training."""
+        self.results: dict[str, Evaluation] = {}
+        """By policy, what was measured before and after training, once it is over."""
 
-    def measure_before(self, step: int, log: RunLogger) -> None:
-        """Measures the policies that exist before training, unless that was done before a resume."""
-        policies = {"random": random_policy(self._agent.action_dim, self._config.seed)}
-        if self._config.eval.vlm and self._prior.version == 0:  # not a VLM that was tuned before a resume
+    def resume(self, step: int) -> None:
+        """Goes on after what the file says up to `step`, the step of the checkpoint."""
+        if self._path.exists():
+            drop_lines_after(self._path, step)
+
+    def measure_before(self, step: int, log: RunLogger) -> dict[str, Evaluation]:
+        """Measures the policies that exist before training, but for those that were before a resume."""
+        policies = {"random": random_policy(self._action_dim, self._config.seed)}
+        if self._prior is not None and self._asks_vlm and self._prior.version == 0:  # not one tuned already
             policies["vlm_before"] = vlm_policy(self._prior, self._config)
-        for name, policy in policies.items():
-            if name not in self.before:
-                self.before[name] = self._measure(name, policy, step, log)
+        new = {name: policy for name, policy in policies.items() if name not in self.before}
+        measured = {name: self._measure(name, policy, step, log) for name, policy in new.items()}
+        self.before |= measured
+        return measured
 
-    def measure_actor(self, step: int, log: RunLogger) -> Evaluation:
-        return self._measure("actor", actor_policy(self._agent, self._config), step, log)
+    def measure_policy(self, step: int, log: RunLogger) -> dict[str, Evaluation]:
+        """During training, the policy that decides: the actor alone, or the VLM."""
+        if self._agent is None:
+            return self.measure_vlm(step, log)
+        return {"actor": self._measure("actor", actor_policy(self._agent, self._config), step, log)}
+
+    def measure_vlm(self, step: int, log: RunLogger) -> dict[str, Evaluation]:
+        """During training, the VLM alone."""
+        assert self._prior is not None
+        return {"vlm": self._measure("vlm", vlm_policy(self._prior, self._config), step, log)}
 
     def measure_after(self, step: int, log: RunLogger) -> dict[str, Evaluation]:
-        """All evaluations of the run by policy, once training is over."""
-        after = {"actor": self.measure_actor(step, log)}
-        if self._config.eval.vlm:
+        """What training has changed, once it is over."""
+        measured: dict[str, Evaluation] = {}
+        if self._agent is not None:
+            measured |= self.measure_policy(step, log)
+        if self._prior is not None and self._asks_vlm and self._config.has_rounds:
             policy = vlm_policy(self._prior, self._config)
-            after["vlm_after"] = self._measure("vlm_after", policy, step, log)
-        return self.before | after
+            measured["vlm_after"] = self._measure("vlm_after", policy, step, log)
+        self.results = self.before | measured
+        return measured
+
+    @property
+    def policy(self) -> str:
+        """Of `results`, the name of the policy that the run is about: the actor, or the VLM that decided."""
+        return next(name for name in ("actor", "vlm_after", "vlm_before") if name in self.results)
 
     def _measure(self, name: str, policy: Policy, step: int, log: RunLogger) -> Evaluation:
         asked = self._config.eval
         result = evaluate(policy, self._config.env, asked.episodes, seed=asked.seed)
         log.scalars(step, {f"eval/{name}_mean": result.mean, f"eval/{name}_std": result.std})
+        line = {"step": step, "policy": name, "returns": result.returns.tolist()}
+        with writing(self._path), self._path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
         log.say(f"{name}: {result.mean:.0f} ± {result.std:.0f} over {len(result.returns)} episodes")
         return result
 

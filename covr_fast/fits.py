@@ -14,9 +14,10 @@ from .buffer.batch import Batch
 from .buffer.options import key_specs
 from .buffer.storage import ring_shapes
 from .config import TrainConfig
+from .errors import UserError
 from .labeller import MAX_BATCH
 from .live_bytes import LiveBytes
-from .parts import task_words
+from .load_vlm import task_words
 from .schedule import FineTuneSchedule
 from .tasks import find_task
 from .view import agent_obs_shape
@@ -82,12 +83,17 @@ def run_memory(
         like: of a run on the same kind of device with the same agent, which is not measured again.
 
     Raises:
-        FileNotFoundError, ValueError: as for `footprint`; a UserError for an unknown environment.
+        FileNotFoundError, ValueError: as for `footprint`; a UserError for an unknown environment, or a run
+            without a VLM.
     """
+    if not config.has_vlm:
+        raise UserError("covr.vlm='off' loads no VLM, so there is nothing to fit: leave out --covr off")
     action_dim = find_task(config.env).action_dim
     vlm = footprint(_request(config, action_dim, device_type))
-    agent = _agent(config, action_dim, device_type) if like is None else like.groups["the agent"][-2:]
-    tuning = vlm.tuning
+    agent: list[Part] = []
+    if config.has_agent:
+        agent = _agent(config, action_dim, device_type) if like is None else like.groups["the agent"][-2:]
+    tuning = vlm.tuning if config.has_rounds else []
     if device_type == "cpu" or config.replay.device != "cpu":
         agent.insert(0, _replay(config))
     else:  # frames are there too
@@ -126,14 +132,15 @@ def _request(config: TrainConfig, action_dim: int, device_type: Literal["cpu", "
 
 
 def _samples(config: TrainConfig) -> int:
-    """The most samples of a round: half of the decisions since the round before. EDDF keeps those above a
-    threshold that is not below the median (Xia et al. 2026, Eq. 5)."""
+    """The most samples of a round, of the decisions since the round before: the top share, or half, because
+    EDDF keeps those above a threshold that is not below the median (Xia et al. 2026, Eq. 5)."""
     schedule = FineTuneSchedule(config.covr.psi_0, config.covr.schedule)
     steps = schedule.psi
     while schedule.due(config.steps):
         steps = schedule.psi
         schedule.advance()
-    return min(config.decisions(min(steps, config.steps)), config.replay.capacity) // 2
+    most = min(config.decisions(min(steps, config.steps)), config.replay.capacity)
+    return math.ceil(config.covr.top_share * most) if config.covr.filter == "top" else most // 2
 
 
 def _replay(config: TrainConfig) -> Part:

@@ -71,7 +71,8 @@ class PriorLabeller:
         self.dropped = 0
         """Transitions that the ring overwrote before the VLM had answered."""
         self.metrics = MeanMetrics()
-        """"prior_confidence", the mean of what was written, if it is asked for."""
+        """Means over what was written: "prior_to_action", the squared distance from the prior to the executed
+        action, and "prior_confidence", if it is asked for."""
 
     def __len__(self) -> int:
         """Transitions that wait for a label, including those that the VLM is labelling."""
@@ -146,8 +147,11 @@ class PriorLabeller:
         ids = self._stored(ids)
         guides = answer.version >= self._trust.oldest(self._prior.version)
         weight = torch.ones_like(ids) if answer.confidence is None else answer.confidence[answered]
-        if self._confidence and len(ids):
-            self.metrics.add({"prior_confidence": weight})
+        if len(ids):
+            action = self._buffer.actions(ids).to(answer.action)
+            self.metrics.add({"prior_to_action": (answer.action[answered] - action).square().sum(-1)})
+            if self._confidence:
+                self.metrics.add({"prior_confidence": weight})
         self._buffer.set_extras(
             ids,
             prior=answer.action[answered],

@@ -137,6 +137,7 @@ class RunLogger:
 
         self.console = console or display()
         self.clock = clock
+        self.folder = folder
         self._path = folder / "metrics.jsonl"
         if self._path.exists() and drop_lines_after(self._path, start):
             self.say(f"{self._path}: its last line was torn and is dropped")

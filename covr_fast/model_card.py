@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from .report import EVALUATIONS, ROUND_COLUMNS
-from .vlm.model.card import write_card
 
 
 def write_run_card(folder: Path, state: Mapping[str, Any], returns: Mapping[str, Sequence[float]]) -> None:
@@ -18,6 +17,8 @@ def write_run_card(folder: Path, state: Mapping[str, Any], returns: Mapping[str,
         state: of the run, as in counters.pt.
         returns: by name in `report.EVALUATIONS`, the returns of the episodes that were evaluated.
     """
+    from .vlm.model.card import write_card  # loads transformers, which a run without a VLM does without
+
     if not state:
         write_card(folder, *_returns(returns))
         return

@@ -33,12 +33,12 @@ ROUND_COLUMNS = {
 """Heading -> (key of a round's record, format); the losses are those of the held-out samples. A round that
 tuned nothing has no weight, loss and time."""
 
-_SUMMARY_PARTS = {
+SUMMARY_PARTS = {
     "environment", "seed", "device", "steps", "decisions", "frames", "updates", "episodes", "seconds",
     "time_shares", "rounds", "evaluations",
 }  # fmt: skip
 _MOST_SETTINGS = 4  # in a label
-_IGNORED = {"log_every", "video", "checkpoint_minutes", "checkpoint_every", "save_replay"}  # in labels
+IGNORED = {"log_every", "video", "checkpoint_minutes", "checkpoint_every", "save_replay"}  # in labels
 
 
 def read_summary(run: Path) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def read_summary(run: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{run} holds no summary.json: it is not the folder of a finished run")
     summary = read_json(path, f"covr-fast train PRESET --resume {run} writes it again")
-    if missing := _SUMMARY_PARTS - summary.keys():
+    if missing := SUMMARY_PARTS - summary.keys():
         raise UserError(f"{path} lacks {', '.join(sorted(missing))}: is it the summary of a run?")
     return summary
 
@@ -64,10 +64,10 @@ def run_labels(runs: Sequence[Path]) -> list[str]:
     """A label per run: the shortest end of its path that is unique, and the settings in which the runs
     differ."""
     settings = [_settings(run) for run in runs]
-    names = dict.fromkeys(name for own in settings for name in own if name not in _IGNORED)
+    names = dict.fromkeys(name for own in settings for name in own if name not in IGNORED)
     differing = [name for name in names if len({str(own.get(name)) for own in settings}) > 1]
     labels = []
-    for name, own in zip(_shortest_names(runs), settings, strict=True):
+    for name, own in zip(shortest_names(runs), settings, strict=True):
         named = [f"{setting}={own.get(setting)}" for setting in differing[:_MOST_SETTINGS]]
         more = [f"{len(differing) - _MOST_SETTINGS} more"] if len(differing) > _MOST_SETTINGS else []
         labels.append(", ".join([name, *named, *more]))
@@ -80,7 +80,7 @@ def _settings(run: Path) -> dict[str, Any]:
     return full_names(read_json(path, "put back a copy of it")) if path.is_file() else {}
 
 
-def _shortest_names(runs: Sequence[Path]) -> list[str]:
+def shortest_names(runs: Sequence[Path]) -> list[str]:
     """The folders' names, with as many parent folders as it takes to make them unique."""
     parts = [run.resolve().parts for run in runs]
     names = []
@@ -110,10 +110,11 @@ def print_summary(summary: dict[str, Any], console: Console, run: str | None = N
             table.add_row(label, f"{e['mean']:.1f}", f"{e['std']:.1f}", str(len(e["returns"])))
     console.print(table)
 
-    table = new_table("fine-tuning rounds of the VLM", [], ROUND_COLUMNS)
-    for r in summary["rounds"]:
-        table.add_row(*(form.format(r[key]) if key in r else "-" for key, form in ROUND_COLUMNS.values()))
-    console.print(table)
+    if summary["rounds"]:
+        table = new_table("fine-tuning rounds of the VLM", [], ROUND_COLUMNS)
+        for r in summary["rounds"]:
+            table.add_row(*(form.format(r[key]) if key in r else "-" for key, form in ROUND_COLUMNS.values()))
+        console.print(table)
 
     shares = sorted(summary["time_shares"].items(), key=lambda item: -item[1])
     console.print(

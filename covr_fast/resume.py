@@ -22,7 +22,8 @@ _TAKING_EFFECT = """
     tuner.shift tuner.gradient_checkpointing tuner.cache_image_features tuner.overlap
     covr.psi_0 covr.schedule covr.threshold covr.cold_start covr.min_samples covr.horizon covr.bootstrap
     covr.confidence covr.publish_after covr.trust_from covr.normalise covr.distance covr.entropy
-    eval.episodes eval.every eval.vlm
+    covr.decay covr.filter covr.top_share covr.z_score covr.score covr.weights replay.best_share
+    eval.episodes eval.every eval.vlm eval.rounds
     """
 MAY_CHANGE = frozenset(_TAKING_EFFECT.split())
 """Settings that may change. The new value takes effect from the checkpoint on."""
@@ -43,7 +44,9 @@ _WHY_FIXED = {
         tuner.mode tuner.lora_rank tuner.lora_alpha""",
     "it has set the run's randomness": "seed tuner.seed",
     "episodes before and after training would not be the same": "eval.seed",
+    "what was trained so far was trained so": "covr.vlm covr.decides",
     "its settings began as that preset": "begun_as",
+    "its settings began as that method": "method",
 }
 FIXED = {name: why for why, names in _WHY_FIXED.items() for name in names.split()}
 """Settings that may not change, and why."""

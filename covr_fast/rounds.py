@@ -9,16 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .agents import Agent
 from .buffer import FineTuneView, ReplayBuffer
 from .buffer.batch import pixels
 from .config import TrainConfig
+from .errors import os_error_text
+from .judge import Judge
 from .labeller import PriorLabeller
 from .logger import RunLogger
+from .round_record import RoundRecord, choose_shown, weights_of
 from .schedule import FineTuneSchedule
-from .selection import Selection
-from .streams import send
-from .view import agent_view, vlm_view
+from .selection import Keep, Selection
+from .streams import Fetch, send
+from .view import vlm_view
 from .vlm import VLMTuner
 
 BEST = 64
@@ -40,6 +42,8 @@ class _Round:
     """What is logged of it at its end."""
     best: tuple[Tensor, Tensor] | None = None
     """Images and actions of its samples with the highest returns, if it has any."""
+    record: RoundRecord | None = None
+    """What it selected, if it kept anything to learn from."""
 
     @property
     def waits(self) -> bool:
@@ -52,8 +56,9 @@ class Rounds:
 
     When a round is due, the samples of the episodes that finished since the last one (D_f) pass the filter
     (EDDF, Eq. 5). The tuner trains on those that it keeps, weighted by their returns (RALW, Eq. 6), and
-    publishes the weights to the prior. The agent gives the entropy for the filter and, with covr.bootstrap,
-    the values after truncated episodes. With vlm.refresh_priors the labeller then labels transitions again.
+    publishes the weights to the prior. covr.filter, covr.score and covr.weights take other samples, numbers
+    and weights. The judge gives the entropy for the filter and, with covr.bootstrap, the values after
+    truncated episodes. With vlm.refresh_priors the labeller then labels transitions again.
 
     On a GPU the filter's work is queued when the round is due, and the tuner begins in the next call: the
     host waits for no work that was queued in between. Samples that the ring overwrote in between are left
@@ -66,14 +71,14 @@ class Rounds:
     def __init__(
         self,
         config: TrainConfig,
-        agent: Agent,
+        judge: Judge,
         buffer: ReplayBuffer,
         tuner: VLMTuner,
         labeller: PriorLabeller | None = None,
         before_publish: Callable[[], object] = lambda: None,
     ) -> None:
         self._config = config
-        self._agent = agent
+        self._judge = judge
         self._buffer = buffer
         self._tuner = tuner
         self._labeller = labeller if config.vlm.refresh_priors else None
@@ -85,7 +90,7 @@ class Rounds:
             buffer,
             gamma=config.replay.gamma,
             horizon=config.covr.horizon,
-            bootstrap=self.values_after if config.covr.bootstrap else None,
+            bootstrap=judge.values_after if config.covr.bootstrap else None,
         )
         """D_f."""
         self.records: list[dict[str, float]] = []
@@ -102,27 +107,30 @@ class Rounds:
         from is done, but made none."""
         return self._tuner.prior.version
 
-    def advance(self, step: int, log: RunLogger) -> None:
+    def advance(self, step: int, log: RunLogger) -> bool:
         """Begins a round that is due, and publishes one that is done. Without tuner.overlap both happen in
-        one call, and on a GPU in the next one."""
+        one call, and on a GPU in the next one. Returns whether one ended: it is the last of `records`."""
         if self._running is None and self.schedule.due(step):
             self._running = self._begin(step, log)
             if self._running is not None and self._running.waits:
-                return
+                return False
         if self._running is not None:
             self._tune(self._running, log)
             after = self._config.covr.publish_after
             done = not self._tuner.running if after is None else step >= self._running.step + after
             if done:
                 self._end(self._running, step, log)
-            else:
-                self._tuner.check()
+                return True
+            self._tuner.check()
+        return False
 
-    def finish(self, step: int, log: RunLogger) -> None:
-        """Waits for a running round, if there is one, and publishes it."""
-        if self._running is not None:
-            self._tune(self._running, log)
-            self._end(self._running, step, log)
+    def finish(self, step: int, log: RunLogger) -> bool:
+        """Waits for a running round, if there is one, and publishes it. Returns whether there was one."""
+        if self._running is None:
+            return False
+        self._tune(self._running, log)
+        self._end(self._running, step, log)
+        return True
 
     def _begin(self, step: int, log: RunLogger) -> _Round | None:
         """EDDF on D_f. Does nothing while D_f has too few samples."""
@@ -137,8 +145,15 @@ class Rounds:
             return None
         self._said_waiting = False
         with log.clock("fine-tuning"):
+            number = self.schedule.rounds + 1
             selection = Selection(
-                self.finished, self._policy_entropy, covr.threshold, self._agent.action_dim, covr.entropy
+                self.finished,
+                self._judge.entropy,
+                covr.threshold,
+                self._judge.action_dim,
+                covr.entropy,
+                scores=self._scores(),
+                keep=Keep(covr.filter, covr.top_share, covr.z_score, self._seed(number)),
             )
             before = self._resumable_state()
             self.finished.clear()
@@ -168,7 +183,38 @@ class Rounds:
             images, actions = vlm_images(self._config, self._buffer, ids), self._buffer.actions(ids)
             best = returns.topk(min(BEST, len(returns))).indices
             round.best = images[best], send(actions, best.device)[best]
-            self._tuner.start(images, actions, returns, episodes)
+            weights = self._weights(number, len(ids))
+            round.record = self._recorded(round, selection, kept[stored], weights_of(returns, weights))
+            self._tuner.start(images, actions, returns, episodes, weights=weights)
+
+    def _seed(self, number: int) -> int:
+        """Of what is random in a round."""
+        return 1_000_003 * self._config.seed + number
+
+    def _scores(self) -> Tensor | None:
+        """float32[M], by what the samples of D_f are filtered and weighed. None: by their returns."""
+        if self._config.covr.score == "reward":
+            return self.finished.rewards
+        if self._config.covr.score == "q":
+            return self._judge.q(self.finished.indices).to(self._buffer.device)
+        return None
+
+    def _weights(self, number: int, count: int) -> Tensor | None:
+        """float32[count], the weights of a round's samples in its loss. None: those of their returns."""
+        kind = self._config.covr.weights
+        if kind == "equal":
+            return torch.ones(count, dtype=torch.float32, device="cpu")
+        if kind == "random":
+            generator = torch.Generator().manual_seed(self._seed(number))
+            return torch.rand(count, generator=generator, dtype=torch.float32, device="cpu")
+        return None
+
+    def _recorded(self, round: _Round, selection: Selection, kept: Tensor, weights: Fetch) -> RoundRecord:
+        ids, scores, episodes, time = selection.everything()
+        shown = choose_shown(scores, kept, self._buffer.contains(ids))
+        frames = vlm_images(self._config, self._buffer, ids[shown])
+        number, cutoff = int(round.figures["round"]), round.figures["cutoff"]
+        return RoundRecord(number, round.step, cutoff, scores, weights, kept, episodes, time, shown, frames)
 
     def _end(self, round: _Round, step: int, log: RunLogger) -> None:
         """Waits for the round, publishes its weights and logs it."""
@@ -196,6 +242,7 @@ class Rounds:
                 round.figures["version"] = self._tuner.publish()
                 if self._labeller is not None:
                     self._labeller.refresh()
+                self._write(round, log)
         # Before anything else is computed: if that fails, the run is saved, and its records must say of which
         # round the weights are.
         record: dict[str, float] = {
@@ -211,6 +258,14 @@ class Rounds:
         log.scalars(step, {f"round/{name}": value for name, value in figures.items()})
         log.say(_line(record))
 
+    def _write(self, round: _Round, log: RunLogger) -> None:
+        """Writes what the round selected. A run whose disk is full says so and goes on."""
+        assert round.record is not None
+        try:
+            round.record.write(log.folder)
+        except OSError as error:
+            log.say(f"what round {round.record.number} selected is not on disk: {os_error_text(error)}")
+
     def _best_log_prob(self, round: _Round, when: str, log: RunLogger) -> dict[str, float]:
         """How likely the VLM is, with the weights that it serves now, to answer as the agent acted in the
         round's best samples: the mean log-probability of these answers, in nats. A run does without this
@@ -221,15 +276,6 @@ class Rounds:
         except MemoryError as error:
             log.say(f"the likelihood of the best actions {when} the round is not known: {error}")
             return {}
-
-    def values_after(self, ids: Tensor) -> Tensor:
-        """float32[n], the critic's values of the observations that followed the transitions int64[n]."""
-        obs = self._buffer.get(ids, n_step=1, dtype=torch.uint8).next_obs
-        return self._agent.value(agent_view(self._config, obs))
-
-    def _policy_entropy(self, ids: Tensor) -> Tensor:
-        """e_t, a scalar: minus the mean log-probability of actions on these samples, in nats."""
-        return self._agent.entropy(agent_view(self._config, pixels(self._buffer.observations(ids))))
 
     def _resumable_state(self) -> dict[str, Any]:
         return {"tuner_rounds": self._tuner.rounds, "finished": self.finished.state_dict()}

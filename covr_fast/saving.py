@@ -4,10 +4,10 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,7 +19,9 @@ from .errors import DivergedError, UserError, os_error_text
 from .logger import RunLogger
 from .schedule import is_due
 from .versions import LARGEST_FULL, are_kept, last_published, stage
-from .vlm import ActionPrior
+
+if TYPE_CHECKING:
+    from .vlm import ActionPrior
 
 CHECKPOINT_SHARE = 0.02
 """Most of a run's time that regular checkpoints take."""
@@ -49,8 +51,10 @@ class RunSaver:
     """Of the run; says when regular checkpoints are due."""
     folder: Path
     """The run folder."""
-    agent: Agent
-    prior: ActionPrior
+    agent: Agent | None
+    """None: the VLM decides."""
+    prior: "ActionPrior | None"
+    """None: there is no VLM, or it stays as it comes."""
     buffer: ReplayBuffer
     counters: Counters
     state: Callable[[], dict[str, Any]]
@@ -77,6 +81,7 @@ class RunSaver:
     def keep_round(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Keeps the VLM's weights, those of the last of these rounds, because the next round is about to
         replace them. If they cannot be written, the run says so and goes on."""
+        assert self.prior is not None
         if not are_kept(self.prior) and not self._said_unkept:
             self._said_unkept = True
             self.log.say(
@@ -101,11 +106,12 @@ class RunSaver:
             with interrupt_afterwards():
                 self._save(with_replay=with_replay)
         except OSError as error:
-            what = f"of step {self.counters.step}, only the agent was saved, as {self.folder / RESCUED}"
-            try:
-                rescue_agent(self.folder, self.agent)
-            except OSError:
-                what = f"of step {self.counters.step}, nothing could be saved"
+            what = f"of step {self.counters.step}, nothing could be saved"
+            if self.agent is not None:
+                with suppress(OSError):
+                    rescue_agent(self.folder, self.agent)
+                    rescued = self.folder / RESCUED
+                    what = f"of step {self.counters.step}, only the agent was saved, as {rescued}"
             stays = f"; --resume {self.folder} goes on from the checkpoint before it"
             raise UserError(
                 f"{os_error_text(error)}: {what}{stays if self._has_checkpoint() else ''}"
@@ -143,7 +149,8 @@ class RunSaver:
 
     def _save(self, *, with_replay: bool) -> None:
         """Writes a checkpoint in place of the former one, which stays if an OSError prevents that."""
-        if not all(torch.isfinite(p).all() for m in self.agent.modules().values() for p in m.parameters()):
+        learnt = {} if self.agent is None else self.agent.modules()
+        if not all(torch.isfinite(p).all() for m in learnt.values() for p in m.parameters()):
             raise DivergedError(f"the agent's weights are NaN at step {self.counters.step}")
         started = time.perf_counter()
         buffer = self.buffer if with_replay else None

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # The lowest 12 of CarRacing's 96 rows show instruments, which say nothing that the view above does not show.
 _CAR_RACING_VIEW = 84
+LARGE = 480
+"""Pixels of the longer side of a large picture. The models of MuJoCo's tasks allow 640 x 480."""
 # EnvPool reports +-1e10 for MuJoCo's actuators without limits.
 _UNBOUNDED = 1e9
 
@@ -42,6 +44,9 @@ class Task:
     """What the VLM is told, and the actions' names."""
     simulate: Callable[[int], Any]
     """Seed of the first environment -> a simulator of a batch of them; see `envs.PixelEnvs`."""
+    simulate_large: Callable[[int], Any] | None = None
+    """Seed of an environment -> a simulator like that of `simulate`, whose render() draws a large picture for
+    people. None: it would not be larger than what `simulate` draws."""
     evaluated_together: int | None = None
     """Most episodes of an evaluation that run at the same time. None: all of them."""
     steps_per_second: float = 50.0
@@ -80,6 +85,7 @@ def find_task(config: "EnvConfig") -> Task:
             lambda obs: obs[:, :_CAR_RACING_VIEW],
             words_for(config.id, 2),
             lambda seed: _envpool_simulator(config, seed),
+            lambda seed: _envpool_simulator(config, seed, **_drawn(LARGE, LARGE)),
         )
     if config.id in DRIVES:
         return _driving_task(config)
@@ -98,12 +104,14 @@ def _car_racing_action(action: np.ndarray) -> np.ndarray:
 def _driving_task(config: "EnvConfig") -> Task:
     drive = DRIVES[config.id]
     options = drive.options(config.id, config.max_episode_steps)
+    large = options | drive.large_view
     return Task(
         drive.action_dim,
         drive.to_sim,
         None,
         words_for(config.id, drive.action_dim),
         lambda seed: _envpool_simulator(config, seed, **options),
+        lambda seed: _envpool_simulator(config, seed, **large),
         steps_per_second=drive.steps_per_second,
     )
 
@@ -134,14 +142,10 @@ def _dm_control_task(config: "EnvConfig") -> Task:
             "choose another DMControl task, such as CheetahRun-v1"
         )
 
-    def simulate(seed: int) -> Any:
+    def simulate(seed: int, scale: float = 1) -> Any:
         require_frames()
-        view = {
-            "render_mode": "rgb_array",
-            "render_width": config.width,
-            "render_height": config.height,
-            "render_camera_id": _camera(config.id),
-        }
+        size = _drawn(round(config.height * scale), round(config.width * scale))
+        view = {**size, "render_camera_id": _camera(config.id)}
         if config.id.startswith("FingerSpin-"):
             with models_without_tip(spec.config.base_path) as models:
                 return _envpool_simulator(config, seed, **view, base_path=models)
@@ -149,7 +153,19 @@ def _dm_control_task(config: "EnvConfig") -> Task:
         return BallInCup(simulator) if config.id.startswith("BallInCupCatch-") else simulator
 
     (action_dim,) = action.shape
-    return Task(action_dim, _scaled(low, high), None, words_for(config.id, action_dim), simulate)
+    return Task(
+        action_dim,
+        _scaled(low, high),
+        None,
+        words_for(config.id, action_dim),
+        simulate,
+        lambda seed: simulate(seed, max(1, LARGE / max(config.height, config.width))),
+    )
+
+
+def _drawn(height: int, width: int) -> dict[str, Any]:
+    """EnvPool's options for pictures of a size."""
+    return {"render_mode": "rgb_array", "render_height": height, "render_width": width}
 
 
 def _envpool_simulator(config: "EnvConfig", seed: int, **options: Any) -> Any:

@@ -1,19 +1,20 @@
 """The COVR loop (Xia et al. 2026, Alg. 1)."""
 
 import json
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .agents import Guidance, make_agent
+from .agents import Agent, Guidance, make_agent
+from .best_returns import BestReturns
 from .buffer import Batch
-from .checkpoint import Checkpoint, reserved_room, restore_agent
+from .callbacks import Callback
+from .checkpoint import NO_VLM, Checkpoint, reserved_room, restore_agent
 from .collect import Collector
 from .config import TrainConfig
 from .envs import Rows, make_env
@@ -21,31 +22,22 @@ from .errors import DivergedError, UserError, as_user_error, os_error_as_user_er
 from .evaluate import Evaluation, Evaluations
 from .files import write_whole
 from .host_memory import keep_freed_memory
-from .labeller import PriorLabeller
 from .logger import Clock, MeanMetrics, RunLogger
 from .model_card import write_run_card
-from .parts import (
-    compute_device,
-    load_prior,
-    loop_threads,
-    new_batches,
-    new_buffer,
-    replay_device,
-    use_tensor_cores,
-)
+from .parts import compute_device, loop_threads, new_batches, new_buffer, replay_device, use_tensor_cores
 from .report import plot_curves
 from .resume import open_resumed
-from .rounds import Rounds, vlm_images
 from .run_folder import RunFolder
 from .saving import Counters, RunSaver, deferred_interrupts
 from .schedule import is_due
 from .seeds import training_seed
-from .staleness import Trust, age_figures, mask_older
 from .streams import Lane
-from .transcript import Transcript, write_prompt
 from .versions import drop_staged
-from .view import agent_obs_shape, agent_view, vlm_view
-from .vlm import VLMTuner
+from .view import agent_obs_shape, agent_view
+
+if TYPE_CHECKING:
+    from .advisor import Advisor
+    from .vlm import ActionPrior
 
 
 class Trainer:
@@ -57,7 +49,14 @@ class Trainer:
     their returns (RALW). After the cold start the VLM's priors guide the actor (Eq. 4).
     """
 
-    def __init__(self, config: TrainConfig, out: Path | str | RunFolder, *, resume: bool = False):
+    def __init__(
+        self,
+        config: TrainConfig,
+        out: Path | str | RunFolder,
+        *,
+        resume: bool = False,
+        callbacks: Sequence[Callback] = (),
+    ):
         """Builds everything, and writes nothing yet.
 
         Args:
@@ -66,6 +65,7 @@ class Trainer:
             resume: continue the run in `out` from its checkpoint. Its unfinished episodes end where they were
                 interrupted, and new ones start; everything else goes on as before. Settings of `config` that
                 differ from those of the run take effect, or are refused (see `resume.MAY_CHANGE`).
+            callbacks: what is called at the end of each turn of the loop, after rounds and after evaluations.
 
         Raises:
             UserError: settings that do not fit together or may not change, nothing to resume from, or another
@@ -75,6 +75,7 @@ class Trainer:
         self.config = config = TrainConfig.from_dict(config.to_dict())  # the caller may change theirs
         if config.vlm.model != "nano" and Path(config.vlm.model).is_dir():
             config.vlm.model = str(Path(config.vlm.model).resolve())  # a run may be resumed from anywhere
+        self.callbacks = list(callbacks)
         self.folder = out if isinstance(out, RunFolder) else RunFolder(out)
         self.out = self.folder.path
         if resume:
@@ -106,67 +107,70 @@ class Trainer:
         config = self.config
         (action_dim,) = self.envs.action_shape
         with as_user_error():
-            self.agent = make_agent(
-                agent_obs_shape(config),
-                (action_dim,),
-                config.agent,
-                device=self.device,
-                seed=config.seed,
-                guidance=Guidance(config.covr.normalise, config.covr.distance),
-            )
+            self._agent: Agent | None = None
+            if config.has_agent:
+                self._agent = make_agent(
+                    agent_obs_shape(config),
+                    (action_dim,),
+                    config.agent,
+                    device=self.device,
+                    seed=config.seed,
+                    guidance=Guidance(config.covr.normalise, config.covr.distance),
+                )
             frames_on = replay_device(config.replay.device, self.device)
             if saved and saved.has_replay():
                 self.buffer = saved.buffer(frames_on)
             else:  # a run whose steps are done is resumed without one
                 self.buffer = new_buffer(config, self.envs, frames_on)
             self._batches = new_batches(config, self.buffer)
-            model = saved.vlm if saved else config.vlm.model
-            with saved.opening(saved.vlm) if saved else nullcontext():
-                self.prior = load_prior(config, action_dim, self.device, model)
-            self.tuner = VLMTuner(self.prior, config.tuner, seed=config.seed)
-            self._prior_noise = torch.Generator().manual_seed(config.seed)
-            self.labeller = None
-            if config.vlm.background:
-                self.labeller = PriorLabeller(
-                    self.prior,
-                    self.buffer,
-                    lambda ids: vlm_images(config, self.buffer, ids),
-                    temperature=config.vlm.temperature,
-                    generator=self._prior_noise,
-                    trust=Trust.of(config),
-                    confidence=config.covr.confidence,
-                )
-            self.rounds = Rounds(
-                config, self.agent, self.buffer, self.tuner, self.labeller, self._keep_weights
-            )
-        self.collector = Collector(self.envs, self.buffer)
-        self.evaluations = Evaluations(config, self.agent, self.prior)
-        self.transcript = Transcript(self.out, config, self.prior, self.buffer)
+            self._best = BestReturns(config, self.buffer) if config.replay.sampler == "best" else None
+            self.collector = Collector(self.envs, self.buffer)
+            self.vlm = self._make_advisor(action_dim, saved) if config.has_vlm else None
+        self.evaluations = Evaluations(config, self.out, action_dim, self._agent, self._prior)
         self.counters = Counters()
         self.clock = Clock()
         self._rng = np.random.default_rng(config.seed)
         self._lane = Lane(self.device, urgent=True)
         self._metrics = MeanMetrics()
-        self._callbacks: list[Callable[[Rows], object]] = []
         if saved:
             self._restore(saved)
         self._logged_returns = len(self.counters.returns)
+
+    def _make_advisor(self, action_dim: int, saved: Checkpoint | None) -> "Advisor":
+        from .advisor import Advisor  # loads transformers, which a run without a VLM does without
+
+        return Advisor(
+            self.config,
+            self.out,
+            self.collector,
+            self.buffer,
+            self._agent,
+            self.device,
+            action_dim=action_dim,
+            saved=saved,
+            keep_weights=self._keep_weights,
+        )
 
     @property
     def step(self) -> int:
         """Environment steps so far, summed over environments: decisions times env.action_repeat."""
         return self.counters.step
 
-    def on_step(self, callback: Callable[[Rows], object]) -> None:
-        """Calls `callback(rows)` at the end of every turn of the loop, in the thread that calls `run`.
+    @property
+    def agent(self) -> Agent:
+        """The agent; a run with covr.decides="vlm" has none."""
+        assert self._agent is not None, "covr.decides='vlm' trains no agent"
+        return self._agent
 
-        That is once per decision of a batch of environments. By then its transitions `rows` (see envs.Rows)
-        are in the replay buffer, the next decisions of these environments are simulating, and the policy
-        updates, the fine-tuning round, the metrics, the evaluation and the checkpoint that were due are done.
-        An exception that the callback raises ends the run like an error in the loop. Callbacks are called in
-        the order in which they were given.
-        """
-        self._callbacks.append(callback)
+    @property
+    def prior(self) -> "ActionPrior":
+        """The VLM; a run with covr.vlm="off" has none."""
+        assert self._prior is not None, "covr.vlm='off' loads no VLM"
+        return self._prior
+
+    @property
+    def _prior(self) -> "ActionPrior | None":
+        return None if self.vlm is None else self.vlm.prior
 
     # ---- a run -------------------------------------------------------------------------------------
 
@@ -188,14 +192,15 @@ class Trainer:
                 )
             drop_staged(self.out)  # of a process that was killed
             write_whole(self.out / "config.json", json.dumps(self.config.to_dict(), indent=2) + "\n")
-            write_prompt(self.out, self.prior, (self.config.env.height, self.config.env.width))
-            self.transcript.resume(self.step)
+            if self.vlm is not None:
+                self.vlm.begin(self.step)
+            self.evaluations.resume(self.step)
             self.clock.start()
             with (
                 RunLogger(self.out, self.config.steps, self.clock, start=self.step) as self._log,
                 self.envs,
                 self._lane.work(),
-                reserved_room(self.out, self.agent),
+                reserved_room(self.out, self._agent),
             ):
                 summary = self._run()
             finished = f"the run is finished, and covr-fast report {self.out} draws it again"
@@ -206,30 +211,38 @@ class Trainer:
     def _run(self) -> dict[str, Any]:
         log = self._log
         self._saver = saver = RunSaver(
-            self.config, self.out, self.agent, self.prior, self.buffer, self.counters, self._state_dict, log
+            self.config,
+            self.out,
+            self._agent,
+            self._prior if self.config.has_rounds else None,
+            self.buffer,
+            self.counters,
+            self._state_dict,
+            log,
         )
-        backbone = self.prior.backbone
-        log.say(f"attention of the VLM: {backbone.attention} ({backbone.attention_reason})")
-        for doubt in self.config.doubts():
-            log.say(f"note: {doubt}")
+        if self.vlm is not None:
+            backbone = self.vlm.prior.backbone
+            log.say(f"attention of the VLM: {backbone.attention} ({backbone.attention_reason})")
+            for doubt in self.config.doubts():
+                log.say(f"note: {doubt}")
         with saver.saved_on(Exception, KeyboardInterrupt), self.clock("evaluation"):
-            self.evaluations.measure_before(self.step, log)
+            self._report(self.evaluations.measure_before(self.step, log))
         with saver.saved_on(Exception), deferred_interrupts() as interrupted:
             try:
-                self._train(interrupted)
+                if self.config.learns:
+                    self._train(interrupted)
             finally:  # a round that is still running is dropped
-                self.tuner.stop()
-                if self.labeller is not None:
-                    self.labeller.close()
+                if self.vlm is not None:
+                    self.vlm.stop()
         if interrupted:
             saver.save_for_resume("interrupted")
             raise KeyboardInterrupt
         saver.save_last(with_replay=self.config.save_replay)
         with saver.saved_on(Exception, KeyboardInterrupt), self.clock("evaluation"):
-            evaluations = self.evaluations.measure_after(self.step, log)
-        summary = self._summary(evaluations)
+            self._report(self.evaluations.measure_after(self.step, log))
+        summary = self._summary()
         write_whole(self.out / "summary.json", json.dumps(summary, indent=2) + "\n")
-        returns = {name: e.returns.tolist() for name, e in evaluations.items()}
+        returns = {name: e.returns.tolist() for name, e in self.evaluations.results.items()}
         if (vlm := self.out / "checkpoint" / "vlm").is_dir():  # nobody has taken it away meanwhile
             with os_error_as_user_error("the run is finished but for the model card of its VLM"):
                 write_run_card(vlm, self._state_dict(), returns)
@@ -237,8 +250,14 @@ class Trainer:
             from .video import record_episode
 
             with os_error_as_user_error("the run is finished but for this video"):
-                record_episode(self.config, self.agent, self.prior, self.out)
+                record_episode(self.config, self._agent, self._prior, self.out)
         return summary
+
+    def _report(self, results: dict[str, Evaluation]) -> None:
+        """Tells the callbacks of these evaluations."""
+        for policy, result in results.items():
+            for callback in self.callbacks:
+                callback.on_evaluation(self, policy, result)
 
     # ---- the loop ----------------------------------------------------------------------------------
 
@@ -254,43 +273,43 @@ class Trainer:
             stored = self._store(rows)
             self._act(rows.obs, rows.env_ids)
             self._update_policy()
-            version = self.prior.version
-            self.rounds.advance(self.step, self._log)
-            if self.prior.version > version:
-                self._mask_old_priors()
-            self._write_answers(stored)
+            if self.vlm is not None:
+                self._end_of_round(self.vlm.advance(self.step, self._log))
+                self.vlm.write_answers(self.step, stored, self.clock)
             if is_due(self.config.log_every, before, self.step):
                 self._log_figures()
             if is_due(self.config.eval.every, before, self.step):
                 with self.clock("evaluation"):
-                    self.evaluations.measure_actor(self.step, self._log)
+                    self._report(self.evaluations.measure_policy(self.step, self._log))
             self._saver.save_if_due(before)
-            for callback in self._callbacks:
-                callback(rows)
-        if not interrupted:
-            self.rounds.finish(self.step, self._log)
-            self._write_answers(stored)
+            for callback in self.callbacks:
+                callback.on_step(self, rows)
+        if self.vlm is not None and not interrupted:
+            self._end_of_round(self.vlm.finish(self.step, self._log))
+            self.vlm.write_answers(self.step, stored, self.clock)
+
+    def _end_of_round(self, ended: bool) -> None:
+        """What follows the end of a round of fine-tuning."""
+        if not ended:
+            return
+        for callback in self.callbacks:
+            callback.on_round(self, self._records[-1])
+        if self.config.eval.rounds:
+            with self.clock("evaluation"):
+                self._report(self.evaluations.measure_vlm(self.step, self._log))
 
     def _act(self, obs: np.ndarray, env_ids: np.ndarray) -> None:
         """Sends the decision for `obs`; while it is simulated, the VLM gives its prior for them."""
+        if self._agent is None:
+            assert self.vlm is not None
+            with self.clock("prior"):
+                action = self.vlm.answer(obs).action.cpu().numpy()
+            self.collector.send(obs, action, env_ids)
+            return
         with self.clock("acting"):
             self.collector.send(obs, self._decide(obs), env_ids)
-        due = self._prior_due(env_ids) & (self.labeller is None)
-        if due.any():
-            with self.clock("prior"):
-                answer = self.prior(
-                    vlm_view(self.config, torch.from_numpy(obs[due])),
-                    temperature=self.config.vlm.temperature,
-                    generator=self._prior_noise,
-                    confidence=self.config.covr.confidence,
-                )
-            weight: np.ndarray | float = 1.0
-            if answer.confidence is not None:
-                self._metrics.add({"prior_confidence": answer.confidence})
-                weight = answer.confidence.cpu().numpy()
-            self.collector.set_prior(answer.action.cpu().numpy(), answer.version, env_ids[due], weight)
-        if self.config.vlm.between == "mask":
-            self.collector.mask_prior(env_ids[~due])
+        if self.vlm is not None:
+            self.vlm.advise(obs, env_ids, self.clock)
 
     def _decide(self, obs: np.ndarray) -> np.ndarray:
         """Actions float32[n, A]: random ones during the warm-up, then the actor's."""
@@ -301,33 +320,24 @@ class Trainer:
             raise DivergedError(f"the actor's actions are NaN at step {self.step}")
         return action
 
-    def _prior_due(self, env_ids: np.ndarray) -> np.ndarray:
-        """bool[n], whether the VLM is asked about the latest decision of each of these environments."""
-        repeat, every = self.config.env.action_repeat, self.config.vlm.every
-        due = [k == 0 or is_due(every, (k - 1) * repeat, k * repeat) for k in self.collector.latest(env_ids)]
-        return np.array(due, bool)
-
     def _store(self, rows: Rows) -> Tensor:
         """The new transitions' ids int64[n]."""
+        counters = self.counters
+        before = counters.decisions
         with self.clock("replay"):
             stored, returns = self.collector.store(rows)
-        if self.labeller is not None:
-            with self.clock("prior"):
-                self.labeller.due(stored[torch.from_numpy(self._prior_due(rows.env_ids))].tolist())
-                self.labeller.step()
-        self.counters.returns += returns
-        self.counters.decisions += len(rows.env_ids)
-        self.counters.step += len(rows.env_ids) * self.config.env.action_repeat
-        self.counters.frames += rows.frames
-        self.agent.observe_decisions(self.counters.decisions)
+        if self.vlm is not None:
+            self.vlm.label(stored, rows.env_ids, self.clock)
+        counters.returns += returns
+        counters.decisions += len(rows.env_ids)
+        counters.step += len(rows.env_ids) * self.config.env.action_repeat
+        counters.frames += rows.frames
+        if self._best is not None:
+            with self.clock("replay"):
+                self._best.added(stored, before, counters.decisions)
+        if self._agent is not None:
+            self._agent.observe_decisions(counters.decisions)
         return stored
-
-    def _write_answers(self, stored: Tensor) -> None:
-        with self.clock("prior"):
-            if self.labeller is None:
-                self.transcript.update(self.step, stored)
-            elif self.labeller.latest is not None:
-                self.transcript.note(self.step, *self.labeller.latest)
 
     def sample(self) -> Batch[Tensor]:
         """The batch of an update, on the agent's device."""
@@ -336,53 +346,61 @@ class Trainer:
 
     def _update_policy(self) -> None:
         """As many updates as are due for the decisions since the warm-up."""
+        if self._agent is None:
+            return
         config, counters = self.config, self.counters
         due = (counters.decisions - config.decisions(config.warmup)) // config.decisions_per_update
+        if counters.updates < due and config.covr.decay:
+            self._agent.weigh_prior(self._prior_weight)
         while counters.updates < due:
-            self._metrics.add(self._update_once())
+            self._metrics.add(self._update_once(self._agent))
             counters.updates += 1
 
-    def _update_once(self) -> dict[str, Tensor]:
-        guide = self.rounds.guiding
-        if self.agent.draws_from(self._batches):
+    @property
+    def _prior_weight(self) -> float:
+        """lambda of Eq. 4 at this step."""
+        config, left = self.config, 1.0
+        if config.covr.decay:
+            left = max(0.0, 1 - self.step / (config.covr.decay * config.steps))
+        return left * config.agent.prior_weight
+
+    def _update_once(self, agent: Agent) -> dict[str, Tensor]:
+        guide = self.vlm is not None and self.vlm.guiding
+        if agent.draws_from(self._batches):
             with self.clock("policy update"):
-                return self.agent.update_from(self._batches, guide=guide)
+                return agent.update_from(self._batches, guide=guide)
         with self.clock("replay"):  # sampling and updating take turns, so that each has its own time
             batch = self.sample()
         with self.clock("policy update"):
-            metrics = self.agent.update(batch, guide=guide)
+            metrics = agent.update(batch, guide=guide)
             if self.config.replay.sampler == "prioritized":
                 self.buffer.update_priorities(batch.index, metrics["td_error"])
         return metrics
 
     @property
-    def _oldest_guiding(self) -> int:
-        return Trust.of(self.config).oldest(self.prior.version)
-
-    def _mask_old_priors(self) -> None:
-        """Masks the priors that are trusted no more: see staleness.Trust."""
-        mask_older(self.buffer, self._oldest_guiding)
-        self.collector.mask_older(self._oldest_guiding)
+    def _records(self) -> list[dict[str, float]]:
+        """What summary.json says of each finished round."""
+        return [] if self.vlm is None or self.vlm.rounds is None else self.vlm.rounds.records
 
     def _keep_weights(self) -> None:
         """Before a round's weights replace those of the round before."""
-        self._saver.keep_round(self.rounds.records)
+        self._saver.keep_round(self._records)
 
     # ---- figures -----------------------------------------------------------------------------------
 
     def _log_figures(self) -> None:
-        counters, rounds = self.counters, self.rounds
+        counters = self.counters
         figures = self._metrics.read()
-        if self.labeller is not None:
-            figures |= self.labeller.metrics.read()
+        if self.vlm is not None:
+            figures |= self.vlm.figures()
+        if self.config.covr.decay:
+            figures["prior_weight"] = self._prior_weight
         figures |= {f"time/{name}": share for name, share in self.clock.shares().items()}
         figures |= {
             "decisions": counters.decisions,
             "frames": counters.frames,
             "updates": counters.updates,
             "steps_per_second": counters.step / self.clock.total,
-            "guided": float(rounds.guiding),
-            **age_figures(self.buffer, self.prior.version, self._oldest_guiding),
         }
         if new := counters.returns[self._logged_returns :]:
             figures["episode_return"] = float(np.mean(new))
@@ -391,16 +409,18 @@ class Trainer:
         recent = counters.returns[-20:]
         shown = {
             "return": f"{np.mean(recent):.0f}" if recent else "-",
-            "rounds": str(rounds.schedule.rounds),
+            "rounds": str(len(self._records)),
             "steps/s": f"{figures['steps_per_second']:.0f}",
             "updates": str(counters.updates),
         }
         self._log.progress(self.step, shown)
 
-    def _summary(self, evaluations: dict[str, Evaluation]) -> dict[str, Any]:
+    def _summary(self) -> dict[str, Any]:
         counters, seconds = self.counters, self.clock.total
         return {
             "environment": self.config.env.id,
+            "preset": self.config.begun_as,
+            "method": self.config.method,
             "seed": self.config.seed,
             "device": str(self.device),
             "steps": counters.step,
@@ -411,10 +431,11 @@ class Trainer:
             "seconds": seconds,
             "steps_per_second": counters.step / seconds,
             "time_shares": self.clock.shares(),
-            "rounds": self.rounds.records,
+            "rounds": self._records,
+            "policy": self.evaluations.policy,
             "evaluations": {
                 name: {"mean": e.mean, "std": e.std, "returns": e.returns.tolist()}
-                for name, e in evaluations.items()
+                for name, e in self.evaluations.results.items()
             },
         }
 
@@ -426,31 +447,28 @@ class Trainer:
             "settings": self.config.to_dict(),
             **vars(self.counters),
             **self.clock.state_dict(),
-            **self.rounds.state_dict(),
+            **NO_VLM,
+            **(self.vlm.state_dict() if self.vlm is not None else {}),
             **self.evaluations.state_dict(),
             "rng": self._rng.bit_generator.state,
-            "prior_noise": self._prior_noise.get_state(),
-            "prior_version": self.prior.version,
-            "labeller": self.labeller.state_dict() if self.labeller else None,
         }
 
     def _restore(self, saved: Checkpoint) -> None:
-        restore_agent(self.agent, saved.folder / "agent.pt")
+        if self._agent is not None:
+            restore_agent(self._agent, saved.folder / "agent.pt")
         state = saved.counters
         try:
             self.counters = Counters(**{name: state[name] for name in vars(self.counters)})
             self.clock.load_state_dict(state)
-            self.rounds.load_state_dict(state, empty_buffer=not saved.has_replay())
             self.evaluations.load_state_dict(state)
             self._rng.bit_generator.state = state["rng"]
-            self._prior_noise.set_state(state["prior_noise"])
-            self.prior.version = state["prior_version"]
-            if self.labeller and state["labeller"]:
-                self.labeller.load_state_dict(state["labeller"])
+            if self.vlm is not None:
+                self.vlm.load_state_dict(state, empty_buffer=not saved.has_replay())
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{saved.folder / 'counters.pt'} does not fit this version of covr_fast "
                 f"({type(error).__name__}: {error})"
             ) from error
-        self._mask_old_priors()  # the settings of trust may have changed
+        if self.vlm is not None:
+            self.vlm.mask_old_priors()  # the settings of trust may have changed
         self.buffer.cut()

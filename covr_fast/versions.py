@@ -16,12 +16,14 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import UserError
 from .files import read_json, write_whole, writing
-from .vlm import ActionPrior
 from .vlm.model.folder import name_nano_base
+
+if TYPE_CHECKING:
+    from .vlm import ActionPrior
 
 LARGEST_FULL = 100_000_000
 """Bytes of a model that is fully tuned up to which its weights are kept after each round. Adapters always
@@ -46,7 +48,7 @@ def last_published(records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | 
     return next((record for record in reversed(records) if "version" in record), None)
 
 
-def are_kept(prior: ActionPrior) -> bool:
+def are_kept(prior: "ActionPrior") -> bool:
     """Whether the weights are kept after each round: adapters, and small models."""
     if prior.backbone.adapted:
         return True
@@ -71,7 +73,7 @@ def rounds_in(adapters: Path) -> list[RoundWeights]:
     return sorted(found)
 
 
-def save_vlm(prior: ActionPrior, folder: Path, final: Path) -> None:
+def save_vlm(prior: "ActionPrior", folder: Path, final: Path) -> None:
     """Writes the VLM for `ActionPrior.from_pretrained` into `folder`, which will be moved to `final`.
 
     Raises:
@@ -86,7 +88,7 @@ def save_vlm(prior: ActionPrior, folder: Path, final: Path) -> None:
         raise OSError(errno.EIO, str(error), str(folder)) from error
 
 
-def stage(run: Path, record: Mapping[str, Any], prior: ActionPrior) -> None:
+def stage(run: Path, record: Mapping[str, Any], prior: "ActionPrior") -> None:
     """Writes the weights of the round of `record`, which `prior` still has, unless the run's checkpoint has
     them.
 
@@ -106,7 +108,7 @@ def stage(run: Path, record: Mapping[str, Any], prior: ActionPrior) -> None:
 
 
 def add_rounds(
-    new: Path, run: Path, before: Path | None, records: Sequence[Mapping[str, Any]], prior: ActionPrior
+    new: Path, run: Path, before: Path | None, records: Sequence[Mapping[str, Any]], prior: "ActionPrior"
 ) -> None:
     """Fills new/adapters, where `new` is a checkpoint of `run` whose vlm/ is written: with the last round of
     `records`, the staged ones, and those of the checkpoint `before`.

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from covr_fast import TrainConfig, Trainer, cli
+from covr_fast.callbacks import Callback
 
 TINY = {
     "steps": 64, "warmup": 32, "log-every": 16, "decisions-per-update": 8, "threads": 1, "env.num-envs": 2,
@@ -54,9 +55,24 @@ def roundless(**changes) -> TrainConfig:
     return small_config(**({"covr__psi_0": 1000} | changes))
 
 
+class EachStep(Callback):
+    """Calls a function of the rows."""
+
+    def __init__(self, call) -> None:
+        self.call = call
+
+    def on_step(self, _trainer, rows) -> None:
+        self.call(rows)
+
+
+def at_each_step(trainer: Trainer, call) -> None:
+    """Calls `call(rows)` at the end of every turn of the loop."""
+    trainer.callbacks.append(EachStep(call))
+
+
 def interrupt_at(trainer: Trainer, step: int) -> None:
     """Lets the run receive Ctrl-C when it has made `step` steps."""
-    trainer.on_step(lambda _rows: os.kill(os.getpid(), signal.SIGINT) if trainer.step == step else None)
+    at_each_step(trainer, lambda _rows: os.kill(os.getpid(), signal.SIGINT) if trainer.step == step else None)
 
 
 def run_until(trainer: Trainer, step: int) -> None:
@@ -72,6 +88,6 @@ def killed(*_) -> None:
 
 
 def run_until_killed(trainer: Trainer, step: int) -> None:
-    trainer.on_step(lambda _rows: killed() if trainer.step >= step else None)
+    at_each_step(trainer, lambda _rows: killed() if trainer.step >= step else None)
     with pytest.raises(SystemExit):
         trainer.run()

@@ -159,6 +159,7 @@ def command_line() -> None:
     assert list(Path("run").glob("episode.*"))
     assert "over 1 episodes" in covr("evaluate", "run", "--episodes", "1")
     covr("report", "run")
+    assert "</html>" in Path("report.html").read_text()
 
 
 if __name__ == "__main__":

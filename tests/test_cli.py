@@ -157,12 +157,17 @@ def test_evaluate(run_folder, monkeypatch, capsys):
     assert "over 2 episodes" in capsys.readouterr().out
 
 
-def test_report_compares_runs(run_folder, monkeypatch, capsys):
+def test_report_compares_runs(run_folder, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
     out, _ = run_folder
     (out / "curves.png").unlink()
-    assert call(monkeypatch, "report", str(out), str(out)) == 0
+    other = shutil.copytree(out, tmp_path / "other")
+    settings = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(settings | {"seed": 1}))
+    assert call(monkeypatch, "report", str(out), str(other)) == 0
     assert "runs compared" in capsys.readouterr().out
     assert (out / "curves.png").exists()
+    assert (tmp_path / "report.html").exists()
 
 
 def test_report_calls_runs_by_what_tells_them_apart(run_folder, monkeypatch, capsys, tmp_path):
@@ -172,6 +177,7 @@ def test_report_calls_runs_by_what_tells_them_apart(run_folder, monkeypatch, cap
     settings["log_every"] = 1  # changes nothing in the result
     (second / "config.json").write_text(json.dumps(settings))
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
     assert call(monkeypatch, "report", str(first), str(second)) == 0
     said = capsys.readouterr().out
     for label in ("a/run, covr.cold_start=2", "b/run, covr.cold_start=7"):
@@ -243,7 +249,7 @@ def test_a_nan_reward_ends_the_run_with_one_line(monkeypatch, capsys, tmp_path):
         (["train", "carracing", "--out", "/dev/null/run"], "/dev/null is a file, not a folder"),
         (["train", "carracing", "--resume", "OUT"], "is it the folder of a run?"),
         (["evaluate", "OUT", "--seed", "-1"], "--seed -1 must be at least 0"),
-        (["report", "OUT"], "not the folder of a finished run"),
+        (["report", "OUT"], "there is no such folder"),
         (["report"], "at least one run folder"),
     ],
 )

@@ -49,13 +49,13 @@ def test_rounds_without_rewards_end_no_cold_start(late):
     assert [r["tuned_rounds"] for r in records] == [0, 0, 1]
     assert [r["kept"] for r in records[:2]] == [0, 0]
     assert guided_steps(out) == {step: step >= 120 for step in range(10, 150, 10)}
-    assert trainer.rounds.tuned == 1
+    assert trainer.vlm.rounds.tuned == 1
 
 
 def test_a_run_without_any_reward_never_guides(tmp_path, capsys):
     trainer = without_rewards(Trainer(cold_config(steps=80), tmp_path), until=999)
     trainer.run()
-    assert trainer.rounds.schedule.rounds == 2
+    assert trainer.vlm.rounds.schedule.rounds == 2
     assert not any(guided_steps(tmp_path).values())
     said = " ".join(capsys.readouterr().out.split())
     assert said.count("nothing was tuned, so it does not count towards covr.cold_start") == 2
@@ -66,16 +66,16 @@ def test_a_resumed_run_knows_which_rounds_tuned(tmp_path):
     config = cold_config()
     run_until(without_rewards(Trainer(config, tmp_path), until=64), 100)
     second = Trainer(config, tmp_path, resume=True)
-    assert second.rounds.schedule.rounds == 2
-    assert (second.rounds.tuned, second.rounds.guiding) == (0, False)
+    assert second.vlm.rounds.schedule.rounds == 2
+    assert (second.vlm.rounds.tuned, second.vlm.rounds.guiding) == (0, False)
     second.run()
-    assert (second.rounds.tuned, second.rounds.guiding) == (1, True)
+    assert (second.vlm.rounds.tuned, second.vlm.rounds.guiding) == (1, True)
 
 
 def test_what_reads_the_rounds_tells_those_that_tuned(late, monkeypatch, capsys):
     """Model card, evaluation of a round, transcript, summary and curves."""
     trainer, out = late
-    kept = trainer.rounds.records[-1]["kept"]
+    kept = trainer.vlm.rounds.records[-1]["kept"]
     card = (out / "checkpoint" / "vlm" / "README.md").read_text()
     expected = f"- Rounds: 1, on {kept:.0f} samples of the agent's own that the filter kept"
     assert f"{expected}, 2 more found nothing to learn from" in card
@@ -83,7 +83,7 @@ def test_what_reads_the_rounds_tells_those_that_tuned(late, monkeypatch, capsys)
     assert call(monkeypatch, "evaluate", str(out), "--vlm-alone", "--round=2", "--episodes=1") == 2
     assert "after the rounds 0, 3 (0: before any)" in capsys.readouterr().err
     assert {r["version"] for r in read_records(out / "answers.jsonl")[0]} == {0, 1}
-    assert call(monkeypatch, "report", str(out)) == 0
+    assert call(monkeypatch, "report", str(out), "--out", str(out / "report.html")) == 0
     (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("│     2 "))
     assert row.replace("│", " ").split()[-4:] == ["-"] * 4, "a round that tuned nothing has figures of tuning"
 

@@ -18,7 +18,7 @@ from covr_fast.rounds import vlm_images
 def trained(folder, config) -> tuple[Trainer, torch.Tensor]:
     """A trainer after its run, and the ids of its transitions."""
     trainer = Trainer(config, folder)
-    if trainer.labeller is not None:
+    if trainer.vlm.labeller is not None:
         label_all_before_the_end(trainer)
     trainer.run()
     return trainer, torch.unique(trainer.buffer.sample(4000).index)
@@ -100,14 +100,14 @@ def test_rounds_log_how_likely_the_best_actions_became(tmp_path, capsys, monkeyp
     config.tuner = replace(config.tuner, overlap=overlap)
     trainer = Trainer(config, tmp_path)
     monkeypatch.setattr("covr_fast.rounds.BEST", 3)
-    start, publish = trainer.tuner.start, trainer.tuner.publish
+    start, publish = trainer.vlm.tuner.start, trainer.vlm.tuner.publish
     given, expected = [], []
 
-    def starting(images, actions, returns, *rest):
+    def starting(images, actions, returns, *rest, **weights):
         assert len(returns) > 3
         best = returns.argsort(descending=True)[:3]
         given.append((images[best], actions[best]))
-        start(images, actions, returns, *rest)
+        start(images, actions, returns, *rest, **weights)
 
     def publishing():
         expected.append(trainer.prior.log_prob(*given[-1]).mean().item())
@@ -115,8 +115,8 @@ def test_rounds_log_how_likely_the_best_actions_became(tmp_path, capsys, monkeyp
         expected.append(trainer.prior.log_prob(*given[-1]).mean().item())
         return version
 
-    monkeypatch.setattr(trainer.tuner, "start", starting)
-    monkeypatch.setattr(trainer.tuner, "publish", publishing)
+    monkeypatch.setattr(trainer.vlm.tuner, "start", starting)
+    monkeypatch.setattr(trainer.vlm.tuner, "publish", publishing)
     summary = trainer.run()
     rounds = summary["rounds"]
     assert rounds

@@ -18,6 +18,7 @@ from small_runs import FLAGS, TINY, call, run_until
 from transformers import Qwen2_5_VLConfig
 
 from covr_fast import TrainConfig, Trainer
+from covr_fast.sweeps.spec import read_spec
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]
@@ -56,7 +57,7 @@ COMMANDS = [
 
 
 def test_every_block_has_a_language_that_is_tested_here():
-    assert {block.language for block in BLOCKS} == {"python", "sh", "text"}
+    assert {block.language for block in BLOCKS} == {"python", "sh", "text", "toml"}
 
 
 def tiny(config: TrainConfig, **changes: int) -> TrainConfig:
@@ -83,6 +84,12 @@ def test_python(block, tmp_path, monkeypatch):
     names: dict[str, object] = {"tiny": tiny}
     for part in parts:
         exec(compile(with_tiny_runs(part.text), str(part), "exec"), names)
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "toml"], ids=str)
+def test_toml(block, tmp_path):
+    (tmp_path / "spec.toml").write_text(block.text)
+    assert read_spec(str(tmp_path / "spec.toml")).runs
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import signal
 
 import numpy as np
 import pytest
-from small_runs import roundless, run_until, small_config
+from small_runs import at_each_step, roundless, run_until, small_config
 
 import covr_fast.saving as module
 from covr_fast import Trainer
@@ -55,7 +55,7 @@ def test_the_former_checkpoint_stays_and_the_newer_agent_is_beside_it(tmp_path, 
         if trainer.step == 80:
             os.kill(os.getpid(), signal.SIGINT)
 
-    trainer.on_step(fill)
+    at_each_step(trainer, fill)
     said = "of step 80, only the agent was saved.*goes on from the checkpoint before it"
     with pytest.raises(UserError, match=said):
         trainer.run()
@@ -98,7 +98,7 @@ def test_no_room_for_metrics(tmp_path, limited, capfd, monkeypatch):
         limited(resource.RLIM_INFINITY)
         save(*arguments)
 
-    trainer.on_step(fill)
+    at_each_step(trainer, fill)
     monkeypatch.setattr(module, "save_checkpoint", room_again)
     with pytest.raises(UserError, match=r"metrics.jsonl: File too large"):
         trainer.run()
@@ -115,7 +115,7 @@ def test_no_room_for_pictures(name, consequence, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    target = "matplotlib.figure.Figure.savefig" if name == "curves.png" else "imageio.v3.imwrite"
+    target = "matplotlib.figure.Figure.savefig" if name == "curves.png" else "imageio.v2.get_writer"
     monkeypatch.setattr(target, full)
     said = f"{name}: No space left on device: the run is finished.*{consequence}"
     with pytest.raises(UserError, match=said):

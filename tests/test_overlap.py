@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_runs import roundless, run_until, small_config
+from small_runs import at_each_step, roundless, run_until, small_config
 from torch.testing import assert_close
 
 from covr_fast import Trainer
@@ -30,17 +30,17 @@ def wait_with_rounds(patch: pytest.MonkeyPatch, trainer: Trainer, step: int) -> 
         return train(tuner, samples)
 
     patch.setattr(VLMTuner, "_train", gated)
-    trainer.on_step(lambda _rows: gate.set() if trainer.step == step else None)
+    at_each_step(trainer, lambda _rows: gate.set() if trainer.step == step else None)
 
 
 def label_all_before_the_end(trainer: Trainer) -> None:
     """Lets the labeller write all labels that are due in the last step."""
 
     def drain(_rows):
-        while trainer.step == trainer.config.steps and len(trainer.labeller):
-            trainer.labeller.step()
+        while trainer.step == trainer.config.steps and len(trainer.vlm.labeller):
+            trainer.vlm.labeller.step()
 
-    trainer.on_step(drain)
+    at_each_step(trainer, drain)
 
 
 def test_publishing_at_a_fixed_step_makes_reruns_bit_identical(tmp_path):
@@ -93,16 +93,16 @@ def test_an_error_in_the_round_ends_the_run_within_a_step(tmp_path, monkeypatch)
     trainer = Trainer(overlapped(steps=160, covr__publish_after=100), tmp_path)
 
     def wait_for_the_thread(_rows):
-        if trainer.tuner._thread is not None:
-            trainer.tuner._thread.join()
+        if trainer.vlm.tuner._thread is not None:
+            trainer.vlm.tuner._thread.join()
 
-    trainer.on_step(wait_for_the_thread)
+    at_each_step(trainer, wait_for_the_thread)
     with pytest.raises(FloatingPointError, match="the round broke"):
         trainer.run()
     assert trainer.step <= 50 + 2 * trainer.config.env.batch_size
     resumed = Trainer(trainer.config, tmp_path, resume=True)  # and nothing is lost
     assert (resumed.step, len(resumed.buffer)) == (trainer.step, len(trainer.buffer))
-    assert len(resumed.rounds.finished) >= 40
+    assert len(resumed.vlm.rounds.finished) >= 40
 
 
 def test_a_full_gpu_is_a_message_and_the_run_is_saved(tmp_path, monkeypatch):
@@ -120,13 +120,13 @@ def test_a_round_that_an_interrupt_cuts_off_is_done_again_by_the_resumed_run(tmp
     config = overlapped(steps=100, covr__publish_after=40)
     first = Trainer(config, tmp_path)
     run_until(first, 60)
-    assert not first.tuner.running
+    assert not first.vlm.tuner.running
 
     second = Trainer(config, tmp_path, resume=True)
-    assert second.rounds.schedule.rounds == 0
-    assert second.tuner.rounds == 0
+    assert second.vlm.rounds.schedule.rounds == 0
+    assert second.vlm.tuner.rounds == 0
     # The 40 samples of the round that was dropped, and the 20 of the episodes that were cut.
-    assert len(second.rounds.finished) == 60
+    assert len(second.vlm.rounds.finished) == 60
     (done,) = second.run()["rounds"]
     assert done["samples"] == 60
 
@@ -145,7 +145,7 @@ def test_background_labels_reach_every_due_transition(tmp_path):
         batch.extras["prior"][asked], trainer.prior(vlm_images(trainer.config, trainer.buffer, ids)).action
     )
     assert (batch.extras["prior_version"] == torch.where(asked, 0, -1)).all()
-    assert trainer.labeller.dropped == 0
+    assert trainer.vlm.labeller.dropped == 0
 
 
 def test_the_simulation_never_waits_for_a_background_prior(tmp_path, monkeypatch):
@@ -159,7 +159,7 @@ def test_the_simulation_never_waits_for_a_background_prior(tmp_path, monkeypatch
 
     monkeypatch.setattr(type(trainer.prior), "__call__", gated)
 
-    trainer.on_step(lambda _rows: gate.set() if trainer.step >= 98 else None)
+    at_each_step(trainer, lambda _rows: gate.set() if trainer.step >= 98 else None)
     assert trainer.run()["steps"] == 100
 
 

@@ -13,14 +13,14 @@ import pytest
 import torch
 from counting_gymnasium import Counting, ThirdParty, vectors
 from gymnasium.spaces import Box
-from small_runs import COVR, FLAGS, small_config
+from small_runs import COVR, FLAGS, at_each_step, small_config
 
 from covr_fast import EnvConfig, GymEnv, TrainConfig, Trainer, custom, load_policy, make_env
 from covr_fast.checkpoint import load_config
 from covr_fast.config import check_types
 from covr_fast.entry_point import entry_point_of, load
 from covr_fast.errors import UserError
-from covr_fast.parts import task_words
+from covr_fast.load_vlm import task_words
 from covr_fast.tasks import find_task
 
 DOT = """
@@ -184,7 +184,7 @@ def test_the_priors_of_rows_that_are_out_of_step_come_at_their_own_decisions(tmp
     )  # fmt: skip
     trainer = Trainer(config, tmp_path)
     sizes = []
-    trainer.on_step(lambda rows: sizes.append(len(rows.env_ids)))
+    at_each_step(trainer, lambda rows: sizes.append(len(rows.env_ids)))
     summary = trainer.run()
     assert min(sizes) < 4, "never out of step"
     assert summary["decisions"] == sum(sizes) == summary["steps"] / 3

@@ -8,6 +8,7 @@ import pytest
 
 from covr_fast import TrainConfig, cli, make_env
 from covr_fast.envs import PixelEnvs
+from covr_fast.methods import METHODS
 
 NAMES = (
     "carracing", "carracing-full", "carracing-gpu", "racetrack", "highway",
@@ -33,10 +34,11 @@ DECISIONS = {
 """What is given in environment steps."""
 
 
-def test_no_preset_is_left_out(capsys):
+def test_no_preset_and_no_method_is_left_out(capsys):
     assert cli.run(["train", "--help"]) == 0
-    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
-    assert listed == [*NAMES[:5], OWN, *NAMES[5:], *SERVED]
+    presets, methods = capsys.readouterr().out.split("--method METHOD")
+    for text, names in ((presets, [*NAMES[:5], OWN, *NAMES[5:], *SERVED]), (methods, METHODS)):
+        assert [line.split()[0] for line in text.splitlines() if line.startswith("  ")] == list(names)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -10,7 +10,7 @@ from dataclasses import fields, is_dataclass, replace
 import numpy as np
 import pytest
 import torch
-from small_runs import killed, roundless, run_until, run_until_killed, small_config
+from small_runs import at_each_step, killed, roundless, run_until, run_until_killed, small_config
 
 from covr_fast import TrainConfig, Trainer
 from covr_fast.checkpoint import load_config
@@ -110,7 +110,7 @@ def test_learning_rates_and_other_changes_take_effect(copied):
     moved = max(float((a - b).abs().max()) for a, b in zip(before, after, strict=True))
     assert 0 < moved < 1e-5
     assert load_config(copied) == config
-    assert [r["step"] for r in trainer.rounds.records] == [90]
+    assert [r["step"] for r in trainer.vlm.rounds.records] == [90]
 
 
 def test_what_may_change_reaches_the_part_that_it_is_for(copied):
@@ -124,10 +124,10 @@ def test_what_may_change_reaches_the_part_that_it_is_for(copied):
     assert [len(ids) for ids in trainer.envs.batches()] == [4]
     assert trainer.agent.target_entropy == -7
     assert len(trainer.sample().reward) == 8
-    assert trainer.labeller is not None
-    assert trainer.rounds.finished.horizon == 3
-    assert (trainer.rounds.schedule.next_round, trainer.rounds.schedule.rule) == (9, "recurrence")
-    assert trainer.tuner.config == config.tuner
+    assert trainer.vlm.labeller is not None
+    assert trainer.vlm.rounds.finished.horizon == 3
+    assert (trainer.vlm.rounds.schedule.next_round, trainer.vlm.rounds.schedule.rule) == (9, "recurrence")
+    assert trainer.vlm.tuner.config == config.tuner
     assert trainer.run()["steps"] == 120
 
 
@@ -166,7 +166,7 @@ def test_a_trainer_keeps_its_threads_whatever_was_built_since(copied, tmp_path):
     trainer = Trainer(resumed_config(threads=1), copied, resume=True)
     Trainer(small_config(threads=2), tmp_path / "another")
     threads = []
-    trainer.on_step(lambda _rows: threads.append(torch.get_num_threads()))
+    at_each_step(trainer, lambda _rows: threads.append(torch.get_num_threads()))
     trainer.run()
     assert set(threads) == {1}
 
@@ -186,7 +186,7 @@ def test_config_json_is_left_alone_until_everything_is_built(copied, monkeypatch
     def broken(*_, **__):
         raise UserError("no VLM today")
 
-    monkeypatch.setattr("covr_fast.trainer.VLMTuner", broken)
+    monkeypatch.setattr("covr_fast.advisor.VLMTuner", broken)
     with pytest.raises(UserError, match="no VLM today"):
         Trainer(resumed_config(agent__lr=1e-5), copied, resume=True)
     assert contents(copied) == before

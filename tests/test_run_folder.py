@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from small_runs import roundless, small_config
+from small_runs import at_each_step, roundless, small_config
 
 from covr_fast import Trainer
 from covr_fast.errors import UserError
@@ -49,7 +49,7 @@ def test_two_trainers_of_one_process_do_not_share_a_folder(tmp_path):
             with pytest.raises(UserError, match="is being written by another run"):
                 Trainer(small_config(), tmp_path / "run", resume=True)
 
-    first.on_step(the_other_tries)
+    at_each_step(first, the_other_tries)
     assert first.run()["steps"] == 48
     with pytest.raises(UserError, match="already holds a run: choose another folder"):
         second.run()

@@ -1,7 +1,6 @@
 """EDDF in the loop: what it selects of D_f, and when the tuner gets it."""
 
 import math
-from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from one_step_episodes import ENVS, SHAPE, make_buffer
+from round_stubs import Tuner, make_log
 from small_runs import small_config
 
 from covr_fast import ops
@@ -32,34 +32,15 @@ def add_episodes(buffer: ReplayBuffer, *rewards: float) -> None:
         buffer.add(obs, zeros, np.full(ENVS, reward), after, ended, ~ended, **unlabelled)
 
 
-class Tuner:
-    """Writes down what it is given, and is done at once."""
-
-    running = False
-    rounds = 0
-
-    def __init__(self) -> None:
-        self.given: list[tuple[torch.Tensor, ...]] = []
-        self.prior = SimpleNamespace(version=0)
-
-    def start(self, *samples: torch.Tensor) -> None:
-        self.given.append(samples)
-
-    def check(self) -> None: ...
-    def wait(self) -> None: ...
-
-
 @pytest.fixture
-def log():
-    said: list[str] = []
-    nothing = lambda *_: None  # noqa: E731
-    return SimpleNamespace(clock=lambda _: nullcontext(), say=said.append, scalars=nothing, said=said)
+def log(tmp_path):
+    return make_log(tmp_path)
 
 
 def make_rounds(buffer: ReplayBuffer) -> Rounds:
     config = small_config(env__grayscale=False, vlm__motion=False, covr__psi_0=10)
-    agent = SimpleNamespace(entropy=lambda obs: ENTROPY, action_dim=2)
-    return Rounds(config, agent, buffer, Tuner())
+    judge = SimpleNamespace(entropy=lambda ids: ENTROPY, action_dim=2)
+    return Rounds(config, judge, buffer, Tuner())
 
 
 @pytest.mark.parametrize("device", ["cpu", ON_GPU])

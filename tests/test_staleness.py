@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from one_step_episodes import ENVS, SHAPE, make_buffer
-from small_runs import run_until, small_config
+from small_runs import at_each_step, run_until, small_config
 
 from covr_fast import ReplayBuffer, Trainer
 from covr_fast.report import read_metrics
@@ -128,7 +128,7 @@ def test_only_young_priors_guide(between, limit, tmp_path):
         young = trainer.prior.version - extras["prior_version"] <= (99 if limit is None else limit)
         assert torch.equal(extras["prior_mask"] > 0, young & (extras["prior_version"] >= 0))
 
-    trainer.on_step(watch)
+    at_each_step(trainer, watch)
     trainer.run()
     assert trainer.prior.version == 2
     assert max(ages) == (2 if limit is None else limit)
@@ -154,7 +154,7 @@ def test_priors_in_the_step_that_a_publish_overtakes_do_not_guide(tmp_path):
             assert (extras["prior_version"] == 0).all()
             late.extend(extras["prior_mask"].tolist())
 
-    trainer.on_step(watch)
+    at_each_step(trainer, watch)
     trainer.run()
     assert late == [0, 0]
 
@@ -167,10 +167,10 @@ def test_a_refreshed_prior_guides_again(tmp_path):
     def drain(_rows):
         extras = stored(trainer)
         masked.append(int(((extras["prior_mask"] == 0) & (extras["prior_version"] >= 0)).sum()))
-        while trainer.step == trainer.config.steps and len(trainer.labeller):
-            trainer.labeller.step()
+        while trainer.step == trainer.config.steps and len(trainer.vlm.labeller):
+            trainer.vlm.labeller.step()
 
-    trainer.on_step(drain)
+    at_each_step(trainer, drain)
     trainer.run()
     extras = stored(trainer)
     assert max(masked) > 0, "nothing was ever too old"
@@ -226,7 +226,7 @@ def guiding_versions(trainer: Trainer) -> set[int]:
 def test_what_an_untrusted_vlm_said_does_not_guide_later(trust_from, after, between, tmp_path):
     trainer = Trainer(trust_config(covr__trust_from=trust_from, vlm__between=between), tmp_path)
     seen: list[tuple[bool, set[int]]] = []
-    trainer.on_step(lambda _rows: seen.append((trainer.rounds.guiding, guiding_versions(trainer))))
+    at_each_step(trainer, lambda _rows: seen.append((trainer.vlm.rounds.guiding, guiding_versions(trainer))))
     trainer.run()
     assert trainer.prior.version == 3
     assert set().union(*(versions for guiding, versions in seen if not guiding)) == {0, 1}
@@ -237,7 +237,7 @@ def test_what_an_untrusted_vlm_said_does_not_guide_later(trust_from, after, betw
 
 def test_without_a_cold_start_every_prior_guides(tmp_path):
     trainer = Trainer(trust_config(covr__cold_start=0), tmp_path)
-    assert trainer.rounds.guiding
+    assert trainer.vlm.rounds.guiding
     trainer.run()
     assert guiding_versions(trainer) == {0, 1, 2, 3}
 
@@ -246,7 +246,7 @@ def test_without_a_cold_start_every_prior_guides(tmp_path):
 def test_a_background_answer_of_an_untrusted_vlm_does_not_guide(confidence, tmp_path):
     """All that were asked before the cold start's end and are answered after it."""
     trainer = Trainer(trust_config(vlm__background=True, covr__confidence=confidence), tmp_path)
-    write, late = trainer.labeller._write, []
+    write, late = trainer.vlm.labeller._write, []
 
     def watched(ids, answer):
         count = write(ids, answer)
@@ -256,7 +256,7 @@ def test_a_background_answer_of_an_untrusted_vlm_does_not_guide(confidence, tmp_
 
     def hold_back(_rows):
         """Lets an answer arrive only when the cold start has ended."""
-        labeller = trainer.labeller
+        labeller = trainer.vlm.labeller
         if labeller._asked is not None and 40 <= trainer.step < 62:
             _, answer = labeller._asked
             answer.result()
@@ -264,8 +264,8 @@ def test_a_background_answer_of_an_untrusted_vlm_does_not_guide(confidence, tmp_
         elif trainer.step >= 62:
             labeller.__dict__.pop("step", None)
 
-    trainer.labeller._write = watched
-    trainer.on_step(hold_back)
+    trainer.vlm.labeller._write = watched
+    at_each_step(trainer, hold_back)
     trainer.run()
     assert len(late) > 0, "no answer came late"
     assert not any(late)
@@ -279,10 +279,10 @@ def test_a_refreshed_prior_is_one_of_a_trusted_vlm(tmp_path):
     trainer = Trainer(trust_config(vlm__background=True, vlm__refresh_priors=True), tmp_path)
 
     def drain(_rows):
-        while trainer.step == trainer.config.steps and len(trainer.labeller):
-            trainer.labeller.step()
+        while trainer.step == trainer.config.steps and len(trainer.vlm.labeller):
+            trainer.vlm.labeller.step()
 
-    trainer.on_step(drain)
+    at_each_step(trainer, drain)
     trainer.run()
     extras = stored(trainer)
     assert set(extras["prior_version"].tolist()) == {-1, 3}
@@ -294,7 +294,7 @@ def test_what_was_masked_stays_masked_in_a_resumed_run(tmp_path):
     run_until(Trainer(config, tmp_path), 100)
     config.covr.trust_from = "start"
     second = Trainer(config, tmp_path, resume=True)
-    assert second.rounds.guiding
+    assert second.vlm.rounds.guiding
     assert guiding_versions(second) == {2}
     second.run()
     assert guiding_versions(second) == {2, 3}
@@ -308,7 +308,7 @@ def test_a_resumed_run_takes_another_trust(tmp_path):
     assert guiding_versions(second) == {2}
     config.covr.cold_start = 3
     third = Trainer(config, tmp_path, resume=True)
-    assert not third.rounds.guiding
+    assert not third.vlm.rounds.guiding
     third.run()
     assert guiding_versions(third) == {3}
 

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from small_runs import roundless, run_until, run_until_killed, small_config
+from small_runs import at_each_step, roundless, run_until, run_until_killed, small_config
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
@@ -28,7 +28,7 @@ def finished(tmp_path_factory):
     update = trainer.agent.update
 
     def watched(batch, *, guide):
-        guided.append((trainer.rounds.schedule.rounds, guide))
+        guided.append((trainer.vlm.rounds.schedule.rounds, guide))
         return update(batch, guide=guide)
 
     trainer.agent.update = watched
@@ -76,18 +76,18 @@ def test_the_vlm_is_tuned_on_the_images_that_it_is_asked_about(motion, tmp_path,
     trainer = Trainer(small_config(steps=60, vlm__motion=motion, vlm__every=1), tmp_path)
     asked: list[torch.Tensor] = []
     tuned: list[torch.Tensor] = []
-    call, start = type(trainer.prior).__call__, trainer.tuner.start
+    call, start = type(trainer.prior).__call__, trainer.vlm.tuner.start
 
     def watched(prior, images, **options):
         asked.extend(images.clone())
         return call(prior, images, **options)
 
-    def watched_start(frames, *others):
+    def watched_start(frames, *others, **weights):
         tuned.extend(frames)
-        start(frames, *others)
+        start(frames, *others, **weights)
 
     monkeypatch.setattr(type(trainer.prior), "__call__", watched)
-    monkeypatch.setattr(trainer.tuner, "start", watched_start)
+    monkeypatch.setattr(trainer.vlm.tuner, "start", watched_start)
     trainer.run()
     known = {image.numpy().tobytes() for image in asked}
     assert tuned
@@ -147,7 +147,7 @@ def test_the_seed_of_the_run_is_that_of_the_tuner_unless_it_has_its_own(tmp_path
         config = roundless(seed=seed)
         config.tuner = replace(config.tuner, mode="lora", lora_rank=2, seed=own)
         trainer = Trainer(config, tmp_path / f"{seed}-{own}")
-        assert trainer.tuner.seed == (seed if own is None else own)
+        assert trainer.vlm.tuner.seed == (seed if own is None else own)
         assert trainer.config.to_dict()["tuner"]["seed"] == own
         return [p for p in trainer.prior.backbone.model.parameters() if p.requires_grad and p.any()]
 
@@ -162,10 +162,10 @@ def test_callbacks_see_every_step_when_it_is_done(tmp_path):
     seen, order = [], []
 
     def see(rows):
-        seen.append((rows, trainer.step, len(trainer.rounds.records)))
+        seen.append((rows, trainer.step, len(trainer.vlm.rounds.records)))
 
-    trainer.on_step(see)
-    trainer.on_step(lambda rows: order.append(rows is seen[-1][0]))
+    at_each_step(trainer, see)
+    at_each_step(trainer, lambda rows: order.append(rows is seen[-1][0]))
     trainer.run()
     assert [step for _, step, _ in seen] == list(range(2, 61, 2))
     assert order == [True] * 30
@@ -236,9 +236,9 @@ def test_an_interrupted_run_is_saved_and_continues(tmp_path):
     assert second.step == 60
     assert len(second.buffer) == len(first.buffer)
     assert second.counters == first.counters
-    assert second.rounds.schedule.rounds == first.rounds.schedule.rounds == 1
+    assert second.vlm.rounds.schedule.rounds == first.vlm.rounds.schedule.rounds == 1
     # The unfinished episodes were cut, so all that D_f held back is finished now.
-    assert len(second.rounds.finished) == 60 - 40
+    assert len(second.vlm.rounds.finished) == 60 - 40
     assert_close(first.agent.state_dict(), second.agent.state_dict(), rtol=0, atol=0)
     earlier = second.clock.total
     summary = second.run()
@@ -299,12 +299,12 @@ def test_returns_of_truncated_episodes_can_be_bootstrapped(tmp_path):
     plain.run()
     longer = Trainer(roundless(steps=56, covr__bootstrap=True), tmp_path / "longer")
     longer.run()
-    ids = longer.rounds.finished.indices
-    assert torch.equal(ids, plain.rounds.finished.indices)
+    ids = longer.vlm.rounds.finished.indices
+    assert torch.equal(ids, plain.vlm.rounds.finished.indices)
     # All episodes were truncated after 10 decisions.
-    time = longer.rounds.finished.time_in_episode
-    value = longer.rounds.values_after(ids[time == 9])
-    gain = longer.rounds.finished.returns - plain.rounds.finished.returns
+    time = longer.vlm.rounds.finished.time_in_episode
+    value = longer.vlm.rounds.finished.bootstrap(ids[time == 9])
+    gain = longer.vlm.rounds.finished.returns - plain.vlm.rounds.finished.returns
     expected = value.repeat_interleave(10) * longer.config.replay.gamma ** (10 - time)
     assert_close(gain, expected, rtol=1e-3, atol=1e-3)
 
@@ -337,7 +337,7 @@ def test_a_diverged_run_says_so_and_keeps_its_last_checkpoint(tmp_path):
             for parameter in trainer.agent.actor.parameters():
                 parameter.data.fill_(torch.nan)
 
-    trainer.on_step(diverging)
+    at_each_step(trainer, diverging)
     with pytest.raises(UserError, match=r"actions are NaN at step \d+: training diverged; lower agent.lr"):
         trainer.run()
     kept = Trainer(small_config(), tmp_path, resume=True)

@@ -7,12 +7,12 @@ from collections import Counter
 
 import pytest
 import torch
-from small_runs import roundless, run_until_killed, small_config
+from small_runs import at_each_step, roundless, run_until_killed, small_config
 
 from covr_fast import Trainer, load_policy, tasks
 from covr_fast.errors import UserError
 from covr_fast.evaluate import actor_policy
-from covr_fast.parts import load_prior, task_words
+from covr_fast.load_vlm import load_prior, task_words
 from covr_fast.rounds import vlm_images
 from covr_fast.transcript import MOST_LINES
 from covr_fast.vlm import ActionPrior
@@ -29,14 +29,14 @@ def finished(tmp_path_factory):
     """A run with rounds; and for every update of the transcript its step, whether it wrote, and its ids."""
     out = tmp_path_factory.mktemp("finished")
     trainer = Trainer(small_config(), out)
-    asked, update = [], trainer.transcript.update
+    asked, update = [], trainer.vlm.transcript.update
 
     def watched(step, ids):
-        version = trainer.transcript._written
+        version = trainer.vlm.transcript._written
         update(step, ids)
-        asked.append((step, trainer.transcript._written > version, ids))
+        asked.append((step, trainer.vlm.transcript._written > version, ids))
 
-    trainer.transcript.update = watched
+    trainer.vlm.transcript.update = watched
     trainer.run()
     return trainer, asked
 
@@ -59,7 +59,7 @@ def test_prompt_txt_is_the_conversation_as_the_model_gets_it(finished):
 def test_each_version_answers_a_few_lines_and_is_told_what_was_executed(finished):
     trainer, asked = finished
     lines = answers(trainer.out)
-    rounds = trainer.rounds.schedule.rounds
+    rounds = trainer.vlm.rounds.schedule.rounds
     assert rounds >= 2
     assert trainer.prior.version == rounds
     per_version = Counter(line["version"] for line in lines)
@@ -81,7 +81,7 @@ def test_each_version_answers_a_few_lines_and_is_told_what_was_executed(finished
 def test_they_change_nothing_else(tmp_path, finished):
     trainer = Trainer(small_config(vlm__temperature=1.0), tmp_path / "with")
     without = Trainer(small_config(vlm__temperature=1.0), tmp_path / "without")
-    without.transcript.update = lambda step, ids: None
+    without.vlm.transcript.update = lambda step, ids: None
     for each in (trainer, without):
         each.run()
     assert not (tmp_path / "without/answers.jsonl").exists()
@@ -114,12 +114,12 @@ def test_in_the_background_they_are_the_labellers(tmp_path, monkeypatch):
     trainer = Trainer(roundless(steps=120, vlm__background=True), tmp_path)
 
     def wait_for_labels(_rows):
-        while trainer.step >= 40 and trainer.labeller.latest is None:
-            trainer.labeller.step()
+        while trainer.step >= 40 and trainer.vlm.labeller.latest is None:
+            trainer.vlm.labeller.step()
 
-    trainer.on_step(wait_for_labels)
-    given, note = [], trainer.transcript.note
-    monkeypatch.setattr(trainer.transcript, "note", lambda *args: (given.append(args[1]), note(*args)))
+    at_each_step(trainer, wait_for_labels)
+    given, note = [], trainer.vlm.transcript.note
+    monkeypatch.setattr(trainer.vlm.transcript, "note", lambda *args: (given.append(args[1]), note(*args)))
     trainer.run()
     lines = answers(tmp_path)
     ids = given[0][:MOST_LINES]

@@ -121,7 +121,7 @@ def test_evaluations_give_the_same_returns(mode, repeat):
     truth = evaluate(policy, settings(Counting, repeat), 5, seed=3).returns
     assert len(set(truth)) == 5
     shown = []
-    watch = lambda obs, action, total: shown.append(labels(obs[None])[0, -1].tolist())  # noqa: E731
+    watch = lambda picture, obs, action, total: shown.append(picture[0, 0].tolist())  # noqa: E731
     ours = evaluate(policy, settings(vectors(mode), repeat), 5, seed=3, watch=watch).returns
     assert ours.tolist() == truth.tolist()
     assert shown == [[3, 0, step] for step in range(0, min(LONGEST, 3), repeat)]

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small_runs import call, roundless, run_until, run_until_killed, small_config
+from small_runs import at_each_step, call, roundless, run_until, run_until_killed, small_config
 from test_full_disk import limited  # noqa: F401
 from torch.testing import assert_close
 
@@ -38,7 +38,7 @@ def remembered(trainer: Trainer) -> dict[int, dict[str, torch.Tensor]]:
             weights = trainer.prior.backbone.model.state_dict()
             known[trainer.prior.version] = {name: value.clone() for name, value in weights.items()}
 
-    trainer.on_step(remember)
+    at_each_step(trainer, remember)
     return known
 
 
@@ -82,7 +82,7 @@ def test_earlier_rounds_are_carried_over_without_copying(tmp_path):
         if trainer.step > 60:
             files.append(path.stat().st_ino)
 
-    trainer.on_step(watch)
+    at_each_step(trainer, watch)
     trainer.run()
     files.append((tmp_path / "checkpoint/adapters/round-1/model.safetensors").stat().st_ino)
     assert len(files) > 30
@@ -121,7 +121,7 @@ def test_a_resumed_run_keeps_what_was_kept_and_goes_on(tmp_path):
 def test_rounds_after_the_checkpoint_of_a_killed_run_are_those_of_the_resumed_one(tmp_path):
     config = rounds_config()
     first = Trainer(config, tmp_path)
-    first.on_step(lambda _rows: first._saver._save(with_replay=True) if first.step == 40 else None)
+    at_each_step(first, lambda _rows: first._saver._save(with_replay=True) if first.step == 40 else None)
     known = remembered(first)
     run_until_killed(first, 126)
     assert kept(tmp_path) == {1: 1}
@@ -183,9 +183,9 @@ def test_an_error_right_after_publishing_mixes_no_rounds_up(tmp_path, monkeypatc
 def test_a_round_without_samples_leaves_none(tmp_path, monkeypatch):
     start, number = VLMTuner.start, iter((1, 2, 3))
 
-    def second_is_empty(tuner, *samples):
+    def second_is_empty(tuner, *samples, **weights):
         if next(number) != 2:
-            start(tuner, *samples)
+            start(tuner, *samples, **weights)
 
     monkeypatch.setattr(VLMTuner, "start", second_is_empty)
     summary = Trainer(rounds_config(), tmp_path).run()
@@ -202,7 +202,7 @@ def test_a_disk_that_is_full_for_a_while(tmp_path, limited, capsys):  # noqa: F8
     def fill(_rows):
         limited(4_000_000 if 50 < trainer.step < 100 else -1)
 
-    trainer.on_step(fill)
+    at_each_step(trainer, fill)
     assert trainer.run()["steps"] == 130
     said = " ".join(capsys.readouterr().out.split())
     assert "the weights of round 1 are not kept (" in said

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import ImageFont
 
 from covr_fast import TrainConfig
 from covr_fast.envs import EnvConfig, make_env
+from covr_fast.gauges import TEXT, fitted
+from covr_fast.load_vlm import task_words
 from covr_fast.opengl import import_envpool
-from covr_fast.parts import task_words
+from covr_fast.panel import COLUMN
 from covr_fast.presets import PRESETS
 from covr_fast.tasks import find_task
 from covr_fast.words import words_for
@@ -272,12 +273,13 @@ def test_prompts_of_presets_are_short_and_end_with_the_format(name, model):
 def test_every_dm_control_task_has_words():
     envpool = import_envpool()
     tasks = [k for k, (module, *_) in envpool.registration.registry.specs.items() if module.endswith(".dmc")]
-    font = ImageFont.load_default(15)  # that of the video, whose labels have 98 pixels
     for env_id in (task for task in tasks if not task.startswith("Lqr")):
         actions = envpool.make_spec(env_id).action_space.shape[0]
         words = words_for(env_id, actions)
         assert len(words.action_names) == len(set(words.action_names)) == actions
-        assert all(font.getlength(name) <= 98 for name in words.action_names)
+        if actions <= 12:  # the video names them
+            room, size = COLUMN * 2 // 5 - 8, TEXT if actions <= 6 else 16
+            assert all(fitted(name, room, size) == name for name in words.action_names)
         assert not re.search(r"\b(red|orange|blue|green|yellow)\b", words.prompt), "frames may be grey"
         known = re.match("BallInCup|Cartpole|Cheetah|Finger|Hopper|Pendulum|Reacher|Walker", env_id)
         assert ("The task is" in words.prompt) == (known is None)

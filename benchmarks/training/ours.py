@@ -10,6 +10,7 @@ import torch
 
 from covr_fast import Trainer
 from covr_fast.agents import SAC
+from covr_fast.callbacks import Callback
 from covr_fast.envs import Rows
 
 from .checks import Seen, check_finite, check_updates, operations, parameters
@@ -30,14 +31,15 @@ def train(connection: Connection, settings: Settings) -> None:
         def facts() -> Facts:
             return check(trainer, settings, seen)
 
-        def on_step(rows: Rows) -> None:
-            counters = trainer.counters
-            if counters.decisions <= ready_at + config.env.num_envs:
-                seen.add(rows.obs)
-                seen.add(rows.next_obs)
-            pauses(Progress(counters.decisions, counters.updates, dict(trainer.clock.seconds)), facts)
+        class Pausing(Callback):
+            def on_step(self, trainer: Trainer, rows: Rows) -> None:
+                counters = trainer.counters
+                if counters.decisions <= ready_at + config.env.num_envs:
+                    seen.add(rows.obs)
+                    seen.add(rows.next_obs)
+                pauses(Progress(counters.decisions, counters.updates, dict(trainer.clock.seconds)), facts)
 
-        trainer.on_step(on_step)
+        trainer.callbacks.append(Pausing())
         reset = trainer.envs.reset
 
         def seen_reset() -> object:

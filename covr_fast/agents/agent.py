@@ -25,7 +25,7 @@ class Agent(ABC):
         config: default AgentConfig(), which is `fast`.
         device: of networks and batches.
         seed: of its weights and of its noise.
-        guidance: the form of Eq. 4's second term; its weight is config.prior_weight.
+        guidance: the form of Eq. 4's second term; its weight is config.prior_weight until `weigh_prior`.
 
     Raises:
         UserError: settings that do not fit together, or frames that are too small for them.
@@ -54,6 +54,8 @@ class Agent(ABC):
         self.device = torch.device(device)
         (self.action_dim,) = action_shape
         self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.prior_weight = torch.tensor(self.config.prior_weight, dtype=torch.float32, device=self.device)
+        """lambda of Eq. 4 as it is now; a tensor, because CUDA graphs read it."""
         self.updates = 0
         """Updates so far."""
         self.decisions = 0
@@ -94,8 +96,9 @@ class Agent(ABC):
         """e_t of Eq. 5 on uint8[B, C, H, W], in nats; a float32 scalar, which stays on the device."""
 
     @abstractmethod
-    def value(self, obs: Tensor) -> Tensor:
-        """uint8[B, C, H, W] -> float32[B], the critic's min Q of the mean action, in units of reward."""
+    def value(self, obs: Tensor, action: Tensor | None = None) -> Tensor:
+        """uint8[B, C, H, W] -> float32[B], the critic's min Q, in units of reward, of `action` float32[B, A],
+        or of the mean action."""
 
     @abstractmethod
     def _update(self, batch: Batch[Tensor], plan: Plan) -> dict[str, Tensor]:
@@ -107,6 +110,10 @@ class Agent(ABC):
         """Tells the agent how many decisions were made so far, over all environments. Only an agent whose
         exploration follows a schedule (`drqv2`) reads it."""
         self.decisions = decisions
+
+    def weigh_prior(self, weight: float) -> None:
+        """Sets lambda of Eq. 4 for the updates to come. It is not part of the state."""
+        self.prior_weight.fill_(weight)
 
     def update(self, batch: Batch[Tensor], *, guide: bool) -> dict[str, Tensor]:
         """One update of the critic and, when they are due, of actor, temperature and targets. Returns

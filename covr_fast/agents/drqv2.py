@@ -71,12 +71,14 @@ class DrQV2(Agent):
         return noise_entropy(self.std, self.action_dim)
 
     @torch.no_grad()
-    def value(self, obs: Tensor) -> Tensor:
-        """uint8[B, C, H, W] -> float32[B], the critic's min Q of the mean action, in units of reward."""
+    def value(self, obs: Tensor, action: Tensor | None = None) -> Tensor:
+        """uint8[B, C, H, W] -> float32[B], the critic's min Q, in units of reward, of `action` float32[B, A],
+        or of the mean action."""
         features = self.encoder(self._pixels(obs))
-        noise = torch.zeros(len(obs), self.action_dim, dtype=torch.float32, device=self.device)
-        mean = self.actor(features, noise, self.std, math.inf).mean
-        value: Tensor = self.critic(features, mean).amin(0) / self.config.reward_scale
+        if action is None:
+            noise = torch.zeros(len(obs), self.action_dim, dtype=torch.float32, device=self.device)
+            action = self.actor(features, noise, self.std, math.inf).mean
+        value: Tensor = self.critic(features, action.to(self.device)).amin(0) / self.config.reward_scale
         return value
 
     # ---- updates -------------------------------------------------------------------------------------
@@ -116,7 +118,7 @@ class DrQV2(Agent):
             self.std,
             std_clip=c.std_clip,
             guide=guide,
-            prior_weight=c.prior_weight,
+            prior_weight=self.prior_weight,
             guidance=self.guidance,
         )
         descend(loss, self.actor_optimizer)

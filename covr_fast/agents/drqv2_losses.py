@@ -81,7 +81,7 @@ def policy_loss(
     *,
     std_clip: float,
     guide: bool,
-    prior_weight: float,
+    prior_weight: Tensor,
     guidance: Guidance,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The actor's loss on detached features [B, F], and metrics: -Q, plus lambda ||a_v - a_r||^2 if `guide`.

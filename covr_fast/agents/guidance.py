@@ -33,7 +33,7 @@ def prior_loss(sample: ActorSample, prior: Tensor, mask: Tensor, guidance: Guida
 
 @torch.no_grad()
 def guidance_figures(
-    sample: ActorSample, prior: Tensor, mask: Tensor, q: Tensor, guidance: Guidance, prior_weight: float
+    sample: ActorSample, prior: Tensor, mask: Tensor, q: Tensor, guidance: Guidance, prior_weight: Tensor
 ) -> dict[str, Tensor]:
     """What a run logs of the term in one update; scalars, for which the host need not wait.
 

@@ -82,7 +82,7 @@ def policy_loss(
     noise: Tensor,
     *,
     guide: bool,
-    prior_weight: float,
+    prior_weight: Tensor,
     guidance: Guidance,
     target_entropy: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -119,12 +119,14 @@ class SAC(Agent):
         return sample
 
     @torch.no_grad()
-    def value(self, obs: Tensor) -> Tensor:
-        """uint8[B, C, H, W] -> float32[B], the critic's min Q of the mean action, in units of reward."""
+    def value(self, obs: Tensor, action: Tensor | None = None) -> Tensor:
+        """uint8[B, C, H, W] -> float32[B], the critic's min Q, in units of reward, of `action` float32[B, A],
+        or of the mean action."""
         features = self.encoder(self._pixels(obs))
-        noise = torch.zeros(len(obs), self.action_dim, dtype=torch.float32, device=self.device)
-        mean = self.actor(features, noise).mean
-        value: Tensor = self.critic(features, mean).amin(0) / self.config.reward_scale
+        if action is None:
+            noise = torch.zeros(len(obs), self.action_dim, dtype=torch.float32, device=self.device)
+            action = self.actor(features, noise).mean
+        value: Tensor = self.critic(features, action.to(self.device)).amin(0) / self.config.reward_scale
         return value
 
     # ---- updates -------------------------------------------------------------------------------------
@@ -188,7 +190,7 @@ class SAC(Agent):
             batch.extras,
             self._noise(len(features)),
             guide=guide,
-            prior_weight=self.config.prior_weight,
+            prior_weight=self.prior_weight,
             guidance=self.guidance,
             target_entropy=self.target_entropy,
         )

@@ -97,6 +97,12 @@ class FineTuneView:
         return returns[send(torch.from_numpy(asked), returns.device)]
 
     @property
+    def rewards(self) -> Tensor:
+        """float32 [M] on the buffer's device, the rewards of `indices`."""
+        _, start, stop = self._bounds()
+        return self._buffer.finished_rows(start, stop)[0]
+
+    @property
     def time_in_episode(self) -> Tensor:
         """int32 [M] on the CPU, how many steps into its episode each of `indices` is."""
         return torch.from_numpy(self._rows()["time"])

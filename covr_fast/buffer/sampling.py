@@ -44,6 +44,10 @@ class Sampling:
         self._batches, self._draws, self._gather, self._spec = batches, draws, gather, spec
         self._batch_size, self._n_step = batch_size, n_step
 
+    def keep_priorities(self) -> None:
+        """Someone else sets the priorities: those of a batch are not to be replaced by its TD errors."""
+        self.prioritized, self.update_priorities = False, None
+
     @cached_property
     def batch(self) -> Batch:
         """Where `launch` writes."""

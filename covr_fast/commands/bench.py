@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from ..errors import as_user_error
-from .common import quiet_libraries, value_of
+from .common import preset_of, quiet_libraries, spelled_out
 
 
 def main(arguments: list[str]) -> int:
@@ -15,7 +15,8 @@ def main(arguments: list[str]) -> int:
 
     given = bool(arguments) and not arguments[0].startswith("-")
     name, rest = (arguments[0], arguments[1:]) if given else ("carracing", arguments)
-    preset = TrainConfig.preset(name, value_of("--vlm.model", rest), value_of("--agent.kind", rest))
+    rest = spelled_out(rest)
+    preset = preset_of(name, rest)
 
     @dataclass
     class Arguments:
@@ -34,6 +35,8 @@ def main(arguments: list[str]) -> int:
     from rich.console import Console
 
     from ..bench import CheckFailedError, measure, print_figures
+    from ..costs import cost_of
+    from ..estimate import print_whole_run
 
     quiet_libraries()
     try:
@@ -41,5 +44,8 @@ def main(arguments: list[str]) -> int:
     except CheckFailedError as error:
         print(f"no figures, for something is wrong: {error}", file=sys.stderr)
         return 1
-    print_figures(figures, Console(highlight=False, soft_wrap=True))
+    console = Console(highlight=False, soft_wrap=True)
+    print_figures(figures, console)
+    print_whole_run(parsed.config, figures, console)
+    console.print(f"{name} as it is, measured before: {cost_of(name)}")
     return 0

@@ -2,8 +2,12 @@
 
 import logging
 import warnings
+from typing import TYPE_CHECKING
 
 from ..errors import UserError
+
+if TYPE_CHECKING:
+    from ..config import TrainConfig
 
 
 def value_of(flag: str, arguments: list[str]) -> str | None:
@@ -15,6 +19,29 @@ def value_of(flag: str, arguments: list[str]) -> str | None:
         elif argument.startswith(flag + "="):
             value = argument.removeprefix(flag + "=")
     return value
+
+
+def preset_of(name: str, arguments: list[str]) -> "TrainConfig":
+    """The preset with the settings that suit the VLM, the agent and the method among the arguments.
+
+    Raises:
+        UserError: one of them is unknown.
+    """
+    from ..config import TrainConfig
+
+    asked = [value_of(flag, arguments) for flag in ("--vlm.model", "--agent.kind", "--method")]
+    return TrainConfig.preset(name, asked[0], asked[1], asked[2] or "covr")
+
+
+def spelled_out(arguments: list[str]) -> list[str]:
+    """`--covr off`, which reads well, as the setting that it stands for."""
+    spelled: list[str] = []
+    for argument in arguments:
+        if spelled and (spelled[-1], argument) == ("--covr", "off"):
+            spelled[-1:] = ["--method", "off"]
+        else:
+            spelled.append("--method=off" if argument == "--covr=off" else argument)
+    return spelled
 
 
 def check_least(parsed: object, **least: int) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from ..errors import as_user_error
-from .common import quiet_libraries, value_of
+from .common import preset_of, quiet_libraries, spelled_out, value_of
 
 
 def main(arguments: list[str]) -> int:
@@ -38,7 +38,8 @@ def _doctor_of_memory(arguments: list[str]) -> int:
 
     given = not arguments[0].startswith("-")
     name, rest = (arguments[0], arguments[1:]) if given else ("carracing-gpu", arguments)
-    preset = TrainConfig.preset(name, value_of("--vlm.model", rest), value_of("--agent.kind", rest))
+    rest = spelled_out(rest)
+    preset = preset_of(name, rest)
 
     @dataclass
     class Arguments:

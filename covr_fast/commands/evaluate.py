@@ -1,8 +1,9 @@
 """covr-fast evaluate: episodes of a run's actor, or of its VLM."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from ..errors import UserError
 from .common import check_least, quiet_libraries
@@ -27,6 +28,8 @@ def main(arguments: list[str]) -> int:
         """Let the VLM make every decision, instead of the actor."""
         round: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
         """With --vlm-alone, the round after which the VLM plays; 0: before any. None: the last."""
+        json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+        """Print JSON instead of lines for people."""
 
     parsed = tyro.cli(
         Arguments,
@@ -40,22 +43,40 @@ def main(arguments: list[str]) -> int:
     check_least(parsed, episodes=1, seed=0)
     if parsed.vlm_alone:
         quiet_libraries()
-        policy, config, player = _vlm_player(parsed.run, parsed.round)
+        policy, config, who = _vlm_player(parsed.run, parsed.round)
     elif parsed.round is not None:
         raise UserError(f"--round {parsed.round} is of the VLM: add --vlm-alone")
     else:
-        (policy, config), player = load_actor(parsed.run), ""
+        (policy, config), who = load_actor(parsed.run), {"policy": "actor"}
     result = evaluate(policy, config.env, parsed.episodes, seed=parsed.seed)
+    if parsed.json:
+        returns = result.returns.tolist()
+        content = {
+            "run": str(parsed.run),
+            "environment": config.env.id,
+            "preset": config.begun_as,
+            "method": config.method,
+            **who,
+            "episodes": [{"seed": parsed.seed + i, "return": value} for i, value in enumerate(returns)],
+            "mean": result.mean,
+            "std": result.std,
+        }
+        print(json.dumps(content, indent=2))
+        return 0
+    player = ""
+    if parsed.vlm_alone:
+        after = f"after round {who['round']}" if who["round"] else "before any round"
+        player = f", VLM alone {after} (version {who['version']} of its weights)"
     print("returns: " + " ".join(f"{value:.0f}" for value in result.returns))
     print(f"{config.env.id}{player}: {result.mean:.1f} ± {result.std:.1f} over {parsed.episodes} episodes")
     return 0
 
 
-def _vlm_player(run: Path, number: int | None) -> "tuple[Policy, TrainConfig, str]":
+def _vlm_player(run: Path, number: int | None) -> "tuple[Policy, TrainConfig, dict[str, Any]]":
     """The policy of a run's VLM after a round (None: the last), the run's settings, and who plays."""
     from ..checkpoint import Checkpoint, load_config
     from ..evaluate import vlm_policy
-    from ..parts import load_round
+    from ..load_vlm import load_round
 
     config = load_config(run)
     config.check()
@@ -67,5 +88,5 @@ def _vlm_player(run: Path, number: int | None) -> "tuple[Policy, TrainConfig, st
         known = ", ".join(map(str, rounds))
         raise UserError(f"--round {number}: {run} has the weights after the rounds {known} (0: before any)")
     prior = load_round(config, saved, rounds[number])
-    after = f"after round {number}" if number else "before any round"
-    return vlm_policy(prior, config), config, f", VLM alone {after} (version {prior.version} of its weights)"
+    who = {"policy": "vlm", "round": number, "version": prior.version}
+    return vlm_policy(prior, config), config, who

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from ..errors import UserError, as_user_error
-from .common import quiet_libraries, value_of
+from .common import preset_of, quiet_libraries, spelled_out, value_of
 
 if TYPE_CHECKING:
     from ..config import TrainConfig
@@ -17,24 +17,29 @@ def main(arguments: list[str]) -> int:
 
     from ..checkpoint import load_config
     from ..config import TrainConfig
+    from ..costs import cost_of
+    from ..methods import METHODS
     from ..presets import PRESETS
 
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: covr-fast train PRESET [--out DIR] [--FIELD VALUE ...]\n\npresets:")
         for name, preset in PRESETS.items():
             print(f"  {name:<20}{preset.summary}, with {preset.model}")
+            print(f"{'':<22}{cost_of(name)}")
+        print("\n--method METHOD, with any preset (--covr off is --method off):")
+        for method, each in METHODS.items():
+            print(f"  {method:<20}{each.summary}")
         print("\ncovr-fast train PRESET --help lists every field with its default in that preset.")
         return 0 if arguments else 2
-    name, rest = arguments[0], arguments[1:]
-    suited = TrainConfig.preset(
-        name, value_of("--vlm.model", rest), value_of("--agent.kind", rest)
-    )  # first: raises for an unknown name
+    name, rest = arguments[0], spelled_out(arguments[1:])
+    suited = preset_of(name, rest)  # first: raises for an unknown name
 
     @dataclass
     class Arguments:
         config: Annotated[TrainConfig, tyro.conf.arg(name="")]
         out: Path | None = None
-        """Run folder, which must not contain a run. None: runs/PRESET-seedN, with a number if that exists."""
+        """Run folder, which must not contain a run. None: runs/PRESET-seedN or, with a method other than
+        covr, runs/PRESET-METHOD-seedN, with a number if that exists."""
         resume: Path | None = None
         """Folder of an interrupted run to continue. Settings that are not given here stay as they were."""
 
@@ -67,20 +72,25 @@ def main(arguments: list[str]) -> int:
     from ..run_folder import RunFolder
     from ..trainer import Trainer
 
-    quiet_libraries()
+    if config.has_vlm:
+        quiet_libraries()
     _interrupt_when_ended()
     console = display()
     given = parsed.resume or parsed.out
-    folder = RunFolder(given) if given else RunFolder.numbered(Path("runs") / f"{name}-seed{config.seed}")
+    named = name if config.method == "covr" else f"{name}-{config.method}"
+    folder = RunFolder(given) if given else RunFolder.numbered(Path("runs") / f"{named}-seed{config.seed}")
     with folder.claimed(resume=parsed.resume is not None):
         trainer = Trainer(config, folder, resume=parsed.resume is not None)
         begun = f", from step {trainer.step}" if parsed.resume else ""
+        who = f"with {config.vlm.model}" if config.has_vlm else "without a VLM"
         console.print(
-            f"{PRESETS[name].summary}, with {config.vlm.model}; seed {config.seed}, on {trainer.device}, "
+            f"{PRESETS[name].summary}, {who}; seed {config.seed}, on {trainer.device}, "
             f"into {folder.path}{begun}"
         )
+        if config.method != "covr":
+            console.print(METHODS[config.method].summary)
         if not resumed and (changed := _differences(TrainConfig.preset(name), suited)):
-            console.print(f"for this VLM and agent the preset sets {', '.join(changed)}")
+            console.print(f"for what was asked for the preset sets {', '.join(changed)}")
         summary = trainer.run()
     print_summary(summary, console)
     names = sorted(path.name for path in folder.path.iterdir() if not path.name.startswith("."))
@@ -116,6 +126,6 @@ def _differences(before: "TrainConfig", after: "TrainConfig") -> list[str]:
     from ..files import full_names
 
     old, new = full_names(before.to_dict()), full_names(after.to_dict())
-    asked = {"vlm.model", "agent.kind", "begun_as"}
+    asked = {"vlm.model", "agent.kind", "method", "begun_as"}
     changed = (name for name in new if name not in asked and new[name] != old[name])
     return [f"{name}={new[name]}" for name in changed]

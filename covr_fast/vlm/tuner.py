@@ -79,7 +79,15 @@ class VLMTuner:
         """Whether a round is under way."""
         return self._thread is not None and self._thread.is_alive()
 
-    def start(self, frames: Tensor, actions: Tensor, returns: Tensor, episodes: Tensor | None = None) -> None:
+    def start(
+        self,
+        frames: Tensor,
+        actions: Tensor,
+        returns: Tensor,
+        episodes: Tensor | None = None,
+        *,
+        weights: Tensor | None = None,
+    ) -> None:
         """Begins a round on samples that the exploration filter selected.
 
         Args:
@@ -90,6 +98,8 @@ class VLMTuner:
                 there, and the round, not its caller, waits for them.
             episodes: int64[N], the episode of each sample. An episode is held out as a whole, or not at all.
                 None: every sample is an episode of its own.
+            weights: float[N] in [0, 1] of the samples in the loss of Eq. 6. None: those that RALW gives their
+                returns.
 
         Raises:
             RuntimeError: a round is still running.
@@ -100,8 +110,8 @@ class VLMTuner:
             raise RuntimeError("a round is still running; wait until poll() returns its report")
         self.check()
         with own_mode(self._device):
-            _check_samples(self.prior, frames, actions, returns, episodes)
-            samples = Samples.build(self.prior.grammar, frames, actions, returns, episodes)
+            _check_samples(self.prior, frames, actions, returns, episodes, weights)
+            samples = Samples.build(self.prior.grammar, frames, actions, returns, episodes, weights)
         self.rounds += 1
         self._stop.clear()
         self._report = self._before = None
@@ -235,7 +245,12 @@ def _warn_of_merge(prior: ActionPrior) -> None:
 
 
 def _check_samples(
-    prior: ActionPrior, frames: Tensor, actions: Tensor, returns: Tensor, episodes: Tensor | None
+    prior: ActionPrior,
+    frames: Tensor,
+    actions: Tensor,
+    returns: Tensor,
+    episodes: Tensor | None,
+    weights: Tensor | None,
 ) -> None:
     prior.check_images(frames, "frames")
     count = len(frames)
@@ -248,3 +263,8 @@ def _check_samples(
         raise ValueError(f"episodes must be int64 of shape [{count}], not {got}")
     if not torch.isfinite(actions).all() or (returns.is_cpu and not torch.isfinite(returns).all()):
         raise ValueError("actions and returns must be finite")
+    if weights is not None:
+        if weights.shape != (count,):
+            raise ValueError(f"weights must have shape [{count}], not {tuple(weights.shape)}")
+        if weights.is_cpu and not ((weights >= 0) & (weights <= 1)).all():
+            raise ValueError("weights must lie in [0, 1]")

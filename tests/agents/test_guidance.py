@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_agents import SHAPE, SMALL, eager_agent, make_batch
+from small_agents import KINDS, SHAPE, SMALL, assert_same, batch_of, eager_agent, make_batch, small_agent
 
 from covr_fast.agents import SAC, Guidance
 from covr_fast.agents.guidance import guidance_figures, prior_loss
@@ -146,3 +146,30 @@ def test_an_agent_learns_otherwise_with_another_form():
         weights.append(torch.cat([p.detach().flatten() for p in agent.actor.parameters()]))
     assert not torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_weight_of_the_prior_may_change_between_updates(kind):
+    def updated(guide: bool, *weights: float, begin: float = 1.0):
+        agent = small_agent(kind, prior_weight=begin)
+        for weight in weights:
+            agent.weigh_prior(weight)
+        agent.update(batch_of(kind), guide=guide)
+        return agent
+
+    assert_same(updated(True, 0.0), updated(False))
+    assert_same(updated(True, 3.0, 7.0), updated(True, begin=7.0))
+    heavy, light = updated(True, 7.0), updated(True, 0.5)
+    with pytest.raises(AssertionError):
+        assert_same(heavy, light)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_critic_values_given_actions(kind):
+    agent, batch = small_agent(kind), make_batch(0)
+    obs = (batch.obs * 255).to(torch.uint8)
+    mean = agent.act(obs, explore=False)
+    torch.testing.assert_close(agent.value(obs, mean), agent.value(obs))
+    other = agent.value(obs, batch.action)
+    assert other.shape == (len(obs),)
+    assert not torch.allclose(other, agent.value(obs))

@@ -90,6 +90,10 @@ def no_target_encoder(agent):
     agent.encoder_target = None
 
 
+def lighter_prior(agent):
+    agent.weigh_prior(1.0)
+
+
 def set_config(**changes):
     def change(agent):
         agent.config = replace(agent.config, **changes)
@@ -153,7 +157,7 @@ def target_of_q_only(agent):
 
 SHARED = [
     set_config(encoder_tau=0.02), set_config(tau=0.05), set_config(actor_every=1), set_config(target_every=1),
-    set_config(prior_weight=1.0), no_target_encoder, actor_before_critic, encoder_in_the_actors_step,
+    lighter_prior, no_target_encoder, actor_before_critic, encoder_in_the_actors_step,
     other_squash, actor_uses_the_critics_trunk,
 ]  # fmt: skip
 BROKEN = [

@@ -260,6 +260,17 @@ def test_cuda_graph_equals_eager(deterministic_convolutions):
 
 
 @pytest.mark.needs_cuda
+def test_cuda_graph_reads_the_prior_s_weight_of_the_moment(deterministic_convolutions):
+    eager, captured = cuda_agents()
+    for step in range(20):
+        batch = make_batch(step, device="cuda")
+        for agent in (eager, captured):
+            agent.weigh_prior(5.0 * (step % 3))
+        expected, got = (agent.update(batch, guide=True) for agent in (eager, captured))
+        assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.needs_cuda
 def test_cuda_graph_replays_draw_new_noise():
     """The same batch, without learning: only the noise differs between two replays."""
     _, agent = cuda_agents(lr=0.0, alpha_lr=0.0, tau=1e-12)

@@ -209,12 +209,13 @@ def test_evaluations_beside_a_run_take_the_next_server_one_episode_after_the_oth
             config(max_episode_steps=10),
             episodes=3,
             seed=5,
-            watch=lambda obs, action, gained: watched.append(gained),
+            watch=lambda picture, obs, action, gained: watched.append(picture),
         )
         assert SERVERS["localhost", 2000].world._frame == at
     assert SERVERS["localhost", 2010].seeds == [5, 6, 7]
     assert len(result.returns) == 3
     assert len(watched) == 10, "only the first episode is watched"
+    assert all(picture.shape == (12, 16, 3) for picture in watched)
 
 
 # ---- what goes wrong -------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from transformers import BitsAndBytesConfig, QuantoConfig
 
 from covr_fast import TrainConfig
 from covr_fast.errors import UserError
-from covr_fast.parts import load_prior
+from covr_fast.load_vlm import load_prior
 from covr_fast.vlm import ActionPrior, TunerConfig, VLMTuner
 from covr_fast.vlm.finetune.lora import trainable
 

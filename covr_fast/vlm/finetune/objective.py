@@ -43,18 +43,21 @@ class Samples:
         actions: Tensor,
         returns: Tensor,
         episodes: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> "Samples":
         """For the arguments see `VLMTuner.start`."""
         answers = grammar.encode(actions.detach().cpu())
         last = (answers == grammar.eos_token_id).int().argmax(1, keepdim=True)
         padding = torch.arange(answers.shape[1]) > last
-        weighed = Fetch(ops.return_weights(returns.detach().float()), torch.isfinite(returns).all())
+        weights = ops.return_weights(returns.detach().float()) if weights is None else weights.float()
+        weighed = Fetch(weights, torch.isfinite(returns).all())
         episodes = torch.arange(len(frames)) if episodes is None else episodes.cpu()
         return cls(frames, answers, answers.masked_fill(padding, IGNORE), weighed, episodes)
 
     @cached_property
     def weights(self) -> Tensor:
-        """float32[N] on the host: RALW weights, in [0, 1]. They decide which rows are computed at all.
+        """float32[N] on the host, in [0, 1]: those that were given, or RALW's. They decide which rows are
+        computed at all.
 
         Raises:
             ValueError: a return is NaN or infinite.

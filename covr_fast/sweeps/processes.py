@@ -1,0 +1,131 @@
+"""Runs as processes: so many at a time, stopped together, none lost because another died."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from ..files import writing
+from .spec import flags
+from .states import State, SweepRun
+
+_LOOK_EVERY = 0.2
+"""Seconds between two looks at the processes."""
+
+
+def command(run: SweepRun, threads: int | None = None) -> list[str]:
+    """The command line of a run: begun, or resumed from its checkpoint.
+
+    threads: of its policy updates, if the spec does not say.
+    """
+    planned, folder = run.planned, str(run.folder)
+    base = [sys.executable, "-m", "covr_fast.cli", "train", planned.preset]
+    chosen = {} if threads is None or "threads" in planned.asked else {"threads": threads}
+    if any((run.folder / name).is_dir() for name in ("checkpoint", "checkpoint.old")):
+        return [*base, *flags(chosen), "--resume", folder]
+    return [*base, *flags(planned.asked | {"seed": planned.seed} | chosen), "--out", folder]
+
+
+class Jobs:
+    """Starts the waiting runs, at most `jobs` at a time.
+
+    Each process has a session of its own, so that Ctrl-C reaches it once, from here: the run is saved then,
+    and a later sweep resumes it. Where torch sees several GPUs and the spec names none, the runs take turns
+    on them.
+
+    Args:
+        changed: is called after every look at the processes.
+    """
+
+    def __init__(
+        self,
+        runs: Sequence[SweepRun],
+        jobs: int,
+        changed: Callable[[], object],
+        *,
+        threads: int | None,
+        gpus: int = 0,
+    ) -> None:
+        self._waiting = [run for run in runs if run.state is State.WAITING]
+        self._running: dict[int, tuple[SweepRun, subprocess.Popen[bytes]]] = {}
+        self._jobs = jobs
+        self._changed = changed
+        self._threads = threads
+        self._gpus = gpus
+
+    def work(self) -> None:
+        """Runs until none is left.
+
+        Raises:
+            KeyboardInterrupt: after every running process has saved its run and ended.
+        """
+        try:
+            while self._waiting or self._running:
+                for slot in range(self._jobs):
+                    if slot not in self._running and self._waiting:
+                        self._start(slot, self._waiting.pop(0))
+                self._look()
+                self._changed()
+                time.sleep(_LOOK_EVERY)
+        except BaseException:
+            self._stop()
+            raise
+
+    def _start(self, slot: int, run: SweepRun) -> None:
+        if (run.folder / "summary.json").is_file():  # another sweep into this folder has made it meanwhile
+            run.state = State.FINISHED
+            return
+        run.folder.parent.mkdir(parents=True, exist_ok=True)
+        _set_aside(run)
+        here = dict(os.environ)
+        if self._gpus > 1 and "device" not in run.planned.asked:
+            here["CUDA_VISIBLE_DEVICES"] = str(slot % self._gpus)
+        with writing(run.log), run.log.open("ab") as log:
+            process = subprocess.Popen(
+                command(run, self._threads),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=here,
+                start_new_session=True,
+            )
+        run.state = State.RUNNING
+        self._running[slot] = run, process
+
+    def _look(self) -> None:
+        for slot, (run, process) in list(self._running.items()):
+            if process.poll() is not None:
+                del self._running[slot]
+                run.exit_code = process.returncode
+                finished = process.returncode == 0 and (run.folder / "summary.json").is_file()
+                run.state = State.FINISHED if finished else State.BROKEN
+
+    def _stop(self) -> None:
+        """Interrupts all, and waits: they save. A second Ctrl-C kills them."""
+        try:
+            for _, process in self._running.values():
+                process.send_signal(signal.SIGINT)
+            for _, process in self._running.values():
+                process.wait()
+        except BaseException:
+            for _, process in self._running.values():
+                process.kill()
+            raise
+        finally:
+            for run, _ in self._running.values():
+                run.state = State.WAITING
+            self._changed()
+
+
+def _set_aside(run: SweepRun) -> None:
+    """Renames what is left of a run that has nothing to go on from: it cannot be resumed, nor may it be
+    overwritten."""
+    resumable = any((run.folder / name).is_dir() for name in ("checkpoint", "checkpoint.old"))
+    if not run.folder.is_dir() or resumable or not any(run.folder.iterdir()):
+        return
+    number = 1
+    while (aside := run.folder.with_name(f"{run.folder.name}.broken-{number}")).exists():
+        number += 1
+    run.folder.rename(aside)

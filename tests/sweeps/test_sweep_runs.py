@@ -1,0 +1,167 @@
+"""Sweeps as a user starts them: runs that are skipped, resumed, named if they break, interrupted."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from small_runs import COVR, TINY, call
+
+from covr_fast.checkpoint import load_config
+from covr_fast.report import read_summary
+
+SETTINGS = "\n".join(f"{name.replace('-', '_')} = {value}" for name, value in (TINY | {"steps": 160}).items())
+SPEC = f"""
+summary = "Tiny runs"
+presets = ["carracing"]
+seeds = [0, 1]
+[settings]
+video = false
+{SETTINGS}
+[groups.alone]
+method = "off"
+[groups.blocked]
+method = "per"
+"""
+
+
+def spec_file(folder: Path, text: str = SPEC) -> str:
+    path = folder / "tiny.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def sweep(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
+    code = call(monkeypatch, "sweep", *arguments, "--no-estimate")
+    shown = capsys.readouterr()
+    return code, shown.out + shown.err
+
+
+def times(out: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in out.rglob("summary.json")}
+
+
+def test_a_broken_run_is_named_the_others_go_on_and_finished_ones_are_skipped(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.chdir(tmp_path)
+    arguments = [spec_file(tmp_path), "--jobs", "2"]
+    out = Path("sweeps/tiny")
+    blocked = out / "carracing" / "blocked" / "seed-1"
+    blocked.parent.mkdir(parents=True)
+    blocked.touch()
+    code, shown = sweep(monkeypatch, capsys, *arguments)
+    assert code == 1
+    assert "Tiny runs: 4 runs, into sweeps/tiny, 2 at a time" in shown
+    assert len(re.findall(r"\[\d/4\] carracing/\w+/seed-[01] -?\d+\.\d ± \d+\.\d in \d+ s", shown)) == 3
+    assert f"carracing/blocked/seed-1 ended with exit code 2; the end of {blocked}.log:" in shown
+    assert f"  error: {blocked} is a file, not a folder" in shown, "its last lines are not shown"
+    assert "1 of 4 runs are broken: the same command tries them again" in shown
+    assert [load_config(out / f"carracing/alone/seed-{seed}").seed for seed in (0, 1)] == [0, 1]
+    finished = times(out)
+    assert len(finished) == 3
+
+    blocked.unlink()
+    code, shown = sweep(monkeypatch, capsys, *arguments)
+    assert code == 0, shown
+    assert "4 runs, 3 of them finished" in shown
+    assert finished.items() <= times(out).items(), "a finished run was made again"
+    assert len(times(out)) == 4
+
+    code, shown = sweep(monkeypatch, capsys, *arguments)
+    assert (code, "4 of them finished" in shown, "running" in shown) == (0, True, False)
+    code, shown = sweep(monkeypatch, capsys, *arguments, "--steps", "320")
+    assert code == 2
+    assert "holds a run with steps=160, and the sweep asks for 320" in shown
+
+
+def test_an_interrupted_sweep_goes_on_where_it_was(monkeypatch, capsys, tmp_path):
+    path = spec_file(tmp_path, SPEC.partition("[groups.blocked")[0].replace("steps = 160", "steps = 40_000"))
+    out = tmp_path / "out"
+    begun = [*COVR, "sweep", path, "--seeds", "1", "--out", str(out), "--no-estimate"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = out / "carracing/alone/seed-0"
+    with subprocess.Popen(begun, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        until = time.monotonic() + 120
+        while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < 20:
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=120)
+        assert process.returncode == 130
+    assert not (run / "summary.json").exists()
+    assert (run / "checkpoint" / "replay").exists(), "the run was not saved"
+    said = run.with_name("seed-0.log").read_text()
+    at = int(re.findall(r"interrupted at step (\d+) and saved", said)[0])
+    assert 0 < at < 40_000
+
+    shorter = path.replace("tiny", "tiny2")
+    Path(shorter).write_text(Path(path).read_text())
+    code, shown = sweep(monkeypatch, capsys, path, "--seeds", "1", "--out", str(out), "--steps", str(at + 64))
+    assert code == 2
+    assert "holds a run with steps=40000" in shown
+    config = run / "config.json"
+    config.write_text(config.read_text().replace('"steps": 40000', f'"steps": {at + 64}'))
+    code, shown = sweep(monkeypatch, capsys, path, "--seeds", "1", "--out", str(out), "--steps", str(at + 64))
+    assert code == 0, run.with_name("seed-0.log").read_text()
+    assert read_summary(run)["steps"] >= at + 64
+    assert f"from step {at}" in run.with_name("seed-0.log").read_text()
+
+
+def test_what_is_left_of_a_run_that_cannot_go_on_is_set_aside(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    path, out = spec_file(tmp_path, SPEC.partition("[groups.blocked")[0]), tmp_path / "out"
+    run = out / "carracing/alone/seed-0"
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text('{"step": 16}\n')
+    code, shown = sweep(monkeypatch, capsys, path, "--seeds", "1", "--out", str(out))
+    assert code == 0, shown
+    assert (run.with_name("seed-0.broken-1") / "metrics.jsonl").read_text() == '{"step": 16}\n'
+    assert read_summary(run)["seed"] == 0
+
+
+def test_a_dry_run_starts_nothing(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, shown = sweep(
+        monkeypatch, capsys, spec_file(tmp_path), "--dry-run", "--only", "alone", "--jobs", "2"
+    )
+    assert code == 0
+    assert shown.count("covr-fast train carracing --method=off") == 2
+    assert shown.count("--threads=1") == 2, "the spec says how many"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.toml"]
+
+
+def test_the_specs_are_listed(monkeypatch, capsys):
+    assert call(monkeypatch, "sweep", "--help") == 0
+    listed = capsys.readouterr().out
+    for name in ("dmcontrol", "ablations", "racetrack"):
+        assert re.search(rf"^  {name} +\S", listed, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "gpus, given, expected", [(0, {}, [None] * 3), (2, {}, ["0", "1", "0"]), (1, {}, [None] * 3)]
+)
+def test_runs_take_turns_on_several_gpus(gpus, given, expected, monkeypatch, tmp_path):
+    from covr_fast.sweeps import processes
+    from covr_fast.sweeps.spec import read_spec
+    from covr_fast.sweeps.states import find_runs
+
+    seen = []
+
+    class Process:
+        returncode = 1
+
+        def __init__(self, *_, env, **__) -> None:
+            seen.append(env.get("CUDA_VISIBLE_DEVICES"))
+
+        def poll(self):
+            return 1
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(processes.subprocess, "Popen", Process)
+    monkeypatch.setattr(processes, "_LOOK_EVERY", 0)
+    spec = read_spec(spec_file(tmp_path), seeds=3, only=["alone"])
+    processes.Jobs(find_runs(spec.runs, tmp_path / "out"), 3, lambda: None, threads=None, gpus=gpus).work()
+    assert seen == expected
