@@ -380,13 +380,16 @@ class TrainConfig:
         """Settings that do not suit the VLM."""
         vlm, tuner = self.vlm, self.tuner
         if is_nano(vlm.model):
-            if tuner.mode == "full":
+            if tuner.mode == "full" or not self.has_rounds:
                 return []
             return [
                 f"tuner.mode='lora' adapts what a model knows, and vlm.model={vlm.model!r} began with random "
                 "weights: use tuner.mode='full'"
             ]
-        said = []
+        return [*(self._doubts_of_tuning() if self.has_rounds else ()), *self._doubts_of_pictures()]
+
+    def _doubts_of_tuning(self) -> list[str]:
+        vlm, tuner, said = self.vlm, self.tuner, []
         run = Path(vlm.model).absolute().parent.parent
         if tuner.mode == "lora" and Path(vlm.model).name == "vlm" and (run / "config.json").is_file():
             said.append(
@@ -404,7 +407,11 @@ class TrainConfig:
                 f"tuner.epochs={tuner.epochs} is for random weights, a pretrained model learns the samples "
                 f"by heart: use at most {MOST_EPOCHS}"
             )
-        if vlm.motion:
+        return said
+
+    def _doubts_of_pictures(self) -> list[str]:
+        said = []
+        if self.vlm.motion:
             said.append(
                 "vlm.motion shows three grey frames as false colours, which no pretrained model has seen: "
                 "leave it off"

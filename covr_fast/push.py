@@ -51,10 +51,13 @@ def prepare(run: Path, repo: str, base: str | None = None) -> Upload:
         base: the hub id of the model that was tuned, where the run knows it by the path of a folder.
 
     Raises:
-        UserError: there is no checkpoint; the adapter's base is a folder that nobody else has; `base` is no
-            hub id, or the VLM is nano; another path of this machine is in a file.
+        UserError: there is no checkpoint, or no VLM that the run tuned; the adapter's base is a folder that
+            nobody else has; `base` is no hub id, or the VLM is nano; another path of this machine is in a
+            file.
     """
     folder = newest_folder(run / "checkpoint") / "vlm"
+    if not folder.is_dir() and (method := _settings(run).get("method", "covr")) != "covr":
+        raise UserError(f"{run} tuned no VLM (its method is {method}), so there is nothing to push")
     files: dict[str, Path | bytes] = {
         path.relative_to(folder).as_posix(): path
         for path in sorted(folder.rglob("*"))
@@ -94,6 +97,11 @@ def prepare(run: Path, repo: str, base: str | None = None) -> Upload:
         if name in files and (path := _own_path(name, _content(files[name]), run)):
             raise UserError(f"{folder / name} contains the path {path} of this machine: remove it there")
     return Upload(files, needs)
+
+
+def _settings(run: Path) -> dict[str, Any]:
+    path = run / "config.json"
+    return read_json(path, "put back a copy of it") if path.is_file() else {}
 
 
 def push(

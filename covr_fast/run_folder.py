@@ -38,6 +38,17 @@ class RunFolder:
     def has_run(self) -> bool:
         return any((self.path / name).exists() for name in _FILES_OF_A_RUN)
 
+    def is_claimed(self) -> bool:
+        """Whether another process or object writes a run here."""
+        if not self.path.is_dir():
+            return False
+        try:
+            self._lock.acquire()
+        except Timeout:
+            return True
+        self._lock.release()
+        return False
+
     @contextmanager
     def claimed(self, *, resume: bool) -> Iterator[None]:
         """Prevents others from writing a run here until the block ends. Claims of one object nest.

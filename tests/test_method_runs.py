@@ -226,3 +226,47 @@ def test_the_distance_of_priors_to_actions_is_logged(tmp_path):
         found = [m["prior_to_action"] for m in read_metrics(tmp_path / name) if "prior_to_action" in m]
         assert found
         assert all(0 < value <= 8 for value in found)
+
+
+def test_commands_that_need_a_tuned_vlm_say_that_there_is_none(monkeypatch, capsys, tmp_path):
+    for method in ("off", "dpl"):
+        run_of(method, tmp_path / method, save_replay=True)
+        assert call(monkeypatch, "push", str(tmp_path / method), "me/it", "--dry-run") == 2
+        assert f"tuned no VLM (its method is {method})" in capsys.readouterr().err
+    assert call(monkeypatch, "audit", str(tmp_path / "off")) == 2
+    assert "has no VLM (covr.vlm='off')" in capsys.readouterr().err
+    assert call(monkeypatch, "audit", str(tmp_path / "dpl")) == 0, "a frozen VLM gives its priors again"
+    assert call(monkeypatch, "evaluate", str(tmp_path / "off"), "--vlm-alone") == 2
+    assert "has no VLM" in capsys.readouterr().err
+    assert call(monkeypatch, "evaluate", str(tmp_path / "dpl"), "--vlm-alone", "--round", "1") == 2
+    assert "has the weights after the rounds 0" in capsys.readouterr().err
+    assert call(monkeypatch, "doctor", "carracing", "--vlm.model", "nano", "--covr", "off") == 2
+    assert "loads no VLM, so there is nothing to fit" in capsys.readouterr().err
+
+
+def test_memory_and_times_are_of_who_works(monkeypatch, capsys):
+    def fits(*flags: str) -> dict:
+        call(monkeypatch, "doctor", "carracing", "--vlm.model", "nano", "--json", *flags)
+        return json.loads(capsys.readouterr().out)
+
+    def parts(*flags: str) -> str:
+        assert call(monkeypatch, "bench", "carracing", "--seconds", "0.05", *FLAGS, *flags) == 0
+        return capsys.readouterr().out
+
+    tuned, frozen, alone = fits(), fits("--method", "dpl"), fits("--method", "vbe")
+    owners = ["the VLM, to answer", "a round of fine-tuning", "the agent", "besides"]
+    assert list(tuned["parts"]) == owners
+    assert list(frozen["parts"]) == [owners[0], *owners[2:]]
+    names = [part["name"] for part in alone["parts"]["the agent"]]
+    assert names == ["replay buffer"], "no agent is trained"
+    assert tuned["rounds_in_turn"] > frozen["rounds_in_turn"] > alone["rounds_in_turn"]
+    for method, has in {
+        "covr": ("prior", "acting", "policy update", "fine-tuning"),
+        "off": ("acting", "policy update"),
+        "dpl": ("prior", "acting", "policy update"),
+        "vpf": ("prior", "fine-tuning"),
+    }.items():
+        shown = parts("--method", method)
+        for part in ("prior", "acting", "policy update", "fine-tuning"):
+            assert (f"│ {part} " in shown) == (part in has), (method, part)
+        assert "a whole run of" in shown

@@ -1,6 +1,7 @@
 """What several commands do."""
 
 import logging
+import signal
 import warnings
 from typing import TYPE_CHECKING
 
@@ -59,3 +60,11 @@ def quiet_libraries() -> None:
     disable_progress_bar()  # type: ignore[no-untyped-call, unused-ignore]
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+def interrupt_when_ended() -> None:
+    """A scheduler's SIGTERM and a closed terminal's SIGHUP save a run like Ctrl-C, unless they are ignored
+    (nohup)."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from .common import check_least
+from .common import check_least, interrupt_when_ended, quiet_libraries
 
 
 def main(arguments: list[str]) -> int:
@@ -85,7 +85,9 @@ def main(arguments: list[str]) -> int:
             console.print(" ".join(["covr-fast", *command(run, threads)[3:]]))
         return 0
     if parsed.estimate and waiting:
+        quiet_libraries()
         print_estimate(waiting, parsed.jobs, threads, console)
+    interrupt_when_ended()
     with Progress(runs, console) as progress:
         Jobs(runs, parsed.jobs, progress.update, threads=threads, gpus=_gpus()).work()
     broken = [run for run in runs if run.state is State.BROKEN]

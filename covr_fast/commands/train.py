@@ -1,12 +1,11 @@
 """covr-fast train: a run, begun or resumed."""
 
-import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from ..errors import UserError, as_user_error
-from .common import preset_of, quiet_libraries, spelled_out, value_of
+from .common import interrupt_when_ended, preset_of, quiet_libraries, spelled_out, value_of
 
 if TYPE_CHECKING:
     from ..config import TrainConfig
@@ -74,7 +73,7 @@ def main(arguments: list[str]) -> int:
 
     if config.has_vlm:
         quiet_libraries()
-    _interrupt_when_ended()
+    interrupt_when_ended()
     console = display()
     given = parsed.resume or parsed.out
     named = name if config.method == "covr" else f"{name}-{config.method}"
@@ -111,14 +110,6 @@ def _check_preset(name: str, config: "TrainConfig", run: str) -> None:
     of_preset = TrainConfig.preset(name).env.id  # none in the preset for one's own environment
     if not begun and of_preset and config.env.id != of_preset:
         raise UserError(f"the run was begun with env.id={config.env.id}, and preset {name} is of {of_preset}")
-
-
-def _interrupt_when_ended() -> None:
-    """A scheduler's SIGTERM and a closed terminal's SIGHUP save the run like Ctrl-C, unless they are ignored
-    (nohup)."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler)
 
 
 def _differences(before: "TrainConfig", after: "TrainConfig") -> list[str]:

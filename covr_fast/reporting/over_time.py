@@ -43,10 +43,14 @@ def curves_section(context: Context) -> Markup:
 def _learning_curve(context: Context, task: Task) -> Markup:
     curves: list[tuple[Group, Curve]] = []
     single: list[tuple[Group, Series]] = []
+    untrained: list[tuple[Group, float]] = []
     sources: dict[str, list[str]] = {}
     for group in task.groups:
         source, own = returns(group.runs)
-        if (drawn := curve(own)) is not None:
+        drawn = curve(own)
+        if drawn is not None and drawn.steps[-1] == 0:
+            untrained.append((group, float(drawn.mean[0])))
+        elif drawn is not None:
             curves.append((group, drawn))
             single += [(group, each) for each in own if len(own) > 1]
             sources.setdefault(source, []).append(group.label)
@@ -57,6 +61,8 @@ def _learning_curve(context: Context, task: Task) -> Markup:
             chart.axes.plot(*each, color=context.look(group).colour, linewidth=0.6, alpha=0.45)
         for group, drawn in curves:
             chart.curve(drawn, context.look(group), band=len(curves) <= _MOST_BANDS)
+        for group, value in untrained:
+            chart.level(value, context.look(group).colour, f"{group.label}, not trained", dash="dashdot")
         for label, (value, text) in published.items():
             chart.level(value, context.looks[label].colour, text if len(published) <= _MOST_NAMED else "")
         if task.random_return is not None:
@@ -88,14 +94,25 @@ def _published_levels(task: Task) -> dict[str, tuple[float, str]]:
 
 def agreement_section(context: Context) -> Markup:
     parts = [_agreement(context, task) for task in context.study.tasks]
+    labels = [label for label in context.study.labels if label in _asked_a_vlm(context)]
     shown = join(parts) or note("No run has logged any of these figures.")
     return section(
         "priors",
         "Do agent and VLM agree?",
         note("The VLM’s action priors against the agent’s actions, means over seeds with 95 % intervals."),
-        context.legend(context.study.labels) if any(parts) else Markup(""),
+        context.legend(labels) if any(parts) else Markup(""),
         shown,
     )
+
+
+def _asked_a_vlm(context: Context) -> set[str]:
+    """The labels of groups that have logged any of these figures."""
+    groups = context.study.groups
+    return {
+        g.label
+        for g in groups
+        if any(name in m for run in g.runs for m in run.metrics for name in _AGREEMENT)
+    }
 
 
 def _agreement(context: Context, task: Task) -> Markup:

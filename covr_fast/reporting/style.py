@@ -30,7 +30,8 @@ dl.facts dt { color: var(--soft); font-size: 0.8rem; }
 dl.facts dd { margin: 0; overflow-wrap: anywhere; }
 .grid { display: grid;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); gap: 14px 22px; }
-.grid.wide { grid-template-columns: repeat(auto-fill, minmax(min(100%, 480px), 1fr)); }
+.grid.wide { grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); }
+.grid.wide svg { max-width: 760px; }
 figure { margin: 8px 0; min-width: 0; }
 figure svg { display: block; width: 100%; height: auto; max-width: 620px; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 8px 0; padding: 0; list-style: none;

@@ -10,11 +10,13 @@ from .statistics import Curve, curve
 
 def vlm_section(context: Context) -> Markup:
     charts = [chart for task in context.study.tasks if (chart := _chart(context, task))]
+    groups = context.study.groups
+    labels = dict.fromkeys(g.label for g in groups if curve([vlm_by_round(run) for run in g.runs]))
     return section(
         "vlm",
         "The VLM alone, by round",
         note("Every decision is the VLM’s. Round 0 is before any tuning; means over seeds, 95 % intervals."),
-        context.legend(context.study.labels) if charts else Markup(""),
+        context.legend(list(labels)) if charts else Markup(""),
         tag("div", *charts, class_="grid wide") if charts else note("No run has evaluated its VLM alone."),
     )
 

@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from ..files import writing
-from .spec import flags
+from ..flags import flags
+from ..run_folder import RunFolder
 from .states import State, SweepRun
 
 _LOOK_EVERY = 0.2
@@ -121,9 +122,10 @@ class Jobs:
 
 def _set_aside(run: SweepRun) -> None:
     """Renames what is left of a run that has nothing to go on from: it cannot be resumed, nor may it be
-    overwritten."""
+    overwritten. A run that another process is writing stays: the new process will say so."""
+    folder = RunFolder(run.folder)
     resumable = any((run.folder / name).is_dir() for name in ("checkpoint", "checkpoint.old"))
-    if not run.folder.is_dir() or resumable or not any(run.folder.iterdir()):
+    if resumable or not folder.has_run() or folder.is_claimed():
         return
     number = 1
     while (aside := run.folder.with_name(f"{run.folder.name}.broken-{number}")).exists():

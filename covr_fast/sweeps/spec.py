@@ -3,7 +3,7 @@
 import os
 import tomllib
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -222,16 +222,3 @@ def _set(config: TrainConfig, name: str, value: Any) -> None:
         config.tuner = replace(config.tuner, **{leaf: value})
     else:
         setattr(getattr(config, section) if section else config, leaf, value)
-
-
-def flags(settings: Mapping[str, Any]) -> Iterator[str]:
-    """The settings, by full names, as arguments of `covr-fast train`."""
-    for name, value in settings.items():
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
-            section, _, leaf = flag[2:].rpartition(".")
-            yield flag if value else f"--{section}.no-{leaf}" if section else f"--no-{leaf}"
-        elif isinstance(value, (list, tuple)):
-            yield from (flag, *map(str, value))
-        else:
-            yield f"{flag}={value}"

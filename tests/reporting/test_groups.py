@@ -6,7 +6,9 @@ import shutil
 import pytest
 from written_runs import write_run
 
+from covr_fast import TrainConfig
 from covr_fast.errors import UserError
+from covr_fast.methods import METHODS
 from covr_fast.reporting.command import command
 from covr_fast.reporting.groups import differing, read_study
 
@@ -166,7 +168,8 @@ def test_nothing_to_report(prepare, message, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_the_command_makes_the_same_settings(tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", ["covr", "dpl", "m3"])
+def test_the_command_makes_the_same_settings(method, tmp_path, monkeypatch):
     """What it says is parsed by the command line itself."""
     import shlex
 
@@ -175,9 +178,10 @@ def test_the_command_makes_the_same_settings(tmp_path, monkeypatch):
     made = {"seed": 4, "steps": 900, "agent__channels": [8, 8], "agent__strides": [2, 2], "vlm__graph": False,
             "covr__confidence": True, "covr__horizon": None, "vlm__prompt": "Drive, please."}  # fmt: skip
     run = write_run(tmp_path / "run", 10, **made)
-    settings = json.loads((run / "config.json").read_text())
-    if settings.pop("method") != "covr":
-        pytest.fail("the written run is of the default method")
+    config = TrainConfig.from_dict(json.loads((run / "config.json").read_text()))
+    METHODS[method].change(config)
+    config.method = method
+    settings = json.loads(json.dumps(config.to_dict()))
     (run / "config.json").write_text(json.dumps(settings))
     (study_run,) = read_study([run]).runs
     words = shlex.split(command(study_run))

@@ -12,6 +12,7 @@ from small_runs import COVR, TINY, call
 
 from covr_fast.checkpoint import load_config
 from covr_fast.report import read_summary
+from covr_fast.run_folder import RunFolder
 
 SETTINGS = "\n".join(f"{name.replace('-', '_')} = {value}" for name, value in (TINY | {"steps": 160}).items())
 SPEC = f"""
@@ -165,3 +166,16 @@ def test_runs_take_turns_on_several_gpus(gpus, given, expected, monkeypatch, tmp
     spec = read_spec(spec_file(tmp_path), seeds=3, only=["alone"])
     processes.Jobs(find_runs(spec.runs, tmp_path / "out"), 3, lambda: None, threads=None, gpus=gpus).work()
     assert seen == expected
+
+
+def test_a_run_that_another_process_writes_is_left_alone(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    path, out = spec_file(tmp_path, SPEC.partition("[groups.blocked")[0]), tmp_path / "out"
+    run = out / "carracing/alone/seed-0"
+    with RunFolder(run).claimed(resume=False):
+        (run / "metrics.jsonl").write_text('{"step": 16}\n')
+        code, shown = sweep(monkeypatch, capsys, path, "--seeds", "1", "--out", str(out))
+    assert code == 1
+    assert f"error: {run} is being written by another run" in shown
+    assert (run / "metrics.jsonl").read_text() == '{"step": 16}\n'
+    assert sorted(each.name for each in run.parent.iterdir()) == ["seed-0", "seed-0.log"]
