@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _HOME = {
     "DrQV2": "covr_fast.agents",
     "EnvConfig": "covr_fast.envs",
+    "GymEnv": "covr_fast.envs",
     "ReplayBuffer": "covr_fast.buffer",
     "SAC": "covr_fast.agents",
     "TrainConfig": "covr_fast.config",
@@ -23,8 +24,8 @@ _HOME = {
 _SUBMODULES = {"ops", "vlm"}
 
 __all__ = [
-    "SAC", "DrQV2", "EnvConfig", "ReplayBuffer", "TrainConfig", "Trainer", "__version__", "load_policy",
-    "make_env", "ops", "register_task", "vlm",
+    "SAC", "DrQV2", "EnvConfig", "GymEnv", "ReplayBuffer", "TrainConfig", "Trainer", "__version__",
+    "load_policy", "make_env", "ops", "register_task", "vlm",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from .buffer import ReplayBuffer
     from .checkpoint import load_policy
     from .config import TrainConfig
-    from .envs import EnvConfig, make_env
+    from .envs import EnvConfig, GymEnv, make_env
     from .tasks import register_task
     from .trainer import Trainer
 

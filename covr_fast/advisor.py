@@ -106,33 +106,35 @@ class Advisor:
 
     def advise(self, obs: np.ndarray, env_ids: np.ndarray, clock: Clock) -> None:
         """While the latest decisions of these environments are simulated, the VLM gives its prior for the
-        same frames, if it is due and not asked in the background."""
-        if self._due(env_ids) and self.labeller is None:
+        same frames, where it is due and not asked in the background."""
+        due = self._due(env_ids) & (self.labeller is None)
+        asked = env_ids[due]
+        if len(asked):
             with clock("prior"):
-                answer = self.answer(obs)
+                answer = self.answer(obs[due])
             weight: np.ndarray | float = 1.0
             if answer.confidence is not None:
                 self._metrics.add({"prior_confidence": answer.confidence})
                 weight = answer.confidence.cpu().numpy()
             prior = answer.action.cpu().numpy()
-            self._collector.set_prior(prior, answer.version, env_ids, weight)
-            distance = np.square(prior - self._collector.latest_action(env_ids)).sum(-1)
+            self._collector.set_prior(prior, answer.version, asked, weight)
+            distance = np.square(prior - self._collector.latest_action(asked)).sum(-1)
             self._metrics.add({"prior_to_action": torch.from_numpy(distance)})
-        elif self._config.vlm.between == "mask":
-            self._collector.mask_prior(env_ids)
+        if self._config.vlm.between == "mask":
+            self._collector.mask_prior(env_ids[~due])
 
-    def _due(self, env_ids: np.ndarray) -> bool:
-        """Whether the VLM is asked about the latest decision of these environments."""
-        repeat, number = self._config.env.action_repeat, self._collector.latest(env_ids)
-        return number == 0 or is_due(self._config.vlm.every, (number - 1) * repeat, number * repeat)
+    def _due(self, env_ids: np.ndarray) -> np.ndarray:
+        """bool[n], whether the VLM is asked about the latest decision of each of these environments."""
+        repeat, every = self._config.env.action_repeat, self._config.vlm.every
+        numbers = self._collector.latest(env_ids)
+        return np.array([k == 0 or is_due(every, (k - 1) * repeat, k * repeat) for k in numbers], bool)
 
     def label(self, stored: Tensor, env_ids: np.ndarray, clock: Clock) -> None:
-        """In the background, the VLM is asked about the new transitions int64[n] of these environments, if
-        they are due."""
+        """In the background, the VLM is asked about the new transitions int64[n] of these environments that
+        are due."""
         if self.labeller is not None:
             with clock("prior"):
-                if self._due(env_ids):
-                    self.labeller.due(stored.tolist())
+                self.labeller.due(stored[torch.from_numpy(self._due(env_ids))].tolist())
                 self.labeller.step()
 
     def write_answers(self, step: int, stored: Tensor, clock: Clock) -> None:

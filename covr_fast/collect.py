@@ -31,15 +31,16 @@ class Collector:
         self._running_return = np.zeros(n)
 
     def send(self, obs: np.ndarray, action: np.ndarray, env_ids: np.ndarray) -> None:
-        """Starts to simulate `action` float32[n, A], the decision for `obs` uint8[n, C, H, W], in one batch
-        of environments."""
+        """Starts to simulate `action` float32[n, A], the decision for `obs` uint8[n, C, H, W], in those
+        environments of a batch that wait for one."""
         self._envs.send(action, env_ids)
         self._obs[env_ids], self._action[env_ids] = obs, action
         self._decisions[env_ids] += 1
 
-    def latest(self, env_ids: np.ndarray) -> int:
-        """Number of the latest decision of these environments, from 0. It is the same for a whole batch."""
-        return int(self._decisions[env_ids[0]]) - 1
+    def latest(self, env_ids: np.ndarray) -> list[int]:
+        """Number of the latest decision of each of these environments, from 0."""
+        numbers: list[int] = (self._decisions[env_ids] - 1).tolist()
+        return numbers
 
     def latest_action(self, env_ids: np.ndarray) -> np.ndarray:
         """float32[n, A], the latest decisions of these environments."""

@@ -2,7 +2,7 @@
 
 import os
 import re
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
 from types import UnionType
@@ -11,6 +11,7 @@ from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hin
 import numpy as np
 
 from .agents import AgentConfig, Kind
+from .custom import doubts
 from .envs import EnvConfig
 from .errors import UserError, unknown
 from .files import full_names
@@ -372,7 +373,11 @@ class TrainConfig:
         return -(-steps // self.env.action_repeat)
 
     def doubts(self) -> list[str]:
-        """Warnings about settings that are allowed but do not suit the VLM. Each names the remedy."""
+        """Warnings about settings that are allowed. Each names the remedy."""
+        return [*doubts(self.env), *self._doubts_of_vlm()]
+
+    def _doubts_of_vlm(self) -> list[str]:
+        """Settings that do not suit the VLM."""
         vlm, tuner = self.vlm, self.tuner
         if is_nano(vlm.model):
             if tuner.mode == "full" or not self.has_rounds:
@@ -417,7 +422,7 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings in plain types, for config.json."""
-        return dict(_plain(asdict(self)))
+        return dict(_plain(asdict(replace(self, env=self.env.recorded()))))
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> "TrainConfig":

@@ -7,18 +7,22 @@ returns it.
 
 import warnings
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
 
+from .custom import checked_names, keep
+from .entry_point import entry_point_of, short_name
 from .errors import UserError
 from .opengl import DRAWING, return_memory
 from .scalars import as_int
 from .seeds import SEEDS
 from .tasks import Task, find_task
+from .vector_simulator import Outcome, VectorSimulator
 
 
 @dataclass
@@ -27,7 +31,16 @@ class EnvConfig:
 
     id: str = "CarRacing-v3"
     """CarRacing-v3, racetrack-v0, highway-v0, a DMControl task of EnvPool such as CheetahRun-v1,
-    carla-highway, carla-pedestrians, or a name given to register_task."""
+    carla-highway, carla-pedestrians, or a name given to register_task. With entry_point it follows from
+    that."""
+    entry_point: str | None = None
+    """An environment of your own: package.module:make or folder/file.py:make, where make is as for GymEnv."""
+    prompt: str | None = None
+    """For an environment of your own: what the VLM is told of it, without the format of the answer. None:
+    metadata["prompt"] of the environment, else neutral words."""
+    action_names: tuple[str, ...] | None = None
+    """For an environment of your own: a short name for each number of an action, for people, such as
+    left/right. None: metadata["action_names"] of the environment, else numbers."""
     server: str = "localhost:2000"
     """CARLA only: HOST:PORT of the first environment's server. The next ones are at PORT + 10, + 20, ..."""
     num_envs: int = 16
@@ -52,6 +65,16 @@ class EnvConfig:
     """Seed of the first environment; the next ones have the next seeds. Training adds 10,000 per run seed,
     and skips the seeds of evaluations."""
 
+    def __post_init__(self) -> None:
+        if self.entry_point is not None:
+            self.id = short_name(self.entry_point)
+        if self.action_names is not None:
+            self.action_names = checked_names(self.action_names, "env.action_names")  # JSON has no tuples
+
+    def recorded(self) -> "EnvConfig":
+        """The settings that config.json holds."""
+        return self
+
     @property
     def channels(self) -> int:
         return 1 if self.grayscale else 3
@@ -62,8 +85,45 @@ class EnvConfig:
         return (self.frame_stack * self.channels, self.height, self.width)
 
 
+@dataclass
+class GymEnv(EnvConfig):
+    """A Gymnasium environment of your own: `TrainConfig(env=GymEnv(make=make, num_envs=8))`.
+
+    A function or class at the top of a module or script is recorded in config.json (`entry_point`), and other
+    processes find it there. Any other, such as a lambda, is known to this process only.
+    """
+
+    make: Callable[..., Any] = field(kw_only=True)
+    """Called without arguments, makes one gymnasium.Env, a new one each time. Or, called with a number of
+    environments (a parameter that has to be given, or is named num_envs), makes a gymnasium.vector.VectorEnv
+    of so many: one for each batch.
+
+    Actions are a Box of shape [A] with finite bounds, to which [-1, 1] is scaled. Frames are the observations
+    if they are uint8 [H, W, 3], else what `render()` returns with render_mode="rgb_array"; they are resized.
+    Environment i gets seed + i in its first reset; a vector environment is given the seed of its first one.
+    It is used by one thread only."""
+    id: str = field(init=False, default="")
+    """Follows from the name of `make`."""
+    entry_point: str | None = field(init=False, default=None)
+    """Where another process finds `make`; None if it cannot."""
+    action_repeat: int = 1
+    """Environment steps per decision; their rewards are summed."""
+
+    def __post_init__(self) -> None:
+        if not callable(self.make):
+            raise UserError(f"GymEnv: make={self.make!r} must be a function that makes one gymnasium.Env")
+        self.entry_point = entry_point_of(self.make)
+        if self.entry_point is None:
+            self.id = keep(self.make, getattr(self.make, "__module__", None) or "own")
+        super().__post_init__()
+
+    def recorded(self) -> EnvConfig:
+        return EnvConfig(**{each.name: getattr(self, each.name) for each in fields(EnvConfig)})
+
+
 class Rows(NamedTuple):
-    """The results of one decision in each of n environments.
+    """The results of one decision in each of n environments: those of a batch. With a vector environment of
+    yours, those whose decisions are over.
 
     Attributes:
         env_ids: int64[n], the environments.
@@ -108,6 +168,8 @@ class PixelEnvs:
         self._stacks = np.zeros((n, *config.obs_shape), np.uint8)
         self._drawn: dict[int, np.ndarray] = {}
         self._sent: deque[tuple[int, Future[Rows]]] = deque()
+        self._waiting = self.batches()
+        """By batch, the environments that wait for a decision, or did before they began to simulate."""
         self._begun = False
         self._closed = False
         self._pool = ThreadPoolExecutor(
@@ -129,16 +191,17 @@ class PixelEnvs:
             raise RuntimeError("reset() while a batch is simulating: recv() it first")
         for ids, simulator in zip(self.batches(), self._simulators, strict=True):
             observation, _ = simulator.reset()
-            self._start_stacks(ids, self._frames(simulator, observation, ids))
-        self._begun = True
+            self._start_stacks(ids, self._frames(simulator, observation, np.arange(len(ids))))
+        self._begun, self._waiting = True, self.batches()
         return self._stacks.copy()
 
     def send(self, action: np.ndarray, env_ids: np.ndarray) -> None:
-        """Starts simulating one decision for one of batches().
+        """Starts simulating one decision for one of batches(); later for the rows that `recv` gave.
 
         Args:
-            action: real numbers [batch_size, A], clipped to [-1, 1].
-            env_ids: integers [batch_size], the ids of the batch, in any order.
+            action: real numbers [n, A], clipped to [-1, 1].
+            env_ids: integers [n], those environments of the batch that wait for a decision, in any order: all
+                of them, but for vector environments of a user.
 
         Raises:
             ValueError: wrong shape or type, an action that is not finite, or env_ids that are no batch.
@@ -164,8 +227,10 @@ class PixelEnvs:
         self._check_open("recv()")
         if not self._sent:
             raise RuntimeError("recv() without a send()")
-        _, rows = self._sent.popleft()
-        return rows.result()
+        batch, sent = self._sent.popleft()
+        rows = sent.result()
+        self._waiting[batch] = rows.env_ids
+        return rows
 
     def picture(self, env_id: int) -> np.ndarray:
         """The newest frame of an environment as the simulator drew it, before it is resized and perhaps grey:
@@ -201,7 +266,7 @@ class PixelEnvs:
             raise RuntimeError(f"{what} after close(): make_env() builds new environments")
 
     def _batch_ids(self, env_ids: np.ndarray) -> np.ndarray:
-        """env_ids as int64[batch_size], checked to be one of batches(): EnvPool does not check them."""
+        """env_ids as int64[n], checked to be the rows that wait in a batch: EnvPool does not check them."""
         ids = np.asarray(env_ids)
         if not np.issubdtype(ids.dtype, np.integer) or ids.ndim != 1:
             raise ValueError(
@@ -209,10 +274,10 @@ class PixelEnvs:
                 f"[{self.config.batch_size}]: send one of batches()"
             )
         ids = ids.astype(np.int64)
-        if not any(np.array_equal(np.sort(ids), batch) for batch in self.batches()):
+        if not any(np.array_equal(np.sort(ids), np.sort(waiting)) for waiting in self._waiting):
             raise ValueError(
                 f"env_ids={ids.tolist()} are not one batch: send one of batches(), each env_id of it once, "
-                f"such as {self.batches()[0].tolist()}"
+                f"such as {self._waiting[0].tolist()}, or the env_ids that recv() gave"
             )
         return ids
 
@@ -232,18 +297,42 @@ class PixelEnvs:
 
     def _advance(self, action: np.ndarray, ids: np.ndarray) -> Rows:
         batch = int(ids[0]) // self.config.batch_size
-        simulator, first = self._simulators[batch], batch * self.config.batch_size
-        n = len(ids)
+        simulator, offset = self._simulators[batch], batch * self.config.batch_size
+        if isinstance(simulator, VectorSimulator):
+            outcome = simulator.decide(action, ids - offset)
+        else:
+            outcome = self._decide(simulator, action, ids - offset)
+        ids, reward = outcome.rows + offset, outcome.reward
+        if not np.isfinite(reward).all():
+            bad = ids[~np.isfinite(reward)].tolist()
+            raise UserError(
+                f"environment {self.config.id} returned a reward that is not finite (env_ids {bad})"
+            )
+        c = self.config.channels
+        self._stacks[ids, :-c] = self._stacks[ids, c:]
+        self._stacks[ids, -c:] = self._resize(outcome.last)
+        self._drawn.update(zip(ids.tolist(), outcome.last, strict=True))
+        next_obs = self._stacks[ids]
+        obs = next_obs
+        done = outcome.terminated | outcome.truncated
+        if done.any():
+            self._start_stacks(ids[done], outcome.first)
+            obs = self._stacks[ids]
+        truncated = outcome.truncated & ~outcome.terminated
+        return Rows(ids, next_obs, reward, outcome.terminated, truncated, obs, outcome.steps)
+
+    def _decide(self, simulator: Any, action: np.ndarray, rows: np.ndarray) -> Outcome:
+        """Steps these environments of a simulator to the end of their decisions, and resets those whose
+        episode has ended."""
+        n = len(rows)
         reward = np.zeros(n, np.float32)
         terminated, truncated = np.zeros(n, bool), np.zeros(n, bool)
         newest: np.ndarray | None = None
         alive = np.arange(n)
-        frames = 0
+        steps = 0
         for _ in range(self.config.action_repeat):
-            observation, r, term, trunc, _info = simulator.step(
-                action[alive], (ids[alive] - first).astype(np.int32)
-            )
-            frames += len(alive)
+            observation, r, term, trunc, _info = simulator.step(action[alive], rows[alive].astype(np.int32))
+            steps += len(alive)
             if self._task.to_rgb:
                 if newest is None:
                     newest = np.empty((n, *observation.shape[1:]), observation.dtype)
@@ -253,39 +342,28 @@ class PixelEnvs:
             alive = alive[~(term | trunc)]
             if len(alive) == 0:
                 break
-        if not np.isfinite(reward).all():
-            bad = ids[~np.isfinite(reward)].tolist()
-            raise UserError(
-                f"environment {self.config.id} returned a reward that is not finite (env_ids {bad})"
-            )
         # Rendered frames are rendered once for all repeats; an ended episode still shows its last state.
-        c, shown = self.config.channels, self._frames(simulator, newest, ids)
-        self._stacks[ids, :-c] = self._stacks[ids, c:]
-        self._stacks[ids, -c:] = shown
-        next_obs = self._stacks[ids]
-        obs = next_obs
+        last = first = self._frames(simulator, newest, rows)
         done = terminated | truncated
         if done.any():
             # The reset row belongs to no transition; it starts the frame stack of the next episode.
-            over = ids[done]
-            observation, *_ = simulator.step(action[done], (over - first).astype(np.int32))
-            self._start_stacks(over, self._frames(simulator, observation, over))
-            obs = self._stacks[ids]
-        return Rows(ids, next_obs, reward, terminated, truncated & ~terminated, obs, frames)
+            over = rows[done].astype(np.int32)
+            observation, *_ = simulator.step(action[done], over)
+            first = self._frames(simulator, observation, over)
+        return Outcome(rows, reward, terminated, truncated, last, first, steps)
 
-    def _frames(self, simulator: Any, observation: Any, ids: np.ndarray) -> np.ndarray:
-        """The newest frames of these environments of a simulator, uint8[n, channels, height, width]."""
-        rgb: np.ndarray
+    def _frames(self, simulator: Any, observation: Any, rows: np.ndarray) -> np.ndarray:
+        """The newest frames of these rows of a simulator, uint8[n, H, W, 3]."""
         if self._task.to_rgb:
-            rgb = self._task.to_rgb(observation)
-        else:
-            with DRAWING:
-                rgb = simulator.render((ids % self.config.batch_size).astype(np.int32))
-        self._drawn.update(zip(ids.tolist(), rgb, strict=True))
-        return self._resize(rgb)
+            return self._task.to_rgb(observation)
+        with DRAWING:
+            rgb: np.ndarray = simulator.render(rows.astype(np.int32))
+        return rgb
 
-    def _start_stacks(self, ids: np.ndarray, frames: np.ndarray) -> None:
-        self._stacks[ids] = np.tile(frames, (1, self.config.frame_stack, 1, 1))
+    def _start_stacks(self, ids: np.ndarray, rgb: np.ndarray) -> None:
+        """Fills the stacks of these environments with their first frames uint8[n, H, W, 3]."""
+        self._stacks[ids] = np.tile(self._resize(rgb), (1, self.config.frame_stack, 1, 1))
+        self._drawn.update(zip(ids.tolist(), rgb, strict=True))
 
     def _resize(self, rgb: np.ndarray) -> np.ndarray:
         """uint8[n, H0, W0, 3] -> uint8[n, channels, height, width], antialiased."""

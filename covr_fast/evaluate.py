@@ -72,13 +72,13 @@ def _evaluate_together(
         running = np.ones(episodes, bool)
         while running.any():
             action = policy(obs)
-            if watch and running[0]:
+            if watch and running[0] and ids[0] == 0:
                 watch(envs.picture(0), obs[0], action[0], float(returns[0]))
             envs.send(action, ids)
             rows = envs.recv()
-            returns += rows.reward * running
-            running &= ~(rows.terminated | rows.truncated)
-            obs = rows.obs
+            ids, obs = rows.env_ids, rows.obs
+            returns[ids] += rows.reward * running[ids]
+            running[ids] &= ~(rows.terminated | rows.truncated)
     return returns
 
 

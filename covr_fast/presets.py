@@ -7,7 +7,7 @@ its fine-tuning and in the weight of its prior. It also has settings for each ki
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .agents import AgentConfig, Kind
 from .config import COVRConfig, EvalConfig, ReplayConfig, TrainConfig, VLMConfig
@@ -135,6 +135,26 @@ def _highway(nano: bool, kind: Kind) -> TrainConfig:
     return _completed(config, nano, kind, prior_weight=2.0)
 
 
+def _custom(nano: bool, kind: Kind) -> TrainConfig:
+    """A small task of the user's own, of which nothing is known: pictures small enough for two CPU cores, a
+    decision and an update at every step, short rounds, and returns over 30 decisions, which need no end of an
+    episode. examples/own_task.py is what it was tried on."""
+    size = 56 if nano else 84
+    env = EnvConfig(id="", num_envs=8, batch_size=4, height=size, width=size, grayscale=nano, action_repeat=1)
+    config = TrainConfig(
+        steps=10_000,
+        warmup=500,
+        decisions_per_update=1,
+        env=env,
+        agent=_small_agent(),
+        replay=ReplayConfig(capacity=10_000, batch_size=64, n_step=3, gamma=0.95),
+        tuner=replace(_tuner(nano, lora_alpha=16), max_steps=60) if nano else TunerConfig(lora_alpha=16),
+        vlm=_vlm(nano),
+        covr=COVRConfig(psi_0=1_000, cold_start=2, horizon=30),
+    )
+    return _completed(config, nano, kind, prior_weight=1.0)
+
+
 def _dm_control(env_id: str, action_repeat: int, steps: int = 100_000) -> Callable[[bool, Kind], TrainConfig]:
     """The paper's settings for DMControl: lambda 1, cold start 4, LoRA 128/16, 100k environment steps (500k
     for its three hard tasks). One environment, as in the agents' papers.
@@ -218,6 +238,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "racetrack": Preset("Steering along a winding road, on two CPU cores", _racetrack),
     "highway": Preset("Driving among fifty cars on four lanes, on two CPU cores", _highway),
+    "custom": Preset("Your own environment, in a small picture, on two CPU cores", _custom),
     "cartpole-swingup": _rad("DMControl Cartpole Swingup", _dm_control("CartpoleSwingup-v1", 8)),
     "reacher-easy": _rad("DMControl Reacher Easy", _dm_control("ReacherEasy-v1", 4)),
     "cheetah-run": _rad("DMControl Cheetah Run", _dm_control("CheetahRun-v1", 4)),

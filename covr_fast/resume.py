@@ -10,7 +10,7 @@ from .files import full_names, read_json, read_records
 
 _TAKING_EFFECT = """
     steps device threads log_every video checkpoint_minutes checkpoint_every save_replay
-    env.batch_size env.num_threads env.server
+    env.batch_size env.num_threads env.server env.entry_point env.action_names
     agent.lr agent.alpha_lr agent.target_entropy agent.tau agent.prior_weight agent.graph agent.compile
     agent.encoder_dtype replay.batch_size replay.device
     agent.encoder_tau agent.actor_every agent.target_every agent.shifts agent.shift_pad
@@ -40,7 +40,7 @@ _WHY_FIXED = {
     "the agent has learnt with it": "agent.init_alpha agent.reward_scale",
     "updates so far were counted by it": "warmup decisions_per_update",
     "the run goes on with the VLM in its checkpoint, which was tuned with it": """
-        vlm.model vlm.quantization vlm.prompt vlm.decimals vlm.image_size vlm.motion
+        vlm.model vlm.quantization vlm.prompt vlm.decimals vlm.image_size vlm.motion env.prompt
         tuner.mode tuner.lora_rank tuner.lora_alpha""",
     "it has set the run's randomness": "seed tuner.seed",
     "episodes before and after training would not be the same": "eval.seed",

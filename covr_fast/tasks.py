@@ -1,5 +1,5 @@
 """A task: an environment that gives pixels, how its actions and frames map to the agent's, and what a VLM is
-told of it. EnvPool's tasks, CARLA's, and a user's own Gymnasium environments (`register_task`)."""
+told of it. EnvPool's tasks, CARLA's, and a user's own Gymnasium environments (`custom`)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,16 +9,16 @@ import numpy as np
 
 from .carla.connection import SECONDS
 from .carla.task import SCENARIOS, carla_simulator
+from .custom import REGISTERED, Own, checked_names, looked_at, own_of, words_of
 from .dm_control import BallInCup, models_without_tip
 from .driving import DRIVES
 from .errors import UserError, unknown
-from .gymnasium_simulator import GymnasiumSimulator, Spaces, inspect
+from .gymnasium_simulator import GymnasiumSimulator, Make
 from .opengl import import_envpool, require_frames
+from .vector_simulator import VectorSimulator
 from .words import Words, words_for
 
 if TYPE_CHECKING:
-    import gymnasium
-
     from .envs import EnvConfig
 
 
@@ -54,21 +54,29 @@ class Task:
 
 
 def find_task(config: "EnvConfig") -> Task:
-    """The task of config.id.
+    """The task of an environment of the user, or of config.id.
 
     Raises:
         UserError: an unknown id, or an environment that cannot be driven from pixels by bounded actions.
     """
-    if config.id in _OWN:
-        return _own_task(config, _OWN[config.id])
+    if (own := own_of(config)) is not None:
+        return _own_task(config, own)
+    if not config.id:
+        raise UserError("no environment is named: give --env.entry-point package.module:make, or env.id")
+    if config.prompt is not None or config.action_names is not None:
+        raise UserError(
+            f"env.prompt and env.action_names are for an environment of your own, and {config.id} has its "
+            "words: vlm.prompt tells the VLM something else"
+        )
     if config.id in SCENARIOS:
         return _carla_task(config)
     envpool = import_envpool()
     known = envpool.list_all_envs()
     if config.id not in known:
         raise UserError(
-            f"{unknown('environment env.id', config.id, [*known, *SCENARIOS, *_OWN])} (an environment of "
-            "your own: call covr_fast.register_task first, in every process that uses it)"
+            f"{unknown('environment env.id', config.id, [*known, *SCENARIOS, *REGISTERED])} (an "
+            "environment of your own: name it by env.entry_point, or call covr_fast.register_task first, in "
+            "every process that uses it)"
         )
     if config.id.startswith("CarRacing-"):
         return Task(
@@ -210,35 +218,15 @@ def _carla_task(config: "EnvConfig") -> Task:
 # ---- a user's own ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Own:
-    """A registered environment."""
-
-    make: Callable[[], "gymnasium.Env[Any, Any]"]
-    spaces: Spaces
-    words: Words
-
-
-_OWN: dict[str, _Own] = {}
-
-
-def register_task(
-    name: str,
-    make: Callable[[], "gymnasium.Env[Any, Any]"],
-    prompt: str,
-    action_names: Sequence[str],
-) -> None:
+def register_task(name: str, make: Make, prompt: str, action_names: Sequence[str]) -> None:
     """Makes a Gymnasium environment usable as `EnvConfig(id=name)`, in this process.
 
     One environment is made here, to look at its spaces and its first frame. A process that resumes or
-    evaluates a run with this task has to register it too.
+    evaluates a run with this task has to register it too, which `GymEnv` and `env.entry_point` spare you.
 
     Args:
         name: the id.
-        make: makes one environment. Its actions are a Box of shape [A] with finite bounds, to which [-1, 1]
-            is scaled. Its frames are its observations if they are uint8 [H, W, 3], else what `render()`
-            returns with `render_mode="rgb_array"`; they are resized. Environment i gets seed + i in its first
-            `reset`, and is used by one thread only.
+        make: as for `GymEnv`.
         prompt: what the VLM is told: what it controls and sees, what is wanted, and what each number does,
             with the direction of -1 and of 1. The format of the answer is added.
         action_names: a short name for each of the A numbers, for people. `left/right` names the effect of -1
@@ -253,29 +241,25 @@ def register_task(
             raise UserError(f"register_task: {argument}={text!r} must be text")
     if not callable(make):
         raise UserError(f"register_task: make={make!r} must be a function that makes one gymnasium.Env")
-    if isinstance(action_names, str) or not all(isinstance(each, str) for each in action_names):
-        raise UserError(f"register_task: action_names={action_names!r} must be a sequence of texts")
-    if name in _OWN or name in SCENARIOS or name in _envpool_ids():
+    names = checked_names(action_names, "register_task: action_names")
+    if name in REGISTERED or name in SCENARIOS or name in _envpool_ids():
         raise UserError(f"register_task: name={name!r} is taken: choose another name")
-    spaces = inspect(make)
-    if len(action_names) != len(spaces.low):
-        raise UserError(
-            f"register_task: {len(action_names)} action_names for {len(spaces.low)} numbers in an action: "
-            "give one name per number"
-        )
-    _OWN[name] = _Own(make, spaces, Words(prompt.strip(), tuple(action_names)))
+    own = Own(make, "register_task: make()", prompt, names)
+    words_of(own, name)  # raises for what cannot be used
+    REGISTERED[name] = own
 
 
-def _own_task(config: "EnvConfig", own: _Own) -> Task:
-    spaces = own.spaces
+def _own_task(config: "EnvConfig", own: Own) -> Task:
+    spaces = looked_at(own)
 
-    def simulate(seed: int) -> GymnasiumSimulator:
-        return GymnasiumSimulator(
-            own.make, spaces, config.batch_size, seed=seed, max_episode_steps=config.max_episode_steps
-        )
+    def simulate(seed: int) -> GymnasiumSimulator | VectorSimulator:
+        kind = VectorSimulator if spaces.vector else GymnasiumSimulator
+        return kind(own.make, spaces, config, seed)
 
-    to_rgb = (lambda frames: frames) if spaces.pixels else None
-    return Task(len(spaces.low), _scaled(spaces.low, spaces.high), to_rgb, own.words, simulate)
+    given = spaces.pixels or spaces.vector
+    to_rgb = (lambda frames: frames) if given else None
+    words = words_of(own, config.id)
+    return Task(len(spaces.low), _scaled(spaces.low, spaces.high), to_rgb, words, simulate)
 
 
 def _envpool_ids() -> list[str]:

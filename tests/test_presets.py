@@ -15,6 +15,8 @@ NAMES = (
     "cartpole-swingup", "reacher-easy", "cheetah-run", "walker-walk",
     "finger-spin", "ball-in-cup-catch", "hopper-hop", "walker-run", "pendulum-swingup",
 )  # fmt: skip
+OWN = "custom"
+"""The one for an environment of the user's: tests/test_own_environment.py runs it."""
 SERVED = ("carla-highway", "carla-pedestrians")
 """Those that need a server: tests/carla_client runs them on a stand-in."""
 SMALL = {
@@ -35,7 +37,7 @@ DECISIONS = {
 def test_no_preset_and_no_method_is_left_out(capsys):
     assert cli.run(["train", "--help"]) == 0
     presets, methods = capsys.readouterr().out.split("--method METHOD")
-    for text, names in ((presets, [*NAMES, *SERVED]), (methods, METHODS)):
+    for text, names in ((presets, [*NAMES[:5], OWN, *NAMES[5:], *SERVED]), (methods, METHODS)):
         assert [line.split()[0] for line in text.splitlines() if line.startswith("  ")] == list(names)
 
 

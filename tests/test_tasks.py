@@ -11,7 +11,7 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 from small_runs import FLAGS
 
 import covr_fast
-from covr_fast import EnvConfig, cli, make_env, register_task, tasks
+from covr_fast import EnvConfig, cli, custom, make_env, register_task, tasks
 from covr_fast.errors import UserError
 from covr_fast.tasks import find_task
 
@@ -62,7 +62,8 @@ class Own(gymnasium.Env):
 
 @pytest.fixture(autouse=True)
 def _registry(monkeypatch):
-    monkeypatch.setattr(tasks, "_OWN", {})
+    monkeypatch.setattr(custom, "REGISTERED", {})
+    monkeypatch.setattr(tasks, "REGISTERED", custom.REGISTERED)
     monkeypatch.setattr(Own, "made", [])
 
 
@@ -146,7 +147,7 @@ def test_the_command_line_trains_resumes_and_evaluates_with_it(tmp_path, capsys,
     assert cli.run(["train", "carracing", "--resume", run, "--steps=72"]) == 0
     assert cli.run(["evaluate", run, "--episodes=2"]) == 0
     assert re.search("own: .* over 2 episodes", capsys.readouterr().out)
-    monkeypatch.setattr(tasks, "_OWN", {})
+    custom.REGISTERED.clear()
     with pytest.raises(UserError, match=r"unknown environment env.id 'own'.*register_task first"):
         cli.run(["evaluate", run])
 
@@ -194,7 +195,8 @@ def test_its_own_error_reaches_the_user_and_nothing_stays_open():
         return Own()
 
     register(make)
-    with pytest.raises(RuntimeError, match="the port is taken"):
+    told = r"environment own: make\(\) raised RuntimeError: the port is taken \(.*test_tasks.py, line \d+\)"
+    with pytest.raises(UserError, match=told):
         make_env(EnvConfig(id="own", num_envs=4, batch_size=4))
     assert [env.closed for env in Own.made] == [True] * 3
 
@@ -249,7 +251,7 @@ class OldReset(Own):
 def test_what_cannot_be_used_is_refused_at_once(change, message):
     with pytest.raises(UserError, match=message):
         register(**change)
-    assert not tasks._OWN
+    assert not custom.REGISTERED
     assert all(env.closed for env in Own.made if env is not change.get("make"))
 
 

@@ -255,7 +255,7 @@ def test_the_car_s_second_number_is_the_pedals():
 # ---- their form ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "custom"])  # that has the user's words
 @pytest.mark.parametrize("model", ["nano", "some/pretrained"])
 def test_prompts_of_presets_are_short_and_end_with_the_format(name, model):
     config = TrainConfig.preset(name, model)

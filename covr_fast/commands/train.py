@@ -107,8 +107,9 @@ def _check_preset(name: str, config: "TrainConfig", run: str) -> None:
         raise UserError(
             f"the run was begun as {begun}, not {name}: covr-fast train {begun} --resume {run} continues it"
         )
-    if not begun and config.env.id != (env := TrainConfig.preset(name).env.id):
-        raise UserError(f"the run was begun with env.id={config.env.id}, and preset {name} is of {env}")
+    of_preset = TrainConfig.preset(name).env.id  # none in the preset for one's own environment
+    if not begun and of_preset and config.env.id != of_preset:
+        raise UserError(f"the run was begun with env.id={config.env.id}, and preset {name} is of {of_preset}")
 
 
 def _differences(before: "TrainConfig", after: "TrainConfig") -> list[str]:

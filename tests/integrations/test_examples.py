@@ -35,13 +35,19 @@ def test_torchrl_replay():
 
 @pytest.mark.slow
 def test_own_task(tmp_path):
+    """It learns, and the command line finds its environment again."""
     out = tmp_path / "run"
-    said = run("own_task.py", "200", str(out))
-    assert "round 1 at" in said
-    assert "the trained actor's first actions: [" in said
+    said = run("own_task.py", "3000", str(out))
+    assert "round 2 at" in said
+    random, trained = map(float, re.search(r"episodes: (\S+) with random .*, (\S+) by the", said).groups())
+    assert trained > random + 3
     assert "You control the small square." in (out / "prompt.txt").read_text()
-    assert json.loads((out / "summary.json").read_text())["environment"] == "Reach"
+    assert json.loads((out / "summary.json").read_text())["environment"] == "own_task:Reach"
     assert (out / "answers.jsonl").read_text().count('"version": 1') > 0
+    command = [sys.executable, "-m", "covr_fast.cli", "evaluate", str(out), "--episodes=20"]
+    again = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    mean = float(re.search(r"own_task:Reach: (\S+) ± .* over 20 episodes", again.stdout)[1])
+    assert mean > random + 3, again.stderr
 
 
 def test_gpu_simulator():
