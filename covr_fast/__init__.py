@@ -11,8 +11,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "DrQV2": "covr_fast.agents",
-    "EnvConfig": "covr_fast.envs",
-    "GymEnv": "covr_fast.envs",
+    "EnvConfig": "covr_fast.env_config",
+    "GymEnv": "covr_fast.env_config",
     "ReplayBuffer": "covr_fast.buffer",
     "SAC": "covr_fast.agents",
     "TrainConfig": "covr_fast.config",
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from .buffer import ReplayBuffer
     from .checkpoint import load_policy
     from .config import TrainConfig
-    from .envs import EnvConfig, GymEnv, make_env
+    from .env_config import EnvConfig, GymEnv
+    from .envs import make_env
     from .tasks import register_task
     from .trainer import Trainer
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from .agents import AgentConfig, Kind
 from .custom import doubts
-from .envs import EnvConfig
+from .env_config import EnvConfig
 from .errors import UserError, unknown
 from .files import full_names
 from .methods import METHODS

@@ -13,7 +13,7 @@ from .gymnasium_simulator import Make, Spaces, spaces_of
 from .words import Words
 
 if TYPE_CHECKING:
-    from .envs import EnvConfig
+    from .env_config import EnvConfig
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ ENVIRONMENTS = {
 
 _FIRST_FRAME = """
 import sys
-from covr_fast.envs import EnvConfig, make_env
+from covr_fast.env_config import EnvConfig
+from covr_fast.envs import make_env
 from covr_fast.errors import UserError
 try:
     with make_env(EnvConfig(id=sys.argv[1], num_envs=1, batch_size=1, frame_stack=1)) as envs:

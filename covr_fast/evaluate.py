@@ -12,7 +12,8 @@ import torch
 
 from .agents import Agent
 from .config import TrainConfig
-from .envs import EnvConfig, make_env
+from .env_config import EnvConfig
+from .envs import make_env
 from .files import drop_lines_after, writing
 from .logger import RunLogger
 from .tasks import find_task

@@ -14,7 +14,7 @@ from .errors import UserError
 if TYPE_CHECKING:
     import gymnasium
 
-    from .envs import EnvConfig
+    from .env_config import EnvConfig
 
 Make = Callable[..., Any]
 """Makes one gymnasium.Env; or, given a number of environments, a gymnasium.vector.VectorEnv of so many."""

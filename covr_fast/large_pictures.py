@@ -5,7 +5,8 @@ from typing import Self
 
 import numpy as np
 
-from .envs import EnvConfig, PixelEnvs, make_env
+from .env_config import EnvConfig
+from .envs import PixelEnvs, make_env
 from .tasks import find_task
 
 

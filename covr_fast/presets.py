@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from .agents import AgentConfig, Kind
 from .config import COVRConfig, EvalConfig, ReplayConfig, TrainConfig, VLMConfig
-from .envs import EnvConfig
+from .env_config import EnvConfig
 from .published import learn_as_published
 from .vlm import TunerConfig
 

@@ -19,7 +19,7 @@ from .vector_simulator import VectorSimulator
 from .words import Words, words_for
 
 if TYPE_CHECKING:
-    from .envs import EnvConfig
+    from .env_config import EnvConfig
 
 
 # The lowest 12 of CarRacing's 96 rows show instruments, which say nothing that the view above does not show.

@@ -17,7 +17,7 @@ from .gymnasium_simulator import Make, OwnThread, Spaces, autoreset_mode, made
 from .opengl import DRAWING
 
 if TYPE_CHECKING:
-    from .envs import EnvConfig
+    from .env_config import EnvConfig
 
 
 class Outcome(NamedTuple):

@@ -4,7 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from covr_fast.envs import EnvConfig, PixelEnvs, Task
+from covr_fast.env_config import EnvConfig
+from covr_fast.envs import PixelEnvs, Task
 from covr_fast.words import Words
 
 SIZE = 12

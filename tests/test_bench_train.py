@@ -156,7 +156,7 @@ def test_the_peers_environment_repeats_actions_and_stacks_frames():
     pytest.importorskip("Box2D")
     from training.peer_envs import car_racing
 
-    from covr_fast.envs import EnvConfig
+    from covr_fast.env_config import EnvConfig
 
     config = EnvConfig(height=56, width=56, grayscale=True, action_repeat=4, max_episode_steps=10)
     env = car_racing(config)

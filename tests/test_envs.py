@@ -12,7 +12,8 @@ import torch
 from simulators import SIZE, counting_envs
 
 from covr_fast import ReplayBuffer
-from covr_fast.envs import EnvConfig, PixelEnvs, make_env
+from covr_fast.env_config import EnvConfig
+from covr_fast.envs import PixelEnvs, make_env
 from covr_fast.errors import UserError
 from covr_fast.opengl import import_envpool
 from covr_fast.tasks import find_task
@@ -399,7 +400,8 @@ def test_closed_environments_give_their_opengl_memory_back():
 
 
 MAKE_DM_CONTROL = """
-from covr_fast.envs import EnvConfig, make_env
+from covr_fast.env_config import EnvConfig
+from covr_fast.envs import make_env
 from covr_fast.errors import UserError
 try:
     make_env(EnvConfig(id="CartpoleSwingup-v1"))

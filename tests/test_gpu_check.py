@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from covr_fast.envs import EnvConfig, make_env
+from covr_fast.env_config import EnvConfig
+from covr_fast.envs import make_env
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))

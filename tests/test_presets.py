@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from covr_fast import TrainConfig, cli, make_env
 from covr_fast.envs import PixelEnvs
 from covr_fast.methods import METHODS
+from covr_fast.presets import PRESETS
 
 NAMES = (
     "carracing", "carracing-full", "carracing-gpu", "racetrack", "highway",
@@ -38,7 +40,8 @@ def test_no_preset_and_no_method_is_left_out(capsys):
     assert cli.run(["train", "--help"]) == 0
     presets, methods = capsys.readouterr().out.split("--method METHOD")
     for text, names in ((presets, [*NAMES[:5], OWN, *NAMES[5:], *SERVED]), (methods, METHODS)):
-        assert [line.split()[0] for line in text.splitlines() if line.startswith("  ")] == list(names)
+        assert re.findall(r"^  (\S+) ", text, re.MULTILINE) == list(names)
+    assert presets.count("two CPU cores: ") == presets.count("one GPU: ") == len(PRESETS)
 
 
 @pytest.mark.parametrize("name", NAMES)

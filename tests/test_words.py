@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from covr_fast import TrainConfig
-from covr_fast.envs import EnvConfig, make_env
+from covr_fast.env_config import EnvConfig
+from covr_fast.envs import make_env
 from covr_fast.gauges import TEXT, fitted
 from covr_fast.load_vlm import task_words
 from covr_fast.opengl import import_envpool

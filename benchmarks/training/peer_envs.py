@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-from covr_fast.envs import EnvConfig
+from covr_fast.env_config import EnvConfig
 
 Maker = Callable[[], gym.Env[Any, Any]]
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)

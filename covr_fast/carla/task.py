@@ -12,7 +12,7 @@ from .simulator import CarlaSimulator
 from .street import STREET
 
 if TYPE_CHECKING:
-    from ..envs import EnvConfig
+    from ..env_config import EnvConfig
 
 _CAR = "You drive a car. The picture is the view from the front of its roof, looking ahead. {} "
 _ACTIONS = (

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from types import ModuleType
 
-from ..envs import EnvConfig
+from ..env_config import EnvConfig
 from ..errors import UserError
 from ..evaluate import Policy
 from . import car_racing, highway, racetrack

@@ -7,7 +7,7 @@ moved between two pictures. Lengths are in units of the simulator: the road is 1
 
 import numpy as np
 
-from ..envs import EnvConfig
+from ..env_config import EnvConfig
 from ..evaluate import Policy
 
 SIZE = 84

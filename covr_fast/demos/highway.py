@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..envs import EnvConfig
+from ..env_config import EnvConfig
 from ..evaluate import Policy
 
 HEIGHT, WIDTH = 84, 252

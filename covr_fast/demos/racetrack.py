@@ -7,7 +7,7 @@ curvature).
 
 import numpy as np
 
-from ..envs import EnvConfig
+from ..env_config import EnvConfig
 from ..evaluate import Policy
 
 SIZE = 112

@@ -9,7 +9,8 @@ from carla_stand_in import SERVERS, Running, Sensor, Vehicle, Walker
 
 from covr_fast.carla import connection
 from covr_fast.carla.address import Address, traffic_port
-from covr_fast.envs import EnvConfig, make_env
+from covr_fast.env_config import EnvConfig
+from covr_fast.envs import make_env
 from covr_fast.errors import UserError
 from covr_fast.evaluate import evaluate
 from covr_fast.tasks import find_task

@@ -100,6 +100,6 @@ def test_the_command_takes_the_models_settings_and_says_so(tmp_path, pretrained)
     assert config["tuner"]["learning_rate"] == 0.005  # what is given beats what suits
     assert config["env"]["grayscale"] is False
     assert (out / "checkpoint" / "vlm" / "adapter_config.json").is_file()
-    assert "for this VLM and agent the preset sets" in done.stdout
+    assert "for what was asked for the preset sets" in done.stdout
     assert "tuner.mode=lora" in done.stdout
     assert "note: tuner.learning_rate=0.005 with tuner.mode='lora'" in done.stdout
