@@ -18,6 +18,7 @@ from .judge import AgentJudge, VLMJudge
 from .labeller import PriorLabeller
 from .load_vlm import load_prior
 from .logger import Clock, MeanMetrics, RunLogger
+from .round_record import drop_records
 from .rounds import Rounds, vlm_images
 from .schedule import is_due
 from .staleness import Trust, age_figures, mask_older
@@ -89,9 +90,12 @@ class Advisor:
         return self._config.has_agent and (self.rounds is None or self.rounds.guiding)
 
     def begin(self, step: int) -> None:
-        """Writes the prompt. The transcript goes on after `step`."""
+        """Writes the prompt. The transcript goes on after `step`, and what later rounds selected is
+        removed."""
         write_prompt(self._folder, self.prior, (self._config.env.height, self._config.env.width))
         self.transcript.resume(step)
+        if self.rounds is not None:
+            drop_records(self._folder, self.rounds.schedule.rounds)
 
     # ---- priors ------------------------------------------------------------------------------------
 

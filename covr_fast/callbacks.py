@@ -24,9 +24,9 @@ class Callback:
         """
 
     def on_round(self, trainer: "Trainer", record: dict[str, Any]) -> None:
-        """A round of fine-tuning has ended, and the prior has its weights. `record` is what summary.json says
-        of it (docs/training.md)."""
+        """A round of fine-tuning has ended, and the prior has its weights, if it kept enough to learn from.
+        `record` is what summary.json says of it under "rounds"."""
 
     def on_evaluation(self, trainer: "Trainer", policy: str, result: "Evaluation") -> None:
-        """`policy` was evaluated: "actor", "vlm" (the VLM alone, after a round), "vlm_before" or "vlm_after"
-        (before and after training), or "random"."""
+        """`policy` was evaluated: "actor", "vlm" (the VLM alone during training: after a round, or where it
+        decides), "vlm_before" or "vlm_after" (before and after training), or "random"."""

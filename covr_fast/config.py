@@ -162,7 +162,8 @@ class EvalConfig:
     episodes: int = 10
     """Episodes per evaluation."""
     every: int = 0
-    """Environment steps between evaluations during training; 0: only at the end."""
+    """Environment steps between evaluations during training, of the policy that decides; 0: only at the
+    end."""
     vlm: bool = True
     """Before and after training, also evaluate the VLM alone, which then makes every decision."""
     rounds: bool = False
@@ -212,7 +213,7 @@ class TrainConfig:
     """Name of the preset from which the settings were made. Only a record."""
     method: str = "covr"
     """COVR, a baseline or an ablation, whose settings the preset takes: covr, off, vbe, dpl, apl, vpf, per,
-    ere, m1 to m11 (docs/training.md). Only a record."""
+    ere, m1 to m11 (docs/sweeps.md). Only a record."""
 
     @staticmethod
     def preset(
@@ -309,6 +310,21 @@ class TrainConfig:
         for name in ("covr.publish_after", "vlm.max_staleness"):
             if (values[name] or 0) < 0:
                 raise UserError(f"{name}={values[name]} must not be negative")
+        if self.has_agent:
+            self._check_begin_of_updates()
+        if self.has_vlm:
+            self._check_vlm()
+        if not 0 <= self.replay.gamma <= 1:
+            raise UserError(f"replay.gamma={self.replay.gamma} must lie in [0, 1]")
+        if self.replay.pad > 1024:
+            raise UserError(f"replay.pad={self.replay.pad} must be at most 1024")
+        if self.replay.augment == "crop" and min(self.env.height, self.env.width) <= 2 * self.replay.pad:
+            raise UserError(
+                f"replay.pad={self.replay.pad} crops away all of a {self.env.height}x{self.env.width} frame"
+            )
+
+    def _check_begin_of_updates(self) -> None:
+        """Raises a UserError if the warm-up stores too little, or too much, for updates to begin."""
         begun = self.decisions(self.warmup)
         warmup = f"warmup={self.warmup} steps of env.action_repeat={self.env.action_repeat}"
         if begun < self.replay.n_step * self.env.num_envs:
@@ -325,7 +341,10 @@ class TrainConfig:
             raise UserError(
                 f"replay.capacity={self.replay.capacity} is smaller than the {begun} decisions of {warmup}"
             )
-        if self.vlm.quantization in ("8bit", "4bit") and self.tuner.mode == "full":
+
+    def _check_vlm(self) -> None:
+        """Raises a UserError for settings of the VLM that do not fit together."""
+        if self.has_rounds and self.vlm.quantization in ("8bit", "4bit") and self.tuner.mode == "full":
             raise UserError(
                 f"vlm.quantization={self.vlm.quantization!r} makes weights that tuner.mode='full' cannot "
                 "train: use tuner.mode='lora'"
@@ -340,14 +359,6 @@ class TrainConfig:
             raise UserError("covr.publish_after delays overlapped rounds: set tuner.overlap too")
         if self.vlm.motion and self.env.frame_stack < 3:
             raise UserError("vlm.motion shows three frames as one image: set env.frame_stack=3")
-        if not 0 <= self.replay.gamma <= 1:
-            raise UserError(f"replay.gamma={self.replay.gamma} must lie in [0, 1]")
-        if self.replay.pad > 1024:
-            raise UserError(f"replay.pad={self.replay.pad} must be at most 1024")
-        if self.replay.augment == "crop" and min(self.env.height, self.env.width) <= 2 * self.replay.pad:
-            raise UserError(
-                f"replay.pad={self.replay.pad} crops away all of a {self.env.height}x{self.env.width} frame"
-            )
 
     def _check_roles(self) -> None:
         """Raises a UserError if agent and VLM cannot have the parts that they are given."""
@@ -454,6 +465,11 @@ class TrainConfig:
         agent = config.agent
         agent.channels, agent.strides = tuple(agent.channels), tuple(agent.strides)  # JSON has no tuples
         return config
+
+
+def located(model: str) -> str:
+    """The name of a VLM that holds from every working directory: of a folder, its whole path."""
+    return str(Path(model).resolve()) if not is_nano(model) and Path(model).is_dir() else model
 
 
 def check_types(config: Any, section: str = "") -> None:

@@ -1,15 +1,13 @@
 """How long a run takes here, from the parts of its loop that `bench` has timed alone."""
 
 import math
-from collections.abc import Sequence
 
 from rich.console import Console
 
-from .bench import Figures, measure
+from .bench import Figures
 from .config import TrainConfig
 from .costs import in_words
 from .schedule import FineTuneSchedule
-from .sweeps.states import SweepRun
 
 _KEPT = 0.35
 """Share of D_f that EDDF keeps: the median over the runs in docs/results.md."""
@@ -43,6 +41,8 @@ def run_seconds(config: TrainConfig, figures: Figures) -> dict[str, float]:
     vlm = 0
     if config.has_vlm and (config.eval.vlm or not config.has_agent):
         vlm = 1 + config.has_rounds
+    if not config.has_agent and config.learns and config.eval.every:
+        vlm += config.steps // config.eval.every
     if config.has_rounds and config.eval.rounds:
         vlm += len(_rounds(config))
     evaluation = each * ((1 + actor + vlm) * simulation + actor * acting + vlm * prior)
@@ -66,27 +66,12 @@ def _tuning_steps(config: TrainConfig) -> int:
     if not config.has_rounds:
         return 0
     tuner, steps = config.tuner, 0
+    kept = config.covr.top_share if config.covr.filter == "top" else _KEPT
     for psi in _rounds(config):
-        samples = _KEPT * config.decisions(psi) * (1 - tuner.held_out)
+        samples = kept * config.decisions(psi) * (1 - tuner.held_out)
         of_round = tuner.epochs * math.ceil(samples / tuner.batch_size)
         steps += min(of_round, tuner.max_steps or of_round)
     return steps
-
-
-def print_estimate(waiting: Sequence[SweepRun], jobs: int, threads: int | None, console: Console) -> None:
-    """Times the parts of each group's loop, and prints how long the waiting runs will take."""
-    seconds: dict[tuple[str, str], float] = {}
-    for run in waiting:
-        key = run.planned.preset, run.planned.group
-        if key not in seconds:
-            config = TrainConfig.from_dict(run.planned.config.to_dict())
-            config.threads = config.threads or threads or 0
-            seconds[key] = run_seconds(config, measure(config, 0.2, sizes=False))["total"]
-            console.print(f"  {key[0]}, {key[1]}: {in_words(seconds[key])} a run, by its parts timed alone")
-    total = sum(seconds[run.planned.preset, run.planned.group] for run in waiting)
-    longest = max(seconds.values())
-    what = "one run" if len(waiting) == 1 else f"{len(waiting)} runs"
-    console.print(f"estimated: {in_words(max(longest, total / jobs))} for {what}")
 
 
 def print_whole_run(config: TrainConfig, figures: Figures, console: Console) -> None:

@@ -135,10 +135,10 @@ class Evaluations:
         policies = {"random": random_policy(self._action_dim, self._config.seed)}
         if self._prior is not None and self._asks_vlm and self._prior.version == 0:  # not one tuned already
             policies["vlm_before"] = vlm_policy(self._prior, self._config)
-        new = {name: policy for name, policy in policies.items() if name not in self.before}
-        measured = {name: self._measure(name, policy, step, log) for name, policy in new.items()}
-        self.before |= measured
-        return measured
+        new = [name for name in policies if name not in self.before]
+        for name in new:  # one by one, so that none is measured again after an interrupt
+            self.before[name] = self._measure(name, policies[name], step, log)
+        return {name: self.before[name] for name in new}
 
     def measure_policy(self, step: int, log: RunLogger) -> dict[str, Evaluation]:
         """During training, the policy that decides: the actor alone, or the VLM."""

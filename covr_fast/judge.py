@@ -73,8 +73,8 @@ class VLMJudge(Judge):
         self.action_dim = prior.action_dim
 
     def entropy(self, ids: Tensor) -> Tensor:
-        """Of its answers, as a density that is constant between the numbers of the grid: comparable with that
-        of an agent."""
+        """Of its answers at temperature 1, as a density that is constant between the numbers of the grid:
+        comparable with that of an agent."""
         stacks = pixels(self._buffer.observations(ids))
         sure = self._prior(vlm_view(self._config, stacks), confidence=True).confidence
         assert sure is not None

@@ -1,7 +1,7 @@
 """COVR, the baselines and the ablations of its paper, as changes of a run's settings (Xia et al. 2026, tables
 of results and of ablations). They go with every preset and every kind of agent.
 
-What the paper leaves open of a row, docs/training.md says.
+What the paper leaves open of a row, docs/sweeps.md says.
 """
 
 from collections.abc import Callable

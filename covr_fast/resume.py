@@ -63,19 +63,20 @@ def open_resumed(run: Path, config: TrainConfig) -> Checkpoint:
     begun_with = saved.counters.get("settings")  # missing in checkpoints of the first version
     before = TrainConfig.from_dict(begun_with) if begun_with else load_config(run)
     _refuse_changes(before, config)
-    for name in ("metrics.jsonl", "answers.jsonl"):
+    for name in ("metrics.jsonl", "answers.jsonl", "evaluations.jsonl"):
         if (run / name).exists():
             read_records(run / name)  # raises for a damaged file, before anything is built
     done = saved.counters["step"]
+    asked = config.steps if config.learns else 0  # a run that trains nothing takes no steps
     if config.steps < min(done, before.steps):
         raise UserError(
             f"steps={config.steps}, but {run} has made {done} steps: leave it out, or raise it above {done}"
         )
-    if config.steps > done and not saved.has_replay():
+    if asked > done and not saved.has_replay():
         raise UserError(
             f"{run} cannot train on: its {done} steps are done, and it holds no replay buffer (--save-replay)"
         )
-    if config.steps <= done and _finished_steps(run) >= done:
+    if asked <= done and _finished_steps(run) >= done:
         remedy = (
             f"--steps above {done} trains on" if saved.has_replay() else "--save-replay lets a run train on"
         )

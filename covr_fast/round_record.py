@@ -65,6 +65,13 @@ class RoundRecord:
             np.savez_compressed(file, **content)  # type: ignore[arg-type]
 
 
+def drop_records(run: Path, done: int) -> None:
+    """Removes the files of rounds after the first `done`, which a resumed run does again."""
+    for path in (run / "rounds").glob("round-*.npz"):
+        if int(path.stem.removeprefix("round-")) > done:
+            path.unlink()
+
+
 def choose_shown(scores: Tensor, kept: Tensor, stored: Tensor) -> Tensor:
     """Positions int64[n] in D_f of samples to show: evenly over the order of the scores float32[M] of those
     at `kept` int64[K], and of the others, among those that are `stored` bool[M]."""

@@ -76,7 +76,7 @@ class Selection:
             best = scores.topk(math.ceil(keep.share * len(scores)))
             indices = best.indices.sort().values
             cutoff = best.values[-1].double()
-            tau = (cutoff - kept.mean) / kept.std
+            tau = torch.where(kept.std > 0, (cutoff - kept.mean) / kept.std, 0.0)
         if not keep.z_score:
             tau = cutoff
         self._result = Fetch(indices, kept.kept, tau, cutoff, nats, scores)

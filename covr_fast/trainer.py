@@ -16,7 +16,7 @@ from .buffer import Batch
 from .callbacks import Callback
 from .checkpoint import NO_VLM, Checkpoint, reserved_room, restore_agent
 from .collect import Collector
-from .config import TrainConfig
+from .config import TrainConfig, located
 from .envs import Rows, make_env
 from .errors import DivergedError, UserError, as_user_error, os_error_as_user_error
 from .evaluate import Evaluation, Evaluations
@@ -73,8 +73,7 @@ class Trainer:
         """
         config.check()
         self.config = config = TrainConfig.from_dict(config.to_dict())  # the caller may change theirs
-        if config.vlm.model != "nano" and Path(config.vlm.model).is_dir():
-            config.vlm.model = str(Path(config.vlm.model).resolve())  # a run may be resumed from anywhere
+        config.vlm.model = located(config.vlm.model)  # a run may be resumed from anywhere
         self.callbacks = list(callbacks)
         self.folder = out if isinstance(out, RunFolder) else RunFolder(out)
         self.out = self.folder.path

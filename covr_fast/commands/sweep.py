@@ -1,11 +1,17 @@
 """covr-fast sweep: many runs, by a file that says which."""
 
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-from .common import check_least, interrupt_when_ended, quiet_libraries
+from .common import check_least, interrupt_when_ended
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..sweeps.states import SweepRun
 
 
 def main(arguments: list[str]) -> int:
@@ -58,10 +64,10 @@ def main(arguments: list[str]) -> int:
             check_least(parsed, **{name: 1})
     from rich.console import Console
 
-    from ..estimate import print_estimate
     from ..sweeps.processes import Jobs, command
     from ..sweeps.states import State, find_runs
     from ..sweeps.table import Progress
+    from ..sweeps.timing import print_estimate
 
     spec = read_spec(
         parsed.spec,
@@ -82,14 +88,24 @@ def main(arguments: list[str]) -> int:
     threads = _threads(parsed.jobs)
     if parsed.dry_run:
         for run in waiting:
-            console.print(" ".join(["covr-fast", *command(run, threads)[3:]]))
+            console.print(shlex.join(["covr-fast", *command(run, threads)[3:]]))
         return 0
     if parsed.estimate and waiting:
-        quiet_libraries()
         print_estimate(waiting, parsed.jobs, threads, console)
     interrupt_when_ended()
-    with Progress(runs, console) as progress:
-        Jobs(runs, parsed.jobs, progress.update, threads=threads, gpus=_gpus()).work()
+    try:
+        with Progress(runs, console) as progress:
+            Jobs(runs, parsed.jobs, progress.update, threads=threads, gpus=_gpus()).work()
+    finally:
+        broken = _name_broken(runs, console)
+    console.print(f"covr-fast report {out} shows the runs")
+    return 1 if broken else 0
+
+
+def _name_broken(runs: "list[SweepRun]", console: "Console") -> int:
+    """Prints the last lines of the runs that died, and returns how many there are."""
+    from ..sweeps.states import State
+
     broken = [run for run in runs if run.state is State.BROKEN]
     for run in broken:
         console.print(f"{run.name} ended with exit code {run.exit_code}; the end of {run.log}:")
@@ -97,8 +113,7 @@ def main(arguments: list[str]) -> int:
             console.print(f"  {line}", markup=False)
     if broken:
         console.print(f"{len(broken)} of {len(runs)} runs are broken: the same command tries them again")
-    console.print(f"covr-fast report {out} shows the runs")
-    return 1 if broken else 0
+    return len(broken)
 
 
 def _threads(jobs: int) -> int | None:

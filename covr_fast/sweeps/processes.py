@@ -1,7 +1,6 @@
 """Runs as processes: so many at a time, stopped together, none lost because another died."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ from collections.abc import Callable, Sequence
 from ..files import writing
 from ..flags import flags
 from ..run_folder import RunFolder
+from ..saving import deferred_interrupts
 from .states import State, SweepRun
 
 _LOOK_EVERY = 0.5
@@ -60,19 +60,23 @@ class Jobs:
         """Runs until none is left.
 
         Raises:
-            KeyboardInterrupt: after every running process has saved its run and ended.
+            KeyboardInterrupt: after every running process has saved its run and ended. A second Ctrl-C kills
+                them.
         """
-        try:
-            while self._waiting or self._running:
-                for slot in range(self._jobs):
-                    if slot not in self._running and self._waiting:
-                        self._start(slot, self._waiting.pop(0))
-                self._look()
-                self._changed()
-                time.sleep(_LOOK_EVERY)
-        except BaseException:
-            self._stop()
-            raise
+        with deferred_interrupts() as received:
+            try:
+                while (self._waiting or self._running) and not received:
+                    for slot in range(self._jobs):
+                        if slot not in self._running and self._waiting:
+                            self._start(slot, self._waiting.pop(0))
+                    self._look()
+                    self._changed()
+                    time.sleep(_LOOK_EVERY)
+            finally:
+                if self._running:
+                    self._stop()
+        if received:
+            raise KeyboardInterrupt
 
     def _start(self, slot: int, run: SweepRun) -> None:
         if (run.folder / "summary.json").is_file():  # another sweep into this folder has made it meanwhile
@@ -82,7 +86,9 @@ class Jobs:
         _set_aside(run)
         here = dict(os.environ)
         if self._gpus > 1 and "device" not in run.planned.asked:
-            here["CUDA_VISIBLE_DEVICES"] = str(slot % self._gpus)
+            given = here.get("CUDA_VISIBLE_DEVICES")
+            visible = given.split(",") if given else [str(i) for i in range(self._gpus)]
+            here["CUDA_VISIBLE_DEVICES"] = visible[slot % self._gpus]
         with writing(run.log), run.log.open("ab") as log:
             process = subprocess.Popen(
                 command(run, self._threads),
@@ -100,17 +106,18 @@ class Jobs:
             if process.poll() is not None:
                 del self._running[slot]
                 run.exit_code = process.returncode
-                finished = process.returncode == 0 and (run.folder / "summary.json").is_file()
+                # Also if only its video could not be written after that.
+                finished = (run.folder / "summary.json").is_file()
                 run.state = State.FINISHED if finished else State.BROKEN
 
     def _stop(self) -> None:
-        """Interrupts all, and waits: they save. A second Ctrl-C kills them."""
+        """Interrupts all, and waits: they save."""
         try:
             for _, process in self._running.values():
-                process.send_signal(signal.SIGINT)
+                process.terminate()  # not SIGINT, which a shell lets its background processes ignore
             for _, process in self._running.values():
                 process.wait()
-        except BaseException:
+        except KeyboardInterrupt:
             for _, process in self._running.values():
                 process.kill()
             raise

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import TrainConfig
+from ..config import TrainConfig, located
 from ..errors import UserError, unknown
 from ..files import full_names
 from ..methods import METHODS
@@ -166,6 +166,11 @@ def _groups(path: Path, content: Mapping[str, Any]) -> dict[str, dict[str, Any]]
         if Path(name).name != name or name in (".", ".."):
             raise UserError(f"{path}: the group {name!r} cannot name a folder: leave out its slashes")
         _check_names(path, f"entry of the group {name}:", group, _GROUP)
+        for entry in ("agent", "method"):
+            if not isinstance(group.get(entry, ""), str):
+                raise UserError(f"{path}: {entry}={group[entry]!r} of the group {name} must be a name")
+        if not isinstance(group.get("by_preset", {}), dict):
+            raise UserError(f"{path}: by_preset of the group {name} must have a table for each preset")
     return groups
 
 
@@ -206,7 +211,7 @@ def _planned(
         METHODS[config.method].change(config)  # which a setting of all groups must not undo
         for setting, value in settings.items():
             _set(config, setting, value)
-        config.seed = seed
+        config.seed, config.vlm.model = seed, located(config.vlm.model)
         config.check()
     except ValueError as error:  # of a frozen section, or a UserError
         raise UserError(f"{path}: {preset}, group {name}: {error}") from error

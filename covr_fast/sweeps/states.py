@@ -40,6 +40,11 @@ class SweepRun:
         return self.folder.with_name(f"{self.folder.name}.log")
 
     @property
+    def group(self) -> tuple[str, str]:
+        """Its preset, and its group in that."""
+        return self.planned.preset, self.planned.group
+
+    @property
     def name(self) -> str:
         return str(self.planned.place)
 
@@ -75,7 +80,8 @@ def find_runs(planned: list[PlannedRun], out: Path) -> list[SweepRun]:
     """
     runs = [SweepRun(each, out / each.place) for each in planned]
     for run in runs:
-        if (run.folder / "config.json").is_file():
+        kept = any((run.folder / name).exists() for name in ("checkpoint", "checkpoint.old", "summary.json"))
+        if kept and (run.folder / "config.json").is_file():
             _check_same(run)
         if (run.folder / "summary.json").is_file():
             run.state = State.FINISHED

@@ -2,11 +2,15 @@
 
 from collections.abc import Sequence
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from .states import State, SweepRun
+
+_FRAME = 6
+"""Lines of the terminal that are not a group's."""
 
 
 class Progress:
@@ -32,12 +36,22 @@ class Progress:
     def update(self) -> None:
         """Looks at the runs again."""
         if self._live:
-            self._live.update(table(self._runs), refresh=True)
+            self._live.update(self._fitting(), refresh=True)
         for run in self._runs:
             if run.state is not self._shown[id(run)]:
                 self._shown[id(run)] = run.state
                 if not self._live:
                     self._console.print(self._line(run))
+
+    def _fitting(self) -> RenderableType:
+        """The table; where the terminal is too low for it, the lines of groups that are running or broken,
+        and how many runs are finished."""
+        active = {run.group for run in self._runs if run.state in (State.RUNNING, State.BROKEN)}
+        if len({run.group for run in self._runs}) + _FRAME <= self._console.height:
+            return table(self._runs)
+        done = sum(run.state is State.FINISHED for run in self._runs)
+        counted = Text(f"{done} of {len(self._runs)} runs are finished")
+        return Group(table([run for run in self._runs if run.group in active]), counted)
 
     def _line(self, run: SweepRun) -> str:
         done = sum(each.state is State.FINISHED for each in self._runs)
@@ -51,7 +65,7 @@ def table(runs: Sequence[SweepRun]) -> Table:
     shown = Table("preset", "group", *(f"seed {seed}" for seed in seeds))
     lines: dict[tuple[str, str], dict[int, str]] = {}
     for run in runs:
-        of = lines.setdefault((run.planned.preset, run.planned.group), {})
+        of = lines.setdefault(run.group, {})
         of[run.planned.seed] = _cell(run)
     for names, cells in lines.items():
         shown.add_row(*names, *(cells.get(seed, "") for seed in seeds))

@@ -123,6 +123,9 @@ ONE = "presets = ['racetrack']\n"
         (ONE + "seeds = 0\n[groups.a]", "seeds=0 must be their number"),
         (ONE + "seeds = [-1]\n[groups.a]", "must be their number"),
         (ONE + "model = 3\n[groups.a]", "model=3 must be the name of a VLM"),
+        (ONE + "[groups.a]\nagent = 3", "agent=3 of the group a must be a name"),
+        (ONE + "[groups.a]\nmethod = ['off']", "method=['off'] of the group a must be a name"),
+        (ONE + "[groups.a]\nby_preset = 3", "by_preset of the group a must have a table for each preset"),
         (ONE + "[groups.'a/b']", "cannot name a folder"),
         (ONE + "[groups.a]\nby_preset.highwy.steps = 5", "did you mean highway"),
         ("presets = ['racetrack'", "is no TOML"),
@@ -209,3 +212,10 @@ tuner.learning_rate = 1e-5
     assert config.threads == 1
     config.threads = 0
     assert full_names(config.to_dict()) == full_names(run.config.to_dict())
+
+
+def test_a_model_in_a_folder_is_the_same_from_everywhere(monkeypatch, tmp_path):
+    (tmp_path / "vlm").mkdir()
+    monkeypatch.chdir(tmp_path)
+    (run,) = read_spec(written(tmp_path, "presets = ['racetrack']\n[groups.a]"), model="vlm").runs
+    assert run.config.vlm.model == str(tmp_path / "vlm")

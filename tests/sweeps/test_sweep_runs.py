@@ -1,5 +1,6 @@
 """Sweeps as a user starts them: runs that are skipped, resumed, named if they break, interrupted."""
 
+import io
 import os
 import re
 import signal
@@ -8,11 +9,16 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from small_runs import COVR, TINY, call
 
 from covr_fast.checkpoint import load_config
 from covr_fast.report import read_summary
 from covr_fast.run_folder import RunFolder
+from covr_fast.sweeps import processes
+from covr_fast.sweeps.spec import read_spec
+from covr_fast.sweeps.states import State, find_runs
+from covr_fast.sweeps.table import Progress
 
 SETTINGS = "\n".join(f"{name.replace('-', '_')} = {value}" for name, value in (TINY | {"steps": 160}).items())
 SPEC = f"""
@@ -78,7 +84,10 @@ def test_a_broken_run_is_named_the_others_go_on_and_finished_ones_are_skipped(mo
     assert "holds a run with steps=160, and the sweep asks for 320" in shown
 
 
-def test_an_interrupted_sweep_goes_on_where_it_was(monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize(
+    "signals", [[signal.SIGINT], [signal.SIGHUP, signal.SIGHUP, signal.SIGTERM]], ids=len
+)
+def test_an_interrupted_sweep_goes_on_where_it_was(signals, monkeypatch, capsys, tmp_path):
     path = spec_file(tmp_path, SPEC.partition("[groups.blocked")[0].replace("steps = 160", "steps = 40_000"))
     out = tmp_path / "out"
     begun = [*COVR, "sweep", path, "--seeds", "1", "--out", str(out), "--no-estimate"]
@@ -89,7 +98,9 @@ def test_an_interrupted_sweep_goes_on_where_it_was(monkeypatch, capsys, tmp_path
         while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < 20:
             assert time.monotonic() < until
             time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
+        for number in signals:  # a terminal that closes sends several
+            process.send_signal(number)
+            time.sleep(0.3)
         process.communicate(timeout=120)
         assert process.returncode == 130
     assert not (run / "summary.json").exists()
@@ -98,8 +109,6 @@ def test_an_interrupted_sweep_goes_on_where_it_was(monkeypatch, capsys, tmp_path
     at = int(re.findall(r"interrupted at step (\d+) and saved", said)[0])
     assert 0 < at < 40_000
 
-    shorter = path.replace("tiny", "tiny2")
-    Path(shorter).write_text(Path(path).read_text())
     code, shown = sweep(monkeypatch, capsys, path, "--seeds", "1", "--out", str(out), "--steps", str(at + 64))
     assert code == 2
     assert "holds a run with steps=40000" in shown
@@ -145,10 +154,6 @@ def test_the_specs_are_listed(monkeypatch, capsys):
     "gpus, given, expected", [(0, {}, [None] * 3), (2, {}, ["0", "1", "0"]), (1, {}, [None] * 3)]
 )
 def test_runs_take_turns_on_several_gpus(gpus, given, expected, monkeypatch, tmp_path):
-    from covr_fast.sweeps import processes
-    from covr_fast.sweeps.spec import read_spec
-    from covr_fast.sweeps.states import find_runs
-
     seen = []
 
     class Process:
@@ -161,6 +166,8 @@ def test_runs_take_turns_on_several_gpus(gpus, given, expected, monkeypatch, tmp
             return 1
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if given:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
     monkeypatch.setattr(processes.subprocess, "Popen", Process)
     monkeypatch.setattr(processes, "_LOOK_EVERY", 0)
     spec = read_spec(spec_file(tmp_path), seeds=3, only=["alone"])
@@ -179,3 +186,38 @@ def test_a_run_that_another_process_writes_is_left_alone(monkeypatch, capsys, tm
     assert f"error: {run} is being written by another run" in shown
     assert (run / "metrics.jsonl").read_text() == '{"step": 16}\n'
     assert sorted(each.name for each in run.parent.iterdir()) == ["seed-0", "seed-0.log"]
+
+
+def test_an_estimate_is_made_before_it_starts(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    text = SPEC.replace("[groups.blocked]", "[groups.blocked]\nsettings.env.id = 'NoSuchTask-v1'")
+    out = tmp_path / "out"
+    assert call(monkeypatch, "sweep", spec_file(tmp_path, text), "--seeds", "1", "--out", str(out)) == 1
+    shown = capsys.readouterr().out
+    assert re.search(r"  carracing, alone: \d+ (s|min) a run, by its parts timed alone", shown)
+    assert re.search(r"  carracing, blocked: not timed \(.*NoSuchTask-v1", shown)
+    assert re.search(r"estimated: \d+ (s|min) for 2 runs, without those that could not be timed", shown)
+    assert shown.index("estimated") < shown.index("running")
+
+
+def test_a_low_terminal_shows_what_is_running(tmp_path):
+    text = SPEC.partition("[groups.alone]")[0] + "".join(
+        f"[groups.g{i}]\nmethod = 'off'\n" for i in range(30)
+    )
+    runs = find_runs(read_spec(spec_file(tmp_path, text)).runs, tmp_path / "out")
+    runs[7].state, runs[40].state, runs[40].exit_code = State.RUNNING, State.BROKEN, 1
+
+    def shown(height: int) -> str:
+        file = io.StringIO()
+        console = Console(file=file, width=80, height=height, force_terminal=True)
+        with Progress(runs, console) as progress:
+            progress.update()
+            at = file.tell()
+            progress.update()
+            return file.getvalue()[at:]
+
+    high, low = shown(60), shown(20)
+    assert all(f" g{i} " in high for i in range(30))
+    assert {i for i in range(30) if f" g{i} " in low} == {3, 20}
+    assert "broken (1)" in low
+    assert "0 of 60 runs are finished" in low
