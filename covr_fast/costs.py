@@ -13,8 +13,23 @@ class Cost:
     """On one GPU."""
 
 
-COSTS: dict[str, Cost] = {}
-"""By preset; measured on 2026-11-28. docs/results.md compares such figures with whole runs."""
+COSTS: dict[str, Cost] = {
+    "carracing": Cost(cpu=330),
+    "carracing-full": Cost(cpu=1_000),
+    "racetrack": Cost(cpu=500),
+    "highway": Cost(cpu=420),
+    "cartpole-swingup": Cost(cpu=10_000),
+    "reacher-easy": Cost(cpu=20_000),
+    "cheetah-run": Cost(cpu=21_000),
+    "walker-walk": Cost(cpu=43_000),
+    "finger-spin": Cost(cpu=41_000),
+    "ball-in-cup-catch": Cost(cpu=20_000),
+    "hopper-hop": Cost(cpu=100_000),
+    "walker-run": Cost(cpu=210_000),
+    "pendulum-swingup": Cost(cpu=100_000),
+}
+"""By preset, measured on 2026-11-28; docs/results.md compares such figures with whole runs. Those with a
+pretrained VLM, CARLA's, and one's own environment have none."""
 
 
 def in_words(seconds: float | None) -> str:
