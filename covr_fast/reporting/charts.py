@@ -69,11 +69,14 @@ class Chart:
         if band and curve.low is not None and curve.high is not None:
             self.axes.fill_between(curve.steps, curve.low, curve.high, color=look.colour, alpha=0.18, lw=0)
 
-    def level(self, value: float, colour: str, text: str, dash: Any = "dashed") -> None:
-        """A horizontal line with its name at the right end."""
+    def level(
+        self, value: float, colour: str, text: str, dash: Any = "dashed", *, left: bool = False
+    ) -> None:
+        """A horizontal line with its name at the right end, or at the left one."""
         self.axes.axhline(value, color=colour, linestyle=dash, linewidth=1.2)
-        self.axes.annotate(text, (1, value), xycoords=("axes fraction", "data"), xytext=(0, 2),
-                           textcoords="offset points", ha="right", color=colour, fontsize=8)  # fmt: skip
+        end, side = (0.01, "left") if left else (1, "right")
+        self.axes.annotate(text, (end, value), xycoords=("axes fraction", "data"), xytext=(0, 2),
+                           textcoords="offset points", ha=side, color=colour, fontsize=8)  # fmt: skip
 
     def intervals(self, estimates: Sequence[Estimate], looks: Sequence[Look], names: Sequence[str]) -> None:
         """A row per estimate, from the top: its interval as a bar, its value as a stroke."""

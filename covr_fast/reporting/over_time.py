@@ -48,12 +48,12 @@ def _learning_curve(context: Context, task: Task) -> Markup:
     for group in task.groups:
         source, own = returns(group.runs)
         drawn = curve(own)
-        if drawn is not None and drawn.steps[-1] == 0:
-            untrained.append((group, float(drawn.mean[0])))
-        elif drawn is not None:
+        if drawn is not None:
             curves.append((group, drawn))
             single += [(group, each) for each in own if len(own) > 1]
             sources.setdefault(source, []).append(group.label)
+        elif finals := [run.final.mean for run in group.runs if run.final is not None]:
+            untrained.append((group, sum(finals) / len(finals)))
     ends = "; ".join(f"{g.label}: {number(c.mean[-1])} at {c.steps[-1]:,.0f}" for g, c in curves)
     published = _published_levels(task)
     with context.charts.draw(task.title, f"Learning curves in {task.title}. {ends}", height=3.1) as chart:
@@ -62,7 +62,8 @@ def _learning_curve(context: Context, task: Task) -> Markup:
         for group, drawn in curves:
             chart.curve(drawn, context.look(group), band=len(curves) <= _MOST_BANDS)
         for group, value in untrained:
-            chart.level(value, context.look(group).colour, f"{group.label}, not trained", dash="dashdot")
+            said = f"{group.label}, not trained"
+            chart.level(value, context.look(group).colour, said, dash="dashdot", left=True)
         for label, (value, text) in published.items():
             chart.level(value, context.looks[label].colour, text if len(published) <= _MOST_NAMED else "")
         if task.random_return is not None:

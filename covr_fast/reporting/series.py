@@ -40,9 +40,11 @@ def vlm_by_round(run: Run) -> Series:
 
 
 def returns(runs: Sequence[Run]) -> tuple[str, list[Series]]:
-    """The learning curves of a group's runs, and of what: evaluations, if every run has them during training
-    too, else training episodes."""
-    evaluated = [series(run, "eval/actor_mean") for run in runs]
+    """The learning curves of a group's runs, and of what: evaluations of the actor, or of the VLM where it
+    decides, if every run has them during training too, else training episodes."""
+    decides = {run.final.policy for run in runs if run.final is not None}
+    name = "eval/vlm_mean" if decides and "actor" not in decides else "eval/actor_mean"
+    evaluated = [series(run, name) for run in runs]
     if all(len(steps) > 1 for steps, _ in evaluated):
         return "evaluations", evaluated
     trained = [series(run, "episode_return") for run in runs]

@@ -111,6 +111,16 @@ def test_a_run_without_evaluations_in_training_shows_its_training_episodes(tmp_p
     assert row(shown.tables["aggregates"][0], "fast · covr")[2:4] == ["10.0", "10.0"]
 
 
+def test_the_vlm_that_decides_has_a_curve_and_one_that_is_not_trained_a_level(tmp_path):
+    policy = write_run(tmp_path / "vpf", 16, method="vpf")
+    alone = write_run(tmp_path / "vbe", 3, method="vbe")
+    (alone / "metrics.jsonl").write_text('{"step": 0, "seconds": 1.0, "eval/vlm_before_mean": 3.0}\n')
+    html = page(read_study([policy, alone]))
+    (said,) = (t for t in Page(html).values("svg", "aria-label") if t.startswith("Learning curves"))
+    assert "vpf: 4.00 at 3,000" in said, "the curve ends where the VLM's last evaluation does"
+    assert "vbe, not trained" in html
+
+
 def test_rounds_of_the_filter(html, shown):
     labels = shown.values("svg", "aria-label")
     assert any(text.startswith("threshold τ, racetrack. fast · covr: 1.50, 2.50") for text in labels)
@@ -155,7 +165,7 @@ def test_throughput_and_runs(shown):
     deviation = np.std([-1, 0, 1])
     assert runs[1][1:4] == ["fast · covr", "0", f"10.0 ± {deviation:.1f}"]
     assert "covr-fast train racetrack" in shown.texts["runs"]
-    assert "--seed 3" in shown.texts["runs"]
+    assert "--seed=3" in shown.texts["runs"]
 
 
 def test_videos_are_on_the_page_as_long_as_there_is_room(shown, tmp_path, monkeypatch):
