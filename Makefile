@@ -9,17 +9,21 @@ NATIVE := setup.py CMakeLists.txt $(wildcard cmake/* csrc/* csrc/*/* kernels/cud
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp kernels/cuda/*.h kernels/cuda/*.cu \
   tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/*.cu tests/cuda_on_cpu/include/*.h)
 
-.PHONY: demo test test-python test-vlm test-emulated package sanitize compilers lint format gpu-check clean system
+.PHONY: demo test test-python test-folders test-vlm test-emulated package sanitize compilers lint format gpu-check clean system
 
 demo: $(VENV)/train.stamp
 	$(VENV)/bin/covr-fast train carracing
 
-test: test-python test-vlm test-emulated
+test: test-python test-folders test-vlm test-emulated
 
 # Without a GPU, Triton's kernels run in its interpreter (the variable must be set before triton is imported).
 test-python: $(VENV)/dev.stamp
 	TRITON_INTERPRET=1 $(PY) -m pytest -q tests/ops/test_loss.py
-	$(PY) -m pytest --ignore=tests/vlm
+	$(PY) -m pytest tests/test_*.py
+
+# Of tests/, what lies in folders. Parts of their own, so that two cores are busy to the end.
+test-folders: $(VENV)/dev.stamp
+	$(PY) -m pytest tests --ignore=tests/vlm --ignore-glob='tests/test_*.py'
 
 test-vlm: $(VENV)/dev.stamp
 	$(PY) -m pytest tests/vlm
