@@ -469,7 +469,7 @@ class TrainConfig:
 
 def located(model: str) -> str:
     """The name of a VLM that holds from every working directory: of a folder, its whole path."""
-    return str(Path(model).resolve()) if not is_nano(model) and Path(model).is_dir() else model
+    return str(Path(model).resolve()) if model != "nano" and Path(model).is_dir() else model
 
 
 def check_types(config: Any, section: str = "") -> None:

@@ -18,7 +18,7 @@ from .opengl import INSTALL
 REQUIRED = (
     "envpool", "gymnasium", "transformers", "tokenizers", "peft", "accelerate", "huggingface_hub",
     "safetensors", "tyro", "filelock", "rich", "tensorboard", "matplotlib", "imageio", "imageio-ffmpeg",
-    "pillow",
+    "pillow", "markupsafe", "rliable", "scipy",
 )  # fmt: skip
 OPTIONAL = {
     "triton": "triton", "bitsandbytes": "quantize", "flash-attn-4": "flash", "stable-baselines3": "sb3",
