@@ -69,6 +69,11 @@ def newest_folder(target: Path) -> Path:
     return folder
 
 
+def has_checkpoint(run: Path) -> bool:
+    """Whether the run in this folder can be resumed."""
+    return _newest(run / "checkpoint") is not None
+
+
 def _newest(target: Path) -> Path | None:
     old = target.with_name(target.name + ".old")
     return next((folder for folder in (target, old) if folder.is_dir()), None)

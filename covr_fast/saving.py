@@ -13,7 +13,7 @@ import torch
 
 from .agents import Agent
 from .buffer import ReplayBuffer
-from .checkpoint import RESCUED, rescue_agent, save_checkpoint
+from .checkpoint import RESCUED, has_checkpoint, rescue_agent, save_checkpoint
 from .config import TrainConfig
 from .errors import DivergedError, UserError, os_error_text
 from .logger import RunLogger
@@ -74,7 +74,7 @@ class RunSaver:
         try:
             self._save(with_replay=True)
         except OSError as error:
-            stays = "the one before it stays" if self._has_checkpoint() else "there is none yet"
+            stays = "the one before it stays" if has_checkpoint(self.folder) else "there is none yet"
             why = os_error_text(error)
             self.log.say(f"no checkpoint at step {self.counters.step} ({why}): {stays}, and training goes on")
 
@@ -114,7 +114,7 @@ class RunSaver:
                     what = f"of step {self.counters.step}, only the agent was saved, as {rescued}"
             stays = f"; --resume {self.folder} goes on from the checkpoint before it"
             raise UserError(
-                f"{os_error_text(error)}: {what}{stays if self._has_checkpoint() else ''}"
+                f"{os_error_text(error)}: {what}{stays if has_checkpoint(self.folder) else ''}"
             ) from error
 
     @contextmanager
@@ -143,9 +143,6 @@ class RunSaver:
         # A large replay buffer on a slow disk is written less often.
         pause = max(60 * self.config.checkpoint_minutes, self._saving_took / CHECKPOINT_SHARE)
         return self.config.checkpoint_minutes > 0 and time.perf_counter() - self._saved_at >= pause
-
-    def _has_checkpoint(self) -> bool:
-        return any((self.folder / name).is_dir() for name in ("checkpoint", "checkpoint.old"))
 
     def _save(self, *, with_replay: bool) -> None:
         """Writes a checkpoint in place of the former one, which stays if an OSError prevents that."""

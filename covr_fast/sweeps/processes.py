@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+from ..checkpoint import has_checkpoint
 from ..files import writing
 from ..flags import flags
 from ..run_folder import RunFolder
@@ -24,7 +25,7 @@ def command(run: SweepRun, threads: int | None = None) -> list[str]:
     planned, folder = run.planned, str(run.folder)
     base = [sys.executable, "-m", "covr_fast.cli", "train", planned.preset]
     chosen = {} if threads is None or "threads" in planned.asked else {"threads": threads}
-    if any((run.folder / name).is_dir() for name in ("checkpoint", "checkpoint.old")):
+    if has_checkpoint(run.folder):
         return [*base, *flags(chosen), "--resume", folder]
     return [*base, *flags(planned.asked | {"seed": planned.seed} | chosen), "--out", folder]
 
@@ -131,8 +132,7 @@ def _set_aside(run: SweepRun) -> None:
     """Renames what is left of a run that has nothing to go on from: it cannot be resumed, nor may it be
     overwritten. A run that another process is writing stays: the new process will say so."""
     folder = RunFolder(run.folder)
-    resumable = any((run.folder / name).is_dir() for name in ("checkpoint", "checkpoint.old"))
-    if resumable or not folder.has_run() or folder.is_claimed():
+    if has_checkpoint(run.folder) or not folder.has_run() or folder.is_claimed():
         return
     number = 1
     while (aside := run.folder.with_name(f"{run.folder.name}.broken-{number}")).exists():

@@ -5,6 +5,7 @@ from enum import Enum
 from functools import cached_property
 from pathlib import Path
 
+from ..checkpoint import has_checkpoint
 from ..errors import UserError
 from ..files import full_names, read_json, read_records
 from ..report import read_summary
@@ -80,7 +81,7 @@ def find_runs(planned: list[PlannedRun], out: Path) -> list[SweepRun]:
     """
     runs = [SweepRun(each, out / each.place) for each in planned]
     for run in runs:
-        kept = any((run.folder / name).exists() for name in ("checkpoint", "checkpoint.old", "summary.json"))
+        kept = has_checkpoint(run.folder) or (run.folder / "summary.json").is_file()
         if kept and (run.folder / "config.json").is_file():
             _check_same(run)
         if (run.folder / "summary.json").is_file():
