@@ -22,10 +22,11 @@ from typing import Any
 import timeline
 import torch
 from bench_update import policy
-from race import device_name, heading, race, sized, table, wall, write_rows
+from race import heading, race, sized, table, wall, write_rows
 from random_qwen import open_prior
 
 from covr_fast import TrainConfig, Trainer
+from covr_fast.machine import device_name
 from covr_fast.streams import Lane
 from covr_fast.vlm import TunerConfig, VLMTuner
 

@@ -37,8 +37,8 @@ import torch
 from gpu.execution import Check
 from gpu.report import stage_table, target_table
 from gpu.stages import ROOT, Stage, fitting, stages
-from race import device_name, version
 
+sys.path.insert(0, str(ROOT))  # for covr_fast, which is not installed there
 PACKAGES = ROOT / "build" / "gpu-packages"  # what --wheels adds: the machine's own Python stays as it is
 SIMULATOR = ROOT / "benchmarks" / "gpu" / "simulator"
 SHOWN = ("torch", "triton", "transformers", "liger-kernel", "torchrl", "envpool", "pytest-xdist")
@@ -80,6 +80,8 @@ def search_paths() -> dict[str, str]:
 
 def facts(device: str, environment: Mapping[str, str]) -> dict[str, object]:
     """The machine: what a figure means nothing without."""
+    from covr_fast.machine import device_name, version
+
     versions = {name: version(name) for name in SHOWN}
     found: dict[str, object] = {"device": device_name(device), "begun": time.strftime("%Y-%m-%d %H:%M")}
     if device == "cuda":

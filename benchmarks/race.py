@@ -12,10 +12,8 @@ COVR_BENCH_TINY=1 shrinks every size (`sized`), to see in seconds whether a benc
 figures mean nothing.
 """
 
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from covr_fast.machine import device_name, versions
 
 Function = Callable[[], Any]
 TINY = os.environ.get("COVR_BENCH_TINY") == "1"
@@ -175,25 +175,9 @@ def race(
     }
 
 
-def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
-    models = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
-    return f"{next(models, platform.machine())}, {os.cpu_count()} cores"
-
-
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def heading(device: str = "cpu", packages: Sequence[str] = PACKAGES) -> str:
-    versions = ", ".join(f"{name} {version(name)}" for name in packages if version(name))
-    date, python = time.strftime("%Y-%m-%d"), platform.python_version()
-    return f"{device_name(device)}; {date}; Python {python}, {versions}.\n"
+    named = ", ".join(" ".join(pair) for pair in versions(packages).items())
+    return f"{device_name(device)}; {time.strftime('%Y-%m-%d')}; {named}.\n"
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:

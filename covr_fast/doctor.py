@@ -1,6 +1,5 @@
 """`covr-fast doctor`: what works on this machine, what is missing and how to install it."""
 
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .machine import device_name, version
 from .opengl import INSTALL
 
 REQUIRED = (
@@ -43,13 +43,6 @@ try:
 except UserError as error:
     sys.exit(str(error))
 """
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def problem_of(code: str, *arguments: str, timeout: float = 120) -> str | None:
@@ -117,20 +110,20 @@ def diagnose() -> dict[str, Any]:
         }
     except ImportError as error:
         extension = {"built": False, "with_cuda": False, "error": str(error)}
-    required = {name: _version(name) for name in REQUIRED}
+    required = {name: version(name) for name in REQUIRED}
     with ThreadPoolExecutor() as pool:
         environments = dict(zip(ENVIRONMENTS, pool.map(_problem_with, ENVIRONMENTS), strict=True))
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "covr-fast": _version("covr-fast"),
+        "covr-fast": version("covr-fast"),
         "python": platform.python_version(),
-        "cores": os.cpu_count(),
+        "processor": device_name("cpu"),
         "torch": torch.__version__,
         "cuda_devices": devices,
         "nvcc": shutil.which("nvcc"),
         "extension": extension,
         "required": required,
-        "optional": {name: _version(name) for name in OPTIONAL},
+        "optional": {name: version(name) for name in OPTIONAL},
         "environments": environments,
         "ready_to_train": extension["built"] and all(required.values()) and environments["CarRacing"] is None,
     }
@@ -158,7 +151,8 @@ def print_diagnosis(d: dict[str, Any]) -> None:
     missing = "missing: pip install 'covr-fast[{}]'"
     rows = [
         ("covr-fast", str(d["covr-fast"])),
-        ("python, torch, cores", f"{d['python']}, {d['torch']}, {d['cores']}"),
+        ("python, torch", f"{d['python']}, {d['torch']}"),
+        ("processor", d["processor"]),
         ("CUDA devices", ", ".join(d["cuda_devices"]) or "none: everything runs on the CPU"),
         ("C++ extension", native),
         *((name, version or missing.format("train")) for name, version in d["required"].items()),

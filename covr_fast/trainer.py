@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import __version__
 from .agents import Agent, Guidance, make_agent
 from .best_returns import BestReturns
 from .buffer import Batch
@@ -23,6 +24,7 @@ from .evaluate import Evaluation, Evaluations
 from .files import write_whole
 from .host_memory import keep_freed_memory
 from .logger import Clock, MeanMetrics, RunLogger
+from .machine import device_name, versions
 from .model_card import write_run_card
 from .parts import compute_device, loop_threads, new_batches, new_buffer, replay_device, use_tensor_cores
 from .report import plot_curves
@@ -422,6 +424,8 @@ class Trainer:
             "method": self.config.method,
             "seed": self.config.seed,
             "device": str(self.device),
+            "machine": device_name(self.device),
+            "versions": {"covr-fast": __version__, **versions()},
             "steps": counters.step,
             "decisions": counters.decisions,
             "frames": counters.frames,

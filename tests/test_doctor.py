@@ -63,8 +63,9 @@ def test_the_verdict_names_what_cannot_be_drawn(capsys):
 
 
 DIAGNOSIS = {
-    "covr-fast": "0.1.0", "python": "3.11.7", "cores": 2, "torch": "2.13.0", "cuda_devices": ["Tesla T4"],
-    "nvcc": "/usr/bin/nvcc", "required": {}, "optional": {}, "environments": {}, "ready_to_train": True,
+    "covr-fast": "0.1.0", "python": "3.11.7", "processor": "Z80, 2 cores", "torch": "2.13.0",
+    "cuda_devices": ["Tesla T4"], "nvcc": "/usr/bin/nvcc", "required": {}, "optional": {}, "environments": {},
+    "ready_to_train": True,
 }  # fmt: skip
 
 

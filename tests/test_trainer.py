@@ -17,6 +17,7 @@ from covr_fast.checkpoint import load_actor
 from covr_fast.envs import PixelEnvs
 from covr_fast.errors import UserError
 from covr_fast.evaluate import actor_policy
+from covr_fast.machine import device_name
 from covr_fast.report import read_metrics
 
 
@@ -43,6 +44,8 @@ def test_counts_add_up(finished):
     assert summary["updates"] == (160 - 32) // 8 == len(guided)
     assert summary["episodes"] == 160 // 10
     assert summary["frames"] == summary["decisions"] == 160
+    assert summary["machine"] == device_name("cpu")
+    assert {"covr-fast", "python", "torch", "envpool"} <= summary["versions"].keys()
     assert sum(summary["time_shares"].values()) == pytest.approx(1, abs=1e-6)
 
 
@@ -247,6 +250,8 @@ def test_an_interrupted_run_is_saved_and_continues(tmp_path):
     assert 0 < earlier < summary["seconds"]
     # Whatever a figure is per second of, the seconds are those of the whole run.
     assert summary["steps_per_second"] == pytest.approx(100 / summary["seconds"])
+    assert summary["machine"] == device_name("cpu")
+    assert {"covr-fast", "python", "torch", "envpool"} <= summary["versions"].keys()
     assert sum(summary["time_shares"].values()) == pytest.approx(1, abs=1e-6)
     assert second.clock.seconds["simulation"] > first.clock.seconds["simulation"]
     assert summary["steps"] == 100

@@ -1,5 +1,6 @@
 """The stages of the GPU check, in order of worth."""
 
+import importlib.util
 import os
 import shutil
 import sys
@@ -7,8 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
-
-from race import version
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
@@ -193,7 +192,7 @@ def needing_cuda() -> list[str]:
 def tests(files: list[str], report: Path, usual: float, limit: float) -> Stage:
     """Verbosely, so that failures are named as they happen."""
     options = ["-v", "-m", "needs_cuda", f"--junitxml={report}", "--continue-on-collection-errors"]
-    if version("pytest-xdist"):
+    if importlib.util.find_spec("xdist"):
         # A test that hangs in a kernel ends its process, and another one takes its place.
         options += ["-n", str(min(8, os.cpu_count() or 1)), "--timeout=90", "--timeout-method=thread"]
     return Stage("tests", [*PYTEST, *options, *files], usual, limit, group="tests")

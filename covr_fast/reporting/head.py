@@ -2,7 +2,7 @@
 
 import datetime
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from .. import __version__
 from .context import Context, listed, seeds_text
@@ -54,13 +54,25 @@ def _facts(study: Study) -> Markup:
         "VLMs": [run.model for run in runs],
         "Seeds": map(str, seeds),
         "Environment steps": [f"{steps:,}" for steps in sorted({run.steps for run in study.runs})],
-        "Devices": [run.summary.get("device", "-") for run in study.runs],
+        "Measured on": [run.summary.get("machine", run.summary.get("device", "-")) for run in study.runs],
+        "Versions": _versions(study.runs),
         "Finished runs ended": _dates(study.runs),
         "Wall time of all runs": [f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.0f} min"],
         "Page made by": [f"covr_fast {__version__}, {datetime.date.today()}"],
     }
     shown = ((tag("dt", name), tag("dd", ", ".join(dict.fromkeys(v)) or "-")) for name, v in facts.items())
     return tag("dl", *(tag("div", *pair) for pair in shown), class_="facts")
+
+
+def _versions(runs: Sequence[Run]) -> list[str]:
+    """Of each package, those of all finished runs; older runs do not say."""
+    found: dict[str, dict[str, None]] = {}
+    for run in runs:
+        for package, version in run.summary.get("versions", {}).items():
+            found.setdefault(package, {})[version] = None
+    silent = sum("versions" not in run.summary for run in runs)
+    named = [f"{package} {' and '.join(versions)}" for package, versions in found.items()]
+    return [*named, f"not recorded in {silent} of {len(runs)} runs"] if silent else named
 
 
 def _dates(runs: Iterable[Run]) -> list[str]:

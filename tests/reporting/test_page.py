@@ -76,7 +76,7 @@ def test_every_picture_has_words(shown):
 
 def test_the_head_says_what_was_run(shown):
     assert "8 finished runs in racetrack: fast · covr (4 seeds); fast · off (4 seeds)." in shown.texts[""]
-    for fact in ("racetrack-v0", "covr, off", "nano", "0, 1, 2, 3", "3,000", "cpu"):
+    for fact in ("racetrack-v0", "covr, off", "nano", "0, 1, 2, 3", "3,000", "Z80, 2 cores", "torch 2.13.0"):
         assert fact in shown.texts[""]
 
 
@@ -284,6 +284,20 @@ def test_what_is_missing_is_a_dash_and_a_line(tmp_path):
     assert row(shown.tables["runs"][0], str(run))[-2:] == ["-", "-"]
     for section in ("filter", "vlm", "priors"):
         assert "No run" in shown.texts[section]
+
+
+def test_versions_of_all_runs_are_named_and_what_older_runs_do_not_say(tmp_path):
+    for seed, change in enumerate(({}, {"torch": "2.14.0"}, None)):
+        run = write_run(tmp_path / str(seed), 10, seed=seed)
+        summary = json.loads((run / "summary.json").read_text())
+        if change is None:  # of a version that did not write them
+            del summary["versions"], summary["machine"]
+        else:
+            summary["versions"] |= change
+        (run / "summary.json").write_text(json.dumps(summary))
+    said = page_of(tmp_path).texts[""]
+    assert "covr-fast 0.1.0, torch 2.13.0 and 2.14.0, not recorded in 1 of 3 runs" in said
+    assert "Z80, 2 cores, cpu" in said  # the older run's device
 
 
 def test_a_damaged_file_of_a_round_is_a_line(tmp_path):

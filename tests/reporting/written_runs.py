@@ -49,9 +49,10 @@ def write_run(
         del means["vlm_before"], means["vlm_after"]
     rounds = [_round(number, steps) for number in range(1, ROUNDS + 1)] if "vlm_after" in means else []
     summary = {
-        "environment": config["env"]["id"], "seed": seed, "device": "cpu", "steps": steps, "decisions": steps,
-        "frames": steps, "updates": steps // 2, "episodes": 40, "seconds": 120.0 + seed,
-        "steps_per_second": steps / (120.0 + seed), "rounds": rounds,
+        "environment": config["env"]["id"], "seed": seed, "device": "cpu",
+        "machine": "Z80, 2 cores", "versions": {"covr-fast": "0.1.0", "torch": "2.13.0"},
+        "steps": steps, "decisions": steps, "frames": steps, "updates": steps // 2,
+        "episodes": 40, "seconds": 120.0 + seed, "steps_per_second": steps / (120.0 + seed), "rounds": rounds,
         "time_shares": {"policy update": 0.5, "fine-tuning": 0.25, "simulation": 0.125, "other": 0.125},
         "evaluations": {
             name: {"mean": mean, "std": float(spread.std()), "returns": (mean + spread).tolist()}
