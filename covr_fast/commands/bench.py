@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from ..errors import as_user_error
-from .common import preset_of, quiet_libraries, spelled_out
+from .common import optional_preset, quiet_libraries
 
 
 def main(arguments: list[str]) -> int:
@@ -13,10 +13,7 @@ def main(arguments: list[str]) -> int:
 
     from ..config import TrainConfig
 
-    given = bool(arguments) and not arguments[0].startswith("-")
-    name, rest = (arguments[0], arguments[1:]) if given else ("carracing", arguments)
-    rest = spelled_out(rest)
-    preset = preset_of(name, rest)
+    name, rest, preset = optional_preset(arguments, "carracing")
 
     @dataclass
     class Arguments:

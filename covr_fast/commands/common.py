@@ -34,6 +34,19 @@ def preset_of(name: str, arguments: list[str]) -> "TrainConfig":
     return TrainConfig.preset(name, asked[0], asked[1], asked[2] or "covr")
 
 
+def optional_preset(arguments: list[str], default: str) -> "tuple[str, list[str], TrainConfig]":
+    """Of `[PRESET] [--FIELD VALUE]...`: the preset's name, the other arguments spelled out, and the preset as
+    `preset_of` gives it.
+
+    Raises:
+        UserError: as `preset_of`.
+    """
+    given = bool(arguments) and not arguments[0].startswith("-")
+    name, rest = (arguments[0], arguments[1:]) if given else (default, arguments)
+    rest = spelled_out(rest)
+    return name, rest, preset_of(name, rest)
+
+
 def spelled_out(arguments: list[str]) -> list[str]:
     """`--covr off`, which reads well, as the setting that it stands for."""
     spelled: list[str] = []

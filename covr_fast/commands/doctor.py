@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from ..errors import as_user_error
-from .common import preset_of, quiet_libraries, spelled_out, value_of
+from .common import optional_preset, quiet_libraries, value_of
 
 
 def main(arguments: list[str]) -> int:
@@ -36,10 +36,7 @@ def _doctor_of_memory(arguments: list[str]) -> int:
 
     from ..config import TrainConfig
 
-    given = not arguments[0].startswith("-")
-    name, rest = (arguments[0], arguments[1:]) if given else ("carracing-gpu", arguments)
-    rest = spelled_out(rest)
-    preset = preset_of(name, rest)
+    name, rest, preset = optional_preset(arguments, "carracing-gpu")
 
     @dataclass
     class Arguments:
