@@ -11,7 +11,7 @@ from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from .statistics import Curve, Estimate
 
@@ -137,7 +137,7 @@ class Charts:
 def steps_axis(axes: Axes, label: str = "environment steps") -> None:
     axes.set_xlabel(label)
     axes.set_xlim(left=0)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value else "0")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 500, 1k, 1.5k
 
 
 def rounds_axis(axes: Axes) -> None:

@@ -21,6 +21,7 @@ def head(context: Context) -> Markup:
         tag("h1", _title(study)),
         tag("p", _sentence(study), class_="lede"),
         _facts(study),
+        _versions(study.runs),
         *(_settings(task) for task in study.tasks),
         _problems(study),
     )
@@ -55,7 +56,6 @@ def _facts(study: Study) -> Markup:
         "Seeds": map(str, seeds),
         "Environment steps": [f"{steps:,}" for steps in sorted({run.steps for run in study.runs})],
         "Measured on": [run.summary.get("machine", run.summary.get("device", "-")) for run in study.runs],
-        "Versions": _versions(study.runs),
         "Finished runs ended": _dates(study.runs),
         "Wall time of all runs": [f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.0f} min"],
         "Page made by": [f"covr_fast {__version__}, {datetime.date.today()}"],
@@ -64,15 +64,16 @@ def _facts(study: Study) -> Markup:
     return tag("dl", *(tag("div", *pair) for pair in shown), class_="facts")
 
 
-def _versions(runs: Sequence[Run]) -> list[str]:
-    """Of each package, those of all finished runs; older runs do not say."""
+def _versions(runs: Sequence[Run]) -> Markup:
+    """Of each package, those that the finished runs name; older runs name none."""
     found: dict[str, dict[str, None]] = {}
     for run in runs:
         for package, version in run.summary.get("versions", {}).items():
             found.setdefault(package, {})[version] = None
-    silent = sum("versions" not in run.summary for run in runs)
     named = [f"{package} {' and '.join(versions)}" for package, versions in found.items()]
-    return [*named, f"not recorded in {silent} of {len(runs)} runs"] if silent else named
+    if silent := sum("versions" not in run.summary for run in runs):
+        named.append(f"not recorded in {silent} of {len(runs)} runs" if found else "not recorded")
+    return note(f"Versions: {', '.join(named)}.") if named else Markup("")
 
 
 def _dates(runs: Iterable[Run]) -> list[str]:

@@ -69,6 +69,8 @@ def _learning_curve(context: Context, task: Task) -> Markup:
         if task.random_return is not None:
             chart.level(task.random_return, "#7d868f", "random policy", dash="dotted")
         steps_axis(chart.axes)
+        if not curves:
+            chart.axes.set_xticks([])
         chart.axes.set_ylabel("return")
     from_what = [f"returns of {source} ({', '.join(labels)})" for source, labels in sources.items()]
     if len(sources) == 1:

@@ -41,14 +41,20 @@ def vlm_by_round(run: Run) -> Series:
 
 def returns(runs: Sequence[Run]) -> tuple[str, list[Series]]:
     """The learning curves of a group's runs, and of what: evaluations of the actor, or of the VLM where it
-    decides, if every run has them during training too, else training episodes."""
+    decides, if every run has them during training too, else training episodes. Short runs may have logged
+    neither: the evaluation after training is their only point. Runs without a step have none."""
     decides = {run.final.policy for run in runs if run.final is not None}
     name = "eval/vlm_mean" if decides and "actor" not in decides else "eval/actor_mean"
     evaluated = [series(run, name) for run in runs]
     if all(len(steps) > 1 for steps, _ in evaluated):
         return "evaluations", evaluated
     trained = [series(run, "episode_return") for run in runs]
-    return "training episodes", [own for own in trained if len(own[0])]
+    if any(len(steps) for steps, _ in trained):
+        return "training episodes", [own for own in trained if len(own[0])]
+    ends = [
+        series(run, f"eval/{run.final.policy}_mean") for run in runs if run.final is not None and run.steps
+    ]
+    return "evaluations", [own for own in ends if len(own[0])]
 
 
 def _sorted(values: dict[float, float]) -> Series:

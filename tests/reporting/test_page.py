@@ -131,6 +131,16 @@ def test_rounds_of_the_filter(html, shown):
     assert html.count("the samples of each round") == len(COVR)
 
 
+def test_a_run_too_short_for_a_curve_is_a_point_and_counts_as_trained(tmp_path):
+    run = write_run(tmp_path / "short", 7, steps=400)
+    lines = [json.dumps({"step": 0, "eval/random_mean": 2}), json.dumps({"step": 400, "eval/actor_mean": 7})]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    html = page(read_study([tmp_path]))
+    assert "Learning curves in racetrack. fast · covr: 7.00 at 400" in html
+    assert "not trained" not in html
+    assert "Returns of evaluations" in page_of(tmp_path).texts["curves"]
+
+
 def test_frames_are_those_of_the_first_seed_with_their_returns(shown):
     arrays = round_arrays(1, seed=0)
     sources = [source for source in shown.values("img", "src") if source.startswith("data:image/png")]
