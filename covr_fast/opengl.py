@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import glob
+import importlib
 import os
 import sys
 import threading
@@ -42,8 +43,21 @@ def import_envpool() -> Any:
 
 
 @cache
+def load_triton() -> None:
+    """Imports Triton, if it is installed, before anything draws.
+
+    Mesa's driver makes the functions of the system's LLVM visible to every library that is loaded later.
+    Triton contains an LLVM of its own and calls the wrong one then: a segmentation fault. Whoever loads Triton
+    after a picture need not know it: torch.optim does.
+    """
+    with contextlib.suppress(ImportError):
+        importlib.import_module("triton")
+
+
+@cache
 def load_opengl() -> str | None:
     """Loads the system's OpenGL into the process, once. Returns why that is impossible, or None."""
+    load_triton()
     if sys.platform != "linux":
         return None
     if "envpool" in sys.modules and not hasattr(ctypes.CDLL(None), "eglGetProcAddress"):

@@ -14,7 +14,7 @@ from .dm_control import BallInCup, models_without_tip
 from .driving import DRIVES
 from .errors import UserError, unknown
 from .gymnasium_simulator import GymnasiumSimulator, Make
-from .opengl import import_envpool, require_frames
+from .opengl import import_envpool, load_triton, require_frames
 from .vector_simulator import VectorSimulator
 from .words import Words, words_for
 
@@ -59,6 +59,7 @@ def find_task(config: "EnvConfig") -> Task:
     Raises:
         UserError: an unknown id, or an environment that cannot be driven from pixels by bounded actions.
     """
+    load_triton()  # an environment of the user may draw with OpenGL as well
     if (own := own_of(config)) is not None:
         return _own_task(config, own)
     if not config.id:

@@ -1,5 +1,6 @@
 """Which OpenGL draws DMControl's frames."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -51,3 +52,29 @@ def test_a_process_that_draws_has_chosen():
     code = f"import os; from covr_fast import opengl; opengl.require_frames(); print(os.getenv({NAMES!r}))"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout.split()[-1] == "/usr/share/glvnd/egl_vendor.d/50_mesa.json"  # `make` installs it
+
+
+def test_triton_may_be_imported_after_a_picture():
+    """torch.optim does so, when an agent is built after its environments."""
+    code = (
+        "from covr_fast import EnvConfig, make_env\n"
+        "with make_env(EnvConfig('CheetahRun-v1', num_envs=1, batch_size=1)) as envs:\n"
+        "    envs.reset()\n"
+        "    import torch._dynamo\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_triton_is_there_before_a_users_environment_draws():
+    code = (
+        "import sys\n"
+        "from covr_fast import GymEnv\n"
+        "from covr_fast.tasks import find_task\n"
+        "def make():\n"
+        "    sys.exit('triton' not in sys.modules)\n"
+        "find_task(GymEnv(make=make))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

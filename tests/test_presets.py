@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -97,3 +99,18 @@ def test_it_trains_fine_tunes_and_guides(name, monkeypatch, tmp_path):
     assert guided[-1] == 1
     assert {"random", "vlm_before", "vlm_after", "actor"} <= summary["evaluations"].keys()
     assert list(tmp_path.glob("episode.*"))
+
+
+@pytest.mark.parametrize("method", ["off", "covr"])
+@pytest.mark.parametrize("name", ["cartpole-swingup", "racetrack", "highway"])
+def test_it_trains_in_a_process_of_its_own(name, method, tmp_path):
+    """Nothing is loaded that another test has loaded: in which order libraries come decides about crashes."""
+    repeat = TrainConfig.preset(name).env.action_repeat
+    steps = {key: value * repeat for key, value in DECISIONS.items()}
+    fields = [f"--{key}={value}" for key, value in (SMALL | steps).items()]
+    command = ["train", name, "--method", method, "--no-video", "--out", str(tmp_path / "run"), *fields]
+    done = subprocess.run(
+        [sys.executable, "-m", "covr_fast.cli", *command], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{done.returncode}: {done.stderr}"
+    assert json.loads((tmp_path / "run/summary.json").read_text())["updates"] == 6
