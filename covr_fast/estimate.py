@@ -37,8 +37,9 @@ def run_seconds(config: TrainConfig, figures: Figures) -> dict[str, float]:
         "fine-tuning": figures.median("fine-tuning") * _tuning_steps(config),
     }
     each = config.eval.episodes * math.ceil(env.max_episode_steps / repeat)
-    actor = 1 + (config.steps // config.eval.every if config.eval.every else 0) if config.has_agent else 0
-    vlm = 0
+    actor = vlm = 0
+    if config.has_agent:  # that of the last step is the one after training
+        actor = 1 + ((config.steps - 1) // config.eval.every if config.eval.every else 0)
     if config.has_vlm and (config.eval.vlm or not config.has_agent):
         vlm = 1 + config.has_rounds
     if not config.has_agent and config.learns and config.eval.every:

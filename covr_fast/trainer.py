@@ -279,7 +279,9 @@ class Trainer:
                 self.vlm.write_answers(self.step, stored, self.clock)
             if is_due(self.config.log_every, before, self.step):
                 self._log_figures()
-            if is_due(self.config.eval.every, before, self.step):
+            # An actor is the same after training as at its last step, and is evaluated once.
+            last = self._agent is not None and self.step >= self.config.steps
+            if is_due(self.config.eval.every, before, self.step) and not last:
                 with self.clock("evaluation"):
                     self._report(self.evaluations.measure_policy(self.step, self._log))
             self._saver.save_if_due(before)
