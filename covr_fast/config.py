@@ -15,7 +15,7 @@ from .custom import doubts
 from .env_config import EnvConfig
 from .errors import UserError, unknown
 from .files import full_names
-from .methods import METHODS
+from .methods import METHODS, roles_of
 from .schedule import Rule
 from .vlm import TunerConfig
 from .vlm.model.nano import is_nano
@@ -101,10 +101,10 @@ class COVRConfig:
     """Who does what, the filter, the schedule of rounds and the guidance."""
 
     vlm: Literal["tuned", "frozen", "off"] = "tuned"
-    """What becomes of the VLM: it is tuned in rounds, stays as it comes, or is not even loaded (`--covr off`
-    says this too)."""
+    """What becomes of the VLM: it is tuned in rounds, stays as it comes, or is not even loaded. What
+    a run's method says of it: give `method` (`--covr off` is `--method off`)."""
     decides: Literal["agent", "vlm"] = "agent"
-    """Whose actions are executed. vlm: no agent is trained."""
+    """Whose actions are executed. vlm: no agent is trained. This is the method's to say, too."""
     psi_0: int = 5000
     """Environment steps before the first fine-tuning round."""
     schedule: Rule = "linear"
@@ -371,6 +371,12 @@ class TrainConfig:
             raise UserError(
                 f"covr.cold_start={covr.cold_start} rounds never come with covr.vlm='frozen', so the VLM "
                 "would never guide: set covr.cold_start=0"
+            )
+        fitting = [name for name in METHODS if roles_of(name) == (covr.vlm, covr.decides)]
+        if self.method not in fitting:
+            raise UserError(
+                f"covr.vlm={covr.vlm!r} and covr.decides={covr.decides!r} are not what method="
+                f"{self.method!r} is: leave them out, or give a method that has them: {', '.join(fitting)}"
             )
         if covr.decides == "vlm" and covr.score == "q":
             raise UserError("covr.score='q' is the critic's, and with covr.decides='vlm' no agent is trained")

@@ -99,3 +99,12 @@ METHODS: dict[str, Method] = {
     "m11": Method("no VLM: half of each batch from the top 50 % of returns", _best_returns(0.5)),
 }
 """By the name that `--method` takes."""
+
+
+def roles_of(method: str) -> tuple[str, str]:
+    """covr.vlm and covr.decides of a method, which say what there is in its runs."""
+    from .config import TrainConfig
+
+    config = TrainConfig()
+    METHODS[method].change(config)
+    return config.covr.vlm, config.covr.decides

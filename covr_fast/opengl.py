@@ -47,8 +47,8 @@ def load_triton() -> None:
     """Imports Triton, if it is installed, before anything draws.
 
     Mesa's driver makes the functions of the system's LLVM visible to every library that is loaded later.
-    Triton contains an LLVM of its own and calls the wrong one then: a segmentation fault. Whoever loads Triton
-    after a picture need not know it: torch.optim does.
+    Triton has an LLVM of its own and would call the wrong one then: a segmentation fault. It need not be the
+    user who imports Triton after a picture: torch.optim does.
     """
     with contextlib.suppress(ImportError):
         importlib.import_module("triton")

@@ -12,6 +12,7 @@ from small_runs import FLAGS, call, run_until, small_config
 
 from covr_fast import Trainer, load_policy
 from covr_fast.checkpoint import Checkpoint, load_config
+from covr_fast.commands.common import spelled_out
 from covr_fast.errors import UserError
 from covr_fast.files import read_records
 from covr_fast.judge import VLMJudge
@@ -156,9 +157,9 @@ def test_a_run_of_another_method_is_resumed(method, tmp_path):
 def test_a_run_cannot_change_its_method(tmp_path):
     run_until(Trainer(small_config(begun_as="carracing"), tmp_path), 80)
     for change, said in (
-        ({"method": "off"}, "begun with method=covr"),
-        ({"covr__vlm": "off"}, "begun with covr.vlm=tuned"),
-        ({"covr__decides": "vlm", "vlm__temperature": 1.0}, "begun with covr.decides=agent"),
+        ({"method": "m1"}, "begun with method=covr"),
+        ({"method": "off", "covr__vlm": "off"}, "begun with (method=covr|covr.vlm=tuned)"),
+        ({"method": "vpf", "covr__decides": "vlm"}, "begun with (method=covr|covr.decides=agent)"),
     ):
         with pytest.raises(UserError, match=said):
             Trainer(small_config(begun_as="carracing", **change), tmp_path, resume=True)
@@ -168,10 +169,14 @@ def test_a_run_cannot_change_its_method(tmp_path):
     "change, said",
     [
         ({"covr__decides": "vlm", "covr__vlm": "off"}, "covr.vlm='off' loads none"),
-        ({"covr__vlm": "frozen", "covr__cold_start": 2}, "set covr.cold_start=0"),
-        ({"covr__decides": "vlm", "covr__score": "q"}, "no agent is trained"),
-        ({"covr__decides": "vlm", "covr__bootstrap": True}, "no agent is trained"),
-        ({"covr__decides": "vlm", "vlm__background": True}, "leave vlm.background"),
+        ({"method": "dpl", "covr__vlm": "frozen", "covr__cold_start": 2}, "set covr.cold_start=0"),
+        ({"method": "vpf", "covr__decides": "vlm", "covr__score": "q"}, "no agent is trained"),
+        ({"method": "vpf", "covr__decides": "vlm", "covr__bootstrap": True}, "no agent is trained"),
+        ({"method": "vpf", "covr__decides": "vlm", "vlm__background": True}, "leave vlm.background"),
+        ({"covr__vlm": "off"}, "not what method='covr' is: .* off, per, ere, m10, m11"),
+        ({"method": "off"}, "covr.vlm='tuned' .* not what method='off' is: .* covr, m1, "),
+        ({"covr__vlm": "frozen", "covr__cold_start": 0}, "give a method that has them: dpl, apl"),
+        ({"method": "vbe", "covr__decides": "vlm"}, "a method that has them: vpf"),
         ({"covr__decay": 1.5}, "covr.decay=1.5 must be a share"),
         ({"covr__top_share": 0.0}, "covr.top_share=0.0 must be above 0"),
         ({"replay__best_share": 1.2}, "replay.best_share=1.2 must be above 0 and at most 1"),
@@ -242,6 +247,13 @@ def test_commands_that_need_a_tuned_vlm_say_that_there_is_none(monkeypatch, caps
     assert "has the weights after the rounds 0" in capsys.readouterr().err
     assert call(monkeypatch, "doctor", "carracing", "--vlm.model", "nano", "--covr", "off") == 2
     assert "loads no VLM, so there is nothing to fit" in capsys.readouterr().err
+
+
+def test_two_methods_at_once_are_refused(monkeypatch, capsys):
+    for flags in (["--covr", "off", "--method", "dpl"], ["--method=m1", "--covr=off"]):
+        assert call(monkeypatch, "train", "racetrack", *flags) == 2
+        assert "--covr off is --method off: leave it out, or --method " in capsys.readouterr().err
+    assert spelled_out(["--covr", "off", "--method", "off"]) == ["--method", "off", "--method", "off"]
 
 
 def test_memory_and_times_are_of_who_works(monkeypatch, capsys):

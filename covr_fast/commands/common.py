@@ -48,13 +48,20 @@ def optional_preset(arguments: list[str], default: str) -> "tuple[str, list[str]
 
 
 def spelled_out(arguments: list[str]) -> list[str]:
-    """`--covr off`, which reads well, as the setting that it stands for."""
+    """`--covr off`, which reads well, as the setting that it stands for.
+
+    Raises:
+        UserError: another method is among the arguments as well.
+    """
     spelled: list[str] = []
     for argument in arguments:
         if spelled and (spelled[-1], argument) == ("--covr", "off"):
             spelled[-1:] = ["--method", "off"]
         else:
             spelled.append("--method=off" if argument == "--covr=off" else argument)
+    method = value_of("--method", arguments)
+    if spelled != arguments and method not in (None, "off"):
+        raise UserError(f"--covr off is --method off: leave it out, or --method {method}")
     return spelled
 
 
