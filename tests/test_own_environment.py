@@ -172,8 +172,12 @@ def test_a_function_that_cannot_be_imported_is_named_at_once(tmp_path, capsys):
     assert said.index(told) < said.index("random:")
     assert load_policy(tmp_path)(np.zeros((1, 9, 48, 48), np.uint8)).shape == (1, 1)
     custom.REGISTERED.clear()  # as in another process
-    with pytest.raises(UserError, match=r"unknown environment .*env.entry_point, or call .*register_task"):
+    told = (
+        r"unknown environment .*<lambda>', .* your own: name it by env.entry_point, or call .*register_task"
+    )
+    with pytest.raises(UserError, match=told) as raised:
         load_policy(tmp_path)
+    assert "CarRacing" not in str(raised.value)
 
 
 def test_the_priors_of_rows_that_are_out_of_step_come_at_their_own_decisions(tmp_path):
