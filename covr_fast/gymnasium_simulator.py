@@ -1,8 +1,10 @@
 """Gymnasium environments of a user: what they are, and single ones as a simulator for `envs.PixelEnvs`."""
 
 import inspect
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,12 +32,17 @@ class Spaces:
     """float64[A], the lower bounds of its actions."""
     high: np.ndarray
     """float64[A], the upper bounds."""
-    pixels: bool
-    """Whether its observations are its frames. Else they are rendered."""
+    frame: tuple[int, int, int] | None
+    """[H, W, 3], the shape of its observations, which are its frames. None: frames are rendered."""
     vector: bool
     """Whether it is a vector environment."""
     metadata: dict[str, Any]
     """What it says of itself."""
+
+    @property
+    def pixels(self) -> bool:
+        """Whether its observations are its frames."""
+        return self.frame is not None
 
 
 def makes_vectors(make: Make) -> bool:
@@ -95,8 +102,8 @@ def spaces_of(make: Make, who: str) -> Spaces:
     try:
         low, high = _bounds(getattr(env, "single_action_space" if vector else "action_space", None), who)
         observations = getattr(env, "single_observation_space" if vector else "observation_space", None)
-        pixels = _shows_frames(observations)
-        if not pixels and env.render_mode != "rgb_array":
+        frame = _frame_shape(observations)
+        if frame is None and env.render_mode != "rgb_array":
             raise _refused(
                 who,
                 f"makes an environment without frames: its observations are {observations}, its "
@@ -105,7 +112,7 @@ def spaces_of(make: Make, who: str) -> Spaces:
             )
         metadata = dict(env.metadata or {})
         if vector:
-            _check_autoreset(metadata.get("autoreset_mode"), pixels, who)
+            _check_autoreset(metadata.get("autoreset_mode"), frame is not None, who)
         with blamed(f"{who}: its reset()"):
             begun: Any = env.reset(seed=0)
         if not isinstance(begun, tuple) or len(begun) != 2:  # as in the older Gym
@@ -113,10 +120,11 @@ def spaces_of(make: Make, who: str) -> Spaces:
             raise _refused(
                 who, f"makes an environment whose reset() returns {got}", "it must return observation, info"
             )
-        _check_frame(env, begun[0], pixels, vector, who)
-        return Spaces(low, high, pixels, vector, metadata)
+        _check_frame(env, begun[0], frame, vector, who)
+        return Spaces(low, high, frame, vector, metadata)
     finally:
-        env.close()
+        with closing(who):
+            env.close()
 
 
 def autoreset_mode(value: Any) -> Any:
@@ -145,16 +153,57 @@ def _check_autoreset(value: Any, pixels: bool, who: str) -> None:
         )
 
 
-def _check_frame(env: Any, observation: Any, pixels: bool, vector: bool, who: str) -> None:
+def _check_frame(
+    env: Any, observation: Any, expected: tuple[int, int, int] | None, vector: bool, who: str
+) -> None:
     with blamed(f"{who}: its render()"):
-        shown: Any = observation if pixels else env.render()
+        shown: Any = observation if expected else env.render()
     frame = shown[0] if vector and isinstance(shown, Sequence | np.ndarray) and len(shown) else shown
     if not (isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and _is_rgb(frame.shape)):
         got = f"{frame.dtype} {frame.shape}" if isinstance(frame, np.ndarray) else type(frame).__name__
-        what = "observation" if pixels else "render()"
+        what = "observation" if expected else "render()"
         raise _refused(
             who, f"makes an environment whose {what} is {got}", "it must be a numpy uint8 [H, W, 3]"
         )
+    if expected:
+        check_observation(frame, expected, who)
+
+
+def check_observation(observation: np.ndarray, expected: tuple[int, ...], who: str) -> None:
+    """Raises a UserError for frames that are not as their space says: of another shape, which would be
+    resized in silence, or of another type, whose values would be cut off."""
+    if observation.dtype != np.uint8 or observation.shape != expected:
+        raise UserError(
+            f"{who}: its observation is {observation.dtype} {observation.shape}, and its observation space "
+            f"uint8 {expected}: they must agree"
+        )
+
+
+def as_reward(value: Any, shape: tuple[int, ...], who: str) -> np.ndarray:
+    """float32[shape], what a step returned as reward.
+
+    Raises:
+        UserError: it is no number, or of another shape.
+    """
+    try:
+        reward = np.asarray(value, np.float32)
+        if value is not None and reward.size == np.prod(shape):
+            return reward.reshape(shape)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    what = f"{shape[0]} numbers, one for each environment" if shape else "a number"
+    got = " ".join(repr(value).split())
+    raise UserError(f"{who}: its step() returned the reward {got}: it must be {what}")
+
+
+@contextmanager
+def closing(who: str) -> Iterator[None]:
+    """Turns errors of a user's close() into a warning: what was done before it must not be lost."""
+    try:
+        with blamed(f"{who}: its close()"):
+            yield
+    except UserError as error:
+        warnings.warn(str(error), RuntimeWarning, stacklevel=3)
 
 
 def _bounds(actions: Any, who: str) -> tuple[np.ndarray, np.ndarray]:
@@ -171,8 +220,12 @@ def _bounds(actions: Any, who: str) -> tuple[np.ndarray, np.ndarray]:
     return actions.low.astype(np.float64), actions.high.astype(np.float64)
 
 
-def _shows_frames(observations: Any) -> bool:
-    return getattr(observations, "dtype", None) == np.uint8 and _is_rgb(observations.shape)
+def _frame_shape(observations: Any) -> tuple[int, int, int] | None:
+    """[H, W, 3] of an observation space of frames; None of any other."""
+    if getattr(observations, "dtype", None) == np.uint8 and _is_rgb(observations.shape):
+        height, width, channels = observations.shape
+        return height, width, channels
+    return None
 
 
 def _is_rgb(shape: tuple[int, ...] | None) -> bool:
@@ -260,13 +313,14 @@ class GymnasiumSimulator:
             )
 
     def close(self) -> None:
-        """Closes the environments."""
+        """Closes the environments. One that cannot be closed is a warning."""
         self._call(self._close_all)
         self._call.shutdown()
 
     def _close_all(self) -> None:
         for env in self._envs:
-            env.close()
+            with closing(self._call.name):
+                env.close()
 
     def _begin(self, i: int) -> Any:
         with blamed(f"{self._call.name}: its reset()"):
@@ -282,8 +336,14 @@ class GymnasiumSimulator:
         bounded = action.clip(spaces.low, spaces.high).astype(env.action_space.dtype)
         with blamed(f"{self._call.name}: its step()"):
             observation, reward, terminated, truncated, _ = env.step(bounded)
-        self._over[i] = terminated or truncated
-        return observation, float(reward), terminated, truncated
+            ended, cut = bool(terminated), bool(truncated)
+        self._over[i] = ended or cut
+        return observation, float(as_reward(reward, (), self._call.name)), ended, cut
 
     def _frames(self, observations: list[Any]) -> np.ndarray | None:
-        return np.stack(observations) if self._spaces.pixels else None
+        if self._spaces.frame is None:
+            return None
+        frames = [np.asarray(each) for each in observations]
+        for frame in frames:
+            check_observation(frame, self._spaces.frame, self._call.name)
+        return np.stack(frames)

@@ -9,6 +9,7 @@ from filelock import FileLock, Timeout
 
 from .errors import UserError
 
+_ANOTHER = "choose another folder (--out, or Trainer's out)"
 _FILES_OF_A_RUN = ("config.json", "metrics.jsonl", "checkpoint", "checkpoint.old", "summary.json")
 
 
@@ -33,7 +34,7 @@ class RunFolder:
             folder = cls(path)
             if folder._make(exist_ok=False):
                 return folder
-        raise UserError(f"{base} and 9,998 more of its name exist: choose a folder with --out")
+        raise UserError(f"{base} and 9,998 more of its name exist: {_ANOTHER}")
 
     def has_run(self) -> bool:
         return any((self.path / name).exists() for name in _FILES_OF_A_RUN)
@@ -73,19 +74,16 @@ class RunFolder:
             self._lock.acquire()
         except Timeout as error:
             raise UserError(
-                f"{self.path} is being written by another run: wait until it ends, or choose another folder "
-                "with --out"
+                f"{self.path} is being written by another run: wait until it ends, or {_ANOTHER}"
             ) from error
         except OSError as error:
             self._remove_if_empty()
-            raise UserError(
-                f"{self.path} cannot be written ({error.strerror}): choose another folder with --out"
-            ) from error
+            raise UserError(f"{self.path} cannot be written ({error.strerror}): {_ANOTHER}") from error
         try:
             if not resume and self.has_run():
                 raise UserError(
-                    f"{self.path} already holds a run: choose another folder with --out, or continue it with "
-                    f"--resume {self.path}"
+                    f"{self.path} already holds a run: {_ANOTHER}, or continue it (--resume {self.path}, or "
+                    "Trainer's resume=True)"
                 )
             yield
         finally:
@@ -101,11 +99,9 @@ class RunFolder:
         except FileExistsError as error:
             if self.path.is_dir() or (self.path.parent.is_dir() and not exist_ok):
                 return False
-            raise UserError(f"{error.filename} is a file, not a folder: choose another --out") from error
+            raise UserError(f"{error.filename} is a file, not a folder: {_ANOTHER}") from error
         except OSError as error:
-            raise UserError(
-                f"{self.path} cannot be made ({error.strerror}): choose another folder with --out"
-            ) from error
+            raise UserError(f"{self.path} cannot be made ({error.strerror}): {_ANOTHER}") from error
         self._made = missing
         return True
 

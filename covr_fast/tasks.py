@@ -74,10 +74,14 @@ def find_task(config: "EnvConfig") -> Task:
     envpool = import_envpool()
     known = envpool.list_all_envs()
     if config.id not in known:
+        how = (
+            "name it by env.entry_point, or call covr_fast.register_task first, in every process that uses it"
+        )
+        if ":" in config.id:  # a name that GymEnv gave to what no other process finds
+            raise UserError(f"unknown environment env.id {config.id!r}, which is one of your own: {how}")
+        names = [*known, *SCENARIOS, *REGISTERED]
         raise UserError(
-            f"{unknown('environment env.id', config.id, [*known, *SCENARIOS, *REGISTERED])} (an "
-            "environment of your own: name it by env.entry_point, or call covr_fast.register_task first, in "
-            "every process that uses it)"
+            f"{unknown('environment env.id', config.id, names)} (an environment of your own: {how})"
         )
     if config.id.startswith("CarRacing-"):
         return Task(

@@ -13,7 +13,16 @@ import numpy as np
 
 from .entry_point import blamed
 from .errors import UserError
-from .gymnasium_simulator import Make, OwnThread, Spaces, autoreset_mode, made
+from .gymnasium_simulator import (
+    Make,
+    OwnThread,
+    Spaces,
+    as_reward,
+    autoreset_mode,
+    check_observation,
+    closing,
+    made,
+)
 from .opengl import DRAWING
 
 if TYPE_CHECKING:
@@ -92,10 +101,14 @@ class VectorSimulator:
         return self._call(self._advance)
 
     def close(self) -> None:
-        """Closes the environments."""
+        """Closes the environments. If they cannot be closed, that is a warning."""
         if self._env is not None:
-            self._call(self._env.close)
+            self._call(self._close)
         self._call.shutdown()
+
+    def _close(self) -> None:
+        with closing(self._call.name):
+            self._env.close()
 
     def _advance(self) -> Outcome:
         steps = 0
@@ -104,14 +117,15 @@ class VectorSimulator:
             moved = ~begun
             with blamed(f"{self._call.name}: its step()"):
                 observation, reward, terminated, truncated, infos = self._env.step(self._actions.copy())
+            terminated, truncated = self._flags(terminated), self._flags(truncated)
             steps += int(moved.sum())
-            self._reward[moved] += np.asarray(reward, np.float32)[moved]
+            self._reward[moved] += as_reward(reward, moved.shape, self._call.name)[moved]
             self._left[moved] -= 1
             self._age[moved] += 1
-            ended = moved & (np.asarray(terminated, bool) | np.asarray(truncated, bool))
+            ended = moved & (terminated | truncated)
             cut = moved & ~ended & (self._age >= self._longest)
-            self._terminated[moved] = np.asarray(terminated, bool)[moved]
-            self._truncated[moved] = (np.asarray(truncated, bool) | cut)[moved]
+            self._terminated[moved] = terminated[moved]
+            self._truncated[moved] = (truncated | cut)[moved]
             decided = moved & (self._left == 0)
             if not (begun | ended | cut | decided).any():
                 continue
@@ -153,7 +167,21 @@ class VectorSimulator:
                     "hold no 'final_obs': add the last observations there, or use another autoreset_mode"
                 )
             for row in np.flatnonzero(ended):
-                self._last[row] = infos["final_obs"][row]
+                last = np.asarray(infos["final_obs"][row])
+                check_observation(last, self._last.shape[1:], self._call.name)
+                self._last[row] = last
+
+    def _flags(self, given: Any) -> np.ndarray:
+        """bool[n], which environments a step has terminated or truncated."""
+        flags = np.asarray(given, bool)
+        if not flags.ndim:  # one for all
+            flags = np.full_like(self._over, flags)
+        if flags.shape != self._over.shape:
+            raise UserError(
+                f"{self._call.name}: its step() returned terminated or truncated of shape {flags.shape}: "
+                f"they must be bool {self._over.shape}"
+            )
+        return flags
 
     def _reset_rows(self, rows: np.ndarray) -> Any:
         """The observations after a reset of the environments bool[n] only."""
@@ -172,7 +200,16 @@ class VectorSimulator:
 
     def _frames(self, observation: Any) -> np.ndarray:
         """uint8[n, H, W, 3], a copy that may be written into."""
-        if self._spaces.pixels:
-            return np.array(observation)
+        if self._spaces.frame is not None:
+            frames = np.array(observation)
+            check_observation(frames, (len(self._over), *self._spaces.frame), self._call.name)
+            return frames
         with DRAWING, blamed(f"{self._call.name}: its render()"):
-            return np.stack([np.asarray(frame) for frame in self._env.render()])
+            frames = np.stack([np.asarray(frame) for frame in self._env.render()])
+        expected = (len(self._over), *frames.shape[1:]) if self._last is None else self._last.shape
+        if frames.shape != expected:
+            raise UserError(
+                f"{self._call.name}: its render() gave frames {frames.shape} instead of {expected}: there "
+                "must be one for each environment, always of the same shape"
+            )
+        return frames

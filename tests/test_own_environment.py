@@ -172,8 +172,12 @@ def test_a_function_that_cannot_be_imported_is_named_at_once(tmp_path, capsys):
     assert said.index(told) < said.index("random:")
     assert load_policy(tmp_path)(np.zeros((1, 9, 48, 48), np.uint8)).shape == (1, 1)
     custom.REGISTERED.clear()  # as in another process
-    with pytest.raises(UserError, match=r"unknown environment .*env.entry_point, or call .*register_task"):
+    told = (
+        r"unknown environment .*<lambda>', .* your own: name it by env.entry_point, or call .*register_task"
+    )
+    with pytest.raises(UserError, match=told) as raised:
         load_policy(tmp_path)
+    assert "CarRacing" not in str(raised.value)
 
 
 def test_the_priors_of_rows_that_are_out_of_step_come_at_their_own_decisions(tmp_path):
@@ -318,6 +322,79 @@ def test_an_environment_that_raises_is_named_with_the_place(make, folder):
         with pytest.raises(UserError, match=told) as raised:
             envs.recv()
     assert isinstance(raised.value.__cause__, ZeroDivisionError)
+
+
+def stepped(make, steps: int = 8) -> None:
+    """Plays some steps of two environments."""
+    with make_env(GymEnv(make=make, num_envs=2, batch_size=2, max_episode_steps=3)) as envs:
+        envs.reset()
+        for _ in range(steps):
+            envs.send(np.zeros((2, 1)), np.arange(2))
+            envs.recv()
+
+
+@pytest.mark.parametrize("reward", [None, "much", [1.0, 2.0]])
+def test_a_reward_that_is_no_number_is_named(reward):
+    class Rewarding(Counting):
+        def step(self, action):
+            observation, _, *rest = super().step(action)
+            return observation, reward, *rest
+
+    told = rf"^environment .*Rewarding: its step\(\) returned the reward {re.escape(repr(reward))}: it must"
+    with pytest.raises(UserError, match=told):
+        stepped(Rewarding)
+
+
+def test_a_reward_may_be_an_array_of_one_number():
+    class Rewarding(Counting):
+        def step(self, action):
+            observation, reward, *rest = super().step(action)
+            return observation, np.array([reward]), *rest
+
+    stepped(Rewarding)
+
+
+class Narrow(Counting):
+    """Its frames are of another shape than its space says, in its first episode or only in later ones."""
+
+    later = False
+
+    def observation(self):
+        return super().observation()[:, 1:] if self.episode or not self.later else super().observation()
+
+
+class NarrowLater(Narrow):
+    later = True
+
+
+@pytest.mark.parametrize("make, who", [(Narrow, r"GymEnv: make\(\)"), (NarrowLater, "environment .*")])
+def test_frames_of_another_shape_than_the_space_are_refused(make, who):
+    told = rf"^{who}: its observation is uint8 \(8, 7, 3\), and its observation space uint8 \(8, 8, 3\): they"
+    with pytest.raises(UserError, match=told):
+        stepped(make)
+
+
+class Unclosable(Counting):
+    def close(self):
+        raise OSError("it\nhangs")
+
+
+def unclosable(num_envs):
+    class Several(gymnasium.vector.SyncVectorEnv):
+        def close_extras(self, **_):
+            raise OSError("it hangs")
+
+    return Several([Counting] * num_envs)
+
+
+@pytest.mark.parametrize("make", [Unclosable, unclosable])
+def test_a_run_whose_environments_cannot_be_closed_is_not_lost(make, tmp_path):
+    config = small_config(steps=40)
+    config.env = GymEnv(make=make, num_envs=4, batch_size=2, height=48, width=48)
+    with pytest.warns(RuntimeWarning, match=r"its close\(\) raised OSError: it hangs \(.*, line \d+\)$"):
+        summary = Trainer(config, tmp_path).run()
+    assert summary["steps"] == 40
+    assert (tmp_path / "summary.json").is_file()
 
 
 def test_the_example_of_the_docs_is_an_entry_point():

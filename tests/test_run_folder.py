@@ -51,8 +51,10 @@ def test_two_trainers_of_one_process_do_not_share_a_folder(tmp_path):
 
     at_each_step(first, the_other_tries)
     assert first.run()["steps"] == 48
-    with pytest.raises(UserError, match="already holds a run: choose another folder"):
+    with pytest.raises(UserError, match="already holds a run: choose another folder") as refused_later:
         second.run()
+    assert "(--out, or Trainer's out), or continue it (--resume " in str(refused_later.value)
+    assert str(refused_later.value).endswith(", or Trainer's resume=True)"), "a script has no --resume"
 
 
 def test_claims_nest_and_end(tmp_path):

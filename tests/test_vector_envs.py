@@ -212,3 +212,51 @@ def test_last_observations_that_are_missing_are_an_error():
     envs = make_env(settings(lambda n: Forgetful([Counting] * n, autoreset_mode="SameStep")))
     with envs, pytest.raises(UserError, match="infos hold no 'final_obs': add the last observations"):
         play(envs, 60)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda o, r, t, u, i: (o, None, t, u, i), "returned the reward None: it must be 3 numbers, one for"),
+        (lambda o, r, t, u, i: (o, r[:2], t, u, i), r"returned the reward array\(.*: it must be 3 numbers"),
+        (lambda o, r, t, u, i: (o, r, t[:, None], u, i), r"of shape \(3, 1\): they must be bool \(3,\)"),
+        (lambda o, r, t, u, i: (o[:, 1:], r, t, u, i), r"uint8 \(3, 7, 8, 3\), and its observation space"),
+        (lambda o, r, t, u, i: (o / 255, r, t, u, i), r"float64 \(3, 8, 8, 3\), and its observation space"),
+    ],
+)  # fmt: skip
+def test_steps_that_return_something_else_are_an_error(change, said):
+    class Other(SyncVectorEnv):
+        def step(self, actions):
+            return change(*super().step(actions))
+
+    envs = make_env(settings(lambda n: Other([Counting] * n)))
+    with envs, pytest.raises(UserError, match=rf"^environment [^ ]*:.*{said}"):
+        play(envs, 60)
+
+
+def test_last_observations_of_another_shape_are_an_error():
+    class Narrow(SyncVectorEnv):
+        def step(self, actions):
+            *result, infos = super().step(actions)
+            if "final_obs" in infos:
+                infos["final_obs"] = [None if each is None else each[1:] for each in infos["final_obs"]]
+            return *result, infos
+
+    envs = make_env(settings(lambda n: Narrow([Counting] * n, autoreset_mode="SameStep")))
+    with envs, pytest.raises(UserError, match=r"uint8 \(7, 8, 3\), and its observation space uint8 \(8, 8"):
+        play(envs, 60)
+
+
+def test_rendered_frames_that_change_their_shape_are_an_error():
+    class Growing(SyncVectorEnv):
+        size = 3
+
+        def render(self):
+            self.size += 1
+            return [np.zeros((self.size, 8, 3), np.uint8)] * self.num_envs
+
+    def make(num_envs):
+        return Growing([lambda: Counting(rendered=True)] * num_envs)
+
+    with make_env(settings(make)) as envs, pytest.raises(UserError, match=r"render\(\) gave frames \(3, "):
+        play(envs, 60)

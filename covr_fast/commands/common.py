@@ -1,6 +1,5 @@
 """What several commands do."""
 
-import logging
 import signal
 import warnings
 from typing import TYPE_CHECKING
@@ -73,13 +72,12 @@ def check_least(parsed: object, **least: int) -> None:
 
 
 def quiet_libraries() -> None:
-    """Progress bars of transformers would disturb ours. Two warnings tell a user nothing: peft reads an old
-    name in transformers, and bitsandbytes misses a faster kernel even where nothing is quantized."""
+    """Progress bars of transformers would disturb ours, and a warning tells a user nothing: peft reads an old
+    name in transformers."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # type: ignore[no-untyped-call, unused-ignore]
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def interrupt_when_ended() -> None:

@@ -1,5 +1,6 @@
 """covr-fast sweep: many runs, by a file that says which."""
 
+import contextlib
 import os
 import shlex
 from dataclasses import dataclass
@@ -90,22 +91,35 @@ def main(arguments: list[str]) -> int:
         for run in waiting:
             console.print(shlex.join(["covr-fast", *command(run, threads)[3:]]))
         return 0
-    if parsed.estimate and waiting:
-        print_estimate(waiting, parsed.jobs, threads, console)
     interrupt_when_ended()
     try:
+        if parsed.estimate and waiting:
+            print_estimate(waiting, parsed.jobs, threads, console)
         with Progress(runs, console) as progress:
             Jobs(runs, parsed.jobs, progress.update, threads=threads, gpus=_gpus()).work()
-    finally:
-        broken = _name_broken(runs, console)
+    except KeyboardInterrupt:
+        with contextlib.suppress(OSError):  # the terminal may be closed
+            _name_unfinished(runs, console)
+            done = sum(run.state is State.FINISHED for run in runs)
+            console.print(
+                f"{done} of {len(runs)} runs are finished: the same command goes on with the others"
+            )
+        raise
+    unfinished = _name_unfinished(runs, console)
     console.print(f"covr-fast report {out} shows the runs")
-    return 1 if broken else 0
+    return 1 if unfinished else 0
 
 
-def _name_broken(runs: "list[SweepRun]", console: "Console") -> int:
-    """Prints the last lines of the runs that died, and returns how many there are."""
+def _name_unfinished(runs: "list[SweepRun]", console: "Console") -> int:
+    """Prints the last lines of the runs that died, and which runs other processes write. Returns how many
+    there are of both."""
     from ..sweeps.states import State
 
+    elsewhere = [run for run in runs if run.state is State.ELSEWHERE]
+    for run in elsewhere:
+        console.print(
+            f"{run.folder} is being written by another process: once that has ended, the same command goes on"
+        )
     broken = [run for run in runs if run.state is State.BROKEN]
     for run in broken:
         console.print(f"{run.name} ended with exit code {run.exit_code}; the end of {run.log}:")
@@ -113,7 +127,7 @@ def _name_broken(runs: "list[SweepRun]", console: "Console") -> int:
             console.print(f"  {line}", markup=False)
     if broken:
         console.print(f"{len(broken)} of {len(runs)} runs are broken: the same command tries them again")
-    return len(broken)
+    return len(broken) + len(elsewhere)
 
 
 def _threads(jobs: int) -> int | None:

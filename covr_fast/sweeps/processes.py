@@ -37,6 +37,9 @@ class Jobs:
     and a later sweep resumes it. Where torch sees several GPUs and the spec names none, the runs take turns
     on them.
 
+    A run that another process writes, such as the child of a sweep that was killed, is left to it. When that
+    process ends while others still run here, the run is finished, or goes on here.
+
     Args:
         changed: is called after every look at the processes.
     """
@@ -50,6 +53,7 @@ class Jobs:
         threads: int | None,
         gpus: int = 0,
     ) -> None:
+        self._runs = runs
         self._waiting = [run for run in runs if run.state is State.WAITING]
         self._running: dict[int, tuple[SweepRun, subprocess.Popen[bytes]]] = {}
         self._jobs = jobs
@@ -80,8 +84,7 @@ class Jobs:
             raise KeyboardInterrupt
 
     def _start(self, slot: int, run: SweepRun) -> None:
-        if (run.folder / "summary.json").is_file():  # another sweep into this folder has made it meanwhile
-            run.state = State.FINISHED
+        if _left_to_others(run):  # another sweep into this folder may have begun or made it meanwhile
             return
         run.folder.parent.mkdir(parents=True, exist_ok=True)
         _set_aside(run)
@@ -107,9 +110,12 @@ class Jobs:
             if process.poll() is not None:
                 del self._running[slot]
                 run.exit_code = process.returncode
-                # Also if only its video could not be written after that.
-                finished = (run.folder / "summary.json").is_file()
-                run.state = State.FINISHED if finished else State.BROKEN
+                if not _left_to_others(run):  # they may have been quicker than this one
+                    run.state = State.BROKEN
+        for run in self._runs:
+            if run.state is State.ELSEWHERE and not _left_to_others(run):
+                run.state = State.WAITING
+                self._waiting.append(run)
 
     def _stop(self) -> None:
         """Interrupts all, and waits: they save."""
@@ -128,11 +134,26 @@ class Jobs:
             self._changed()
 
 
+def _left_to_others(run: SweepRun) -> bool:
+    """Whether a run without a process of ours needs none: it is finished, or another process writes it. Its
+    state says which."""
+    try:
+        claimed = RunFolder(run.folder).is_claimed()  # first: its summary comes before it gives the folder up
+    except OSError:
+        claimed = False  # a process of ours will say what is wrong with the folder
+    if run.has_ended():
+        run.state = State.FINISHED
+    elif claimed:
+        run.state = State.ELSEWHERE
+    else:
+        return False
+    return True
+
+
 def _set_aside(run: SweepRun) -> None:
     """Renames what is left of a run that has nothing to go on from: it cannot be resumed, nor may it be
-    overwritten. A run that another process is writing stays: the new process will say so."""
-    folder = RunFolder(run.folder)
-    if has_checkpoint(run.folder) or not folder.has_run() or folder.is_claimed():
+    overwritten."""
+    if has_checkpoint(run.folder) or not RunFolder(run.folder).has_run():
         return
     number = 1
     while (aside := run.folder.with_name(f"{run.folder.name}.broken-{number}")).exists():

@@ -4,11 +4,13 @@ import os
 import tomllib
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from ..config import TrainConfig, located
+from ..config import TrainConfig, check_types, located
 from ..errors import UserError, unknown
 from ..files import full_names
 from ..methods import METHODS
@@ -19,6 +21,8 @@ SHIPPED = Path(__file__).parent / "specs"
 
 _TOP = {"summary", "presets", "seeds", "model", "settings", "groups", "agents", "methods"}
 _GROUP = {"agent", "method", "settings", "by_preset"}
+_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+"""What fields take, as TOML has it."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,8 @@ def read_spec(
     path = _find(given)
     content = _read(path)
     _check_names(path, "entry", content, _TOP)
-    groups = _groups(path, content)
+    own = _texts(path, content, "presets") if "presets" in content or not presets else []
+    groups = _groups(path, content, {*own, *presets})
     _check_names(path, "group", only, groups)
     chosen = _seeds(path, content.get("seeds", 1) if seeds is None else seeds)
     common = _settings(path, content.get("settings", {}))
@@ -93,7 +98,7 @@ def read_spec(
         raise UserError(f"{path}: model={model!r} must be the name of a VLM, or its folder")
     runs = [
         _planned(path, preset, name, {"model": model} | group, seed, common, last)
-        for preset in presets or _texts(path, content, "presets")
+        for preset in presets or own
         for name, group in groups.items()
         if name in only or not only
         for seed in chosen
@@ -146,14 +151,17 @@ def _seeds(path: Path, given: Any) -> list[int]:
     return list(seeds)
 
 
-def _groups(path: Path, content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Those of the spec, or a grid of its agents and methods."""
+def _groups(path: Path, content: Mapping[str, Any], presets: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Those of the spec, or a grid of its agents and methods. Also those that will not run are checked."""
     grid = {"agents", "methods"} & content.keys()
     if ("groups" in content) == bool(grid):
         raise UserError(f"{path}: give either groups, or agents and methods")
     if grid:
         agents = _texts(path, content, "agents") if "agents" in content else [None]
         methods = _texts(path, content, "methods") if "methods" in content else ["covr"]
+        for name, values in ("agents", agents), ("methods", methods):
+            if twice := [value for value, count in Counter(values).items() if count > 1]:
+                raise UserError(f"{path}: {name} has {twice[0]!r} twice: name it once")
         return {
             "-".join(filter(None, (agent, method))): {"method": method} | ({"agent": agent} if agent else {})
             for agent in agents
@@ -169,8 +177,17 @@ def _groups(path: Path, content: Mapping[str, Any]) -> dict[str, dict[str, Any]]
         for entry in ("agent", "method"):
             if not isinstance(group.get(entry, ""), str):
                 raise UserError(f"{path}: {entry}={group[entry]!r} of the group {name} must be a name")
-        if not isinstance(group.get("by_preset", {}), dict):
+        by_preset = group.get("by_preset", {})
+        if not isinstance(by_preset, dict):
             raise UserError(f"{path}: by_preset of the group {name} must have a table for each preset")
+        _check_names(path, f"preset of the group {name}:", by_preset, PRESETS)
+        for settings in (group.get("settings", {}), *by_preset.values()):
+            _settings(path, settings)
+        if unused := by_preset.keys() - presets:
+            raise UserError(
+                f"{path}: by_preset of the group {name} is about {min(unused)}, which is not among the "
+                f"presets ({', '.join(sorted(presets))}): add it there, or remove it here"
+            )
     return groups
 
 
@@ -199,9 +216,7 @@ def _planned(
     common: Mapping[str, Any],
     last: Mapping[str, Any],
 ) -> PlannedRun:
-    by_preset = group.get("by_preset", {})
-    _check_names(path, f"preset of the group {name}:", by_preset, PRESETS)
-    own = _settings(path, by_preset.get(preset, {}))
+    own = _settings(path, group.get("by_preset", {}).get(preset, {}))
     settings = {**_settings(path, group.get("settings", {})), **own, **last}
     who = {"agent.kind": group.get("agent"), "vlm.model": group.get("model"), "method": group.get("method")}
     try:
@@ -223,7 +238,32 @@ def _planned(
 def _set(config: TrainConfig, name: str, value: Any) -> None:
     section, _, leaf = name.rpartition(".")
     value = tuple(value) if isinstance(value, list) else value
+    _check_type(getattr(config, section) if section else config, name, value)
     if section == "tuner":  # it is frozen
         config.tuner = replace(config.tuner, **{leaf: value})
     else:
         setattr(getattr(config, section) if section else config, leaf, value)
+
+
+def _check_type(section: Any, name: str, value: Any) -> None:
+    """Raises a UserError if a setting cannot have a value of this type."""
+    tried, leaf = copy(section), name.rpartition(".")[2]
+    object.__setattr__(tried, leaf, value)  # also of a frozen section
+    try:
+        check_types(tried)
+    except UserError:
+        expected = _words(get_type_hints(type(section))[leaf])
+        shown = list(value) if isinstance(value, tuple) else value
+        raise UserError(f"{name}={shown!r} must be {expected}") from None
+
+
+def _words(hint: Any) -> str:
+    """What a field takes in a TOML file, which has no tuples and no None."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return " or ".join(map(repr, inner))
+    if origin in (Union, UnionType):
+        return " or ".join(_words(each) for each in inner if each is not NoneType)
+    if origin is tuple:
+        return "a list of whole numbers" if inner[0] is int else "a list of texts"
+    return _WORDS[hint]

@@ -24,6 +24,7 @@ class State(Enum):
     RUNNING = "running"
     FINISHED = "finished"
     BROKEN = "broken"
+    ELSEWHERE = "another process writes it"
 
 
 @dataclass
@@ -48,6 +49,10 @@ class SweepRun:
     @property
     def name(self) -> str:
         return str(self.planned.place)
+
+    def has_ended(self) -> bool:
+        """Whether its folder holds a finished run, also if only its video could not be written after that."""
+        return (self.folder / "summary.json").is_file()
 
     def step(self) -> int:
         """Environment steps that the run has logged."""
@@ -81,10 +86,10 @@ def find_runs(planned: list[PlannedRun], out: Path) -> list[SweepRun]:
     """
     runs = [SweepRun(each, out / each.place) for each in planned]
     for run in runs:
-        kept = has_checkpoint(run.folder) or (run.folder / "summary.json").is_file()
+        kept = has_checkpoint(run.folder) or run.has_ended()
         if kept and (run.folder / "config.json").is_file():
             _check_same(run)
-        if (run.folder / "summary.json").is_file():
+        if run.has_ended():
             run.state = State.FINISHED
     return runs
 

@@ -44,9 +44,10 @@ class Progress:
                     self._console.print(self._line(run))
 
     def _fitting(self) -> RenderableType:
-        """The table; where the terminal is too low for it, the lines of groups that are running or broken,
-        and how many runs are finished."""
-        active = {run.group for run in self._runs if run.state in (State.RUNNING, State.BROKEN)}
+        """The table; where the terminal is too low for it, the lines of groups that are running, here or
+        elsewhere, or broken, and how many runs are finished."""
+        quiet = (State.WAITING, State.FINISHED)
+        active = {run.group for run in self._runs if run.state not in quiet}
         if len({run.group for run in self._runs}) + _FRAME <= self._console.height:
             return table(self._runs)
         done = sum(run.state is State.FINISHED for run in self._runs)

@@ -114,11 +114,26 @@ ONE = "presets = ['racetrack']\n"
         ),
         (ONE + "[settings]\nstep = 4\n[groups.a]", "unknown setting 'step': did you mean"),
         (ONE + "[settings]\nseed = 4\n[groups.a]", "seed does not belong into settings"),
-        (ONE + "[settings]\nsteps = 'x'\n[groups.a]", "group a: steps='x' must be int"),
+        (ONE + "[settings]\nsteps = 'x'\n[groups.a]", "group a: steps='x' must be a whole number"),
+        (ONE + "[settings]\nagent.channels = 16\n[groups.a]", "agent.channels=16 must be a list of whole"),
+        (
+            ONE + "[settings]\nagent.channels = [1.5]\n[groups.a]",
+            "agent.channels=[1.5] must be a list of whole",
+        ),
+        (
+            ONE + "[settings]\nenv.action_names = 'x'\n[groups.a]",
+            "env.action_names='x' must be a list of texts",
+        ),
+        (ONE + "[settings]\ntuner.max_steps = 'x'\n[groups.a]", "tuner.max_steps='x' must be a whole number"),
+        (ONE + "[settings]\ntuner.epochs = 'x'\n[groups.a]", "tuner.epochs='x' must be a whole number"),
+        (ONE + "[settings]\nvideo = 'yes'\n[groups.a]", "video='yes' must be true or false"),
+        (ONE + "[settings]\ntuner.mode = 3\n[groups.a]", "tuner.mode=3 must be 'lora' or 'full'"),
         (ONE + "[settings]\ntuner.epochs = 0\n[groups.a]", "epochs must be at least 1"),
         ("presets = ['racetrack', 'racetrack']\n[groups.a]", "two runs have the name racetrack/a/seed-0"),
         (ONE + "[groups.a]\n[groups.A]", "two runs have the name racetrack/a/seed-0"),
         (ONE + "seeds = [1, 1]\n[groups.a]", "two runs have the name racetrack/a/seed-1"),
+        (ONE + "methods = ['m1', 'm1']", "methods has 'm1' twice: name it once"),
+        (ONE + "agents = ['sac', 'rad', 'sac']", "agents has 'sac' twice: name it once"),
         (ONE + "[groups.a]\n[groups.a]", "is no TOML"),
         (ONE + "seeds = 0\n[groups.a]", "seeds=0 must be their number"),
         (ONE + "seeds = [-1]\n[groups.a]", "must be their number"),
@@ -128,6 +143,14 @@ ONE = "presets = ['racetrack']\n"
         (ONE + "[groups.a]\nby_preset = 3", "by_preset of the group a must have a table for each preset"),
         (ONE + "[groups.'a/b']", "cannot name a folder"),
         (ONE + "[groups.a]\nby_preset.highwy.steps = 5", "did you mean highway"),
+        (
+            ONE + "[groups.a]\nby_preset.highway.steps = 5",
+            "by_preset of the group a is about highway, which is not among the presets (racetrack): add it",
+        ),
+        (
+            ONE + "[groups.a]\nby_preset.highway.stepps = 5",
+            "unknown setting 'stepps': did you mean steps",
+        ),
         ("presets = ['racetrack'", "is no TOML"),
     ],
 )
@@ -136,6 +159,42 @@ def test_what_a_spec_cannot_ask_for(text, said, tmp_path):
         read_spec(written(tmp_path, text))
     assert "mine.toml" in str(raised.value)
     assert "\n" not in str(raised.value) or "TOML" in said
+
+
+def test_groups_and_presets_that_do_not_run_are_checked_too(tmp_path):
+    text = "presets = ['racetrack', 'highway']\n[groups.a]\nby_preset.highway.steps = 5_000\n[groups.b]\n"
+    path = written(tmp_path, text)
+    (run,) = read_spec(path, presets=["racetrack"], only=["a"]).runs
+    assert run.config.steps != 5_000
+    (run,) = read_spec(path, presets=["highway"], only=["a"]).runs
+    assert run.config.steps == 5_000
+    path = written(tmp_path, text + "settings.stepps = 3")
+    with pytest.raises(UserError, match="unknown setting 'stepps': did you mean steps"):
+        read_spec(path, only=["a"])
+
+
+ELSEWHERE = {"begun_as", "seed", "agent.kind", "vlm.model", "method"}
+"""They do not belong into settings."""
+
+
+@pytest.mark.parametrize("name", sorted(full_names(TrainConfig().to_dict()).keys() - ELSEWHERE))
+def test_every_setting_says_in_words_what_it_takes(name, tmp_path):
+    path = written(tmp_path, f"presets = ['racetrack']\n[settings]\n{name} = [2026-01-01]\n[groups.a]\n")
+    with pytest.raises(UserError, match=f"{re.escape(name)}=.* must be ") as raised:
+        read_spec(path)
+    assert not re.search(r"\b(int|str|float|bool|None|tuple)\b", str(raised.value).rpartition(" must be ")[2])
+
+
+def test_what_train_refuses_a_sweep_refuses(tmp_path, monkeypatch):
+    def refuse(config) -> None:
+        if config.method == "off" and config.covr.vlm != "off":
+            raise UserError("method='off' and covr.vlm='tuned'")
+
+    monkeypatch.setattr(TrainConfig, "check", refuse)
+    text = "presets = ['racetrack']\n[groups.a]\nmethod = 'off'\n"
+    read_spec(written(tmp_path, text))
+    with pytest.raises(UserError, match="racetrack, group a: method='off' and covr"):
+        read_spec(written(tmp_path, text + "settings.covr.vlm = 'tuned'"))
 
 
 def test_specs_that_do_not_exist():

@@ -101,8 +101,9 @@ def test_an_interrupted_sweep_goes_on_where_it_was(signals, monkeypatch, capsys,
         for number in signals:  # a terminal that closes sends several
             process.send_signal(number)
             time.sleep(0.3)
-        process.communicate(timeout=120)
+        shown, _ = process.communicate(timeout=120)
         assert process.returncode == 130
+    assert "0 of 1 runs are finished: the same command goes on with the others" in shown
     assert not (run / "summary.json").exists()
     assert (run / "checkpoint" / "replay").exists(), "the run was not saved"
     said = run.with_name("seed-0.log").read_text()
@@ -183,9 +184,59 @@ def test_a_run_that_another_process_writes_is_left_alone(monkeypatch, capsys, tm
         (run / "metrics.jsonl").write_text('{"step": 16}\n')
         code, shown = sweep(monkeypatch, capsys, path, "--seeds", "1", "--out", str(out))
     assert code == 1
-    assert f"error: {run} is being written by another run" in shown
+    assert "carracing/alone/seed-0 another process writes it" in shown
+    assert (
+        f"{run} is being written by another process: once that has ended, the same command goes on" in shown
+    )
+    assert "broken" not in shown
     assert (run / "metrics.jsonl").read_text() == '{"step": 16}\n'
-    assert sorted(each.name for each in run.parent.iterdir()) == ["seed-0", "seed-0.log"]
+    assert [each.name for each in run.parent.iterdir()] == ["seed-0"]
+
+
+@pytest.mark.parametrize("finishes", [True, False])
+@pytest.mark.parametrize("before", [True, False])
+def test_a_run_that_another_process_wrote_is_looked_at_again(finishes, before, monkeypatch, tmp_path):
+    """That process claims the folder before we look, or only before our own process does. It ends, with a
+    summary or without one, while another run is running here."""
+    runs = find_runs(read_spec(spec_file(tmp_path), seeds=2, only=["alone"]).runs, tmp_path / "out")
+    theirs, ours = (run.folder for run in runs)
+    other = RunFolder(theirs).claimed(resume=False)
+    started, seen = [], []
+
+    class Process:
+        returncode = 2
+
+        def __init__(self, command, **_) -> None:
+            self.folder, self.looks = Path(command[-1]), 0
+            started.append(self.folder)
+            if not before and started == [theirs]:
+                other.__enter__()
+
+        def poll(self):
+            self.looks += 1
+            if self.folder == ours and self.looks < 5:
+                return None
+            if not RunFolder(self.folder).is_claimed():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                (self.folder / "summary.json").touch()
+            return 2
+
+    def changed() -> None:
+        seen.append(runs[0].state)
+        if seen[-2:] == [State.ELSEWHERE] * 2:
+            if finishes:
+                (theirs / "summary.json").touch()
+            other.__exit__(None, None, None)
+
+    if before:
+        other.__enter__()
+    monkeypatch.setattr(processes, "_LOOK_EVERY", 0)
+    monkeypatch.setattr(processes.subprocess, "Popen", Process)
+    processes.Jobs(runs, 2, changed, threads=None).work()
+    assert State.ELSEWHERE in seen
+    assert State.BROKEN not in seen
+    assert [run.state for run in runs] == [State.FINISHED] * 2
+    assert started.count(theirs) == (not before) + (not finishes)
 
 
 def test_an_estimate_is_made_before_it_starts(monkeypatch, capsys, tmp_path):

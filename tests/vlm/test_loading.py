@@ -3,6 +3,8 @@
 import json
 import shutil
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -239,3 +241,11 @@ def test_gated_and_missing_models(hub, qwen):
 def test_what_is_neither_a_folder_nor_the_name_of_a_model(name):
     with pytest.raises(FileNotFoundError, match="no model directory at"):
         open_prior(name)
+
+
+def test_a_script_hears_nothing_of_a_kernel_that_it_does_not_need():
+    """bitsandbytes warns when peft imports it, which opening any VLM does; it is imported once a process."""
+    script = "from covr_fast.vlm import ActionPrior; ActionPrior.from_pretrained('nano', action_dim=1)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "gemm_4bit" not in done.stderr
