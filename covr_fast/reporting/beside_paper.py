@@ -3,10 +3,10 @@
 from .. import paper
 from ..paper import PaperTask, Row
 from ..vlm.model.nano import is_nano
-from .aggregates import scores
+from .aggregates import over_seeds, scores
 from .context import Context, seeds_text
 from .groups import Group, Task
-from .markup import Markup, exact, join, note, number, scrolled_table, section, spread, tag
+from .markup import Markup, exact, join, note, scrolled_table, section, tag
 
 _WITHOUT_VLM = ("off", "per", "ere", "m10", "m11")
 _UNTRAINED = ("vbe",)
@@ -94,8 +94,7 @@ def _published(row: Row) -> str:
 
 
 def _ours(group: Group) -> str:
-    own = scores(group)
-    return number(own.mean()) if len(own) == 1 else spread(own.mean(), own.std())
+    return over_seeds(scores(group))
 
 
 def _ours_cell(group: Group) -> Markup:
