@@ -125,10 +125,81 @@ def test_rounds_of_the_filter(html, shown):
     labels = shown.values("svg", "aria-label")
     assert any(text.startswith("threshold τ, racetrack. fast · covr: 1.50, 2.50") for text in labels)
     assert any("kept share, racetrack. fast · covr: 0.25, 0.25" in text for text in labels)
+    assert "4 seeds a group, with 95 % intervals." in shown.texts["filter"]
     assert any("kept share by quarter, racetrack. fast · covr: 0.50, 0.25, 0.17, 0.12" in t for t in labels)
     assert f"round 1: {SAMPLES // 4} of {SAMPLES} above" in html
     assert html.count("<details open>") == 1
     assert html.count("the samples of each round") == len(COVR)
+
+
+def words_in(html, title):
+    """The texts of the charts with this title."""
+    charts = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
+    texts = [re.findall(r"<text[^>]*>([^<]*)</text>", chart) for chart in charts]
+    return [set(words) for words in texts if title in words]
+
+
+def test_samples_are_named_after_what_filters_and_weighs_them(tmp_path):
+    write_run(tmp_path / "covr", 10, samples=True)
+    write_run(tmp_path / "q", 10, method="m7", samples=True, covr__score="q")
+    html = page(read_study([tmp_path]))
+    assert len(words_in(html, "returns of D_f")) == len(words_in(html, "Q values of D_f")) == 1
+    returns, q = words_in(html, "cutoff")  # of different units, so not in one chart
+    assert "returns" in returns - q
+    assert "Q values" in q - returns
+    (tau,) = words_in(html, "threshold τ")
+    assert "z-scores" in tau
+    assert re.search(r"A frame that was kept: Q value [\d.]+, decision \d+, weight", html)
+    assert "Other rules: fast · m7 goes by Q values instead of returns." in Page(html).texts["filter"]
+
+
+def test_no_z_scores_means_that_the_threshold_is_in_the_units_of_the_score(tmp_path):
+    write_run(tmp_path / "m5", 10, method="m5", covr__z_score=False)
+    write_run(tmp_path / "m6", 10, method="m6", covr__score="reward", covr__entropy="mean")
+    html = page(read_study([tmp_path]))
+    plain, z = words_in(html, "threshold τ")
+    assert "returns" in plain
+    assert "z-scores" in z
+    assert "rewards" in set.union(*words_in(html, "cutoff"))
+    (nats,) = (words for words in words_in(html, "policy entropy") if "nats" in words)
+    (per_number,) = (w for w in words_in(html, "policy entropy") if "nats per number of an action" in w)
+    assert nats != per_number
+
+
+@pytest.mark.parametrize("weights, axis", [("random", "random weight"), ("equal", "equal weight")])
+def test_random_filters_and_other_weights_are_called_so(weights, axis, tmp_path):
+    write_run(tmp_path / "a", 10, method="m1", samples=True, covr__filter="random", covr__weights=weights)
+    html = page(read_study([tmp_path]))
+    text = Page(html).texts["filter"]
+    (words,) = words_in(html, "weights above 0")
+    assert axis in words
+    assert "Dashed: the threshold of Eq. 5, which only says how many are kept, at random." in text
+    assert f"round 1: {SAMPLES // 4} of {SAMPLES} at random" in html
+    assert "Of fast · m1 it only says how many are kept." in text
+    assert "fast · m1 keeps random samples, as many as EDDF would and weights" in text
+    assert "that EDDF kept" not in text
+    assert "RALW’s weight" not in words
+
+
+def test_a_top_share_is_no_threshold_of_eq_5(tmp_path):
+    write_run(tmp_path / "a", 10, method="m2", samples=True, covr__filter="top", covr__top_share=0.8)
+    text = page_of(tmp_path).texts["filter"]
+    assert "Dashed: the least return of the top 80 %." in text
+    assert "Other rules: fast · m2 keeps the top 80 %." in text
+
+
+def test_captions_claim_no_interval_that_is_not_there(tmp_path):
+    write_run(tmp_path / "a", -18.4)
+    shown = page_of(tmp_path)
+    for section in ("filter", "priors", "vlm"):
+        assert "1 seed a group." in shown.texts[section]
+        assert "95 % intervals" not in shown.texts[section]
+    assert "Bars:" not in shown.texts["aggregates"]
+    assert row(shown.tables["aggregates"][0], "fast · covr")[4] == "\N{MINUS SIGN}18.4"
+    write_run(tmp_path / "b", 10, seed=1)
+    write_run(tmp_path / "c", 10, method="m1")
+    text = page_of(tmp_path).texts["filter"]
+    assert "1 to 2 seeds a group, with 95 % intervals where there are several." in text
 
 
 def test_a_run_too_short_for_a_curve_is_a_point_and_counts_as_trained(tmp_path):
