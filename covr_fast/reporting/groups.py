@@ -169,7 +169,7 @@ def _label(groups: Sequence[Group]) -> None:
         names = differing(alike)
         agent = [] if group.method in _WITHOUT_AGENT else [group.kind]
         parts = [" · ".join([*agent, group.method])]
-        parts += [f"{name}={_short(group.settings.get(name))}" for name in names[:_MOST_SETTINGS]]
+        parts += [f"{name}={short(group.settings.get(name))}" for name in names[:_MOST_SETTINGS]]
         group.label = ", ".join(parts)
     taken: dict[str, int] = {}
     for group in groups:
@@ -178,6 +178,6 @@ def _label(groups: Sequence[Group]) -> None:
             group.label += f" #{number}"
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     """A setting's value; of a path its last part."""
     return value.rstrip("/").rpartition("/")[2] if isinstance(value, str) else str(value)

@@ -290,6 +290,65 @@ def test_the_papers_table_with_our_column(tmp_path):
     assert "published" in shown.texts["curves"]
 
 
+PAPERS_VLM = "Qwen/Qwen2.5-VL-3B-Instruct"
+
+
+def remarks_of(folder, preset="cartpole-swingup", **settings):
+    """What the page remarks of a run with the paper's VLM, budget and evaluations, but for its one seed."""
+    run = {"kind": "rad", "model": PAPERS_VLM, "steps": 100_000, "episodes": 10} | settings
+    write_run(folder, 300, preset=preset, **run)
+    (table,) = page_of(folder).tables["published"]
+    (remarks,) = (cells[3] for cells in table[1:] if "1 seed" in cells[2])
+    return remarks.removeprefix("1 seed, not 3").removeprefix("; ")
+
+
+def test_settings_that_are_not_the_presets_are_remarked(tmp_path):
+    few = {"decisions_per_update": 50, "warmup": 320}
+    assert remarks_of(tmp_path / "a", **few) == (
+        "settings differ from the preset’s: warmup=320, decisions_per_update=50"
+    )
+    more = few | {"env__action_repeat": 2, "replay__batch_size": 64, "agent__hidden": 32}
+    assert remarks_of(tmp_path / "b", **more) == (
+        "settings differ from the preset’s: "
+        "warmup=320, decisions_per_update=50, env.action_repeat=2 (+2 more)"
+    )
+    # begun from no preset: it is the task's that counts
+    assert "decisions_per_update=50" in remarks_of(tmp_path / "c", begun_as="", decisions_per_update=50)
+
+
+def test_settings_that_change_no_outcome_are_not_remarked(tmp_path):
+    for name, settings in {
+        "pace": {"log_every": 7, "video": False, "device": "cuda:1", "threads": 3, "seed": 5},
+        "evaluations": {"eval__every": 7, "eval__vlm": False, "eval__rounds": True},
+        "memory": {"tuner__micro_batch": 2, "tuner__gradient_checkpointing": True},
+        "no VLM": {"method": "off", "covr__psi_0": 9, "tuner__epochs": 9, "agent__prior_weight": 9.0},
+        "frozen": {"method": "dpl", "covr__psi_0": 9, "tuner__epochs": 9},
+        "evaluated": {"method": "vbe", "warmup": 9, "replay__batch_size": 9, "agent__hidden": 9},
+    }.items():
+        assert "settings" not in remarks_of(tmp_path / name, **settings)
+    assert "covr.vlm=tuned" in remarks_of(tmp_path / "tuned", method="off", covr__vlm="tuned")
+    assert "agent.prior_weight=9.0" in remarks_of(tmp_path / "prior", method="dpl", agent__prior_weight=9.0)
+    assert "tuner.epochs=9" in remarks_of(tmp_path / "epochs", tuner__epochs=9)
+
+
+def test_the_rows_of_the_sweep_for_a_table_are_as_good_as_the_presets(tmp_path):
+    table = {"replay__augment": "translate", "replay__pad": 4, "replay__batch_size": 512}
+    assert remarks_of(tmp_path / "a", **table) == ""
+    assert remarks_of(tmp_path / "b", **table, replay__gamma=0.5) == (
+        "settings differ from those of the sweep dmcontrol: replay.gamma=0.5"
+    )
+    # the sweep's Walker has crops
+    assert "replay.augment=translate" in remarks_of(tmp_path / "c", "walker-walk", **table)
+
+
+def test_a_run_without_settings_says_so(tmp_path):
+    run = write_run(tmp_path / "a", 100, preset="hopper-hop", model=PAPERS_VLM)
+    (run / "config.json").unlink()
+    remarks = row(page_of(run).tables["published"][0], "COVR")[3]
+    assert "its settings are not known: it has no config.json" in remarks
+    assert "settings differ" not in remarks
+
+
 def test_the_published_curve_of_the_vlm_is_on_carlas_highway_alone(tmp_path):
     write_run(tmp_path / "a", 100, preset="carla-highway", model="Qwen/Qwen2.5-VL-3B-Instruct", steps=100_000)
     write_run(tmp_path / "b", 100, preset="carla-pedestrians", steps=100_000)

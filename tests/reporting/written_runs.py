@@ -30,11 +30,7 @@ def write_run(
     """A finished run whose evaluation of the actor (of the VLM, where the method has no agent) has the mean
     return `final`. `settings`: by full names, with __ for the point."""
     folder.mkdir(parents=True)
-    config = TrainConfig.preset(preset, model, kind).to_dict() | {
-        "method": method,
-        "steps": steps,
-        "seed": seed,
-    }
+    config = TrainConfig.preset(preset, model, kind, method).to_dict() | {"steps": steps, "seed": seed}
     for name, value in settings.items():
         part, _, leaf = name.rpartition("__")
         (config[part] if part else config)[leaf] = value
