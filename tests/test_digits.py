@@ -1,7 +1,11 @@
 """Returns as text: large ones as ever, small ones never as 0."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 
+from covr_fast import TrainConfig, evaluate
 from covr_fast.digits import evaluation_text, returns_text, spread_text
 
 
@@ -33,3 +37,12 @@ def test_several_returns_have_the_decimals_of_the_largest():
     assert returns_text(344.2, 0.2, decimals=0) == "344 0"
     assert returns_text(0.031, 0.002, decimals=0) == "0.031 0.002"
     assert returns_text() == ""
+
+
+def test_a_run_says_small_returns_of_its_evaluations(monkeypatch, tmp_path):
+    said = []
+    log = SimpleNamespace(say=said.append, scalars=lambda *_: None)
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: evaluate.Evaluation(np.array([0.02, 0.04])))
+    evaluations = evaluate.Evaluations(TrainConfig.preset("racetrack"), tmp_path, 1, None, None)
+    evaluations.measure_before(0, log)
+    assert said == ["random: 0.030 ± 0.010 over 2 episodes"]
