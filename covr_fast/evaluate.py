@@ -12,6 +12,7 @@ import torch
 
 from .agents import Agent
 from .config import TrainConfig
+from .digits import evaluation_text
 from .env_config import EnvConfig
 from .envs import make_env
 from .files import drop_lines_after, writing
@@ -174,7 +175,8 @@ class Evaluations:
         line = {"step": step, "policy": name, "returns": result.returns.tolist()}
         with writing(self._path), self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        log.say(f"{name}: {result.mean:.0f} ± {result.std:.0f} over {len(result.returns)} episodes")
+        said = evaluation_text(result.mean, result.std, len(result.returns), decimals=0)
+        log.say(f"{name}: {said}")
         return result
 
     def state_dict(self) -> dict[str, Any]:

@@ -3,14 +3,17 @@
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from .digits import form, returns_text
 from .errors import UserError
-from .files import full_names, read_json, read_records, replacing
+from .files import read_json, read_records, replacing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 EVALUATIONS = {
     "random": "random policy",
@@ -37,8 +40,6 @@ SUMMARY_PARTS = {
     "environment", "seed", "device", "steps", "decisions", "frames", "updates", "episodes", "seconds",
     "time_shares", "rounds", "evaluations",
 }  # fmt: skip
-_MOST_SETTINGS = 4  # in a label
-IGNORED = {"log_every", "video", "checkpoint_minutes", "checkpoint_every", "save_replay"}  # in labels
 
 
 def read_summary(run: Path) -> dict[str, Any]:
@@ -60,26 +61,6 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
     return read_records(path)[0]
 
 
-def run_labels(runs: Sequence[Path]) -> list[str]:
-    """A label per run: the shortest end of its path that is unique, and the settings in which the runs
-    differ."""
-    settings = [_settings(run) for run in runs]
-    names = dict.fromkeys(name for own in settings for name in own if name not in IGNORED)
-    differing = [name for name in names if len({str(own.get(name)) for own in settings}) > 1]
-    labels = []
-    for name, own in zip(shortest_names(runs), settings, strict=True):
-        named = [f"{setting}={own.get(setting)}" for setting in differing[:_MOST_SETTINGS]]
-        more = [f"{len(differing) - _MOST_SETTINGS} more"] if len(differing) > _MOST_SETTINGS else []
-        labels.append(", ".join([name, *named, *more]))
-    return labels
-
-
-def _settings(run: Path) -> dict[str, Any]:
-    """The settings in config.json, written by any version; none if there is no such file."""
-    path = run / "config.json"
-    return full_names(read_json(path, "put back a copy of it")) if path.is_file() else {}
-
-
 def shortest_names(runs: Sequence[Path]) -> list[str]:
     """The folders' names, with as many parent folders as it takes to make them unique."""
     parts = [run.resolve().parts for run in runs]
@@ -94,6 +75,8 @@ def shortest_names(runs: Sequence[Path]) -> list[str]:
 def new_table(title: str, words: Iterable[str], numbers: Iterable[str]) -> Table:
     """An empty table with these columns, those of numbers aligned to the right."""
     table = Table(*words, title=title, title_justify="left")
+    for column in table.columns:
+        column.overflow = "fold"  # or a narrow terminal would hide what tells labels apart
     for name in numbers:
         table.add_column(name, justify="right")
     return table
@@ -107,13 +90,18 @@ def print_summary(summary: dict[str, Any], console: Console, run: str | None = N
     table = new_table(title, ["policy"], ["mean", "std", "episodes"])
     for name, label in EVALUATIONS.items():
         if (e := summary["evaluations"].get(name)) is not None:
-            table.add_row(label, f"{e['mean']:.1f}", f"{e['std']:.1f}", str(len(e["returns"])))
+            episodes = len(e["returns"])
+            used = form(max(abs(e["mean"]), e["std"]), 1)
+            std = format(e["std"], used) if episodes > 1 else "-"
+            table.add_row(label, format(e["mean"], used), std, str(episodes))
     console.print(table)
 
     if summary["rounds"]:
         table = new_table("fine-tuning rounds of the VLM", [], ROUND_COLUMNS)
         for r in summary["rounds"]:
-            table.add_row(*(form.format(r[key]) if key in r else "-" for key, form in ROUND_COLUMNS.values()))
+            table.add_row(
+                *(shown.format(r[key]) if key in r else "-" for key, shown in ROUND_COLUMNS.values())
+            )
         console.print(table)
 
     shares = sorted(summary["time_shares"].items(), key=lambda item: -item[1])
@@ -123,22 +111,6 @@ def print_summary(summary: dict[str, Any], console: Console, run: str | None = N
         f"{summary['device']}: {summary['steps_per_second']:.0f} steps/s"
     )
     console.print("wall time: " + ", ".join(f"{name} {share:.0%}" for name, share in shares))
-
-
-def print_comparison(labels: Sequence[str], summaries: Sequence[dict[str, Any]], console: Console) -> None:
-    """Prints one line per run, and the mean and standard deviation over runs of one environment."""
-    table = new_table("runs compared: mean episode returns", ["run"], EVALUATIONS.values())
-    means = {
-        name: [s["evaluations"][name]["mean"] for s in summaries if name in s["evaluations"]]
-        for name in EVALUATIONS
-    }
-    for label, s in zip(labels, summaries, strict=True):
-        cells = [f"{s['evaluations'][n]['mean']:.1f}" if n in s["evaluations"] else "-" for n in EVALUATIONS]
-        table.add_row(label, *cells)
-    if len({s["environment"] for s in summaries}) == 1:
-        table.add_section()
-        table.add_row("all", *(f"{np.mean(v):.1f} ± {np.std(v):.1f}" if v else "-" for v in means.values()))
-    console.print(table)
 
 
 def plot_curves(run: Path) -> Path:
@@ -155,18 +127,25 @@ def plot_curves(run: Path) -> Path:
         points = [(m["step"], m[name]) for m in metrics if name in m and math.isfinite(m[name])]
         return [p[0] for p in points], [p[1] for p in points]
 
+    def line(axes: "Axes", name: str, colour: str, label: str | None = None) -> bool:
+        """Draws a figure of the metrics, if there is any."""
+        steps, values = series(name)
+        if steps:  # a line through a single point would not be seen
+            axes.plot(steps, values, color=colour, label=label, marker="o" if len(steps) == 1 else None)
+        return bool(steps)
+
     rounds = [m for m in metrics if "round/loss_after" in m]
     ax = axes[0, 0]
-    ax.plot(*series("episode_return"), color="tab:blue", label="training episodes")
+    line(ax, "episode_return", "tab:blue", "training episodes")
     for (name, label), colour in zip(
         EVALUATIONS.items(), ("tab:gray", "tab:olive", "tab:orange", "tab:green"), strict=True
     ):
         _, means = series(f"eval/{name}_mean")
         if means:
-            ax.axhline(
-                means[-1], color=colour, linestyle="--", linewidth=1.2, label=f"{label}: {means[-1]:.0f}"
-            )
+            said = f"{label}: {returns_text(means[-1], decimals=0)}"
+            ax.axhline(means[-1], color=colour, linestyle="--", linewidth=1.2, label=said)
     ax.set(title="episode return", xlabel="environment steps", ylabel="sum of rewards")
+    _say_if_empty(ax, empty=not ax.lines)
 
     ax = axes[0, 1]
     where = list(range(len(rounds)))
@@ -175,15 +154,18 @@ def plot_curves(run: Path) -> Path:
         ax.bar([x + offset for x in where], losses, 0.38, label=when, color=colour)
     ax.set(title="VLM loss on held-out kept samples", xlabel="fine-tuning round", ylabel="nats per token")
     ax.set_xticks(where, [f"{m['round/round']:.0f}" for m in rounds])
-    ax.legend(fontsize=8)
+    if rounds:  # of no bars, a legend would not know the colours
+        ax.legend(fontsize=8)
+    _say_if_empty(ax, empty=not rounds)
 
     ax = axes[1, 0]
-    ax.plot(*series("q"), color="tab:blue")
+    drawn = line(ax, "q", "tab:blue")
     ax.set(title="mean Q and policy entropy", xlabel="environment steps")
     ax.set_ylabel("Q", color="tab:blue")
     twin = ax.twinx()
-    twin.plot(*series("entropy"), color="tab:red")
+    drawn |= line(twin, "entropy", "tab:red")
     twin.set_ylabel("entropy / nats", color="tab:red")
+    _say_if_empty(ax, twin, empty=not drawn)
 
     ax = axes[1, 1]
     names = sorted({name for m in metrics for name in m if name.startswith("time/")})
@@ -191,14 +173,16 @@ def plot_curves(run: Path) -> Path:
     names = sorted(names, key=lambda n: last.get(n, 0.0))
     ax.barh([n.removeprefix("time/") for n in names], [last.get(n, 0.0) for n in names], color="tab:blue")
     ax.set(title="where the time went", xlabel="share of wall time", xlim=(0, 1))
+    _say_if_empty(ax, empty=not names)
 
     for ax in (axes[0, 0], axes[1, 0]):
         for i, m in enumerate(m for m in metrics if "round/version" in m):  # the others tuned nothing
             name = "_" if i else "fine-tuning round"  # one entry in the legend for all of them
             ax.axvline(m["step"], color="tab:orange", alpha=0.35, linewidth=1, label=name)
         ax.grid(alpha=0.25)
-        ax.set_xlim(left=0)
-    axes[0, 0].legend(fontsize=8)
+        ax.set_xlim(0, max((m["step"] for m in metrics), default=0) or 1)
+    if axes[0, 0].get_legend_handles_labels()[1]:
+        axes[0, 0].legend(fontsize=8)
     path = run / "curves.png"
     try:
         with replacing(path) as file:
@@ -206,3 +190,13 @@ def plot_curves(run: Path) -> Path:
     finally:
         plt.close(figure)
     return path
+
+
+def _say_if_empty(*axes: "Axes", empty: bool) -> None:
+    """Says so in a panel in which nothing is drawn, as of a run that is shorter than `log_every`."""
+    if empty:
+        axes[0].annotate(
+            "nothing logged", (0.5, 0.5), xycoords="axes fraction", ha="center", color="tab:gray"
+        )
+        for each in axes:
+            each.set_yticks([])

@@ -157,7 +157,7 @@ def command_line() -> None:
     covr("train", "carracing", "--out", "run", *TRAIN.split())
     assert {"summary.json", "curves.png", "checkpoint"} <= {path.name for path in Path("run").iterdir()}
     assert list(Path("run").glob("episode.*"))
-    assert "over 1 episodes" in covr("evaluate", "run", "--episodes", "1")
+    assert "over 1 episode" in covr("evaluate", "run", "--episodes", "1")
     covr("report", "run")
     assert "</html>" in Path("report.html").read_text()
 

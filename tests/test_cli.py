@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 from subprocess import PIPE
 
+import numpy as np
 import pytest
 from small_runs import COVR, FLAGS, TRAIN, call
 
 from covr_fast import TrainConfig, cli
 from covr_fast.commands import common
+from covr_fast.evaluate import Evaluation
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +159,21 @@ def test_evaluate(run_folder, monkeypatch, capsys):
     assert "over 2 episodes" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "returns, said",
+    [
+        ([0.0021, 0.0043], "returns: 0.0021 0.0043\nCarRacing-v3: 0.0032 ± 0.0011 over 2 episodes"),
+        ([340.4, 2.0], "returns: 340 2\nCarRacing-v3: 171.2 ± 169.2 over 2 episodes"),
+        ([0.25], "returns: 0.25\nCarRacing-v3: 0.25 over 1 episode\n"),
+    ],
+)
+def test_evaluate_shows_returns_of_any_size(returns, said, run_folder, monkeypatch, capsys):
+    monkeypatch.setattr("covr_fast.evaluate.evaluate", lambda *_, **__: Evaluation(np.array(returns)))
+    arguments = ("evaluate", str(run_folder[0]), "--episodes", str(len(returns)))
+    assert call(monkeypatch, *arguments) == 0
+    assert said in capsys.readouterr().out
+
+
 def test_report_compares_runs(run_folder, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     out, _ = run_folder
@@ -180,8 +197,9 @@ def test_report_calls_runs_by_what_tells_them_apart(run_folder, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     assert call(monkeypatch, "report", str(first), str(second)) == 0
     said = capsys.readouterr().out
-    for label in ("a/run, covr.cold_start=2", "b/run, covr.cold_start=7"):
-        assert said.count(label) == 2  # in its own tables, and in the comparison
+    for name, label in (("a/run", "covr.cold_start=2"), ("b/run", "covr.cold_start=7")):
+        assert f"{name}, fast · covr, {label}: CarRacing-v3, seed 0" in said
+        assert said.count(f"fast · covr, {label}") == 2  # over its own tables, and in the comparison
     assert "log_every" not in said
 
 

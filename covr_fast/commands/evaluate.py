@@ -38,6 +38,7 @@ def main(arguments: list[str]) -> int:
         args=arguments,
     )
     from ..checkpoint import load_actor
+    from ..digits import evaluation_text, returns_text
     from ..evaluate import evaluate
 
     check_least(parsed, episodes=1, seed=0)
@@ -67,8 +68,9 @@ def main(arguments: list[str]) -> int:
     if parsed.vlm_alone:
         after = f"after round {who['round']}" if who["round"] else "before any round"
         player = f", VLM alone {after} (version {who['version']} of its weights)"
-    print("returns: " + " ".join(f"{value:.0f}" for value in result.returns))
-    print(f"{config.env.id}{player}: {result.mean:.1f} ± {result.std:.1f} over {parsed.episodes} episodes")
+    print(f"returns: {returns_text(*result.returns, decimals=0)}")
+    said = evaluation_text(result.mean, result.std, parsed.episodes)
+    print(f"{config.env.id}{player}: {said}")
     return 0
 
 

@@ -52,18 +52,21 @@ def main(arguments: list[str]) -> int:
 
 
 def _print_runs(study: "Study", console: "Console") -> None:
-    from ..report import print_comparison, print_summary, run_labels
+    from ..report import print_summary, shortest_names
     from ..reporting.console import print_study
 
     runs = [run for run in study.runs if not run.lacks]
     if len(runs) < len(study.runs) or len(runs) > _MOST_IN_FULL:
         print_study(study, console)
         return
-    labels = run_labels([run.folder for run in runs])
-    for run, label in zip(runs, labels, strict=True):
-        print_summary(run.summary, console, label if len(runs) > 1 else None)
-    if len(runs) > 1:
-        print_comparison(labels, [run.summary for run in runs], console)
+    if len(runs) == 1:
+        print_summary(runs[0].summary, console)
+        return
+    labels = [group.label for group in study.groups for _ in group.runs]
+    names = shortest_names([run.folder for run in runs])
+    for run, name, label in zip(runs, names, labels, strict=True):
+        print_summary(run.summary, console, f"{name}, {label}")
+    print_study(study, console)
 
 
 def _draw_curves(study: "Study") -> None:

@@ -53,7 +53,7 @@ def _task(context: Context, task: Task) -> Markup:
             better = statistics.improvement(own, matrices[id(base)])
         rows.append([
             group.label, str(len(own)), with_interval(iqm), with_interval(statistics.median(own)),
-            spread(own.mean(), own.std()), probability(better),
+            over_seeds(own), probability(better),
         ])  # fmt: skip
     table = scrolled_table(
         [
@@ -94,7 +94,8 @@ def _intervals(
         names = [_wrapped(group.label) for group in groups]
         chart.intervals(estimates, [context.look(group) for group in groups], names)
         chart.axes.set_xlabel(unit)
-    return figure(chart.svg, "Strokes: IQM. Bars: 95 % intervals over seeds.")
+    bars = " Bars: 95 % intervals over seeds." if any(e.low is not None for e in estimates) else ""
+    return figure(chart.svg, f"Strokes: IQM.{bars}")
 
 
 def _wrapped(label: str) -> str:
@@ -173,6 +174,11 @@ def _scale(task: Task) -> tuple[float, float, str]:
         low = top - 1
     zero = "a return of 0" if task.random_return is None else "the random policy"
     return low, top, f"{task.title}, 0 is {zero} ({number(low)}) and 1 the best group here ({number(top)})"
+
+
+def over_seeds(own: np.ndarray) -> str:
+    """The mean of float64[runs, 1] and its standard deviation, which a single run has not."""
+    return number(own.mean()) if len(own) == 1 else spread(own.mean(), own.std())
 
 
 def with_interval(estimate: Estimate) -> str:

@@ -3,13 +3,15 @@
 from .. import paper
 from ..paper import PaperTask, Row
 from ..vlm.model.nano import is_nano
-from .aggregates import scores
+from .aggregates import over_seeds, scores
 from .context import Context, seeds_text
-from .groups import Group, Task
-from .markup import Markup, exact, join, note, number, scrolled_table, section, spread, tag
+from .departures import departures
+from .groups import Group, Task, short
+from .markup import Markup, exact, join, note, scrolled_table, section, tag
 
 _WITHOUT_VLM = ("off", "per", "ere", "m10", "m11")
 _UNTRAINED = ("vbe",)
+_MOST_SETTINGS = 3  # that a remark names
 _SAME_BUDGET = 0.01
 """Relative difference in steps that the end of a batch of decisions explains."""
 _HEADS = ["method", "published", "ours", tag("th", "what differs from the paper’s", scope="col")]
@@ -86,6 +88,13 @@ def differences(task: PaperTask, row: Row, group: Group) -> list[str]:
         found.append(f"{' and '.join(map(str, episodes))} evaluation episodes, not {paper.EPISODES}")
     if row.kind is None and group.method not in ("vbe", "vpf"):
         found.append(f"the agent is {group.kind}, and the paper’s is not known here")
+    whose, changed = departures(group, task)
+    if changed:
+        named = [f"{name}={short(value)}" for name, value in list(changed.items())[:_MOST_SETTINGS]]
+        more = f" (+{len(changed) - len(named)} more)" if len(changed) > len(named) else ""
+        found.append(f"settings differ from {whose}: {', '.join(named)}{more}")
+    if not group.settings:
+        found.append("its settings are not known: it has no config.json")
     return found
 
 
@@ -94,8 +103,7 @@ def _published(row: Row) -> str:
 
 
 def _ours(group: Group) -> str:
-    own = scores(group)
-    return number(own.mean()) if len(own) == 1 else spread(own.mean(), own.std())
+    return over_seeds(scores(group))
 
 
 def _ours_cell(group: Group) -> Markup:

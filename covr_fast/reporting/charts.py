@@ -19,6 +19,7 @@ _INK, _LINES = "#010203", "#040506"
 """Stand for colours of the page, which `Charts` puts in their places."""
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito 2008: told apart by the colour-blind. Without black and yellow, which one theme hides."""
+_MOST_TICKS = 4  # below a row of intervals: what is left beside the labels is narrow
 _DASHES = ("solid", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -66,7 +67,11 @@ class Chart:
     def curve(self, curve: Curve, look: Look, *, band: bool = True) -> None:
         self.axes.plot(curve.steps, curve.mean, color=look.colour, linestyle=look.dash, linewidth=1.8,
                        marker="o" if len(curve.steps) < 12 else None, markersize=3)  # fmt: skip
-        if band and curve.low is not None and curve.high is not None:
+        if not band or curve.low is None or curve.high is None:
+            return
+        if len(curve.steps) == 1:  # a band would have no width
+            self.axes.vlines(curve.steps, curve.low, curve.high, color=look.colour, alpha=0.5, linewidth=1.8)
+        else:
             self.axes.fill_between(curve.steps, curve.low, curve.high, color=look.colour, alpha=0.18, lw=0)
 
     def level(
@@ -90,6 +95,7 @@ class Chart:
         self.axes.use_sticky_edges = False
         self.axes.autoscale(axis="x")
         self.axes.grid(False, axis="y")
+        self.axes.xaxis.set_major_locator(MaxNLocator(_MOST_TICKS))
 
 
 class Charts:
@@ -142,4 +148,7 @@ def steps_axis(axes: Axes, label: str = "environment steps") -> None:
 
 def rounds_axis(axes: Axes) -> None:
     axes.set_xlabel("fine-tuning round")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    first, last = axes.dataLim.intervalx
+    if first == last:
+        axes.set_xlim(first - 0.5, last + 0.5)

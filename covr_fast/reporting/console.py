@@ -4,13 +4,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from ..digits import spread_text
 from ..report import EVALUATIONS, new_table, shortest_names
+from .context import seeds_text
 from .groups import Study, Task
 from .runs import Run
 
 
 def print_study(study: Study, console: Console) -> None:
-    """Prints a table per task."""
+    """Prints a table per task: a line per run, and the mean and standard deviation of each group."""
     for task in study.tasks:
         console.print(_table(task))
 
@@ -31,13 +33,15 @@ def print_problems(study: Study, console: Console) -> None:
 
 
 def _table(task: Task) -> Table:
-    table = new_table(f"{task.title}: mean episode returns", ["run"], ["seed", *EVALUATIONS.values()])
+    table = new_table(
+        f"{task.title}, runs compared: mean episode returns", ["run"], ["seed", *EVALUATIONS.values()]
+    )
     folders = [run.folder for run in task.runs]
     names = dict(zip(folders, shortest_names(folders), strict=True))
     for group in task.groups:
         for run in group.runs:
             table.add_row(names[run.folder], str(run.seed), *(_mean([run], name) for name in EVALUATIONS))
-        table.add_row(group.label, f"{len(group.runs)} seeds", *(_mean(group.runs, n) for n in EVALUATIONS))
+        table.add_row(group.label, seeds_text(len(group.runs)), *(_mean(group.runs, n) for n in EVALUATIONS))
         table.add_section()
     return table
 
@@ -47,4 +51,4 @@ def _mean(runs: list[Run], name: str) -> str:
     means = [run.evaluations[name].mean for run in runs if name in run.evaluations]
     if not means:
         return "-"
-    return f"{np.mean(means):.1f}" + (f" ± {np.std(means):.1f}" if len(runs) > 1 else "")
+    return spread_text(float(np.mean(means)), float(np.std(means)), len(means))

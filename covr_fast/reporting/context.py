@@ -62,6 +62,14 @@ def seeds_of(curves: Iterable[Curve]) -> str:
     return f"{least}{seeds_text(counts[-1])} a group"
 
 
+def with_intervals(curves: Iterable[Curve]) -> str:
+    """ "3 seeds a group, with 95 % intervals.", as far as there are some: one seed has none."""
+    curves = list(curves)
+    have = [curve.low is not None for curve in curves]
+    where = "" if all(have) else " where there are several"
+    return f"{seeds_of(curves)}{f', with 95 % intervals{where}' if any(have) else ''}."
+
+
 def listed(words: Sequence[str]) -> str:
     """ "a, b and c"."""
     return "".join(words) if len(words) < 2 else f"{', '.join(words[:-1])} and {words[-1]}"

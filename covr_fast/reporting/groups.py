@@ -8,15 +8,15 @@ from typing import Any
 
 from ..errors import UserError
 from ..paper import TASKS, PaperTask
-from ..report import IGNORED
 from .runs import Broken, Run, find_runs, read_run
 
-_SAME_RESULT = IGNORED | {
+SAME_RESULT = {
+    "log_every", "video", "checkpoint_minutes", "checkpoint_every", "save_replay",
     "seed", "env.seed", "device", "threads", "begun_as", "env.server", "env.num_threads", "replay.device",
     "eval.every", "eval.rounds", "eval.vlm", "vlm.graph", "vlm.attention", "agent.graph", "agent.compile",
 }  # fmt: skip
 """Settings that may differ within a group."""
-_NAMED_APART = _SAME_RESULT | {"agent.kind", "method"}
+_NAMED_APART = SAME_RESULT | {"agent.kind", "method"}
 """The same, and what a label says of every group."""
 _MOST_SETTINGS = 3  # in a label
 _WITHOUT_AGENT = ("vbe", "vpf")
@@ -169,7 +169,7 @@ def _label(groups: Sequence[Group]) -> None:
         names = differing(alike)
         agent = [] if group.method in _WITHOUT_AGENT else [group.kind]
         parts = [" · ".join([*agent, group.method])]
-        parts += [f"{name}={_short(group.settings.get(name))}" for name in names[:_MOST_SETTINGS]]
+        parts += [f"{name}={short(group.settings.get(name))}" for name in names[:_MOST_SETTINGS]]
         group.label = ", ".join(parts)
     taken: dict[str, int] = {}
     for group in groups:
@@ -178,6 +178,6 @@ def _label(groups: Sequence[Group]) -> None:
             group.label += f" #{number}"
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     """A setting's value; of a path its last part."""
     return value.rstrip("/").rpartition("/")[2] if isinstance(value, str) else str(value)

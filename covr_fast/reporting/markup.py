@@ -9,6 +9,8 @@ import numpy as np
 from markupsafe import Markup, escape
 from PIL import Image
 
+from ..digits import form
+
 __all__ = [
     "Markup",
     "data_uri",
@@ -90,10 +92,10 @@ def _cell(cell: Any, column: int, words: int) -> Markup:
 
 
 def number(value: float | None) -> str:
-    """Three significant digits or all before the point; "-" for None."""
+    """Three significant digits, all before the point, or two of a small number; "-" for None."""
     if value is None:
         return "-"
-    return f"{value:,.{_decimals(value)}f}".replace("-", "\N{MINUS SIGN}")
+    return _signed(f"{value:,{_form(value)}}")
 
 
 def exact(value: float) -> str:
@@ -103,13 +105,17 @@ def exact(value: float) -> str:
 
 def spread(mean: float, std: float) -> str:
     """A mean and its standard deviation, with as many decimals as the larger one has."""
-    decimals = _decimals(max(abs(mean), std))
-    return f"{mean:,.{decimals}f} ± {std:,.{decimals}f}".replace("-", "\N{MINUS SIGN}")
+    used = _form(max(abs(mean), std))
+    return _signed(f"{mean:,{used}} ± {std:,{used}}")
 
 
-def _decimals(value: float) -> int:
+def _form(value: float) -> str:
     size = abs(value)
-    return 0 if size >= 99.95 else 1 if size >= 9.995 else 2
+    return form(size, 0 if size >= 99.95 else 1 if size >= 9.995 else 2)
+
+
+def _signed(text: str) -> str:
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def picture(frame: np.ndarray, alt: str) -> Markup:

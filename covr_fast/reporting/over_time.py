@@ -1,7 +1,7 @@
 """Learning curves, and how far agent and VLM agree, over environment steps."""
 
 from .charts import steps_axis
-from .context import Context, seeds_of
+from .context import Context, seeds_of, with_intervals
 from .groups import Group, Task
 from .markup import Markup, exact, figure, join, note, number, section, tag
 from .series import Series, returns, series
@@ -77,7 +77,9 @@ def _learning_curve(context: Context, task: Task) -> Markup:
         from_what = [f"returns of {next(iter(sources))}"]
     caption = f"{'; '.join(from_what) or 'No curve'}; {seeds_of(c for _, c in curves)}."
     if len(curves) > _MOST_BANDS:
-        caption += " So many groups are drawn without bands; the intervals at the end are below."
+        caption += " So many groups are drawn without bands."
+        if any(c.low is not None for _, c in curves):
+            caption += " The intervals at the end are below."
     if published and task.paper:
         caption += (
             f" Dashed: the published figure after {task.paper.steps:,} steps (see below whether it compares)."
@@ -102,7 +104,7 @@ def agreement_section(context: Context) -> Markup:
     return section(
         "priors",
         "Do agent and VLM agree?",
-        note("The VLM’s action priors against the agent’s actions, means over seeds with 95 % intervals."),
+        note("The VLM’s action priors against the agent’s actions, means over seeds."),
         context.legend(labels) if any(parts) else Markup(""),
         shown,
     )
@@ -124,7 +126,7 @@ def _agreement(context: Context, task: Task) -> Markup:
         own = {g.label: curve([series(run, name) for run in g.runs]) for g in task.groups}
         found = {label: drawn for label, drawn in own.items() if drawn is not None}
         if found:
-            said = f"{caption} {seeds_of(found.values())}."
+            said = f"{caption} {with_intervals(found.values())}"
             charts.append(figure(_chart(context, task, title, found), said))
     return join([tag("h3", task.title), tag("div", *charts, class_="grid")]) if charts else Markup("")
 

@@ -1,7 +1,7 @@
 """The return of the VLM alone, by the fine-tuning rounds that it has had."""
 
 from .charts import rounds_axis
-from .context import Context, seeds_of
+from .context import Context, with_intervals
 from .groups import Task
 from .markup import Markup, exact, figure, note, number, section, tag
 from .series import vlm_by_round
@@ -15,7 +15,7 @@ def vlm_section(context: Context) -> Markup:
     return section(
         "vlm",
         "The VLM alone, by round",
-        note("Every decision is the VLM’s. Round 0 is before any tuning; means over seeds, 95 % intervals."),
+        note("Every decision is the VLM’s. Round 0 is before any tuning; means over seeds."),
         context.legend(list(labels)) if charts else Markup(""),
         tag("div", *charts, class_="grid wide") if charts else note("No run has evaluated its VLM alone."),
     )
@@ -42,7 +42,7 @@ def _chart(context: Context, task: Task) -> Markup | None:
             chart.level(task.random_return, "#7d868f", "random policy", dash="dotted")
         rounds_axis(chart.axes)
         chart.axes.set_ylabel("return")
-    caption = f"{seeds_of(found.values())}, the rounds that all had."
+    caption = f"The rounds that all seeds had. {with_intervals(found.values())}"
     if published:
         said = ", ".join(f"{exact(value)} after {rounds}" for rounds, value in published)
         caption += f" Grey diamonds: published, {said}."

@@ -41,7 +41,7 @@ def test_runs_that_differ_in_the_seed_are_a_group(tmp_path):
         ("racetrack", "fast · off", [0, 1]),
     ]
     (task,) = study.tasks
-    assert differing(task.groups) == ["agent.prior_weight"]
+    assert differing(task.groups) == ["agent.prior_weight", "covr.vlm"]
     assert [task.base(group) and task.base(group).label for group in task.groups] == ["fast · off"] * 2 + [
         None
     ]

@@ -125,10 +125,81 @@ def test_rounds_of_the_filter(html, shown):
     labels = shown.values("svg", "aria-label")
     assert any(text.startswith("threshold τ, racetrack. fast · covr: 1.50, 2.50") for text in labels)
     assert any("kept share, racetrack. fast · covr: 0.25, 0.25" in text for text in labels)
+    assert "4 seeds a group, with 95 % intervals." in shown.texts["filter"]
     assert any("kept share by quarter, racetrack. fast · covr: 0.50, 0.25, 0.17, 0.12" in t for t in labels)
     assert f"round 1: {SAMPLES // 4} of {SAMPLES} above" in html
     assert html.count("<details open>") == 1
     assert html.count("the samples of each round") == len(COVR)
+
+
+def words_in(html, title):
+    """The texts of the charts with this title."""
+    charts = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
+    texts = [re.findall(r"<text[^>]*>([^<]*)</text>", chart) for chart in charts]
+    return [set(words) for words in texts if title in words]
+
+
+def test_samples_are_named_after_what_filters_and_weighs_them(tmp_path):
+    write_run(tmp_path / "covr", 10, samples=True)
+    write_run(tmp_path / "q", 10, method="m7", samples=True, covr__score="q")
+    html = page(read_study([tmp_path]))
+    assert len(words_in(html, "returns of D_f")) == len(words_in(html, "Q values of D_f")) == 1
+    returns, q = words_in(html, "cutoff")  # of different units, so not in one chart
+    assert "returns" in returns - q
+    assert "Q values" in q - returns
+    (tau,) = words_in(html, "threshold τ")
+    assert "z-scores" in tau
+    assert re.search(r"A frame that was kept: Q value [\d.]+, decision \d+, weight", html)
+    assert "Other rules: fast · m7 goes by Q values instead of returns." in Page(html).texts["filter"]
+
+
+def test_no_z_scores_means_that_the_threshold_is_in_the_units_of_the_score(tmp_path):
+    write_run(tmp_path / "m5", 10, method="m5", covr__z_score=False)
+    write_run(tmp_path / "m6", 10, method="m6", covr__score="reward", covr__entropy="mean")
+    html = page(read_study([tmp_path]))
+    plain, z = words_in(html, "threshold τ")
+    assert "returns" in plain
+    assert "z-scores" in z
+    assert "rewards" in set.union(*words_in(html, "cutoff"))
+    (nats,) = (words for words in words_in(html, "policy entropy") if "nats" in words)
+    (per_number,) = (w for w in words_in(html, "policy entropy") if "nats per number of an action" in w)
+    assert nats != per_number
+
+
+@pytest.mark.parametrize("weights, axis", [("random", "random weight"), ("equal", "equal weight")])
+def test_random_filters_and_other_weights_are_called_so(weights, axis, tmp_path):
+    write_run(tmp_path / "a", 10, method="m1", samples=True, covr__filter="random", covr__weights=weights)
+    html = page(read_study([tmp_path]))
+    text = Page(html).texts["filter"]
+    (words,) = words_in(html, "weights above 0")
+    assert axis in words
+    assert "Dashed: the threshold of Eq. 5, which only says how many are kept, at random." in text
+    assert f"round 1: {SAMPLES // 4} of {SAMPLES} at random" in html
+    assert "Of fast · m1 it only says how many are kept." in text
+    assert "fast · m1 keeps random samples, as many as EDDF would and weights" in text
+    assert "that EDDF kept" not in text
+    assert "RALW’s weight" not in words
+
+
+def test_a_top_share_is_no_threshold_of_eq_5(tmp_path):
+    write_run(tmp_path / "a", 10, method="m2", samples=True, covr__filter="top", covr__top_share=0.8)
+    text = page_of(tmp_path).texts["filter"]
+    assert "Dashed: the least return of the top 80 %." in text
+    assert "Other rules: fast · m2 keeps the top 80 %." in text
+
+
+def test_captions_claim_no_interval_that_is_not_there(tmp_path):
+    write_run(tmp_path / "a", -18.4)
+    shown = page_of(tmp_path)
+    for section in ("filter", "priors", "vlm"):
+        assert "1 seed a group." in shown.texts[section]
+        assert "95 % intervals" not in shown.texts[section]
+    assert "Bars:" not in shown.texts["aggregates"]
+    assert row(shown.tables["aggregates"][0], "fast · covr")[4] == "\N{MINUS SIGN}18.4"
+    write_run(tmp_path / "b", 10, seed=1)
+    write_run(tmp_path / "c", 10, method="m1")
+    text = page_of(tmp_path).texts["filter"]
+    assert "1 to 2 seeds a group, with 95 % intervals where there are several." in text
 
 
 def test_a_run_too_short_for_a_curve_is_a_point_and_counts_as_trained(tmp_path):
@@ -217,6 +288,65 @@ def test_the_papers_table_with_our_column(tmp_path):
     assert row(table, "DrQ")[1:] == ["759 ± 92", "not run", ""]
     assert row(table, "fast · covr")[1:] == ["-", "300 (1 seed)", "the paper has no such row"]
     assert "published" in shown.texts["curves"]
+
+
+PAPERS_VLM = "Qwen/Qwen2.5-VL-3B-Instruct"
+
+
+def remarks_of(folder, preset="cartpole-swingup", **settings):
+    """What the page remarks of a run with the paper's VLM, budget and evaluations, but for its one seed."""
+    run = {"kind": "rad", "model": PAPERS_VLM, "steps": 100_000, "episodes": 10} | settings
+    write_run(folder, 300, preset=preset, **run)
+    (table,) = page_of(folder).tables["published"]
+    (remarks,) = (cells[3] for cells in table[1:] if "1 seed" in cells[2])
+    return remarks.removeprefix("1 seed, not 3").removeprefix("; ")
+
+
+def test_settings_that_are_not_the_presets_are_remarked(tmp_path):
+    few = {"decisions_per_update": 50, "warmup": 320}
+    assert remarks_of(tmp_path / "a", **few) == (
+        "settings differ from the preset’s: warmup=320, decisions_per_update=50"
+    )
+    more = few | {"env__action_repeat": 2, "replay__batch_size": 64, "agent__hidden": 32}
+    assert remarks_of(tmp_path / "b", **more) == (
+        "settings differ from the preset’s: "
+        "warmup=320, decisions_per_update=50, env.action_repeat=2 (+2 more)"
+    )
+    # begun from no preset: it is the task's that counts
+    assert "decisions_per_update=50" in remarks_of(tmp_path / "c", begun_as="", decisions_per_update=50)
+
+
+def test_settings_that_change_no_outcome_are_not_remarked(tmp_path):
+    for name, settings in {
+        "pace": {"log_every": 7, "video": False, "device": "cuda:1", "threads": 3, "seed": 5},
+        "evaluations": {"eval__every": 7, "eval__vlm": False, "eval__rounds": True},
+        "memory": {"tuner__micro_batch": 2, "tuner__gradient_checkpointing": True},
+        "no VLM": {"method": "off", "covr__psi_0": 9, "tuner__epochs": 9, "agent__prior_weight": 9.0},
+        "frozen": {"method": "dpl", "covr__psi_0": 9, "tuner__epochs": 9},
+        "evaluated": {"method": "vbe", "warmup": 9, "replay__batch_size": 9, "agent__hidden": 9},
+    }.items():
+        assert "settings" not in remarks_of(tmp_path / name, **settings)
+    assert "covr.vlm=tuned" in remarks_of(tmp_path / "tuned", method="off", covr__vlm="tuned")
+    assert "agent.prior_weight=9.0" in remarks_of(tmp_path / "prior", method="dpl", agent__prior_weight=9.0)
+    assert "tuner.epochs=9" in remarks_of(tmp_path / "epochs", tuner__epochs=9)
+
+
+def test_the_rows_of_the_sweep_for_a_table_are_as_good_as_the_presets(tmp_path):
+    table = {"replay__augment": "translate", "replay__pad": 4, "replay__batch_size": 512}
+    assert remarks_of(tmp_path / "a", **table) == ""
+    assert remarks_of(tmp_path / "b", **table, replay__gamma=0.5) == (
+        "settings differ from those of the sweep dmcontrol: replay.gamma=0.5"
+    )
+    # the sweep's Walker has crops
+    assert "replay.augment=translate" in remarks_of(tmp_path / "c", "walker-walk", **table)
+
+
+def test_a_run_without_settings_says_so(tmp_path):
+    run = write_run(tmp_path / "a", 100, preset="hopper-hop", model=PAPERS_VLM)
+    (run / "config.json").unlink()
+    remarks = row(page_of(run).tables["published"][0], "COVR")[3]
+    assert "its settings are not known: it has no config.json" in remarks
+    assert "settings differ" not in remarks
 
 
 def test_the_published_curve_of_the_vlm_is_on_carlas_highway_alone(tmp_path):

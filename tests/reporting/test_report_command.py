@@ -88,3 +88,83 @@ def test_seeds_that_count_twice_are_an_error(monkeypatch, capsys, tmp_path):
     shutil.copytree(write_run(tmp_path / "a", 10), tmp_path / "b")
     assert call(monkeypatch, "report", str(tmp_path), "--out", str(tmp_path / "o.html")) == 2
     assert "a seed counts once" in capsys.readouterr().err
+
+
+def test_few_runs_have_a_line_for_each_group(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("COLUMNS", "80")
+    for seed, final in enumerate((10, 14)):
+        write_run(tmp_path / f"off{seed}", final, seed=seed, method="off")
+    write_run(tmp_path / "dpl", 40, method="dpl", agent__prior_weight=0.125, covr__decay=0.5)
+    assert call(monkeypatch, "report", str(tmp_path), "--out", str(tmp_path / "o.html")) == 0
+    said = capsys.readouterr().out.partition("runs compared: mean episode returns")[2]
+    (off,) = (line for line in said.splitlines() if "fast · off" in line)
+    assert "2 seeds" in off
+    assert "12.0 ± 2.0" in off
+    (dpl,) = (line for line in said.splitlines() if "fast · dpl" in line)
+    assert "1 seed " in dpl
+    assert "±" not in dpl
+    assert "21.3" not in said, "no mean over methods"
+    assert "…" not in said, "nothing that tells runs apart is cut off"
+
+
+def test_returns_of_any_size(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("COLUMNS", "120")
+    run = write_run(tmp_path / "a", 0.0312, random=0.0021, episodes=1, steps=40)
+    write_run(tmp_path / "b", 0.0332, seed=1, random=0.0021, episodes=1, steps=40)
+    out = tmp_path / "o.html"
+    assert call(monkeypatch, "report", str(run), str(tmp_path / "b"), "--out", str(out)) == 0
+    said = capsys.readouterr().out
+    summary, _, compared = said.partition("runs compared")
+    assert "0.0021" in summary  # fewer digits would make it 0
+    assert "0.032 ± 0.001" in compared
+    rows = Page(out.read_text()).tables["runs"][0]
+    assert rows[1][3] == "0.031"  # of one episode, without a deviation
+    assert rows[1][6] == "0.0021"
+
+
+def axes_of(run, monkeypatch):
+    """The panels of curves.png: returns, losses of rounds, Q and entropy (left and right), time."""
+    from matplotlib import pyplot
+
+    from covr_fast.report import plot_curves
+
+    drawn = []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    plot_curves(run)
+    monkeypatch.undo()
+    panels = {axes.get_title(): axes for axes in drawn[0].axes}
+    pyplot.close(drawn[0])
+    return panels
+
+
+def words_in(axes):
+    return [text.get_text() for text in axes.texts]
+
+
+def test_the_curves_of_a_run_that_logged_nothing(monkeypatch, tmp_path):
+    run = write_run(tmp_path / "a", 10)
+    lines = [{"step": 0, "eval/random_mean": 0.02}, {"step": 600, "eval/actor_mean": 10.0}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    panels = axes_of(run, monkeypatch)
+    returns = panels["episode return"]
+    assert returns.get_xlim() == (0, 600)
+    assert words_in(returns) == []
+    legend = [text.get_text() for text in returns.get_legend().get_texts()]
+    assert legend == ["random policy: 0.020", "actor alone, trained: 10"]
+    for title in ("VLM loss on held-out kept samples", "mean Q and policy entropy", "where the time went"):
+        assert words_in(panels[title]) == ["nothing logged"]
+        assert panels[title].get_legend() is None
+
+
+def test_the_curves_of_a_run_with_rounds(monkeypatch, tmp_path):
+    run = write_run(tmp_path / "a", 10)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "episode_return" not in line or line["step"] == 3000]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    panels = axes_of(run, monkeypatch)
+    losses = panels["VLM loss on held-out kept samples"]
+    before, after = (patch.get_facecolor() for patch in losses.get_legend().get_patches())
+    assert before != after
+    assert [bar.get_facecolor() for bar in losses.patches] == [before] * 2 + [after] * 2
+    (trained, *_) = panels["episode return"].lines
+    assert trained.get_marker() == "o", "a line through one point is not seen"

@@ -30,11 +30,7 @@ def write_run(
     """A finished run whose evaluation of the actor (of the VLM, where the method has no agent) has the mean
     return `final`. `settings`: by full names, with __ for the point."""
     folder.mkdir(parents=True)
-    config = TrainConfig.preset(preset, model, kind).to_dict() | {
-        "method": method,
-        "steps": steps,
-        "seed": seed,
-    }
+    config = TrainConfig.preset(preset, model, kind, method).to_dict() | {"steps": steps, "seed": seed}
     for name, value in settings.items():
         part, _, leaf = name.rpartition("__")
         (config[part] if part else config)[leaf] = value
@@ -86,7 +82,8 @@ def write_run(
 def _round(number: int, steps: int) -> dict[str, float]:
     return {
         "step": steps * number // 2, "round": number, "samples": SAMPLES, "kept": SAMPLES // 4,
-        "tau": 0.5 + number, "cutoff": 1.5 + number, "entropy": 0.5 - number, "iqr_coefficient": 0.5,
+        "tau": 0.5 + number, "cutoff": 1.5 + number, "entropy": 0.5 - number,
+        "entropy_per_number": 0.25 - number / 2, "iqr_coefficient": 0.5,
         "nonzero_share": 0.4,
         "loss_before": 2.0, "loss_after": 1.0, "tuning_seconds": 3.0, "version": number,
         **{f"kept_share_quarter_{quarter}": 0.5 / quarter for quarter in (1, 2, 3, 4)},
