@@ -18,6 +18,7 @@ from .callbacks import Callback
 from .checkpoint import NO_VLM, Checkpoint, reserved_room, restore_agent
 from .collect import Collector
 from .config import TrainConfig, located
+from .digits import returns_text
 from .envs import Rows, make_env
 from .errors import DivergedError, UserError, as_user_error, os_error_as_user_error
 from .evaluate import Evaluation, Evaluations
@@ -411,7 +412,7 @@ class Trainer:
         self._log.scalars(self.step, figures)
         recent = counters.returns[-20:]
         shown = {
-            "return": f"{np.mean(recent):.0f}" if recent else "-",
+            "return": returns_text(float(np.mean(recent)), decimals=0) if recent else "-",
             "rounds": str(len(self._records)),
             "steps/s": f"{figures['steps_per_second']:.0f}",
             "updates": str(counters.updates),

@@ -7,6 +7,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from ..digits import spread_text
 from .states import State, SweepRun
 
 _FRAME = 6
@@ -82,7 +83,7 @@ def _cell(run: SweepRun) -> str:
 def _words(run: SweepRun) -> str:
     if run.state is State.FINISHED:
         mean, std, _ = run.result
-        return f"{mean:.1f} ± {std:.1f}"
+        return spread_text(mean, std, run.planned.config.eval.episodes)
     if run.state is State.BROKEN:
         return f"broken ({run.exit_code})"
     return str(run.state.value)
