@@ -23,12 +23,17 @@ def returns_text(*returns: float, decimals: int = 1) -> str:
     return " ".join(format(value, used) for value in returns)
 
 
+def mean_and_std(mean: float, std: float, decimals: int = 1) -> tuple[str, str]:
+    """Both with the decimals of the larger: "344.2" and "101.3"."""
+    used = form(max(abs(mean), std), decimals)
+    return format(mean, used), format(std, used)
+
+
 def spread_text(mean: float, std: float, count: int, decimals: int = 1) -> str:
     """The mean of `count` returns and their standard deviation, "344.2 ± 101.3"; of a single one the mean."""
     if count == 1:
         return returns_text(mean, decimals=decimals)
-    used = form(max(abs(mean), std), decimals)
-    return f"{mean:{used}} ± {std:{used}}"
+    return " ± ".join(mean_and_std(mean, std, decimals))
 
 
 def evaluation_text(mean: float, std: float, episodes: int, decimals: int = 1) -> str:

@@ -6,6 +6,7 @@ What the paper leaves open of a row, docs/sweeps.md says.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ METHODS: dict[str, Method] = {
 """By the name that `--method` takes."""
 
 
+@cache
 def roles_of(method: str) -> tuple[str, str]:
     """covr.vlm and covr.decides of a method, which say what there is in its runs."""
     from .config import TrainConfig

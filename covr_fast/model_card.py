@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .digits import form
+from .digits import mean_and_std
 from .report import EVALUATIONS, ROUND_COLUMNS
 
 
@@ -62,14 +62,8 @@ def _returns(returns: Mapping[str, Sequence[float]]) -> list[str]:
         return []
     table = [_row(["policy", "mean", "std", "episodes"]), _row(["---", "---:", "---:", "---:"])]
     for label, each in measured.items():
-        table.append(_row([label, *_mean_and_std(each), str(len(each))]))
+        table.append(_row([label, *mean_and_std(float(np.mean(each)), float(np.std(each))), str(len(each))]))
     return ["## Returns of episodes\n\n" + "\n".join(table)]
-
-
-def _mean_and_std(returns: Sequence[float]) -> list[str]:
-    mean, std = float(np.mean(returns)), float(np.std(returns))
-    used = form(max(abs(mean), std), 1)
-    return [format(mean, used), format(std, used)]
 
 
 def _row(cells: list[str]) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from .digits import form, returns_text
+from .digits import mean_and_std, returns_text
 from .errors import UserError
 from .files import read_json, read_records, replacing
 
@@ -91,9 +91,8 @@ def print_summary(summary: dict[str, Any], console: Console, run: str | None = N
     for name, label in EVALUATIONS.items():
         if (e := summary["evaluations"].get(name)) is not None:
             episodes = len(e["returns"])
-            used = form(max(abs(e["mean"]), e["std"]), 1)
-            std = format(e["std"], used) if episodes > 1 else "-"
-            table.add_row(label, format(e["mean"], used), std, str(episodes))
+            mean, std = mean_and_std(e["mean"], e["std"])
+            table.add_row(label, mean, std if episodes > 1 else "-", str(episodes))
     console.print(table)
 
     if summary["rounds"]:

@@ -48,9 +48,14 @@ def test_without_mesa_or_its_driver_the_gpu_draws(mesa, missing):
     assert NAMES not in os.environ
 
 
+def process(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
 def test_a_process_that_draws_has_chosen():
     code = f"import os; from covr_fast import opengl; opengl.require_frames(); print(os.getenv({NAMES!r}))"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    told = process(code)
+    assert told.returncode == 0
     assert told.stdout.split()[-1] == "/usr/share/glvnd/egl_vendor.d/50_mesa.json"  # `make` installs it
 
 
@@ -62,7 +67,7 @@ def test_triton_may_be_imported_after_a_picture():
         "    envs.reset()\n"
         "    import torch._dynamo\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = process(code)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -76,5 +81,5 @@ def test_triton_is_there_before_a_users_environment_draws():
         "    sys.exit('triton' not in sys.modules)\n"
         "find_task(GymEnv(make=make))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = process(code)
     assert (done.returncode, done.stderr) == (0, "")
